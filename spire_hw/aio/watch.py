@@ -1,0 +1,52 @@
+"""The latest value of something, to many readers; readers see each change, not each value."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Watch(Generic[T]):
+    """A value with a version; all use is on one event loop."""
+
+    def __init__(self, value: T) -> None:
+        self._value = value
+        self._version = 0
+        self._changed: asyncio.Future[None] | None = None
+
+    @property
+    def value(self) -> T:
+        """Return the latest value."""
+        return self._value
+
+    @property
+    def version(self) -> int:
+        """Return how often the value was set."""
+        return self._version
+
+    def set(self, value: T) -> None:
+        """Put a new value and wake every reader."""
+        self._value = value
+        self._version += 1
+        if self._changed is not None:
+            self._changed.set_result(None)
+            self._changed = None
+
+    async def wait(self, seen: int) -> tuple[T, int]:
+        """Return (value, version) as soon as the version is past `seen`."""
+        while self._version == seen:
+            if self._changed is None:
+                self._changed = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._changed)
+        return self._value, self._version
+
+    async def __aiter__(self) -> AsyncIterator[T]:
+        """Yield the value now and after every change."""
+        seen = self._version
+        yield self._value
+        while True:
+            value, seen = await self.wait(seen)
+            yield value

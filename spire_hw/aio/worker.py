@@ -1,0 +1,87 @@
+"""One thread for one device: commands queue up, bounded, each with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+from spire_hw.errors import ErrorKind, LimitError, SpireHwError, UnavailableError
+
+T = TypeVar("T")
+_STOP: Final = None
+
+
+class Worker:
+    """Runs functions one at a time in a thread of its own.
+
+    A call past its deadline fails for its caller; when it had not started it never runs.
+    """
+
+    def __init__(self, name: str, *, queue_size: int = 256) -> None:
+        self.name = name
+        self._queue: queue.Queue[tuple[Callable[[], Any], asyncio.Future[Any]] | None] = (
+            queue.Queue(queue_size)
+        )
+        self._closed = False
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
+        self._thread.start()
+
+    async def run(self, function: Callable[[], T], *, timeout_s: float = 30.0) -> T:
+        """Run a function in the worker's thread and return its result.
+
+        Raises:
+            LimitError: the queue is full.
+            UnavailableError: the worker was closed.
+            SpireHwError: DEADLINE_EXCEEDED after timeout_s seconds.
+        """
+        if self._closed:
+            raise UnavailableError(f"{self.name} is closed")
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        try:
+            self._queue.put_nowait((function, future))
+        except queue.Full:
+            raise LimitError(f"{self.name} is busy: its queue is full") from None
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except TimeoutError as e:
+            raise SpireHwError(
+                f"{self.name} did not answer within {timeout_s:g} s",
+                kind=ErrorKind.DEADLINE_EXCEEDED,
+            ) from e
+
+    def _loop(self) -> None:
+        while (item := self._queue.get()) is not _STOP:
+            function, future = item
+            if future.cancelled():
+                continue
+            result: Any = None
+            error: BaseException | None = None
+            try:
+                result = function()
+            except BaseException as e:  # noqa: BLE001 - handed to the caller as it is
+                error = e
+            try:
+                future.get_loop().call_soon_threadsafe(_settle, future, result, error)
+            except RuntimeError:
+                continue  # the caller's loop is gone, nobody waits
+
+    async def close(self, timeout_s: float = 5.0) -> None:
+        """Finish what is queued and end the thread."""
+        if self._closed:
+            return
+        self._closed = True
+        await asyncio.to_thread(self._queue.put, _STOP)
+        await asyncio.to_thread(self._thread.join, timeout_s)
+
+
+def _settle(future: asyncio.Future[Any], result: object, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

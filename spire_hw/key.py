@@ -1,0 +1,278 @@
+"""What a key is here: its type, its public half and something that signs with the private half.
+
+A `Signer` gets digests, never messages, and never shows its private key: the same protocol fits a
+TPM, a PKCS#11 token, a remote signer and a software key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
+
+from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError
+
+PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
+PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+
+_MIN_RSA_BITS, _MAX_RSA_BITS = 2048, 4096
+_MIN_RSA_EXPONENT = 65537
+
+
+class KeyType(Enum):
+    """Key types of the KeyManager contract; the value is upstream's enum number."""
+
+    EC_P256 = 1
+    EC_P384 = 2
+    RSA_2048 = 3
+    RSA_4096 = 4
+
+    @property
+    def config_name(self) -> str:
+        """Return the name used in configuration files, such as `ec-p256`."""
+        return self.name.lower().replace("_", "-")
+
+    @classmethod
+    def parse(cls, name: str) -> KeyType:
+        """Return the type for a configuration name.
+
+        Raises:
+            InvalidInputError: no such type; the message lists those there are.
+        """
+        for member in cls:
+            if member.config_name == name:
+                return member
+        known = ", ".join(m.config_name for m in cls)
+        raise InvalidInputError(f"key type {name!r} is unknown; use one of {known}")
+
+
+class HashAlgorithm(Enum):
+    """Hashes a signature may be over; the value is Go's `crypto.Hash` number, as on the wire."""
+
+    SHA256 = 5
+    SHA384 = 6
+    SHA512 = 7
+
+    @property
+    def digest_size(self) -> int:
+        """Return the digest length in bytes."""
+        return _HASHES[self].digest_size
+
+    @property
+    def instance(self) -> hashes.HashAlgorithm:
+        """Return the matching object of `cryptography`."""
+        return _HASHES[self]
+
+    def digest(self, data: bytes) -> bytes:
+        """Return the digest of data."""
+        return hashlib.new(self.name.lower(), data).digest()
+
+
+_HASHES: dict[HashAlgorithm, hashes.HashAlgorithm] = {
+    HashAlgorithm.SHA256: hashes.SHA256(),
+    HashAlgorithm.SHA384: hashes.SHA384(),
+    HashAlgorithm.SHA512: hashes.SHA512(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SignOptions:
+    """How a digest is to be signed.
+
+    Attributes:
+        hash: the hash the digest was made with.
+        pss: RSA-PSS instead of PKCS#1 v1.5; refused for EC keys.
+        salt_length: PSS salt in bytes; -1 and 0 mean the length of the hash, as Go's markers do.
+    """
+
+    hash: HashAlgorithm
+    pss: bool = False
+    salt_length: int = -1
+
+    @property
+    def salt_bytes(self) -> int:
+        """Return the PSS salt length with Go's markers resolved."""
+        return self.salt_length if self.salt_length > 0 else self.hash.digest_size
+
+
+class Signer(Protocol):
+    """A private key that signs digests."""
+
+    @property
+    def public_key(self) -> PublicKey:
+        """Return the public half."""
+        ...
+
+    async def sign(self, digest: bytes, options: SignOptions) -> bytes:
+        """Sign a digest.
+
+        Args:
+            digest: exactly `options.hash.digest_size` bytes.
+            options: hash and padding.
+
+        Returns:
+            DER ECDSA-Sig-Value, or the RSA signature at modulus length.
+
+        Raises:
+            InvalidInputError: digest length or options do not fit the key.
+            DeviceError: the device that holds the key failed.
+        """
+        ...
+
+
+class SoftwareSigner:
+    """A Signer over a private key in this process."""
+
+    def __init__(self, private_key: PrivateKey) -> None:
+        self._private_key = private_key
+        self._public_key = private_key.public_key()
+
+    @property
+    def public_key(self) -> PublicKey:
+        """Return the public half."""
+        return self._public_key
+
+    async def sign(self, digest: bytes, options: SignOptions) -> bytes:
+        """Sign a digest; see `Signer.sign`."""
+        return sign_digest(self._private_key, digest, options)
+
+
+def sign_digest(private_key: PrivateKey, digest: bytes, options: SignOptions) -> bytes:
+    """Sign a digest with a software key; arguments and result as in `Signer.sign`."""
+    check_digest(digest, options)
+    prehashed = utils.Prehashed(options.hash.instance)
+    if isinstance(private_key, ec.EllipticCurvePrivateKey):
+        if options.pss:
+            raise InvalidInputError("PSS options do not fit an EC key")
+        return private_key.sign(digest, ec.ECDSA(prehashed))
+    return private_key.sign(digest, _rsa_padding(options), prehashed)
+
+
+def check_digest(digest: bytes, options: SignOptions) -> None:
+    """Refuse a digest whose length is not that of its hash.
+
+    Raises:
+        InvalidInputError: wrong length.
+    """
+    if len(digest) != options.hash.digest_size:
+        raise InvalidInputError(
+            f"digest is {len(digest)} bytes, {options.hash.name} needs {options.hash.digest_size}"
+        )
+
+
+def verify_digest(
+    public_key: PublicKey, digest: bytes, signature: bytes, options: SignOptions
+) -> None:
+    """Check a signature over a digest.
+
+    Raises:
+        SpireHwError: the signature does not hold (kind INTERNAL: our own key made it).
+    """
+    prehashed = utils.Prehashed(options.hash.instance)
+    try:
+        if isinstance(public_key, ec.EllipticCurvePublicKey):
+            public_key.verify(signature, digest, ec.ECDSA(prehashed))
+        else:
+            public_key.verify(signature, digest, _rsa_padding(options), prehashed)
+    except InvalidSignature as e:
+        raise SpireHwError(
+            "signature does not verify with the key's own public key", kind=ErrorKind.INTERNAL
+        ) from e
+
+
+def _rsa_padding(options: SignOptions) -> padding.AsymmetricPadding:
+    if options.pss:
+        return padding.PSS(padding.MGF1(options.hash.instance), options.salt_bytes)
+    return padding.PKCS1v15()
+
+
+def generate_private_key(key_type: KeyType) -> PrivateKey:
+    """Make a software key of the given type."""
+    match key_type:
+        case KeyType.EC_P256:
+            return ec.generate_private_key(ec.SECP256R1())
+        case KeyType.EC_P384:
+            return ec.generate_private_key(ec.SECP384R1())
+        case KeyType.RSA_2048:
+            return rsa.generate_private_key(_MIN_RSA_EXPONENT, 2048)
+        case KeyType.RSA_4096:
+            return rsa.generate_private_key(_MIN_RSA_EXPONENT, 4096)
+
+
+def key_type_of(public_key: PublicKey) -> KeyType:
+    """Return the KeyType of a public key.
+
+    Raises:
+        InvalidInputError: a curve or size the KeyManager contract has no name for.
+    """
+    if isinstance(public_key, ec.EllipticCurvePublicKey):
+        by_curve = {"secp256r1": KeyType.EC_P256, "secp384r1": KeyType.EC_P384}
+        found = by_curve.get(public_key.curve.name)
+        name = public_key.curve.name
+    else:
+        found = {2048: KeyType.RSA_2048, 4096: KeyType.RSA_4096}.get(public_key.key_size)
+        name = f"RSA-{public_key.key_size}"
+    if found is None:
+        raise InvalidInputError(f"{name} is not a supported key type")
+    return found
+
+
+def default_hash(public_key: PublicKey) -> HashAlgorithm:
+    """Return the hash used with this key: SHA-384 for P-384, SHA-512 for P-521, else SHA-256."""
+    if isinstance(public_key, ec.EllipticCurvePublicKey):
+        if public_key.curve.name == "secp384r1":
+            return HashAlgorithm.SHA384
+        if public_key.curve.name == "secp521r1":
+            return HashAlgorithm.SHA512
+    return HashAlgorithm.SHA256
+
+
+def spki_der(public_key: PublicKey) -> bytes:
+    """Return the DER SubjectPublicKeyInfo."""
+    return public_key.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+
+
+def fingerprint(spki: bytes) -> str:
+    """Return upstream's key fingerprint: lower-case hex SHA-256 of the SubjectPublicKeyInfo."""
+    return hashlib.sha256(spki).hexdigest()
+
+
+def parse_spki(der: bytes) -> PublicKey:
+    """Read a DER SubjectPublicKeyInfo and check that the key is strong enough.
+
+    Raises:
+        InvalidInputError: does not parse, or `check_public_key` refuses it.
+    """
+    try:
+        key = serialization.load_der_public_key(der)
+    except (ValueError, UnsupportedAlgorithm) as e:
+        raise InvalidInputError("public key does not parse as a SubjectPublicKeyInfo") from e
+    return check_public_key(key)
+
+
+def check_public_key(key: object) -> PublicKey:
+    """Return key when it is RSA-2048 to RSA-4096 with e >= 65537, or on P-256, P-384 or P-521.
+
+    Raises:
+        InvalidInputError: any other key; the message says why.
+    """
+    if isinstance(key, ec.EllipticCurvePublicKey):
+        if key.curve.name in {"secp256r1", "secp384r1", "secp521r1"}:
+            return key
+        raise InvalidInputError(f"curve {key.curve.name} is not accepted")
+    if isinstance(key, rsa.RSAPublicKey):
+        if not _MIN_RSA_BITS <= key.key_size <= _MAX_RSA_BITS:
+            raise InvalidInputError(
+                f"RSA key has {key.key_size} bits; {_MIN_RSA_BITS} to {_MAX_RSA_BITS} are accepted"
+            )
+        if key.public_numbers().e < _MIN_RSA_EXPONENT:
+            raise InvalidInputError("RSA exponent below 65537 is not accepted")
+        return key
+    raise InvalidInputError(f"{type(key).__name__} is not an RSA or EC key")

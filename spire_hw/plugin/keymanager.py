@@ -1,0 +1,193 @@
+"""KeyManager: makes and holds keys, signs digests; the private halves never leave it.
+
+The contract is upstream's `spire.plugin.{server,agent}.keymanager.v1.KeyManager`; `KeyManager` is
+what an implementation offers, `Keys` is the checked face the host uses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from spire_hw.errors import ErrorKind, PluginError, SpireHwError
+from spire_hw.key import KeyType, PublicKey, SignOptions, fingerprint, spki_der
+
+
+@dataclass(frozen=True, slots=True)
+class KeyInfo:
+    """The public face of one key instance.
+
+    Attributes:
+        key_id: the caller's name for the slot, such as `x509-CA-A`.
+        key_type: its type.
+        public_key: its public half.
+        fingerprint: lower-case hex SHA-256 of the SubjectPublicKeyInfo.
+    """
+
+    key_id: str
+    key_type: KeyType
+    public_key: PublicKey
+    fingerprint: str
+
+    @classmethod
+    def of(cls, key_id: str, key_type: KeyType, public_key: PublicKey) -> KeyInfo:
+        """Build from a public key."""
+        return cls(key_id, key_type, public_key, fingerprint(spki_der(public_key)))
+
+
+@dataclass(frozen=True, slots=True)
+class KeySignature:
+    """A signature and the fingerprint of the key instance that made it."""
+
+    signature: bytes
+    fingerprint: str
+
+
+class KeyManager(Protocol):
+    """What a KeyManager plugin implements."""
+
+    async def generate_key(self, key_id: str, key_type: KeyType) -> KeyInfo:
+        """Make a new key under key_id; an existing one is replaced atomically for callers.
+
+        Raises:
+            InvalidInputError: `key id is required`, or a key type the device lacks.
+            NotReadyError: before configure.
+            DeviceError: the device failed; an existing key is unchanged.
+        """
+        ...
+
+    async def get_public_key(self, key_id: str) -> KeyInfo:
+        """Return one key.
+
+        Raises:
+            InvalidInputError: `key id is required`.
+            NotFoundError: `key "<id>" not found`.
+        """
+        ...
+
+    async def get_public_keys(self) -> list[KeyInfo]:
+        """Return all keys of this host, oldest first; an away device raises, it is never empty."""
+        ...
+
+    async def sign_data(self, key_id: str, digest: bytes, options: SignOptions) -> KeySignature:
+        """Sign a digest with the key that is current under key_id.
+
+        Raises:
+            InvalidInputError: `key id is required`, digest length, options that do not fit.
+            NotFoundError: no such key.
+            DeviceError: the device failed.
+        """
+        ...
+
+
+@runtime_checkable
+class TpmKeys(Protocol):
+    """Optional: a KeyManager whose keys live in a TPM that an attestor can reach.
+
+    The attestor loads the blob under the same storage primary in the same device worker and has it
+    certified; nothing secret is in the blob outside that TPM.
+    """
+
+    def tpm_key_blob(self, key_id: str) -> tuple[bytes, bytes]:
+        """Return (TPM2B_PUBLIC, TPM2B_PRIVATE) bytes of the key.
+
+        Raises:
+            NotFoundError: no such key.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class KeyEvidence:
+    """Where a key lives, as the device reports it; every text is fit for an operator's eyes."""
+
+    location: str
+    attributes: dict[str, str]
+
+
+@runtime_checkable
+class KeyEvidenceSource(Protocol):
+    """Optional: can tell where a key lives and how it is protected."""
+
+    async def key_evidence(self, key_id: str) -> KeyEvidence:
+        """Return evidence about one key.
+
+        Raises:
+            NotFoundError: no such key.
+        """
+        ...
+
+
+class ManagedSigner:
+    """A `Signer` over one key instance of a KeyManager.
+
+    A key that was replaced under the same id since is reported (INTERNAL, `does not match`)
+    instead of silently signing with its successor.
+    """
+
+    def __init__(self, manager: KeyManager, prefix: str, info: KeyInfo) -> None:
+        self._manager = manager
+        self._prefix = prefix
+        self.info = info
+
+    @property
+    def public_key(self) -> PublicKey:
+        """Return the public half."""
+        return self.info.public_key
+
+    async def sign(self, digest: bytes, options: SignOptions) -> bytes:
+        """Sign a digest; see `spire_hw.key.Signer.sign`."""
+        try:
+            made = await self._manager.sign_data(self.info.key_id, digest, options)
+        except PluginError:
+            raise
+        except SpireHwError as e:
+            raise PluginError(self._prefix, e) from e
+        if made.fingerprint != self.info.fingerprint:
+            cause = SpireHwError(
+                f'fingerprint of key "{self.info.key_id}" does not match: it was replaced',
+                kind=ErrorKind.INTERNAL,
+            )
+            raise PluginError(self._prefix, cause)
+        if not made.signature:
+            raise PluginError(self._prefix, SpireHwError("signature is empty"))
+        return made.signature
+
+
+class Keys:
+    """The host's face of a KeyManager: answers checked, errors prefixed `keymanager(<name>): `."""
+
+    def __init__(self, manager: KeyManager, name: str) -> None:
+        self.manager = manager
+        self.name = name
+        self._prefix = f"keymanager({name})"
+
+    async def generate(self, key_id: str, key_type: KeyType) -> ManagedSigner:
+        """Make a key and return its signer."""
+        try:
+            info = await self.manager.generate_key(key_id, key_type)
+        except SpireHwError as e:
+            raise PluginError(self._prefix, e) from e
+        return self._checked(info, key_id)
+
+    async def get(self, key_id: str) -> ManagedSigner:
+        """Return the signer of an existing key."""
+        try:
+            info = await self.manager.get_public_key(key_id)
+        except SpireHwError as e:
+            raise PluginError(self._prefix, e) from e
+        return self._checked(info, key_id)
+
+    async def list(self) -> list[ManagedSigner]:
+        """Return signers for all keys."""
+        try:
+            infos = await self.manager.get_public_keys()
+        except SpireHwError as e:
+            raise PluginError(self._prefix, e) from e
+        return [self._checked(info, info.key_id) for info in infos]
+
+    def _checked(self, info: KeyInfo, key_id: str) -> ManagedSigner:
+        if info.key_id != key_id:
+            cause = SpireHwError(f'asked for key "{key_id}", got "{info.key_id}"')
+            raise PluginError(self._prefix, cause)
+        return ManagedSigner(self.manager, self._prefix, info)

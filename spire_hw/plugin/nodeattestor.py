@@ -1,0 +1,107 @@
+"""NodeAttestor: proves on the agent, and checks on the server, what machine an agent runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from spire_hw.key import PublicKey
+from spire_hw.plugin.keymanager import KeyManager
+from spire_hw.spiffeid import SpiffeId
+
+
+@dataclass(frozen=True, slots=True)
+class SvidKey:
+    """The key the agent's CSR is for, as the agent half may see it.
+
+    Attributes:
+        manager: the agent's KeyManager; offers `TpmKeys` when the key is in the TPM.
+        key_id: the key's id there.
+        public_key: its public half.
+    """
+
+    manager: KeyManager
+    key_id: str
+    public_key: PublicKey
+
+
+class AgentExchange(Protocol):
+    """The agent's end of one attestation stream."""
+
+    async def send(self, data: bytes) -> None:
+        """Send the payload (first call) or a challenge response (later calls)."""
+        ...
+
+    async def receive(self) -> bytes:
+        """Return the server's next challenge.
+
+        Raises:
+            SpireHwError: the server refused or closed the stream.
+        """
+        ...
+
+
+class AgentNodeAttestor(Protocol):
+    """The half in the agent."""
+
+    async def aid_attestation(self, exchange: AgentExchange, svid_key: SvidKey | None) -> None:
+        """Send the payload and answer challenges; return after the last answer was sent.
+
+        Args:
+            exchange: the stream; `receive` may be called only after `send`.
+            svid_key: the key to be certified, None under a host that cannot tell.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AttestedIdentity:
+    """What a server half proved.
+
+    Attributes:
+        agent_id: below `/spire/agent/<attestor name>/`.
+        selector_values: values without the type; the host puts the attestor's name in front.
+        can_reattest: whether the agent attests again instead of renewing.
+    """
+
+    agent_id: SpiffeId
+    selector_values: list[str]
+    can_reattest: bool
+
+
+# Sends one challenge to the agent, returns its answer.
+Challenge = Callable[[bytes], Awaitable[bytes]]
+# Raises DeniedError when this agent ID is banned: lets an attestor stop before costly work.
+Admit = Callable[[SpiffeId], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class AttestationRequest:
+    """What the server half works on.
+
+    Attributes:
+        payload: the agent's first message; hostile until checked.
+        challenge: one round trip to the agent.
+        csr_spki: DER SubjectPublicKeyInfo of the CSR, None under a host that cannot tell.
+        admit: early ban check.
+    """
+
+    payload: bytes
+    challenge: Challenge
+    csr_spki: bytes | None
+    admit: Admit
+
+
+class ServerNodeAttestor(Protocol):
+    """The half in the server."""
+
+    async def attest(self, request: AttestationRequest) -> AttestedIdentity:
+        """Check one node.
+
+        Raises:
+            InvalidInputError: a message that does not parse.
+            AttestationError: evidence that does not hold.
+            DeniedError: the node is banned or not enrolled.
+        """
+        ...
