@@ -1,0 +1,1 @@
+"""What a trust domain's verifiers trust, and how it travels."""

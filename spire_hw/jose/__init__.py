@@ -1,0 +1,1 @@
+"""JOSE: key sets and compact signatures."""

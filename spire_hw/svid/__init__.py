@@ -1,0 +1,1 @@
+"""SPIFFE identities: X509-SVID and JWT-SVID."""

@@ -1,0 +1,1 @@
+"""X.509: requests, certificates, chains."""
