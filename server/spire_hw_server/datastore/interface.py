@@ -1,18 +1,21 @@
 """What the server keeps, and the questions it asks of the store.
 
-Values are plain and frozen. Every method is one transaction. Absent things raise NotFoundError,
-present ones AlreadyExistsError, an unusable store UnavailableError.
+Values are plain and frozen. Every method is one transaction that happens as a whole or not at
+all. Absent things raise NotFoundError, present ones AlreadyExistsError, arguments that cannot be
+stored InvalidInputError, an unusable store UnavailableError. Times are kept to the second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 from typing import Protocol
 
+from spire_hw.aio.watch import Watch
 from spire_hw.bundle.bundle import Bundle
+from spire_hw.errors import AlreadyExistsError
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId, TrustDomain
 
@@ -26,8 +29,10 @@ class Entry:
         selectors: sorted, without duplicates.
         x509_svid_ttl_s: seconds, 0 means the server's default; jwt_svid_ttl_s likewise.
         expires_at: when the store may drop the entry, None means never.
-        revision_number: 0 at creation, one more at every update.
-        created_at: set by the store.
+        revision_number: 0 at creation, one more at every update; counted by the store.
+        created_at: set by the store at creation, never changed.
+        disable_x509_svid_prefetch: agents make its X509-SVID when a workload asks.
+        jwt_svid_include_jti: its JWT-SVIDs carry a `jti` and are never cached.
     """
 
     entry_id: str
@@ -45,15 +50,34 @@ class Entry:
     store_svid: bool = False
     hint: str = ""
     created_at: datetime | None = None
+    disable_x509_svid_prefetch: bool = False
+    jwt_svid_include_jti: bool = False
+
+
+class SimilarEntryError(AlreadyExistsError):
+    """An entry with the same SPIFFE ID, parent ID and set of selectors is there already.
+
+    Attributes:
+        entry: the one that is there.
+    """
+
+    def __init__(self, entry: Entry) -> None:
+        super().__init__(
+            f'an entry with this SPIFFE ID, parent and selectors exists: "{entry.entry_id}"'
+        )
+        self.entry = entry
 
 
 class Match(Enum):
-    """How a set is compared with the one asked for (upstream's numbers)."""
+    """How a stored set is compared with the one asked for (upstream's numbers).
 
-    EXACT = 0
-    SUBSET = 1
-    SUPERSET = 2
-    ANY = 3
+    A stored empty set matches nothing. Asking with an empty set is InvalidInputError.
+    """
+
+    EXACT = 0  # the same
+    SUBSET = 1  # the stored set lies within the one asked for
+    SUPERSET = 2  # the stored set holds all that was asked for
+    ANY = 3  # at least one in common
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +94,11 @@ class EntryFilter:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Which part of a list: at most `size` items (0 means all) after `token`."""
+    """Which part of a list: at most `size` items (0 means all) after `token`.
+
+    The token is the decimal row number of the last item of the part before: adding and deleting
+    meanwhile neither repeats nor skips what stayed.
+    """
 
     size: int = 0
     token: str = ""
@@ -131,7 +159,7 @@ class NodePage:
 
 @dataclass(frozen=True, slots=True)
 class JoinToken:
-    """A single-use token; the value is a secret."""
+    """A single-use token; the value is a secret, of which the store keeps a digest only."""
 
     value: str = field(repr=False)
     expires_at: datetime
@@ -166,16 +194,58 @@ class JournalRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Federation:
+    """How the bundle of a foreign trust domain is fetched.
+
+    Attributes:
+        bundle_endpoint_url: `https://...`.
+        endpoint_spiffe_id: who answers there (profile https_spiffe); None for profile https_web.
+    """
+
+    trust_domain: TrustDomain
+    bundle_endpoint_url: str
+    endpoint_spiffe_id: SpiffeId | None = None
+
+
+class BundleDeletion(Enum):
+    """What happens to entries that federate with a bundle to be deleted (upstream's numbers)."""
+
+    RESTRICT = 0  # refuse while there are any
+    DELETE = 1  # delete them too
+    DISSOCIATE = 2  # they no longer federate with it
+
+
+class ChangeKind(Enum):
+    """What a change is about."""
+
+    ENTRY = "entry"
+    NODE = "node"
+    BUNDLE = "bundle"
+    FEDERATION = "federation"
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
-    """Something about an entry or node changed; followed by caches."""
+    """Something was created, updated or deleted; followed by caches of every server.
+
+    Attributes:
+        event_id: grows by exactly one from change to change, in the order they became visible.
+        kind: what it is about.
+        key: entry id, agent ID or trust domain name.
+    """
 
     event_id: int
-    kind: str  # "entry" or "node"
-    key: str  # entry id or agent id
+    kind: ChangeKind
+    key: str
 
 
 class Datastore(Protocol):
     """Everything the server asks of its store."""
+
+    @property
+    def changed(self) -> Watch[int]:
+        """Return the id of the last change made through this object; wakes local caches."""
+        ...
 
     async def create_entry(self, entry: Entry) -> Entry:
         """Store a new entry.
@@ -183,25 +253,59 @@ class Datastore(Protocol):
         Raises:
             SimilarEntryError: same id, parent and selectors exist; carries the one that is there.
             AlreadyExistsError: the entry_id is taken.
+            InvalidInputError: no selectors, or it federates with a trust domain without a bundle.
         """
         ...
 
     async def get_entry(self, entry_id: str) -> Entry: ...
-    async def get_entries(self, entry_ids: Sequence[str]) -> dict[str, Entry]: ...
-    async def list_entries(self, where: EntryFilter, page: Page) -> EntryPage: ...
-    async def count_entries(self, where: EntryFilter) -> int: ...
-    async def update_entry(self, entry: Entry, fields: frozenset[str] | None) -> Entry:
-        """Replace the named attributes (None means all) of the entry with that entry_id."""
+    async def get_entries(self, entry_ids: Collection[str]) -> dict[str, Entry]:
+        """Return those that exist, by entry id."""
         ...
 
-    async def delete_entry(self, entry_id: str) -> Entry: ...
-    async def prune_entries(self, expired_before: datetime) -> int: ...
+    async def list_entries(self, where: EntryFilter, page: Page) -> EntryPage:
+        """Return entries in the order they were created.
+
+        Raises:
+            InvalidInputError: an unreadable page token, or an empty set to match with.
+        """
+        ...
+
+    async def count_entries(self, where: EntryFilter) -> int: ...
+    async def update_entry(self, entry: Entry, fields: frozenset[str] | None) -> Entry:
+        """Replace the named attributes (None means all) of the entry with that entry_id.
+
+        Entry id, revision number and creation time are the store's own and may not be named.
+
+        Raises:
+            NotFoundError: no such entry.
+            SimilarEntryError: it would become similar to another.
+            InvalidInputError: as in create_entry, or an attribute that cannot be replaced.
+        """
+        ...
+
+    async def delete_entry(self, entry_id: str) -> Entry:
+        """Delete an entry and return what it was."""
+        ...
+
+    async def prune_entries(self, expired_before: datetime) -> int:
+        """Delete entries whose expires_at is before a moment; return how many."""
+        ...
 
     async def put_node(self, node: Node) -> Node:
-        """Store a node with its selectors, replacing one with the same agent ID."""
+        """Store a node with its selectors, replacing one with the same agent ID.
+
+        An empty agent_version leaves the one that is stored.
+
+        Raises:
+            DeniedError: the stored node is banned; only deleting it lifts that.
+        """
         ...
 
     async def get_node(self, agent_id: SpiffeId) -> Node: ...
+    async def get_nodes(self, agent_ids: Collection[SpiffeId]) -> dict[SpiffeId, Node]:
+        """Return those that exist, by agent ID."""
+        ...
+
     async def list_nodes(self, where: NodeFilter, page: Page) -> NodePage: ...
     async def count_nodes(self, where: NodeFilter) -> int: ...
     async def set_node_serials(
@@ -212,36 +316,153 @@ class Datastore(Protocol):
         expires_at: datetime,
         new_serial_number: str,
         new_expires_at: datetime | None,
-    ) -> Node: ...
-    async def set_node_version(self, agent_id: SpiffeId, version: str) -> None: ...
-    async def ban_node(self, agent_id: SpiffeId) -> Node: ...
-    async def delete_node(self, agent_id: SpiffeId) -> Node: ...
+        expected_serial_number: str | None = None,
+    ) -> Node:
+        """Store the serials after a renewal, or when the new one is used for the first time.
 
-    async def create_join_token(self, token: JoinToken) -> None: ...
+        Args:
+            agent_id: whose they are.
+            serial_number: the current one, not empty.
+            expires_at: when it ends.
+            new_serial_number: the renewed one, "" when there is none.
+            new_expires_at: when that ends.
+            expected_serial_number: the current serial the caller decided on; anything else in
+                the store means the node attested anew meanwhile and nothing is changed.
+
+        Raises:
+            NotFoundError: no such node.
+            DeniedError: AGENT_BANNED when it is banned, AGENT_NOT_ACTIVE when the current serial
+                is not the expected one.
+        """
+        ...
+
+    async def set_node_version(self, agent_id: SpiffeId, version: str) -> None: ...
+    async def ban_node(self, agent_id: SpiffeId) -> Node:
+        """Blank both serials of a node."""
+        ...
+
+    async def delete_node(self, agent_id: SpiffeId) -> Node:
+        """Delete a node, and the alias entry of a node that came with a join token."""
+        ...
+
+    async def create_join_token(self, token: JoinToken, alias: Entry | None = None) -> None:
+        """Store a join token, and in the same step the entry that gives its agent another ID.
+
+        Raises:
+            AlreadyExistsError: the value is taken.
+            SimilarEntryError: the alias exists; the token is not stored.
+        """
+        ...
+
     async def take_join_token(self, value: str) -> JoinToken:
         """Delete and return a token in one step, so that it works once only."""
         ...
 
-    async def prune_join_tokens(self, expired_before: datetime) -> int: ...
-
-    async def get_bundle(self, trust_domain: TrustDomain) -> Bundle: ...
-    async def list_bundles(self) -> list[Bundle]: ...
-    async def append_bundle(self, bundle: Bundle) -> Bundle:
-        """Merge authorities into a bundle (created when absent); the sequence grows on change."""
+    async def prune_join_tokens(self, expired_before: datetime) -> int:
+        """Delete unused tokens that expired before a moment, with their aliases."""
         ...
 
-    async def set_bundle(self, bundle: Bundle) -> Bundle: ...
-    async def delete_bundle(self, trust_domain: TrustDomain) -> None: ...
-    async def prune_bundle(self, trust_domain: TrustDomain, expired_before: datetime) -> bool: ...
+    async def get_bundle(self, trust_domain: TrustDomain) -> Bundle: ...
+    async def list_bundles(self) -> list[Bundle]:
+        """Return all bundles, by trust domain."""
+        ...
 
-    async def find_journal(self, x509_authority_ids: Sequence[str]) -> JournalRow | None: ...
-    async def save_journal(self, row: JournalRow) -> JournalRow: ...
+    async def append_bundle(self, bundle: Bundle) -> Bundle:
+        """Merge authorities into a bundle (created when absent); the sequence grows on change.
 
-    async def allow_ek(self, ek: EnrolledEk) -> EnrolledEk: ...
+        Raises:
+            InvalidInputError: a JWT key id is taken by another key.
+        """
+        ...
+
+    async def create_bundle(self, bundle: Bundle) -> Bundle:
+        """Store a bundle as it is.
+
+        Raises:
+            AlreadyExistsError: there is one.
+        """
+        ...
+
+    async def set_bundle(self, bundle: Bundle) -> Bundle:
+        """Store a bundle as it is, sequence included, replacing the one that is there."""
+        ...
+
+    async def update_bundle(
+        self, trust_domain: TrustDomain, change: Callable[[Bundle], Bundle]
+    ) -> Bundle:
+        """Change a bundle while nobody else can; the sequence grows when something changed.
+
+        A new sequence number is the old one plus one, or the time in seconds when that is more:
+        it grows also over a restored backup.
+
+        Args:
+            trust_domain: whose bundle.
+            change: pure, quick, called in another thread, perhaps more than once; the error it
+                raises is passed on and nothing is stored.
+        """
+        ...
+
+    async def delete_bundle(
+        self, trust_domain: TrustDomain, mode: BundleDeletion = BundleDeletion.RESTRICT
+    ) -> None:
+        """Delete a bundle; its federation relationship, if any, stays.
+
+        Raises:
+            NotReadyError: mode RESTRICT and entries federate with it.
+        """
+        ...
+
+    async def prune_bundle(self, trust_domain: TrustDomain, expired_before: datetime) -> bool:
+        """Drop authorities that expired before a moment; tell whether there were any.
+
+        Raises:
+            NotReadyError: nothing usable would be left.
+        """
+        ...
+
+    async def create_federation(self, federation: Federation) -> Federation: ...
+    async def get_federation(self, trust_domain: TrustDomain) -> Federation: ...
+    async def list_federations(self) -> list[Federation]:
+        """Return all relationships, by trust domain."""
+        ...
+
+    async def update_federation(self, federation: Federation) -> Federation: ...
+    async def delete_federation(self, trust_domain: TrustDomain) -> None: ...
+
+    async def find_journal(self, x509_authority_ids: Sequence[str]) -> JournalRow | None:
+        """Return the newest journal whose active authority is one of these."""
+        ...
+
+    async def save_journal(self, row: JournalRow) -> JournalRow:
+        """Store a journal: a new one when row_id is 0, else in place of the one there.
+
+        Raises:
+            NotFoundError: row_id is not 0 and there is no such row.
+        """
+        ...
+
+    async def list_journals(self) -> list[JournalRow]: ...
+    async def delete_journal(self, row_id: int) -> None: ...
+
+    async def allow_ek(self, ek: EnrolledEk) -> EnrolledEk:
+        """Enroll a TPM; enrolling it again replaces the comment."""
+        ...
+
     async def deny_ek(self, ek_hash: str) -> None: ...
     async def list_eks(self) -> list[EnrolledEk]: ...
     async def is_ek_allowed(self, ek_hash: str) -> bool: ...
 
-    async def list_changes(self, after: int, limit: int) -> list[Change]: ...
-    async def last_change(self) -> int: ...
+    async def list_changes(self, after: int, limit: int) -> list[Change]:
+        """Return changes in order; the first has id `after + 1` unless it was pruned."""
+        ...
+
+    async def last_change(self) -> int:
+        """Return the id of the last change ever made, 0 before the first."""
+        ...
+
+    async def prune_changes(self, made_before: datetime) -> int: ...
+    async def ping(self) -> None:
+        """Make sure that the store answers."""
+        ...
+
     async def close(self) -> None: ...
