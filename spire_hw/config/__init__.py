@@ -1,0 +1,1 @@
+"""Configuration text to checked, frozen values."""
