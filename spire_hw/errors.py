@@ -118,12 +118,14 @@ class Finding:
     """One thing an attestation failed on.
 
     Attributes:
-        code: stable reason code, such as `quote_nonce_mismatch`.
-        message: the same in words.
+        code: stable reason code, such as `nonce_mismatch`.
+        message: the same in words, with the stage it belongs to in front.
+        kind: what the caller is told when this is the first finding.
     """
 
     code: str
     message: str
+    kind: ErrorKind = ErrorKind.INVALID_ARGUMENT
 
 
 class AttestationError(VerificationError):
@@ -131,7 +133,7 @@ class AttestationError(VerificationError):
 
     def __init__(self, findings: list[Finding], *, kind: ErrorKind | None = None) -> None:
         first = findings[0]
-        super().__init__(f"{first.message} ({first.code})", kind=kind)
+        super().__init__(f"{first.message} [{first.code}]", kind=kind or first.kind)
         self.findings = findings
 
 
