@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Protocol
@@ -54,6 +54,7 @@ class HostInfo:
         log: logger already bound to plugin_type and plugin_name.
         clock: the host's time.
         ek_list: enrolled endorsement keys; None in the agent.
+        join_token: the agent's single-use token, "" when it has none; a secret.
     """
 
     side: Side
@@ -62,6 +63,7 @@ class HostInfo:
     log: Logger
     clock: Clock
     ek_list: EkList | None = None
+    join_token: str = field(default="", repr=False)
 
 
 class Plugin(Protocol):

@@ -1,0 +1,44 @@
+# Chores of the project. `make help` lists them.
+PY := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types rooms proto proto-check tests coverage bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## system packages and .venv; does nothing when all is there
+	@scripts/setup.sh
+
+demo: setup ## from a bare machine to a workload's SVID, narrated (KEEP=1 leaves it running)
+	@$(PY) -m spire_hw_sim demo $(if $(KEEP),--keep)
+
+test: setup lint types rooms proto-check tests ## everything CI checks
+
+lint: setup ## ruff: rules and formatting
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+types: setup ## mypy --strict
+	@$(PY) -m mypy spire_hw plugins/spire_hw_plugins server/spire_hw_server agent/spire_hw_agent sim/spire_hw_sim
+
+rooms: setup ## who may import whom
+	@.venv/bin/lint-imports
+
+proto: setup ## generate spire_hw/_pb from proto/
+	@scripts/proto.sh
+
+proto-check: setup ## fail when spire_hw/_pb is not what proto/ says
+	@scripts/proto.sh --check
+
+tests: setup ## the tests alone (ARGS="-k name" narrows them)
+	@$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+
+coverage: setup ## tests with line coverage of the security core
+	@$(PY) -m pytest -n 2 --dist loadgroup --cov --cov-report=term --cov-report=json:build/coverage.json $(ARGS)
+
+bench: setup ## speed, as ratios; writes build/bench.json
+	@$(PY) -m tests.bench
+
+clean: ## remove what was built, not .venv
+	@rm -rf build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage*

@@ -1,0 +1,351 @@
+"""Which identities a workload has: selectors in, live updates out.
+
+The cache holds this agent's entries, their X509-SVIDs and the bundles, all in memory. Workloads
+with the same selectors share one group, so that an update is computed and encoded once and handed
+to every open stream by reference.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+from spire_hw.aio.watch import Watch
+from spire_hw.rotation import should_rotate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from spire_hw.bundle.bundle import Bundle
+    from spire_hw.selector import Selector
+    from spire_hw.spiffeid import SpiffeId, TrustDomain
+
+Selectors = frozenset["Selector"]
+
+
+@dataclass(frozen=True, slots=True)
+class AgentEntry:
+    """A registration entry as the agent needs it.
+
+    Attributes:
+        created_at: seconds since 1970, as the server said.
+        prefetch: whether its SVID is asked for before a workload wants it.
+        jwt_jti: tokens carry a unique id and are therefore never cached.
+    """
+
+    entry_id: str
+    spiffe_id: SpiffeId
+    selectors: Selectors
+    federates_with: tuple[TrustDomain, ...]
+    hint: str
+    revision: int
+    created_at: int
+    prefetch: bool = True
+    jwt_jti: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Svid:
+    """An X509-SVID with its key, as a workload gets it.
+
+    Attributes:
+        chain: DER certificates, leaf first.
+        private_key: DER PKCS#8; a secret.
+        revision: revision of the entry it was issued for.
+    """
+
+    spiffe_id: SpiffeId
+    chain: tuple[bytes, ...]
+    private_key: bytes = field(repr=False)
+    not_before: datetime
+    not_after: datetime
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """An entry together with its SVID."""
+
+    entry: AgentEntry
+    svid: Svid
+
+
+@dataclass(frozen=True)
+class WorkloadUpdate:
+    """Everything a workload with certain selectors may have; compared by identity.
+
+    Attributes:
+        identities: in the order of their entry ids; the first is the default.
+        bundle: own trust domain.
+        federated: bundles of the trust domains its entries federate with.
+    """
+
+    identities: tuple[Identity, ...]
+    bundle: Bundle
+    federated: Mapping[TrustDomain, Bundle]
+    # Answers encoded once for all streams of the group, by method.
+    encoded: dict[str, bytes] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(slots=True)
+class _Group:
+    selectors: Selectors
+    updates: Watch[WorkloadUpdate | None]
+    readers: int = 0
+
+
+class Cache:
+    """The agent's view of its entries; lives on one event loop.
+
+    Args:
+        bundle: the own trust domain's bundle.
+        max_svids: how many SVIDs are kept for entries without an open stream.
+    """
+
+    def __init__(self, bundle: Bundle, *, max_svids: int = 1000) -> None:
+        self._bundle = bundle
+        self._federated: dict[TrustDomain, Bundle] = {}
+        self._entries: dict[str, AgentEntry] = {}
+        self._by_first_selector: dict[Selector, set[str]] = {}
+        self._svids: dict[str, Svid] = {}
+        self._groups: dict[Selectors, _Group] = {}
+        self._used: OrderedDict[str, None] = OrderedDict()
+        self._max_svids = max_svids
+        self.demand = Watch(0)
+
+    @property
+    def bundle(self) -> Bundle:
+        """Return the own bundle."""
+        return self._bundle
+
+    @property
+    def entries(self) -> Mapping[str, AgentEntry]:
+        """Return all entries by id."""
+        return self._entries
+
+    @property
+    def svid_count(self) -> int:
+        """Return how many SVIDs are held."""
+        return len(self._svids)
+
+    def bundles(self) -> dict[TrustDomain, Bundle]:
+        """Return the own and all foreign bundles."""
+        return {self._bundle.trust_domain: self._bundle, **self._federated}
+
+    # -- what the server says ------------------------------------------------
+
+    def set_entries(self, entries: Iterable[AgentEntry]) -> None:
+        """Replace all entries; SVIDs of vanished ones are dropped at once."""
+        fresh = {e.entry_id: e for e in entries}
+        if fresh == self._entries:
+            return
+        self._entries = fresh
+        index: defaultdict[Selector, set[str]] = defaultdict(set)
+        for entry in fresh.values():
+            index[min(entry.selectors)].add(entry.entry_id)
+        self._by_first_selector = dict(index)
+        for entry_id in [i for i in self._svids if not self._still_fits(i)]:
+            del self._svids[entry_id]
+        for entry_id in [i for i in self._used if i not in fresh]:
+            del self._used[entry_id]
+        self._refresh_groups()
+        self.demand.set(self.demand.value + 1)
+
+    def _still_fits(self, entry_id: str) -> bool:
+        entry = self._entries.get(entry_id)
+        return entry is not None and entry.spiffe_id == self._svids[entry_id].spiffe_id
+
+    def set_bundles(self, bundle: Bundle, federated: Mapping[TrustDomain, Bundle]) -> None:
+        """Replace the own and the foreign bundles."""
+        if bundle == self._bundle and dict(federated) == self._federated:
+            return
+        self._bundle = bundle
+        self._federated = dict(federated)
+        self._refresh_groups()
+
+    def put_svids(self, svids: Mapping[str, Svid]) -> None:
+        """Store SVIDs by entry id; those of entries that vanished meanwhile are ignored."""
+        for entry_id, svid in svids.items():
+            if entry_id in self._entries and self._entries[entry_id].spiffe_id == svid.spiffe_id:
+                self._svids[entry_id] = svid
+        self._refresh_groups()
+
+    def drop_svids(self) -> None:
+        """Forget every SVID: the agent lost its own identity."""
+        self._svids.clear()
+        self._refresh_groups()
+
+    # -- what is due ----------------------------------------------------------
+
+    def due(self, now: datetime) -> list[AgentEntry]:
+        """Return the entries that need a new SVID, those with an open stream first."""
+        self._expire(now)
+        wanted = self._wanted()
+        self._trim(wanted)
+        return [e for e in wanted if self._is_due(e, now)]
+
+    def _is_due(self, entry: AgentEntry, now: datetime) -> bool:
+        svid = self._svids.get(entry.entry_id)
+        return (
+            svid is None
+            or svid.revision != entry.revision
+            or should_rotate(now, svid.not_before, svid.not_after)
+        )
+
+    def _expire(self, now: datetime) -> None:
+        gone = [i for i, s in self._svids.items() if s.not_after <= now]
+        for entry_id in gone:
+            del self._svids[entry_id]
+        if gone:
+            self._refresh_groups()
+
+    def _wanted(self) -> list[AgentEntry]:
+        live = {e.entry_id: e for g in self._groups.values() for e in self.matching(g.selectors)}
+        room = self._max_svids - len(live)
+        for entry_id in reversed(self._used):
+            if room <= 0:
+                break
+            if entry_id not in live:
+                live[entry_id] = self._entries[entry_id]
+                room -= 1
+        for entry in self._entries.values():
+            if room <= 0:
+                break
+            if entry.prefetch and entry.entry_id not in live:
+                live[entry.entry_id] = entry
+                room -= 1
+        return list(live.values())
+
+    def _trim(self, wanted: list[AgentEntry]) -> None:
+        keep = {e.entry_id for e in wanted}
+        for entry_id in [i for i in self._svids if i not in keep]:
+            del self._svids[entry_id]
+
+    # -- what a workload may have ---------------------------------------------
+
+    def matching(self, selectors: Selectors) -> list[AgentEntry]:
+        """Return the entries whose selectors are all among these, in the order of their ids."""
+        found = [
+            self._entries[entry_id]
+            for selector in selectors
+            for entry_id in self._by_first_selector.get(selector, ())
+            if self._entries[entry_id].selectors <= selectors
+        ]
+        return _unique_hints(sorted(found, key=lambda e: e.entry_id))
+
+    @contextmanager
+    def subscribe(self, selectors: Selectors) -> Iterator[Watch[WorkloadUpdate | None]]:
+        """Follow what a workload with these selectors may have.
+
+        Yields:
+            A watch of the latest update: None until all matching entries have SVIDs, an update
+            without identities when nothing matches.
+        """
+        group = self._groups.get(selectors)
+        if group is None:
+            group = _Group(selectors, Watch(self._update_for(selectors, None)))
+            self._groups[selectors] = group
+        group.readers += 1
+        for entry in self.matching(selectors):
+            self._used[entry.entry_id] = None
+            self._used.move_to_end(entry.entry_id)
+        if group.updates.value is None:
+            self.demand.set(self.demand.value + 1)
+        try:
+            yield group.updates
+        finally:
+            group.readers -= 1
+            if not group.readers:
+                self._groups.pop(selectors, None)
+
+    def _refresh_groups(self) -> None:
+        for group in self._groups.values():
+            old = group.updates.value
+            new = self._update_for(group.selectors, old)
+            if new != old:
+                group.updates.set(new)
+
+    def _update_for(self, selectors: Selectors, old: WorkloadUpdate | None) -> WorkloadUpdate | None:
+        entries = self.matching(selectors)
+        identities = []
+        for entry in entries:
+            svid = self._svids.get(entry.entry_id)
+            if svid is None:
+                # Incomplete answers are never sent: keep the last complete one while it holds.
+                return old if old is not None and self._holds(old, entries) else None
+            identities.append(Identity(entry, svid))
+        federated = {
+            td: self._federated[td]
+            for entry in entries
+            for td in entry.federates_with
+            if td in self._federated
+        }
+        return WorkloadUpdate(tuple(identities), self._bundle, federated)
+
+    def _holds(self, old: WorkloadUpdate, entries: list[AgentEntry]) -> bool:
+        """Tell whether every identity of an older update is still granted and alive."""
+        granted = {e.entry_id: e.spiffe_id for e in entries}
+        return bool(old.identities) and all(
+            granted.get(i.entry.entry_id) == i.svid.spiffe_id and i.entry.entry_id in self._svids
+            for i in old.identities
+        )
+
+
+def _unique_hints(entries: list[AgentEntry]) -> list[AgentEntry]:
+    """Of entries with the same hint keep the oldest (SPIFFE Workload API, section 5.2.1)."""
+    oldest: dict[str, AgentEntry] = {}
+    for entry in entries:
+        if entry.hint:
+            holder = oldest.setdefault(entry.hint, entry)
+            if (entry.created_at, entry.entry_id) < (holder.created_at, holder.entry_id):
+                oldest[entry.hint] = entry
+    return [e for e in entries if not e.hint or oldest[e.hint] is e]
+
+
+@dataclass(frozen=True, slots=True)
+class JwtToken:
+    """A JWT-SVID and when it was issued and ends; the token is a secret."""
+
+    token: str = field(repr=False)
+    issued_at: datetime
+    expires_at: datetime
+
+
+class JwtCache:
+    """JWT-SVIDs by entry and exact set of audiences, least recently used first out."""
+
+    def __init__(self, *, max_tokens: int = 1000) -> None:
+        self._tokens: OrderedDict[tuple[str, str, tuple[str, ...]], JwtToken] = OrderedDict()
+        self._max_tokens = max_tokens
+
+    @staticmethod
+    def _key(entry: AgentEntry, audience: Iterable[str]) -> tuple[str, str, tuple[str, ...]]:
+        return entry.entry_id, str(entry.spiffe_id), tuple(sorted(set(audience)))
+
+    def get(self, entry: AgentEntry, audience: Iterable[str], now: datetime) -> JwtToken | None:
+        """Return a token that has not ended yet, or None."""
+        key = self._key(entry, audience)
+        token = self._tokens.get(key)
+        if token is None:
+            return None
+        if token.expires_at <= now + timedelta(seconds=1):
+            del self._tokens[key]
+            return None
+        self._tokens.move_to_end(key)
+        return token
+
+    def put(self, entry: AgentEntry, audience: Iterable[str], token: JwtToken) -> None:
+        """Keep a token; the least recently used one makes room."""
+        key = self._key(entry, audience)
+        self._tokens[key] = token
+        self._tokens.move_to_end(key)
+        while len(self._tokens) > self._max_tokens:
+            self._tokens.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forget every token."""
+        self._tokens.clear()

@@ -1,0 +1,181 @@
+"""What the agent keeps on disk between runs: its SVID, the bundle and how it was enrolled.
+
+One file, `agent-data.json`, as upstream writes it: arrays of base64 text, each the PEM of one
+certificate. Private keys are never in it; they are the KeyManager's.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import fcntl
+import json
+import os
+import ssl
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from spire_hw.errors import EncodingError, NotReadyError, SpireHwError
+
+_FILE = "agent-data.json"
+_LOCK = ".spire-hw-agent.lock"
+_MAX_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class AgentData:
+    """The content of the file.
+
+    Attributes:
+        svid: DER chain of the agent's X509-SVID, leaf first; empty before enrolment.
+        bundle: DER certificates of the trust bundle; empty before bootstrap.
+        reattestable: whether the agent attests again instead of renewing.
+        other: members of the file this version does not use, kept as they are.
+    """
+
+    svid: tuple[bytes, ...] = ()
+    bundle: tuple[bytes, ...] = ()
+    reattestable: bool = False
+    other: dict[str, Any] = field(default_factory=dict)
+
+
+class Storage:
+    """The agent's data directory, held by one process at a time.
+
+    Raises:
+        NotReadyError: the directory cannot be used or another agent holds it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock_fd = os.open(
+                directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+            )
+        except OSError as e:
+            raise NotReadyError(f"data directory {directory} cannot be used: {e.strerror}") from e
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            os.close(self._lock_fd)
+            raise NotReadyError(
+                f"data directory {directory} is in use by another agent; stop it or set data_dir"
+            ) from e
+        self._data: AgentData | None = None
+
+    def close(self) -> None:
+        """Let another process have the directory."""
+        os.close(self._lock_fd)
+
+    def load(self) -> AgentData:
+        """Return what is stored; an absent file is an empty one.
+
+        Raises:
+            EncodingError: the file is damaged; the message names it.
+        """
+        if self._data is None:
+            self._data = self._read()
+        return self._data
+
+    def _read(self) -> AgentData:
+        path = self.directory / _FILE
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return AgentData()
+        except OSError as e:
+            raise NotReadyError(f"{path} cannot be read: {e.strerror}") from e
+        with os.fdopen(fd, "rb") as f:
+            raw = f.read(_MAX_BYTES + 1)
+        try:
+            if len(raw) > _MAX_BYTES:
+                raise ValueError("larger than 4 MiB")  # noqa: TRY301 - one message for all faults
+            document = json.loads(raw)
+            if not isinstance(document, dict):
+                raise TypeError("not a JSON object")  # noqa: TRY301
+            return AgentData(
+                svid=_chain(document.pop("svid", None)),
+                bundle=_chain(document.pop("bundle", None)),
+                reattestable=document.pop("reattestable", False) is True,
+                other=document,
+            )
+        except (ValueError, TypeError, RecursionError) as e:
+            raise EncodingError(
+                str(path), f"{e}; remove the file to make the agent enrol again"
+            ) from e
+
+    def store_bundle(self, bundle: tuple[bytes, ...]) -> None:
+        """Replace the bundle."""
+        self._write(replace(self.load(), bundle=bundle))
+
+    def store_svid(self, svid: tuple[bytes, ...], *, reattestable: bool) -> None:
+        """Replace the agent's SVID."""
+        self._write(replace(self.load(), svid=svid, reattestable=reattestable))
+
+    def drop_svid(self) -> None:
+        """Forget the agent's SVID."""
+        if self.load().svid:
+            self._write(replace(self.load(), svid=(), reattestable=False))
+
+    def drop_bundle(self) -> None:
+        """Forget the bundle, so that the next start bootstraps anew."""
+        self._write(replace(self.load(), bundle=()))
+
+    def _write(self, data: AgentData) -> None:
+        if data == self._data:
+            return
+        document = {
+            **data.other,
+            "svid": _lines(data.svid),
+            "bundle": _lines(data.bundle),
+            "reattestable": data.reattestable,
+        }
+        try:
+            _replace(self.directory / _FILE, json.dumps(document, indent=2).encode() + b"\n")
+        except OSError as e:
+            raise SpireHwError(
+                f"{self.directory / _FILE} cannot be written: {e.strerror}"
+            ) from e
+        self._data = data
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Replace a file so that a crash leaves the old or the new content, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    fd = os.open(
+        temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+    )
+    try:
+        with os.fdopen(fd, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _lines(chain: tuple[bytes, ...]) -> list[str]:
+    return [
+        base64.b64encode(ssl.DER_cert_to_PEM_cert(der).encode()).decode() for der in chain
+    ]
+
+
+def _chain(value: object) -> tuple[bytes, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise TypeError("certificates are not a list of texts")
+    try:
+        pems = [base64.b64decode(v, validate=True).decode("ascii") for v in value]
+        return tuple(ssl.PEM_cert_to_DER_cert(pem.strip()) for pem in pems)
+    except (binascii.Error, UnicodeDecodeError) as e:
+        raise ValueError("a certificate is not base64 of PEM text") from e

@@ -1,0 +1,205 @@
+"""Keeps the cache true: entries and bundles from the server, SVIDs before they are due."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from cryptography.hazmat.primitives import serialization
+
+from spire_hw.aio.backoff import Backoff
+from spire_hw.errors import DeniedError, ErrorKind, SpireHwError
+from spire_hw.key import KeyType, SoftwareSigner, generate_private_key, spki_der
+from spire_hw.svid.x509svid import parse_x509_svid
+from spire_hw.x509.csr import build_csr
+from spire_hw_agent.cache import AgentEntry, Cache, Svid
+
+if TYPE_CHECKING:
+    from spire_hw.bundle.bundle import Bundle
+    from spire_hw.clock import Clock
+    from spire_hw.key import PrivateKey
+    from spire_hw.log import Logger
+    from spire_hw.spiffeid import TrustDomain
+    from spire_hw_agent.upstream import IssuedSvid, Upstream
+
+_BATCH = 500
+_SVID_INTERVAL_S = 0.5
+_MAX_ENTRY_BACKOFF_S = 8 * 60.0
+_MAX_SVID_BACKOFF_S = 4 * 60.0
+_IDLE_BACKOFF_S = 5.0
+_FEDERATED_AT_ONCE = 10
+
+
+class Synchroniser:
+    """The two loops that keep the cache true.
+
+    Args:
+        on_bundle: told about every own bundle that came with a synchronisation.
+        on_denied: told about a refusal by the server that concerns the agent itself.
+    """
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        cache: Cache,
+        *,
+        clock: Clock,
+        log: Logger,
+        interval_s: float,
+        key_type: KeyType,
+        on_bundle: Callable[[Bundle], Awaitable[None]],
+        on_denied: Callable[[DeniedError], Awaitable[None]],
+    ) -> None:
+        self._upstream = upstream
+        self._cache = cache
+        self._clock = clock
+        self._log = log
+        self._interval_s = interval_s
+        self._key_type = key_type
+        self._on_bundle = on_bundle
+        self._on_denied = on_denied
+        self._batch = _BATCH
+
+    # -- entries and bundles ---------------------------------------------------
+
+    async def sync_once(self) -> None:
+        """Bring entries and bundles up to date.
+
+        Raises:
+            SpireHwError: the server is away or refused.
+        """
+        bundle = await self._upstream.get_bundle()
+        entries = await self._upstream.sync_entries()
+        domains = {td for e in entries for td in e.federates_with}
+        federated = await self._federated(domains)
+        await self._on_bundle(bundle)
+        self._cache.set_bundles(bundle, federated)
+        self._cache.set_entries(entries)
+
+    async def _federated(self, domains: set[TrustDomain]) -> dict[TrustDomain, Bundle]:
+        at_once = asyncio.Semaphore(_FEDERATED_AT_ONCE)
+
+        async def fetch(td: TrustDomain) -> tuple[TrustDomain, Bundle | None]:
+            async with at_once:
+                try:
+                    return td, await self._upstream.get_federated_bundle(td)
+                except SpireHwError as e:
+                    if e.kind is not ErrorKind.NOT_FOUND:
+                        raise
+                    self._log.warning("Federated bundle not found", trust_domain=str(td))
+                    return td, None
+
+        pairs = await asyncio.gather(*(fetch(td) for td in sorted(domains)))
+        return {td: bundle for td, bundle in pairs if bundle is not None}
+
+    async def run_entries(self) -> None:
+        """Synchronise for ever."""
+        cap = min(_MAX_ENTRY_BACKOFF_S, 48 * self._interval_s)
+        backoff = Backoff(self._interval_s, cap)
+        while True:
+            wait = self._interval_s
+            try:
+                await self.sync_once()
+                backoff.reset()
+            except DeniedError as e:
+                await self._denied(e)
+                wait = backoff.next_s()
+            except SpireHwError as e:
+                self._log.error("Failed to synchronise with the server", error=e.message)
+                wait = backoff.next_s()
+            if not self._cache.entries:
+                wait = min(wait, _IDLE_BACKOFF_S)
+            await self._clock.sleep(wait)
+
+    # -- SVIDs -----------------------------------------------------------------
+
+    async def run_svids(self) -> None:
+        """Ask for SVIDs that are missing or due, for ever."""
+        backoff = Backoff(_SVID_INTERVAL_S, _MAX_SVID_BACKOFF_S)
+        while True:
+            seen = self._cache.demand.version
+            wait = _SVID_INTERVAL_S
+            try:
+                await self.renew_due()
+                backoff.reset()
+            except DeniedError as e:
+                await self._denied(e)
+                wait = backoff.next_s()
+            except SpireHwError as e:
+                self._log.error("Failed to renew X509-SVIDs", error=e.message)
+                wait = backoff.next_s()
+            await self._rest(seen, wait)
+
+    async def _rest(self, seen: int, wait_s: float) -> None:
+        """Wait for time to pass or for a workload that lacks an SVID, whichever is first."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await self._cache.demand.wait(seen)
+
+    async def renew_due(self) -> None:
+        """Get every SVID that is missing or due.
+
+        Raises:
+            SpireHwError: the server is away or refused a batch.
+        """
+        due = self._cache.due(self._clock.now())
+        while due:
+            batch, due = due[: self._batch], due[self._batch :]
+            try:
+                await self._renew(batch)
+            except SpireHwError:
+                self._batch = max(1, self._batch // 2)
+                raise
+            self._batch = min(_BATCH, self._batch * 2)
+
+    async def _renew(self, batch: Sequence[AgentEntry]) -> None:
+        keys = [generate_private_key(self._key_type) for _ in batch]
+        requests = [
+            (entry.entry_id, await build_csr(SoftwareSigner(key), spiffe_id=entry.spiffe_id))
+            for entry, key in zip(batch, keys, strict=True)
+        ]
+        answers = await self._upstream.new_x509_svids(requests)
+        made: dict[str, Svid] = {}
+        for entry, key, answer in zip(batch, keys, answers, strict=True):
+            try:
+                made[entry.entry_id] = _svid(entry, key, answer)
+            except SpireHwError as e:
+                self._log.error(
+                    "Failed to get an X509-SVID",
+                    entry_id=entry.entry_id,
+                    spiffe_id=str(entry.spiffe_id),
+                    error=e.message,
+                )
+        self._cache.put_svids(made)
+        self._log.debug("X509-SVIDs renewed", count=len(made))
+        if len(made) < len(batch):
+            raise SpireHwError(f"{len(batch) - len(made)} of {len(batch)} SVIDs were not issued")
+
+    async def _denied(self, error: DeniedError) -> None:
+        self._log.error("The server refused this agent", error=error.message)
+        if error.reason is not None:
+            await self._on_denied(error)
+
+
+def _svid(entry: AgentEntry, key: PrivateKey, answer: IssuedSvid) -> Svid:
+    if answer.error is not None:
+        raise answer.error
+    svid = parse_x509_svid(answer.chain)
+    if svid.spiffe_id != entry.spiffe_id:
+        raise SpireHwError(f"server issued {svid.spiffe_id} for {entry.spiffe_id}")
+    if spki_der(svid.public_key) != spki_der(key.public_key()):
+        raise SpireHwError("server issued an SVID for another key")
+    return Svid(
+        spiffe_id=svid.spiffe_id,
+        chain=answer.chain,
+        private_key=key.private_bytes(
+            serialization.Encoding.DER,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        ),
+        not_before=svid.not_before,
+        not_after=svid.not_after,
+        revision=entry.revision,
+    )

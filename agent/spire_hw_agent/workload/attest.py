@@ -1,0 +1,57 @@
+"""What is the calling process: asks all workload attestors at once and merges their selectors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError, UnavailableError
+from spire_hw.selector import Selector
+
+if TYPE_CHECKING:
+    from spire_hw.log import Logger
+    from spire_hw.plugin.workloadattestor import WorkloadAttestor
+    from spire_hw.transport.peer import CallerProcess
+
+_TIMEOUT_S = 10.0
+
+
+class Attestors:
+    """All configured workload attestors, by name."""
+
+    def __init__(self, attestors: Sequence[tuple[str, WorkloadAttestor]], log: Logger) -> None:
+        self._attestors = tuple(attestors)
+        self._log = log
+
+    async def attest(self, process: CallerProcess) -> frozenset[Selector]:
+        """Return the selectors of a process.
+
+        Raises:
+            UnavailableError: every attestor failed.
+            SpireHwError: UNAUTHENTICATED, the process ended meanwhile.
+        """
+        results = await asyncio.gather(*(self._one(n, a, process) for n, a in self._attestors))
+        if not process.alive():
+            raise SpireHwError("the calling process has ended", kind=ErrorKind.UNAUTHENTICATED)
+        found = [r for r in results if r is not None]
+        if not found:
+            raise UnavailableError("workload attestation failed")
+        return frozenset(s for selectors in found for s in selectors)
+
+    async def _one(
+        self, name: str, attestor: WorkloadAttestor, process: CallerProcess
+    ) -> list[Selector] | None:
+        try:
+            async with asyncio.timeout(_TIMEOUT_S):
+                values = await attestor.attest(process)
+            return [Selector(type=name, value=value) for value in values]
+        except (SpireHwError, InvalidInputError, TimeoutError) as e:
+            self._log.error(
+                "Failed to collect all selectors for PID",
+                plugin_name=name,
+                plugin_type="WorkloadAttestor",
+                pid=process.pid,
+                error=str(e) or "timed out",
+            )
+            return None
