@@ -20,9 +20,9 @@ from typing import Annotated, Final, cast, TYPE_CHECKING
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import StringConstraints
 
-from spire_hw.config.schema import decode, faults
+from spire_hw.config.schema import Model, decode, faults
 from spire_hw.errors import ConfigFault, InvalidInputError, NotReadyError, SpireHwError
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw_plugins.keymanager.software import SoftwareKey, SoftwareKeys
@@ -38,18 +38,14 @@ _MAX_FILE_BYTES: Final = 1 << 20
 _Text = Annotated[str, StringConstraints(min_length=1)]
 
 
-class ServerConfig(BaseModel):
+class ServerConfig(Model):
     """The plugin_data on a server."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     keys_path: _Text
 
 
-class AgentConfig(BaseModel):
+class AgentConfig(Model):
     """The plugin_data on an agent."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     directory: _Text
 
@@ -75,9 +71,9 @@ class DiskKeyManager(SoftwareKeys):
             NotReadyError: file or directory cannot be used.
         """
         if self._side is Side.SERVER:
-            path = Path(decode(config, ServerConfig, NAME).keys_path)
+            path = Path(decode(config, ServerConfig).keys_path)
         else:
-            path = Path(decode(config, AgentConfig, NAME).directory) / _FILE_NAME
+            path = Path(decode(config, AgentConfig).directory) / _FILE_NAME
             await asyncio.to_thread(_check_directory, path.parent)
         if not self.is_loaded:
             self.load(await asyncio.to_thread(self._read, path))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Final, TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
-
-from spire_hw.config.schema import decode, faults
+from spire_hw.config.schema import Model, decode, faults
 from spire_hw_plugins.keymanager.software import SoftwareKeys
 
 if TYPE_CHECKING:
@@ -17,10 +15,8 @@ if TYPE_CHECKING:
 NAME: Final = "memory"
 
 
-class Config(BaseModel):
+class Config(Model):
     """The plugin_data of `memory`: nothing can be set."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
 class MemoryKeyManager(SoftwareKeys):
@@ -40,7 +36,7 @@ class MemoryKeyManager(SoftwareKeys):
         Raises:
             ConfigError: something is set.
         """
-        decode(config, Config, NAME)
+        decode(config, Config)
         if not self.is_loaded:
             self.load({})
         self._log.warning("keys are software keys in process memory, lost at every restart")
