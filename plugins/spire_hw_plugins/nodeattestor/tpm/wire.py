@@ -1,0 +1,480 @@
+"""Messages of the `tpm` node attestor: dialect 2, an object beside what the Go plugin sends.
+
+One round trip: attestation data, challenge, response. All are JSON objects; byte fields are
+canonical padded base64, PCR values lower-case hex. Outer members we do not know are ignored, our
+own object `spire_hw` is closed. Every `quote` entry of a challenge names one bank and is answered
+by one quote in the same place of `quotes`, with the values of that bank alone.
+
+Reading is strict and total: hostile bytes give an `InvalidInputError` whose text begins with
+`envelope: `, `ek: ` or `quote: `, a `LimitError` for size, or an `AttestationError` for evidence
+of a dialect without quotes.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from spire_hw.errors import AttestationError, ErrorKind, Finding, InvalidInputError
+from spire_hw.tpm.wire import BANKS, HASHES, PCR_COUNT, PcrSelection
+from spire_hw_plugins.nodeattestor import strictjson
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from spire_hw_plugins.nodeattestor.strictjson import StrictObject
+
+NAME: Final = "tpm"
+DIALECT: Final = 2
+MAX_PAYLOAD_BYTES: Final = 64 * 1024
+MAX_CHALLENGE_BYTES: Final = 64 * 1024
+MAX_RESPONSE_BYTES: Final = 1024 * 1024
+MAX_CHAIN: Final = 6
+NONCE_BYTES: Final = 32
+SECRET_BYTES: Final = 32
+MAX_QUOTES: Final = len(BANKS)
+
+_PEM_LABELS: Final = ("CERTIFICATE", "PUBLIC KEY")
+_PEM_BLOCK = re.compile(
+    r"-----BEGIN ([A-Z0-9 ]{1,40})-----\r?\n([A-Za-z0-9+/=\r\n]*)\r?\n-----END \1-----\s*"
+)
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_HEX = re.compile(r"[0-9a-f]*")
+_PCR = re.compile(r"[0-9]|1[0-9]|2[0-3]")
+
+
+@dataclass(frozen=True, slots=True)
+class AkEvidence:
+    """The attestation key as it came.
+
+    Attributes:
+        public: TPMT_PUBLIC without size prefix.
+        create_data: TPMS_CREATION_DATA.
+        create_attestation: TPMS_ATTEST of type creation, signed by the key itself.
+        create_signature: TPMT_SIGNATURE.
+    """
+
+    public: bytes
+    create_data: bytes
+    create_attestation: bytes
+    create_signature: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LogAnnouncement:
+    """A boot log the node could send: its size in bytes and lower-case hex SHA-256."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttestationData:
+    """The agent's first message.
+
+    Attributes:
+        ek_certificate: DER, None when the TPM has none.
+        ek_spki: DER SubjectPublicKeyInfo of the endorsement key; None when only the certificate
+            was sent.
+        ak: attestation key and proof of its creation.
+        ek_pub: TPMT_PUBLIC of the endorsement key.
+        ek_chain: DER intermediates, leaf side first.
+        key_pub: TPMT_PUBLIC of the CSR's key, None when it is not in the TPM.
+        ak_parent_pub: TPMT_PUBLIC of the AK's parent, None for a primary key.
+        log: announcement of a boot log.
+        ima_entries: how long the node's IMA list is, None without one.
+        boot_id: the kernel's boot id.
+    """
+
+    ek_certificate: bytes | None
+    ek_spki: bytes | None
+    ak: AkEvidence
+    ek_pub: bytes
+    ek_chain: tuple[bytes, ...] = ()
+    key_pub: bytes | None = None
+    ak_parent_pub: bytes | None = None
+    log: LogAnnouncement | None = None
+    ima_entries: int | None = None
+    boot_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChallengeMessage:
+    """The server's challenge.
+
+    Attributes:
+        credential: TPM2B_ID_OBJECT with size prefix.
+        secret: TPM2B_ENCRYPTED_SECRET with size prefix.
+        nonce: 32 bytes.
+        quote: what to quote; one quote per entry, in this order.
+        want: further evidence asked for, of `log` and `ima`.
+        ima_from: first IMA entry wanted.
+        limits: name to bytes or entries the server takes.
+        expires_ms: how long the challenge lives.
+    """
+
+    credential: bytes
+    secret: bytes
+    nonce: bytes
+    quote: tuple[PcrSelection, ...]
+    want: tuple[str, ...] = ()
+    ima_from: int = 0
+    limits: tuple[tuple[str, int], ...] = (("response_bytes", MAX_RESPONSE_BYTES),)
+    expires_ms: int = 30_000
+
+
+@dataclass(frozen=True, slots=True)
+class SignedStatement:
+    """TPMS_ATTEST and TPMT_SIGNATURE."""
+
+    attest: bytes
+    sig: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class QuoteEvidence:
+    """One quote and the PCR values it covers: bank to PCR number to value."""
+
+    attest: bytes
+    sig: bytes
+    pcrs: Mapping[str, Mapping[int, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """The agent's answer.
+
+    Attributes:
+        secret: what activation gave.
+        quotes: one per entry asked for.
+        certify: statement about the CSR's key; None when `key_pub` was not sent.
+        time: TPM2_GetTime statement, only for owner-hierarchy AKs.
+        log: boot log, zlib.
+        ima: part of the IMA list, zlib.
+        ima_from: first entry of that part.
+    """
+
+    secret: bytes
+    quotes: tuple[QuoteEvidence, ...]
+    certify: SignedStatement | None = None
+    time: SignedStatement | None = None
+    log: bytes | None = None
+    ima: bytes | None = None
+    ima_from: int | None = None
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def encode_attestation_data(data: AttestationData) -> bytes:
+    """Return the first message; certificate before key, as dialects A and B read it."""
+    pem = b""
+    if data.ek_certificate is not None:
+        pem += _pem("CERTIFICATE", data.ek_certificate)
+    if data.ek_spki is not None:
+        pem += _pem("PUBLIC KEY", data.ek_spki)
+    ours: dict[str, object] = {"v": DIALECT, "ek_pub": _b64(data.ek_pub)}
+    ours["ek_chain"] = [_b64(certificate) for certificate in data.ek_chain]
+    if data.key_pub is not None:
+        ours["key_pub"] = _b64(data.key_pub)
+    if data.ak_parent_pub is not None:
+        ours["ak_parent_pub"] = _b64(data.ak_parent_pub)
+    if data.log is not None:
+        ours["log"] = {"size": data.log.size, "sha256": data.log.sha256}
+    if data.ima_entries is not None:
+        ours["ima"] = {"entries": data.ima_entries}
+    if data.boot_id is not None:
+        ours["boot_id"] = data.boot_id
+    ak = {
+        "Public": _b64(data.ak.public),
+        "UseTCSDActivationFormat": False,
+        "CreateData": _b64(data.ak.create_data),
+        "CreateAttestation": _b64(data.ak.create_attestation),
+        "CreateSignature": _b64(data.ak.create_signature),
+    }
+    return _dump({"EK": _b64(pem), "AK": ak, "spire_hw": ours})
+
+
+def encode_challenge(message: ChallengeMessage) -> bytes:
+    """Return the challenge message."""
+    ours = {
+        "v": DIALECT,
+        "nonce": _b64(message.nonce),
+        "quote": [{"bank": s.bank, "pcrs": list(s.pcrs)} for s in message.quote],
+        "want": list(message.want),
+        "ima_from": message.ima_from,
+        "limits": dict(message.limits),
+        "expires_ms": message.expires_ms,
+    }
+    ec = {"Credential": _b64(message.credential), "Secret": _b64(message.secret)}
+    return _dump({"EC": ec, "spire_hw": ours})
+
+
+def encode_response(response: Response) -> bytes:
+    """Return the answer to a challenge."""
+    ours: dict[str, object] = {"v": DIALECT, "quotes": [_quote_json(q) for q in response.quotes]}
+    for name, statement in (("certify", response.certify), ("time", response.time)):
+        if statement is not None:
+            ours[name] = {"attest": _b64(statement.attest), "sig": _b64(statement.sig)}
+    for name, blob in (("log", response.log), ("ima", response.ima)):
+        if blob is not None:
+            ours[name] = _b64(blob)
+    if response.ima_from is not None:
+        ours["ima_from"] = response.ima_from
+    return _dump({"Secret": _b64(response.secret), "spire_hw": ours})
+
+
+def _quote_json(quote: QuoteEvidence) -> dict[str, object]:
+    pcrs = {
+        bank: {str(n): value.hex() for n, value in sorted(values.items())}
+        for bank, values in quote.pcrs.items()
+    }
+    return {"attest": _b64(quote.attest), "sig": _b64(quote.sig), "pcrs": pcrs}
+
+
+def _dump(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _pem(label: str, der: bytes) -> bytes:
+    text = _b64(der)
+    lines = "\n".join(text[i : i + 64] for i in range(0, len(text), 64))
+    return f"-----BEGIN {label}-----\n{lines}\n-----END {label}-----\n".encode()
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def decode_attestation_data(payload: bytes) -> AttestationData:
+    """Read the agent's first message.
+
+    Raises:
+        LimitError: larger than 64 KiB.
+        AttestationError: `activation_only`, a Go dialect without our object.
+        InvalidInputError: anything else that is wrong with it.
+    """
+    if not payload:
+        raise InvalidInputError("envelope: attestation data is missing")
+    outer = strictjson.load(payload, MAX_PAYLOAD_BYTES)
+    if "EC" in outer or ("Secret" in outer and "EK" not in outer):
+        raise InvalidInputError("envelope: expected attestation data, got an answer")
+    certificate, spki = _split_pem(outer.blob("EK"))
+    ak = _read_ak(outer.child("AK"))
+    if "spire_hw" not in outer:
+        text = "policy: this server requires a quote"
+        raise AttestationError([Finding("activation_only", text, ErrorKind.PERMISSION_DENIED)])
+    ours = outer.child("spire_hw")
+    _check_version(ours)
+    if found := {"quotes", "certify", "time"} & ours.names():
+        raise InvalidInputError(f"envelope: evidence sent before it was asked for: {min(found)}")
+    ours.closed("v", "ek_pub", "ek_chain", "key_pub", "ak_parent_pub", "log", "ima", "boot_id")
+    return AttestationData(
+        ek_certificate=certificate,
+        ek_spki=spki,
+        ak=ak,
+        ek_pub=ours.blob("ek_pub"),
+        ek_chain=_read_chain(ours),
+        key_pub=ours.optional_blob("key_pub"),
+        ak_parent_pub=ours.optional_blob("ak_parent_pub"),
+        log=_read_log(ours),
+        ima_entries=_read_ima(ours),
+        boot_id=_read_boot_id(ours),
+    )
+
+
+def decode_challenge(data: bytes) -> ChallengeMessage:
+    """Read the server's challenge.
+
+    Raises:
+        LimitError: larger than 64 KiB.
+        InvalidInputError: anything else that is wrong with it.
+    """
+    outer = strictjson.load(data, MAX_CHALLENGE_BYTES)
+    if "EC" not in outer:
+        raise InvalidInputError("challenge: credential is missing")
+    ec, ours = outer.child("EC"), outer.child("spire_hw")
+    _check_version(ours)
+    ours.closed("v", "nonce", "quote", "want", "ima_from", "limits", "expires_ms")
+    nonce = ours.blob("nonce")
+    if len(nonce) != NONCE_BYTES:
+        raise InvalidInputError(f"challenge: nonce must be {NONCE_BYTES} bytes")
+    want = tuple(ours.texts("want")) if "want" in ours else ()
+    if set(want) - {"log", "ima"} or len(set(want)) != len(want):
+        raise InvalidInputError("challenge: evidence asked for is not known")
+    limits = ours.child("limits") if "limits" in ours else None
+    return ChallengeMessage(
+        credential=_check_sized(ec.blob("Credential"), "credential"),
+        secret=_check_sized(ec.blob("Secret"), "secret"),
+        nonce=nonce,
+        quote=tuple(_read_request(entry) for entry in ours.children("quote", MAX_QUOTES)),
+        want=want,
+        ima_from=ours.number("ima_from") if "ima_from" in ours else 0,
+        limits=_read_limits(limits),
+        expires_ms=ours.number("expires_ms"),
+    )
+
+
+def decode_response(data: bytes) -> Response:
+    """Read the agent's answer.
+
+    Raises:
+        LimitError: larger than 1 MiB.
+        InvalidInputError: anything else that is wrong with it.
+    """
+    if not data:
+        raise InvalidInputError("envelope: expected a challenge response")
+    outer = strictjson.load(data, MAX_RESPONSE_BYTES)
+    if "Secret" not in outer:
+        raise InvalidInputError("envelope: expected a challenge response")
+    secret = outer.blob("Secret", empty=True)
+    ours = outer.child("spire_hw")
+    _check_version(ours)
+    ours.closed("v", "quotes", "certify", "time", "log", "ima", "ima_from")
+    return Response(
+        secret=secret,
+        quotes=tuple(_read_quote(entry) for entry in ours.children("quotes", MAX_QUOTES)),
+        certify=_read_statement(ours, "certify"),
+        time=_read_statement(ours, "time"),
+        log=ours.optional_blob("log", empty=True),
+        ima=ours.optional_blob("ima", empty=True),
+        ima_from=ours.number("ima_from") if "ima_from" in ours else None,
+    )
+
+
+def _read_ak(ak: StrictObject) -> AkEvidence:
+    if "UseTCSDActivationFormat" in ak and ak.flag("UseTCSDActivationFormat"):
+        raise InvalidInputError("ak: TPM 1.2 format is not supported")
+    return AkEvidence(
+        public=ak.blob("Public"),
+        create_data=ak.blob("CreateData"),
+        create_attestation=ak.blob("CreateAttestation"),
+        create_signature=ak.blob("CreateSignature"),
+    )
+
+
+def _check_version(ours: StrictObject) -> None:
+    version = ours.number("v", signed=True)
+    if version != DIALECT:
+        raise InvalidInputError(
+            f"envelope: dialect {version} is not supported, this server speaks {DIALECT}"
+        )
+
+
+def _read_chain(ours: StrictObject) -> tuple[bytes, ...]:
+    if "ek_chain" not in ours:
+        return ()
+    entries = ours.texts("ek_chain")
+    if len(entries) > MAX_CHAIN:
+        raise InvalidInputError(f"ek: chain is longer than {MAX_CHAIN} certificates")
+    return tuple(strictjson.decode64(entry, "spire_hw.ek_chain") for entry in entries)
+
+
+def _read_log(ours: StrictObject) -> LogAnnouncement | None:
+    if "log" not in ours:
+        return None
+    log = ours.child("log", "envelope: evidence sent before it was asked for: log")
+    log.closed("size", "sha256")
+    digest = log.text("sha256")
+    if not _HEX.fullmatch(digest) or len(digest) != 64:  # noqa: PLR2004
+        raise InvalidInputError("envelope: spire_hw.log.sha256 is not a lower-case hex SHA-256")
+    return LogAnnouncement(log.number("size"), digest)
+
+
+def _read_ima(ours: StrictObject) -> int | None:
+    if "ima" not in ours:
+        return None
+    ima = ours.child("ima", "envelope: evidence sent before it was asked for: ima")
+    ima.closed("entries")
+    return ima.number("entries")
+
+
+def _read_boot_id(ours: StrictObject) -> str | None:
+    if "boot_id" not in ours:
+        return None
+    value = ours.text("boot_id")
+    if not _UUID.fullmatch(value):
+        raise InvalidInputError("envelope: spire_hw.boot_id is not a UUID")
+    return value
+
+
+def _read_request(entry: StrictObject) -> PcrSelection:
+    entry.closed("bank", "pcrs")
+    bank, pcrs = entry.text("bank"), entry.numbers("pcrs")
+    if bank not in BANKS or not pcrs or len(set(pcrs)) != len(pcrs) or max(pcrs) >= PCR_COUNT:
+        raise InvalidInputError("challenge: PCR request is malformed")
+    return PcrSelection(bank, tuple(sorted(pcrs)))
+
+
+def _read_quote(entry: StrictObject) -> QuoteEvidence:
+    entry.closed("attest", "sig", "pcrs")
+    banks = entry.child("pcrs")
+    if unknown := banks.names() - BANKS.keys():
+        raise InvalidInputError(f"quote: bank {strictjson.shown(min(unknown))} is not known")
+    values = {bank: _read_pcrs(banks.child(bank)) for bank in banks.names()}
+    return QuoteEvidence(entry.blob("attest"), entry.blob("sig"), values)
+
+
+def _read_pcrs(bank: StrictObject) -> dict[int, bytes]:
+    found = {}
+    for key in bank.names():
+        if not _PCR.fullmatch(key):
+            raise InvalidInputError("quote: PCR number is malformed")
+        value = bank.text(key)
+        if not _HEX.fullmatch(value) or len(value) % 2:
+            raise InvalidInputError("quote: PCR value is not lower-case hex")
+        found[int(key)] = bytes.fromhex(value)
+    return found
+
+
+def _read_limits(limits: StrictObject | None) -> tuple[tuple[str, int], ...]:
+    if limits is None:
+        return ()
+    return tuple((name, limits.number(name)) for name in sorted(limits.names()))
+
+
+def _read_statement(ours: StrictObject, name: str) -> SignedStatement | None:
+    if name not in ours:
+        return None
+    entry = ours.child(name)
+    entry.closed("attest", "sig")
+    return SignedStatement(entry.blob("attest"), entry.blob("sig"))
+
+
+def _check_sized(data: bytes, what: str) -> bytes:
+    """Return a TPM2B when its size prefix is right and its size plausible."""
+    limit = 2 + 2 * 66 + max(size for _, size in HASHES.values()) + 512
+    if not 2 < len(data) <= limit or int.from_bytes(data[:2], "big") != len(data) - 2:  # noqa: PLR2004
+        raise InvalidInputError(f"challenge: {what} is malformed")
+    return data
+
+
+def _split_pem(data: bytes) -> tuple[bytes | None, bytes | None]:
+    """Return certificate and public key of a bundle of one or both blocks."""
+    try:
+        text = data.decode("ascii")
+    except UnicodeDecodeError as e:
+        raise InvalidInputError("ek: no endorsement key in the request: not PEM") from e
+    found: dict[str, bytes] = {}
+    place = 0
+    while place < len(text):
+        block = _PEM_BLOCK.match(text, place)
+        if block is None:
+            what = "text beside PEM blocks" if "-----BEGIN " in text else "not PEM"
+            raise InvalidInputError(f"ek: no endorsement key in the request: {what}")
+        label, body = block[1], block[2]
+        if label not in _PEM_LABELS:
+            raise InvalidInputError("ek: unexpected PEM block")
+        if label in found:
+            raise InvalidInputError("ek: expected one certificate and at most one public key")
+        found[label] = strictjson.decode64(re.sub(r"\r?\n", "", body), "EK", stage="ek")
+        place = block.end()
+    if not found:
+        raise InvalidInputError("ek: no endorsement key in the request")
+    return found.get("CERTIFICATE"), found.get("PUBLIC KEY")
