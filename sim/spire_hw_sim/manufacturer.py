@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -18,9 +18,13 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
 from spire_hw.clock import SystemClock
-from spire_hw.key import PublicKey
-from spire_hw_sim.swtpm import Swtpm
 from spire_hw_sim.tpm_command import ENDORSEMENT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from spire_hw.key import PublicKey
+    from spire_hw_sim.swtpm import Swtpm
 
 _MANUFACTURER = ObjectIdentifier("2.23.133.2.1")
 _MODEL = ObjectIdentifier("2.23.133.2.2")

@@ -11,14 +11,16 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from spire_hw.errors import DeviceError, UnavailableError
 from spire_hw_sim.tpm_command import Commands
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
 
 _STATE_FILE = "tpm2-00.permall"
 _START_S, _STOP_S = 10.0, 5.0

@@ -1,0 +1,453 @@
+"""Opens a TPM, gives it one thread, repeats what it was too busy for, unloads what was loaded.
+
+A job is a plain function of a `Connection`; it runs alone in the device's thread, so nothing can
+come between its commands. What to do with keys is in `keys` and `attest`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from spire_hw.aio.worker import Worker
+from spire_hw.errors import InvalidInputError, NotReadyError, SpireHwError, UnavailableError
+from spire_hw.tpm.errors import STALE, TRANSIENT, Rc, TpmError, is_transport_failure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+# The library prints its own error lines to stderr; ours say more.
+os.environ.setdefault("TSS2_LOG", "all+NONE")
+
+try:
+    from tpm2_pytss import ESAPI, TSS2_Exception
+    from tpm2_pytss.constants import ESYS_TR, TPM2_CAP, TPM2_HR
+except (ImportError, OSError) as e:
+    raise UnavailableError(
+        f"the TPM software stack is missing ({e}): install libtss2 and tpm2-pytss"
+    ) from e
+
+T = TypeVar("T")
+
+_DEFAULT_DEVICE: Final = Path("/dev/tpmrm0")
+_DEFAULT_TIMEOUT_S: Final = 30.0
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.02, 1.0
+_CAPABILITY_PAGE: Final = 64
+_MAX_CONTEXTS: Final = 32
+
+TRANSIENT_HANDLES: Final = int(TPM2_HR.TRANSIENT)
+PERSISTENT_HANDLES: Final = int(TPM2_HR.PERSISTENT)
+NV_HANDLES: Final = int(TPM2_HR.NV_INDEX)
+SESSION_HANDLES: Final = int(TPM2_HR.HMAC_SESSION)
+
+
+class Hierarchy(Enum):
+    """Hierarchies whose password an operator may have set."""
+
+    OWNER = int(ESYS_TR.OWNER)
+    ENDORSEMENT = int(ESYS_TR.ENDORSEMENT)
+
+
+def resolve_tcti(text: str) -> str:
+    """Return the TCTI string for what a configuration says.
+
+    Args:
+        text: a TCTI such as `swtpm:host=localhost,port=2321`, a device path, or empty for the
+            kernel's resource manager.
+
+    Raises:
+        NotReadyError: empty, and there is no TPM or more than one.
+        InvalidInputError: neither a path nor a TCTI.
+    """
+    if not text:
+        found = sorted(_DEFAULT_DEVICE.parent.glob("tpmrm*"))
+        if not found:
+            raise NotReadyError(
+                f"there is no TPM: {_DEFAULT_DEVICE} does not exist; switch the TPM on in the "
+                "firmware setup, or set tpm_device_path"
+            )
+        if len(found) > 1:
+            names = ", ".join(str(p) for p in found)
+            raise NotReadyError(f"there are several TPMs ({names}): set tpm_device_path")
+        text = str(found[0])
+    if text.startswith("/"):
+        return f"device:{text}"
+    name = text.partition(":")[0]
+    if not name.replace("-", "").isalnum():
+        raise InvalidInputError(f"{text!r} is neither a device path nor a TCTI")
+    return text
+
+
+class Capability(Enum):
+    """Lists a TPM gives about itself: TPM2_CAP number and layout of one item."""
+
+    ALGORITHMS = (int(TPM2_CAP.ALGS), ">HI")
+    HANDLES = (int(TPM2_CAP.HANDLES), ">I")
+    PROPERTIES = (int(TPM2_CAP.TPM_PROPERTIES), ">II")
+    CURVES = (int(TPM2_CAP.ECC_CURVES), ">H")
+
+
+HASH_NAMES: Final = {
+    0x0004: "sha1",
+    0x000B: "sha256",
+    0x000C: "sha384",
+    0x000D: "sha512",
+    0x0012: "sm3_256",
+    0x0027: "sha3_256",
+    0x0028: "sha3_384",
+    0x0029: "sha3_512",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """A saved object; useless after a reset of the TPM."""
+
+    saved: Any
+
+
+class Connection:
+    """An open TPM as a job sees it; only ever touched by the device's thread.
+
+    Attributes:
+        esys: the library's context, for `call`.
+        is_lost: the TPM does not answer; the device will open a new connection.
+    """
+
+    def __init__(self, tcti: str, passwords: dict[Hierarchy, bytes], names: set[bytes]) -> None:
+        """Open the TPM.
+
+        Args:
+            tcti: TCTI string.
+            passwords: hierarchy passwords.
+            names: shared set of object Names we made, see `remember`.
+
+        Raises:
+            UnavailableError: it cannot be reached.
+        """
+        self.tcti = tcti
+        self.is_lost = False
+        self._loaded: list[Any] = []
+        self._names = names
+        self._contexts: OrderedDict[bytes, _Context] = OrderedDict()
+        self._operation, self._deadline = "open", 0.0
+        try:
+            self.esys = ESAPI(tcti)
+        except TSS2_Exception as e:
+            raise UnavailableError(
+                f"no TPM answers at {tcti}: check that the device exists and that this process "
+                "may open it (group tss)"
+            ) from e
+        for hierarchy, password in passwords.items():
+            self.esys.tr_set_auth(ESYS_TR(hierarchy.value), password)
+
+    def begin(self, operation: str, deadline: float) -> None:
+        """Name what comes next, for messages, and when it must be over (monotonic seconds)."""
+        self._operation = operation
+        self._deadline = deadline
+
+    def call(self, command: Callable[..., Any], /, *args: object, **kwargs: object) -> Any:
+        """Give one command; repeat it while the TPM says that it is busy.
+
+        Args:
+            command: a method of `esys`.
+            args: its arguments.
+            kwargs: its keyword arguments.
+
+        Raises:
+            TpmError: the TPM refused.
+            UnavailableError: the TPM is gone or did not answer in time.
+        """
+        wait_s, may_reclaim = _FIRST_WAIT_S, True
+        while True:
+            self._check_alive()
+            try:
+                return command(*args, **kwargs)
+            except TSS2_Exception as e:
+                error = self._translate(int(e.rc), e)
+                if error.is_any(frozenset({Rc.OBJECT_MEMORY})) and may_reclaim:
+                    may_reclaim = False
+                    if self._reclaim():
+                        continue
+                if not error.is_any(TRANSIENT) or time.monotonic() + wait_s > self._deadline:
+                    raise error from e
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+    @contextlib.contextmanager
+    def loaded(self, handle: Any) -> Iterator[Any]:
+        """Unload a transient object or session at the end of the block, however it ends."""
+        self._loaded.append(handle)
+        try:
+            yield handle
+        finally:
+            self._loaded.remove(handle)
+            self._flush(handle)
+
+    @contextlib.contextmanager
+    def cached(self, label: bytes, load: Callable[[], Any]) -> Iterator[Any]:
+        """Load an object by its saved context, or by `load` when there is none that works.
+
+        Args:
+            label: what object; callers use its Name or a word.
+            load: loads or makes it and returns its handle.
+        """
+        handle = self._restore(label)
+        if handle is None:
+            handle = load()
+            with self._flushed_on_error(handle):
+                self._contexts[label] = _Context(self.call(self.esys.context_save, handle))
+            if len(self._contexts) > _MAX_CONTEXTS:
+                self._contexts.popitem(last=False)
+        with self.loaded(handle):
+            yield handle
+
+    def forget(self, label: bytes) -> None:
+        """Drop a saved context."""
+        self._contexts.pop(label, None)
+
+    def forget_all(self) -> None:
+        """Drop all saved contexts, as after a reset of the TPM."""
+        self._contexts.clear()
+
+    def remember(self, name: bytes) -> None:
+        """Note the Name of an object we made: a leftover of it may be flushed to gain a slot."""
+        self._names.add(name)
+
+    def capability(self, kind: Capability, first: int = 0) -> list[tuple[int, ...]]:
+        """Return all values of a capability, from property `first` on, as tuples of integers."""
+        number, layout = kind.value
+        found: list[tuple[int, ...]] = []
+        more = True
+        while more:
+            raw, more = self._capability_page(number, first)
+            items = list(struct.iter_unpack(layout, raw))
+            found += items
+            if not items:
+                break
+            first = items[-1][0] + 1
+        return found
+
+    def pcr_banks(self) -> dict[str, tuple[int, ...]]:
+        """Return the PCRs of every bank, by hash name; a bank that is off has none."""
+        raw, _ = self._capability_page(int(TPM2_CAP.PCRS), 0)
+        banks: dict[str, tuple[int, ...]] = {}
+        while raw:
+            number, size = struct.unpack_from(">HB", raw)
+            bitmap = int.from_bytes(raw[3 : 3 + size], "little")
+            name = HASH_NAMES.get(number, f"0x{number:04x}")
+            banks[name] = tuple(n for n in range(8 * size) if bitmap >> n & 1)
+            raw = raw[3 + size :]
+        return banks
+
+    def _capability_page(self, kind: int, first: int) -> tuple[bytes, bool]:
+        more, data = self.call(self.esys.get_capability, kind, first, _CAPABILITY_PAGE)
+        # TPMS_CAPABILITY_DATA: kind, count, items.
+        return bytes(data.marshal())[8:], bool(more)
+
+    def handles(self, first: int) -> list[int]:
+        """Return the handles that exist in one range, such as `TRANSIENT_HANDLES`."""
+        last = first | int(TPM2_HR.HANDLE_MASK)
+        found = self.capability(Capability.HANDLES, first)
+        return [h for (h,) in found if first <= h <= last]
+
+    def close(self) -> None:
+        """Unload what is left and close."""
+        for handle in reversed(self._loaded):
+            self._flush(handle)
+        self._loaded.clear()
+        self.esys.close()
+
+    def _restore(self, label: bytes) -> Any:
+        context = self._contexts.get(label)
+        if context is None:
+            return None
+        try:
+            handle = self.call(self.esys.context_load, context.saved)
+        except TpmError as e:
+            if not e.is_any(STALE) and e.decoded.layer == "TPM":
+                raise
+            self.forget_all()  # a reset took them all
+            return None
+        self._contexts.move_to_end(label)
+        return handle
+
+    @contextlib.contextmanager
+    def _flushed_on_error(self, handle: Any) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._flush(handle)
+            raise
+
+    def _flush(self, handle: Any) -> None:
+        if self.is_lost:
+            return  # it went with the connection
+        try:
+            self.call(self.esys.flush_context, handle)
+        except SpireHwError:
+            # Whatever was wrong, this connection cannot be trusted to be clean any more.
+            self.is_lost = True
+
+    def _reclaim(self) -> bool:
+        """Flush objects of ours that an earlier process left behind; never those of others."""
+        mine = {int(self.esys.tr_get_tpm_handle(h)) for h in self._loaded}
+        gained = False
+        for handle in self.handles(TRANSIENT_HANDLES):
+            if handle in mine:
+                continue
+            with contextlib.suppress(TpmError):
+                object_ = self.call(self.esys.tr_from_tpmpublic, handle)
+                name = bytes(self.esys.tr_get_name(object_))
+                if name in self._names:
+                    self.call(self.esys.flush_context, object_)
+                    gained = True
+                else:
+                    self.esys.tr_close(object_)
+        return gained
+
+    def _check_alive(self) -> None:
+        if self.is_lost:
+            raise UnavailableError(f"{self._operation}: the TPM at {self.tcti} is gone")
+        if time.monotonic() > self._deadline:
+            raise UnavailableError(f"{self._operation}: the TPM at {self.tcti} took too long")
+
+    def _translate(self, code: int, cause: BaseException) -> TpmError:
+        if is_transport_failure(code):
+            self.is_lost = True
+            raise UnavailableError(
+                f"{self._operation}: the TPM at {self.tcti} cannot be reached; was it unplugged, "
+                "or its driver unloaded?"
+            ) from cause
+        error = TpmError(code, device=self.tcti, operation=self._operation)
+        if error.decoded.layer != "TPM":
+            self.is_lost = True  # the software stack is confused: start over with a new context
+        return error
+
+
+class TpmDevice:
+    """One TPM and its thread.
+
+    Attributes:
+        tcti: the resolved TCTI string.
+    """
+
+    def __init__(self, tcti: str) -> None:
+        """Prepare; the TPM is opened by the first job.
+
+        Args:
+            tcti: as `resolve_tcti` takes it.
+        """
+        self.tcti = resolve_tcti(tcti)
+        self._worker = Worker(f"TPM {self.tcti}")
+        self._connection: Connection | None = None
+        self._passwords: dict[Hierarchy, bytes] = {}
+        self._password_changed = False
+        self._names: set[bytes] = set()
+        self._users = 1
+
+    async def run(
+        self,
+        operation: str,
+        job: Callable[[Connection], T],
+        *,
+        timeout_s: float = _DEFAULT_TIMEOUT_S,
+    ) -> T:
+        """Run a job in the device's thread.
+
+        A job may run twice when the connection turns out to be dead, so it must not depend on
+        what an earlier command of its own left in the TPM.
+
+        Args:
+            operation: what it is for, in an operator's words.
+            job: gives commands to the connection and returns plain values.
+            timeout_s: for the job, including its wait in the queue.
+
+        Raises:
+            TpmError: the TPM refused a command.
+            UnavailableError: the TPM is gone, or the job took too long.
+            SpireHwError: DEADLINE_EXCEEDED, a command hangs; later jobs wait for it, each until
+                its own deadline.
+        """
+        deadline = time.monotonic() + timeout_s
+        # The job looks at its deadline between commands; the worker's is for one that hangs.
+        return await self._worker.run(
+            lambda: self._execute(operation, job, deadline), timeout_s=timeout_s + 1.0
+        )
+
+    def set_password(self, hierarchy: Hierarchy, password: bytes) -> None:
+        """Use a hierarchy password from the next connection on."""
+        if self._passwords.get(hierarchy) != password:
+            self._passwords[hierarchy] = password
+            self._password_changed = True
+
+    async def close(self) -> None:
+        """Give the device back; the last user closes it."""
+        with _registry_lock:
+            self._users -= 1
+            if self._users > 0:
+                return
+            if _registry.get(self.tcti) is self:
+                del _registry[self.tcti]
+        with contextlib.suppress(UnavailableError):
+            await self._worker.run(self._disconnect)
+        await self._worker.close()
+
+    def _execute(self, operation: str, job: Callable[[Connection], T], deadline: float) -> T:
+        was_open = self._connection is not None
+        try:
+            return self._attempt(operation, job, deadline)
+        except UnavailableError:
+            if not was_open or self._connection is not None or time.monotonic() > deadline:
+                raise
+        return self._attempt(operation, job, deadline)
+
+    def _attempt(self, operation: str, job: Callable[[Connection], T], deadline: float) -> T:
+        if self._password_changed:
+            self._disconnect()
+        if self._connection is None:
+            self._connection = Connection(self.tcti, self._passwords, self._names)
+            self._password_changed = False
+        connection = self._connection
+        connection.begin(operation, deadline)
+        try:
+            return job(connection)
+        finally:
+            if connection.is_lost:
+                self._disconnect()
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _share(self) -> TpmDevice:
+        self._users += 1
+        return self
+
+
+_registry: dict[str, TpmDevice] = {}
+_registry_lock = threading.Lock()
+
+
+def shared(tcti: str) -> TpmDevice:
+    """Return the process's one device for a TCTI; give it back with `close`.
+
+    Raises:
+        NotReadyError: no TCTI given and there is no TPM, or more than one.
+    """
+    resolved = resolve_tcti(tcti)
+    with _registry_lock:
+        found = _registry.get(resolved)
+        if found is not None:
+            return found._share()  # noqa: SLF001 - same module
+        device = _registry[resolved] = TpmDevice(resolved)
+        return device
