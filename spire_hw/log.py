@@ -1,14 +1,508 @@
-"""Structured logs with upstream's key names, as text or JSON."""
+"""Structured logs with upstream's key names, as text or JSON.
+
+One `Output` per process takes every line: those of our loggers, those of the standard library's
+`logging` (grpc, alembic, aiohttp). It is the last place before a line leaves the process, so it
+redacts secrets and escapes whatever could forge a line.
+
+Text is `time="..." level=info msg="..." key=value`, keys after `msg` sorted; JSON is one object a
+line with sorted keys. Source: the formatters of sirupsen/logrus 1.9 as upstream sets them up.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import enum
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final, TextIO
+
 import structlog
 from structlog.typing import FilteringBoundLogger
+from typing_extensions import override
+
+from spire_hw.clock import Clock, SystemClock
+from spire_hw.errors import InvalidInputError, UnavailableError
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Mapping, MutableMapping
+    from pathlib import Path
 
 Logger = FilteringBoundLogger
 
 
+class Level(enum.IntEnum):
+    """How much is logged; the numbers are those of the standard library where it has one."""
+
+    PANIC = 60
+    FATAL = 50
+    ERROR = 40
+    WARN = 30
+    INFO = 20
+    DEBUG = 10
+    TRACE = 5
+
+    @property
+    def label(self) -> str:
+        """Return the name as it stands in a log line, such as `warning`."""
+        return "warning" if self is Level.WARN else self.name.lower()
+
+    @classmethod
+    def parse(cls, text: str) -> Level:
+        """Return the level for a name in any case.
+
+        Raises:
+            InvalidInputError: no such level; the message lists those there are.
+        """
+        name = text.upper()
+        if name == "WARNING":
+            return cls.WARN
+        if name in cls.__members__:
+            return cls[name]
+        known = ", ".join(level.name.lower() for level in cls)
+        raise InvalidInputError(f'log level "{text[:40]}" is unknown; use one of {known}')
+
+    @classmethod
+    def of(cls, number: int) -> Level:
+        """Return the level a number of the standard library falls into."""
+        return next((level for level in cls if number >= level), cls.TRACE)
+
+
+class Format(enum.Enum):
+    """How a line is written."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """Where lines go and which.
+
+    Attributes:
+        file: appended to, created with mode 0640; None means standard output.
+        source_location: adds `func` and `file` of the calling code.
+    """
+
+    level: Level = Level.INFO
+    format: Format = Format.TEXT
+    file: Path | None = None
+    source_location: bool = False
+
+
+class Output:
+    """The end of all log lines of a process; safe to use from any thread."""
+
+    def __init__(
+        self,
+        settings: LogSettings | None = None,
+        *,
+        clock: Clock | None = None,
+        stream: TextIO | None = None,
+    ) -> None:
+        """Make an output.
+
+        Args:
+            settings: what to write; the defaults without it.
+            clock: where the time of a line comes from.
+            stream: takes the lines when settings name no file; standard output without it.
+
+        Raises:
+            UnavailableError: the log file cannot be opened.
+        """
+        self._lock = threading.RLock()
+        self._descriptor: int | None = None
+        self._lost = 0
+        self._take(settings or LogSettings(), clock or SystemClock(), stream)
+
+    def _take(self, settings: LogSettings, clock: Clock, stream: TextIO | None) -> None:
+        with self._lock:
+            opened = None if settings.file is None else _open(settings.file)
+            self._close_file()
+            self.settings = settings
+            self._descriptor = opened
+            self._clock = clock
+            self._stream = stream
+            self.level = settings.level
+
+    def reset_level(self) -> None:
+        """Go back to the level of the configuration."""
+        self.level = self.settings.level
+
+    def reopen(self) -> None:
+        """Open the log file anew, for logrotate; when that fails the old one stays in use."""
+        if self.settings.file is None:
+            return
+        try:
+            opened = _open(self.settings.file)
+        except UnavailableError as e:
+            self.write(Level.ERROR, "Failed to rotate log", {"error": e.message})
+            return
+        with self._lock:
+            self._close_file()
+            self._descriptor = opened
+
+    def reopen_on_signal(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Reopen the file whenever the process gets SIGUSR2."""
+        loop.add_signal_handler(signal.SIGUSR2, self.reopen)
+
+    def close(self) -> None:
+        """Close the file; later lines go to standard output."""
+        with self._lock:
+            self._close_file()
+
+    def _close_file(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def write(self, level: Level, message: str, fields: Mapping[str, Any]) -> None:
+        """Write one line, whatever its level; `message` and values may hold anything."""
+        now = self._clock.now()
+        with self._lock:
+            if self._lost:
+                lost, self._lost = self._lost, 0
+                self._put(self._render(Level.ERROR, now, "Log lines were lost", {"count": lost}))
+            self._put(self._render(level, now, message, fields))
+
+    def _render(self, level: Level, now: datetime, message: str, fields: Mapping[str, Any]) -> str:
+        clean = {_clean_key(k): _redacted(k, v) for k, v in fields.items()}
+        message = _hide(_text(message))
+        if self.settings.format is Format.JSON:
+            return render_json(level, now, message, clean)
+        return render_text(level, now, message, clean)
+
+    def _put(self, line: str) -> None:
+        data = line.encode("utf-8", "backslashreplace") + b"\n"
+        try:
+            if self._descriptor is not None:
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+                return
+            stream = sys.stdout if self._stream is None else self._stream
+            stream.write(data.decode())
+            stream.flush()
+        except (OSError, ValueError):  # disk full, pipe gone, stream closed: serving goes on
+            self._lost += 1
+
+    def logger(self, subsystem: str) -> Logger:
+        """Return a logger that writes here, bound to a subsystem name."""
+        made: Logger = structlog.wrap_logger(
+            _Sink(self),
+            processors=[self._filter, self._locate, _exception, _deliver],
+            wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET),
+            context_class=dict,
+            cache_logger_on_first_use=True,
+            subsystem_name=subsystem,
+        )
+        return made
+
+    def _filter(
+        self, _logger: object, method: str, event: MutableMapping[str, Any]
+    ) -> MutableMapping[str, Any]:
+        level = _METHODS.get(method, Level.INFO)
+        if level < self.level:
+            raise structlog.DropEvent
+        event["_level"] = level
+        return event
+
+    def _locate(
+        self, _logger: object, _method: str, event: MutableMapping[str, Any]
+    ) -> MutableMapping[str, Any]:
+        if self.settings.source_location:
+            frame = sys._getframe(1)  # noqa: SLF001 - the documented way is inspect, ten times slower
+            while frame.f_back and frame.f_globals.get("__name__", "").startswith(_INNER):
+                frame = frame.f_back
+            event["_func"] = f"{frame.f_globals.get('__name__')}.{frame.f_code.co_qualname}"
+            event["_file"] = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"  # noqa: PTH119
+        return event
+
+
+_INNER: Final = ("structlog", "spire_hw.log", "logging")
+_METHODS: Final = {
+    "debug": Level.DEBUG,
+    "info": Level.INFO,
+    "warning": Level.WARN,
+    "error": Level.ERROR,
+    "exception": Level.ERROR,
+    "critical": Level.FATAL,
+}
+
+
+class _Sink:
+    """What structlog calls at the end of the chain."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+
+    def msg(self, level: Level, message: str, fields: dict[str, Any]) -> None:
+        self._output.write(level, message, fields)
+
+    debug = info = warning = error = exception = critical = msg
+
+
+def _exception(
+    _logger: object, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    given = event.pop("exc_info", None)
+    if given is True:
+        given = sys.exc_info()[1]
+    if isinstance(given, tuple):
+        given = given[1]
+    if isinstance(given, BaseException):
+        event.setdefault("error", str(given) or type(given).__name__)
+        event["stack"] = "".join(traceback.format_exception(given))
+    return event
+
+
+def _deliver(
+    _logger: object, _method: str, event: MutableMapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    level = event.pop("_level")
+    message = event.pop("event", "")
+    return (level, str(message), dict(event)), {}
+
+
+def _open(file: Path) -> int:
+    try:
+        return os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    except OSError as e:
+        raise UnavailableError(f"log file {file} cannot be opened: {e.strerror}") from e
+
+
+# --- rendering --------------------------------------------------------------------------------
+
+_LOCATION: Final = {"_func": "func", "_file": "file"}
+_BARE: Final = re.compile(r"[A-Za-z0-9\-._/@^+]*", re.ASCII)
+_HTML: Final = re.compile("[<>&\x7f-\x9f\u2028\u2029]")
+_GO_ESCAPES: Final = {
+    "\a": "\\a", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\v": "\\v",
+    '"': '\\"', "\\": "\\\\",
+}  # fmt: skip
+_ASCII_END: Final = 0x7F
+_BMP_END: Final = 0xFFFF
+
+
+def format_time(moment: datetime) -> str:
+    """Return RFC 3339 in UTC with the fraction's trailing zeros cut, as Go's RFC3339Nano."""
+    text = moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    fraction = f".{moment.microsecond:06d}".rstrip("0").rstrip(".")
+    return f"{text}{fraction}Z"
+
+
+def render_text(level: Level, now: datetime, message: str, fields: Mapping[str, Any]) -> str:
+    """Return a line of text without its newline."""
+    parts = [f"time={_quoted(format_time(now))}", f"level={level.label}"]
+    if message:
+        parts.append(f"msg={_quoted(message)}")
+    parts += [f"{name}={_quoted(str(fields[k]))}" for k, name in _LOCATION.items() if k in fields]
+    rest = {_unclashed(k): v for k, v in fields.items() if k not in _LOCATION}
+    parts += [f"{key}={_quoted(_go_text(rest[key]))}" for key in sorted(rest)]
+    return " ".join(parts)
+
+
+def render_json(level: Level, now: datetime, message: str, fields: Mapping[str, Any]) -> str:
+    """Return one JSON object on one line."""
+    values = {_unclashed(k): v for k, v in fields.items() if k not in _LOCATION}
+    values |= {name: fields[k] for k, name in _LOCATION.items() if k in fields}
+    values |= {"time": format_time(now), "level": level.label, "msg": message}
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return _HTML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _unclashed(key: str) -> str:
+    return f"fields.{key}" if key in {"time", "level", "msg"} else key
+
+
+def _quoted(text: str) -> str:
+    if _BARE.fullmatch(text):
+        return text
+    return '"' + "".join(map(_go_char, text)) + '"'
+
+
+def _go_char(char: str) -> str:
+    if char in _GO_ESCAPES:
+        return _GO_ESCAPES[char]
+    if char.isprintable():
+        return char
+    code = ord(char)
+    if code <= _ASCII_END:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code <= _BMP_END else f"\\U{code:08x}"
+
+
+def _go_text(value: Any) -> str:
+    if value is None:
+        return "<nil>"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return "[" + " ".join(map(_go_text, value)) + "]"
+    if isinstance(value, dict):
+        return "map[" + " ".join(f"{k}:{_go_text(v)}" for k, v in value.items()) + "]"
+    return str(value)
+
+
+# --- redaction --------------------------------------------------------------------------------
+
+REDACTED: Final = "[redacted]"
+_MAX_CHARS: Final = 16 * 1024
+_MAX_ITEMS: Final = 256
+_MAX_NESTING: Final = 6
+_KEY: Final = re.compile(r"[^A-Za-z0-9_.\-@]", re.ASCII)
+_WORDS: Final = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
+_SECRET_WORDS: Final = frozenset(
+    [
+        "pin",
+        "pins",
+        "sopin",
+        "token",
+        "tokens",
+        "password",
+        "passwords",
+        "passwd",
+        "passphrase",
+        "secret",
+        "secrets",
+        "jwt",
+        "jwts",
+        "credential",
+        "credentials",
+        "authorization",
+        "cookie",
+    ]
+)
+_SECRET_PAIRS: Final = frozenset(
+    {"private key", "svid token", "token value", "jwt svid", "pin value"}
+)
+_HIDDEN: Final = re.compile(
+    r"eyJ[A-Za-z0-9_\-]{4,}\.[A-Za-z0-9_\-]{4,}\.[A-Za-z0-9_\-]*"
+    r"|-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----.*?(?:-----END (?:[A-Z0-9]+ )*PRIVATE KEY-----|\Z)"
+    r"|(?<=pin-value=)[^&\s;]+",
+    re.DOTALL,
+)
+
+
+def is_secret_key(key: str) -> bool:
+    """Tell whether values under this key are withheld: its last word or two name a secret.
+
+    `user_pin`, `join_token`, `clientSecret` are; `token_label`, `pin_file`, `jwt_svid_ttl` are not.
+    """
+    words = [w.lower() for w in _WORDS.findall(key)]
+    return bool(words) and (words[-1] in _SECRET_WORDS or " ".join(words[-2:]) in _SECRET_PAIRS)
+
+
+def _clean_key(key: str) -> str:
+    return _KEY.sub("_", key)[:128] or "_"
+
+
+def _redacted(key: str, value: Any, nesting: int = 0) -> Any:  # noqa: PLR0911 - one per type
+    """Return the value as it may be shown: plain types only, secrets replaced, sizes bounded."""
+    if value is None or isinstance(value, bool):
+        return value
+    if is_secret_key(key):
+        return REDACTED
+    if nesting > _MAX_NESTING:
+        return "..."
+    if isinstance(value, (int, float)) and not isinstance(value, enum.Enum):
+        return value if value == value and abs(value) < 1e300 else str(value)[:64]  # noqa: PLR0124, PLR2004 - NaN, huge
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return f"<{len(value)} bytes>"
+    if isinstance(value, dict):
+        held = list(value.items())[:_MAX_ITEMS]
+        return {_clean_key(str(k)): _redacted(str(k), v, nesting + 1) for k, v in held}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_redacted(key, v, nesting + 1) for v in list(value)[:_MAX_ITEMS]]
+    if isinstance(value, datetime):
+        return format_time(value) if value.tzinfo else value.isoformat()
+    return _hide(_text(value))
+
+
+def _text(value: Any) -> str:
+    try:
+        text = value if isinstance(value, str) else str(value)
+    except Exception as e:  # noqa: BLE001 - a broken __str__ must not stop the caller
+        text = f"<{type(value).__name__} that cannot be shown: {type(e).__name__}>"
+    if len(text) > _MAX_CHARS:
+        text = text[:_MAX_CHARS] + "..."
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _hide(text: str) -> str:
+    return _HIDDEN.sub(REDACTED, text)
+
+
+# --- the process's output ---------------------------------------------------------------------
+
+_OUTPUT: Final = Output()
+
+
+class _Bridge(logging.Handler):
+    """Hands records of the standard library's logging to our output."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__()
+        self._output = output
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        level = Level.of(record.levelno)
+        if level < self._output.level:
+            return
+        try:
+            message = record.getMessage()
+        except Exception as e:  # noqa: BLE001 - arguments that do not fit their format
+            message = f"{record.msg} (arguments do not fit: {type(e).__name__})"
+        fields: dict[str, Any] = {"subsystem_name": record.name}
+        if record.exc_info and record.exc_info[1]:
+            fields["error"] = str(record.exc_info[1]) or type(record.exc_info[1]).__name__
+        self._output.write(level, message, fields)
+
+
+def output() -> Output:
+    """Return the process's output: its level can be read and set."""
+    return _OUTPUT
+
+
+def configure(
+    settings: LogSettings, *, clock: Clock | None = None, stream: TextIO | None = None
+) -> Output:
+    """Set up the process's output and route the standard library's logging to it.
+
+    Loggers made before keep working and follow the new settings.
+
+    Raises:
+        UnavailableError: the log file cannot be opened; nothing has changed then.
+    """
+    _OUTPUT._take(settings, clock or SystemClock(), stream)  # noqa: SLF001 - same module
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, _Bridge)]:
+        root.removeHandler(handler)
+    root.addHandler(_Bridge(_OUTPUT))
+    root.setLevel(logging.NOTSET)
+    for chatty in ("asyncio", "aiohttp", "grpc", "alembic", "sqlalchemy"):
+        logging.getLogger(chatty).setLevel(logging.INFO)
+    return _OUTPUT
+
+
+def unconfigure() -> None:
+    """Undo `configure`, for tests and for programs that end."""
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, _Bridge)]:
+        root.removeHandler(handler)
+    root.setLevel(logging.WARNING)
+    with contextlib.suppress(UnavailableError):
+        _OUTPUT._take(LogSettings(), SystemClock(), None)  # noqa: SLF001 - same module
+
+
 def get_logger(subsystem: str) -> Logger:
     """Return a logger bound to a subsystem name, such as `ca_manager`."""
-    logger: Logger = structlog.get_logger(subsystem_name=subsystem)
-    return logger
+    return _OUTPUT.logger(subsystem)
