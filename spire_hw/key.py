@@ -125,8 +125,19 @@ class Signer(Protocol):
         ...
 
 
+def holds_key_in_process(signer: Signer) -> bool:
+    """Tell whether a signer's key lives in this process.
+
+    A Signer says so by an attribute `in_process`; without it the key is elsewhere, and what comes
+    back from there is verified before it is used.
+    """
+    return bool(getattr(signer, "in_process", False))
+
+
 class SoftwareSigner:
     """A Signer over a private key in this process."""
+
+    in_process = True
 
     def __init__(self, private_key: PrivateKey) -> None:
         self._private_key = private_key

@@ -135,6 +135,11 @@ class ManagedSigner:
         """Return the public half."""
         return self.info.public_key
 
+    @property
+    def in_process(self) -> bool:
+        """Tell whether the KeyManager says that its keys live in this process."""
+        return bool(getattr(self._manager, "in_process", False))
+
     async def sign(self, digest: bytes, options: SignOptions) -> bytes:
         """Sign a digest; see `spire_hw.key.Signer.sign`."""
         try:

@@ -1,0 +1,279 @@
+"""Certificate signing requests: building ours, reading everybody's.
+
+An ordinary request (EC P-256 or P-384, signed with ECDSA) is walked by hand; whatever is out of the
+ordinary is read by `cryptography`. Either way only strict DER passes, and nothing of a request is
+believed before its own signature held.
+
+Spec: RFC 2986 (PKCS #10); RFC 2985 section 5.4.2 (extensionRequest).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from spire_hw.errors import EncodingError, InvalidInputError, VerificationError
+from spire_hw.key import PublicKey, Signer, check_public_key, spki_der
+from spire_hw.x509 import der
+from spire_hw.x509.dnsname import check_dns_names
+from spire_hw.x509.extension import subject_alternative_name
+from spire_hw.x509.name import SVID_SUBJECT, check_name
+from spire_hw.x509.scheme import scheme_of, seal
+
+if TYPE_CHECKING:
+    from spire_hw.spiffeid import SpiffeId
+
+MAX_CSR_BYTES: Final = 16 * 1024
+_WHAT: Final = "CSR"
+
+_VERSION: Final = der.integer(0)
+_ATTRIBUTES: Final = 0xA0
+_URI, _DNS_NAME = 0x86, 0x82
+_BOOLEAN: Final = 0x01
+_EXTENSION_REQUEST: Final = der.oid("1.2.840.113549.1.9.14")
+_SUBJECT_ALTERNATIVE_NAME: Final = der.oid("2.5.29.17")
+_NO_ATTRIBUTES: Final = der.encode(_ATTRIBUTES, b"")
+
+# SubjectPublicKeyInfo up to the point, the curve, and how long the whole is.
+_P256: Final = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107034200")
+_P384: Final = bytes.fromhex("3076301006072a8648ce3d020106052b81040022036200")
+_CURVES: Final = {
+    91: (_P256, ec.SECP256R1()),
+    120: (_P384, ec.SECP384R1()),
+}
+_UNCOMPRESSED: Final = 4
+_ECDSA: Final[dict[bytes, ec.EllipticCurveSignatureAlgorithm]] = {
+    der.sequence(der.oid("1.2.840.10045.4.3.2")): ec.ECDSA(hashes.SHA256()),
+    der.sequence(der.oid("1.2.840.10045.4.3.3")): ec.ECDSA(hashes.SHA384()),
+    der.sequence(der.oid("1.2.840.10045.4.3.4")): ec.ECDSA(hashes.SHA512()),
+}
+_HASHES: Final = (hashes.SHA256, hashes.SHA384, hashes.SHA512)
+
+
+@dataclass(frozen=True, slots=True)
+class Csr:
+    """What a request asks for.
+
+    Attributes:
+        public_key: the key, strong enough.
+        spki: the same as DER SubjectPublicKeyInfo, as it stands in the request.
+        uris: URI SANs in order, unchecked.
+        dns_names: DNS SANs in order, unchecked.
+        subject: DER Name, well-formed but otherwise unchecked.
+    """
+
+    public_key: PublicKey
+    spki: bytes
+    uris: tuple[str, ...]
+    dns_names: tuple[str, ...]
+    subject: bytes
+
+
+async def build_csr(
+    signer: Signer,
+    *,
+    spiffe_id: SpiffeId | None = None,
+    dns_names: tuple[str, ...] = (),
+    subject: bytes = SVID_SUBJECT,
+) -> bytes:
+    """Build and sign a request.
+
+    Args:
+        signer: the key a certificate is asked for.
+        spiffe_id: URI SAN; upstream's agents ask without one, the server decides.
+        dns_names: DNS SANs.
+        subject: DER Name.
+
+    Returns:
+        DER CertificationRequest, its signature verified unless the key is in this process.
+
+    Raises:
+        InvalidInputError: a DNS name or the subject is not allowed.
+        SpireHwError: what the signer raises, or its signature does not hold.
+    """
+    attributes = _NO_ATTRIBUTES
+    if spiffe_id is not None or dns_names:
+        names = subject_alternative_name(
+            () if spiffe_id is None else (str(spiffe_id),), check_dns_names(dns_names)
+        )
+        request = der.encode(der.SET, der.sequence(names))
+        attributes = der.encode(_ATTRIBUTES, der.sequence(_EXTENSION_REQUEST, request))
+    body = der.sequence(_VERSION, check_name(subject), spki_der(signer.public_key), attributes)
+    return await seal(body, signer, scheme_of(signer.public_key))
+
+
+def parse_csr(data: bytes, *, check_signature: bool = True) -> Csr:
+    """Read a request.
+
+    Args:
+        data: DER CertificationRequest, at most 16 KiB.
+        check_signature: verify that whoever asks holds the key; leave it out only where the key
+            is proved in another way.
+
+    Raises:
+        EncodingError: does not parse.
+        InvalidInputError: the key is weak or of an unknown kind.
+        VerificationError: the signature does not hold, or is over a hash we don't accept.
+    """
+    if len(data) > MAX_CSR_BYTES:
+        raise EncodingError(_WHAT, f"is longer than {MAX_CSR_BYTES} bytes")
+    try:
+        walked = _walk(data)
+    except EncodingError:
+        walked = None
+    if walked is None:
+        return _parse_unusual(data, check_signature=check_signature)
+    csr, key, body, algorithm, signature = walked
+    if check_signature:
+        try:
+            key.verify(signature, body, algorithm)
+        except InvalidSignature as e:
+            raise VerificationError("signature of the CSR does not hold") from e
+    return csr
+
+
+_Walked = tuple[Csr, ec.EllipticCurvePublicKey, bytes, ec.EllipticCurveSignatureAlgorithm, bytes]
+
+
+def _walk(data: bytes) -> _Walked | None:
+    """Read an ordinary request; None or EncodingError mean that it is not ordinary."""
+    outer = der.Reader(data, _WHAT)
+    level = outer.enter(der.SEQUENCE)
+    outer.finish()
+    body = level.element(der.SEQUENCE)
+    algorithm = _ECDSA.get(level.element(der.SEQUENCE))
+    signature = level.content(der.BIT_STRING)
+    level.finish()
+    if algorithm is None or not signature or signature[0]:
+        return None
+
+    parts = der.Reader(body, _WHAT).enter(der.SEQUENCE)
+    version = parts.element(der.INTEGER)
+    subject = parts.element(der.SEQUENCE)
+    spki = parts.element(der.SEQUENCE)
+    attributes = parts.content(_ATTRIBUTES)
+    parts.finish()
+    key = _ordinary_key(spki)
+    if version != _VERSION or key is None:
+        return None
+    _check_subject(subject)
+    names = _requested_names(attributes) if attributes else ((), ())
+    if names is None:
+        return None
+    csr = Csr(key, spki, names[0], names[1], subject)
+    return csr, key, body, algorithm, signature[1:]
+
+
+@lru_cache(maxsize=64)
+def _check_subject(subject: bytes) -> None:
+    check_name(subject)
+
+
+def _ordinary_key(spki: bytes) -> ec.EllipticCurvePublicKey | None:
+    found = _CURVES.get(len(spki))
+    if found is None:
+        return None
+    head, curve = found
+    if not spki.startswith(head) or spki[len(head)] != _UNCOMPRESSED:
+        return None
+    try:
+        return ec.EllipticCurvePublicKey.from_encoded_point(curve, spki[len(head) :])
+    except ValueError:
+        return None
+
+
+_Names = tuple[tuple[str, ...], tuple[str, ...]]
+
+
+def _requested_names(attributes: bytes) -> _Names | None:
+    """Return the SANs when the only attribute is an extension request with ordinary names."""
+    level = der.Reader(attributes, _WHAT)
+    attribute = level.enter(der.SEQUENCE)
+    level.finish()
+    if attribute.element(der.OBJECT_IDENTIFIER) != _EXTENSION_REQUEST:
+        return None
+    values = attribute.enter(der.SET)
+    attribute.finish()
+    extensions = values.enter(der.SEQUENCE)
+    values.finish()
+    seen = set()
+    names: _Names | None = ((), ())
+    while extensions.more():
+        extension = extensions.enter(der.SEQUENCE)
+        kind = extension.element(der.OBJECT_IDENTIFIER)
+        if extension.next_tag() == _BOOLEAN and extension.content(_BOOLEAN) != b"\xff":
+            return None
+        value = extension.content(der.OCTET_STRING)
+        extension.finish()
+        if kind in seen:
+            return None
+        seen.add(kind)
+        if kind == _SUBJECT_ALTERNATIVE_NAME:
+            names = _general_names(value)
+    return names
+
+
+def _general_names(value: bytes) -> _Names | None:
+    outer = der.Reader(value, _WHAT)
+    level = outer.enter(der.SEQUENCE)
+    outer.finish()
+    uris: list[str] = []
+    dns_names: list[str] = []
+    while level.more():
+        tag = level.next_tag()
+        if tag not in {_URI, _DNS_NAME}:
+            return None
+        content = level.content(tag)
+        if not content.isascii():
+            return None
+        (uris if tag == _URI else dns_names).append(content.decode("ascii"))
+    return tuple(uris), tuple(dns_names)
+
+
+def _parse_unusual(data: bytes, *, check_signature: bool) -> Csr:
+    try:
+        request = x509.load_der_x509_csr(data)
+        key = check_public_key(request.public_key())
+        uris, dns_names = _names_of(request)
+        subject = request.subject.public_bytes()
+        if check_signature:
+            _check_signature(request)
+        spki = key.public_bytes(
+            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+    except InvalidInputError:
+        raise
+    except (
+        ValueError,
+        TypeError,
+        UnsupportedAlgorithm,
+        x509.InvalidVersion,
+        x509.DuplicateExtension,
+        x509.UnsupportedGeneralNameType,
+    ) as e:
+        raise EncodingError(_WHAT, "does not parse as a PKCS #10 request") from e
+    return Csr(key, spki, uris, dns_names, subject)
+
+
+def _names_of(request: x509.CertificateSigningRequest) -> _Names:
+    try:
+        names = request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return (), ()
+    return (
+        tuple(names.get_values_for_type(x509.UniformResourceIdentifier)),
+        tuple(names.get_values_for_type(x509.DNSName)),
+    )
+
+
+def _check_signature(request: x509.CertificateSigningRequest) -> None:
+    if not isinstance(request.signature_hash_algorithm, _HASHES):
+        raise VerificationError("signature of the CSR is not over SHA-256, SHA-384 or SHA-512")
+    if not request.is_signature_valid:
+        raise VerificationError("signature of the CSR does not hold")

@@ -1,0 +1,74 @@
+"""How we sign: the hash and algorithm identifier that go with a key, and the signing itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from spire_hw.key import (
+    HashAlgorithm,
+    PublicKey,
+    Signer,
+    SignOptions,
+    default_hash,
+    holds_key_in_process,
+    verify_digest,
+)
+from spire_hw.x509 import der
+
+_NULL: Final = b"\x05\x00"
+_ECDSA: Final = {
+    HashAlgorithm.SHA256: der.sequence(der.oid("1.2.840.10045.4.3.2")),
+    HashAlgorithm.SHA384: der.sequence(der.oid("1.2.840.10045.4.3.3")),
+    HashAlgorithm.SHA512: der.sequence(der.oid("1.2.840.10045.4.3.4")),
+}
+_RSA: Final = {
+    HashAlgorithm.SHA256: der.sequence(der.oid("1.2.840.113549.1.1.11"), _NULL),
+    HashAlgorithm.SHA384: der.sequence(der.oid("1.2.840.113549.1.1.12"), _NULL),
+    HashAlgorithm.SHA512: der.sequence(der.oid("1.2.840.113549.1.1.13"), _NULL),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SignatureScheme:
+    """What a key signs certificates with.
+
+    Attributes:
+        options: hash and padding for the Signer.
+        algorithm: DER AlgorithmIdentifier.
+    """
+
+    options: SignOptions
+    algorithm: bytes
+
+
+def scheme_of(public_key: PublicKey) -> SignatureScheme:
+    """Return the scheme of a key: ECDSA with the curve's hash, RSA PKCS#1 v1.5 with SHA-256."""
+    chosen = default_hash(public_key)
+    table = _ECDSA if isinstance(public_key, ec.EllipticCurvePublicKey) else _RSA
+    return SignatureScheme(SignOptions(chosen), table[chosen])
+
+
+async def seal(
+    to_be_signed: bytes, signer: Signer, scheme: SignatureScheme, *, check: bool | None = None
+) -> bytes:
+    """Sign a certificate or request body and return the whole.
+
+    Args:
+        to_be_signed: DER body.
+        signer: whose signature it gets.
+        scheme: the scheme of the signer's key.
+        check: verify the signature before it leaves; None checks unless the key lives in this
+            process (a device, process or host may answer with anything).
+
+    Raises:
+        SpireHwError: the signature does not verify (INTERNAL), or what the signer raises.
+    """
+    options = scheme.options
+    digest = options.hash.digest(to_be_signed)
+    signature = await signer.sign(digest, options)
+    if check or (check is None and not holds_key_in_process(signer)):
+        verify_digest(signer.public_key, digest, signature, options)
+    return der.sequence(to_be_signed, scheme.algorithm, der.bit_string(signature))
