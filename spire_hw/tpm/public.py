@@ -35,12 +35,20 @@ SIGN: Final = 1 << 18
 _ORIGIN = FIXED_TPM | FIXED_PARENT | SENSITIVE_DATA_ORIGIN
 _AUTHORISATION = USER_WITH_AUTH | ADMIN_WITH_POLICY | NO_DA
 
-# Curve number: cryptography's curve, coordinate size in bytes, p.
-_CURVES: Final[dict[int, tuple[ec.EllipticCurve, int, int]]] = {
-    wire.CURVE_P256: (ec.SECP256R1(), 32, 2**256 - 2**224 + 2**192 + 2**96 - 1),
-    wire.CURVE_P384: (ec.SECP384R1(), 48, 2**384 - 2**128 - 2**96 + 2**32 - 1),
-    wire.CURVE_P521: (ec.SECP521R1(), 66, 2**521 - 1),
+# Curve number: name, coordinate size in bytes.
+_CURVES: Final = {
+    wire.CURVE_P256: ("secp256r1", 32),
+    wire.CURVE_P384: ("secp384r1", 48),
+    wire.CURVE_P521: ("secp521r1", 66),
 }
+# Name: cryptography's curve, coordinate size in bytes, p.
+_FIELDS: Final[dict[str, tuple[ec.EllipticCurve, int, int]]] = {
+    "secp256r1": (ec.SECP256R1(), 32, 2**256 - 2**224 + 2**192 + 2**96 - 1),
+    "secp384r1": (ec.SECP384R1(), 48, 2**384 - 2**128 - 2**96 + 2**32 - 1),
+    "secp521r1": (ec.SECP521R1(), 66, 2**521 - 1),
+}
+_CURVE_WORDS: Final = {"secp256r1": "P-256", "secp384r1": "P-384", "secp521r1": "P-521"}
+_UNCOMPRESSED = 0x04
 _RSA_BITS: Final = (2048, 3072, 4096)
 _RSA_EXPONENT: Final = 65537
 _STRONG_HASHES: Final = frozenset({wire.ALG_SHA256, wire.ALG_SHA384, wire.ALG_SHA512})
@@ -204,16 +212,35 @@ def _read_ecc(r: Reader, what: str) -> ec.EllipticCurvePublicKey:
         raise r.fail("key derivation scheme is not accepted")
     if curve_id not in _CURVES:
         raise InvalidInputError(f"{what}: key type is not supported: curve {curve_id:#06x}")
-    curve, size, prime = _CURVES[curve_id]
+    name, size = _CURVES[curve_id]
     x, y = r.sized(_MAX_POLICY + 2), r.sized(_MAX_POLICY + 2)
     if len(x) != size or len(y) != size:
         raise r.fail(f"coordinate must be {size} bytes")
+    return build_ecc_key(name, b"\x04" + x + y, what)
+
+
+def build_ecc_key(curve: str, point: bytes, what: str) -> ec.EllipticCurvePublicKey:
+    """Return an ECC key after checks that `cryptography` leaves to its caller.
+
+    Args:
+        curve: name of a NIST curve.
+        point: uncompressed, coordinates at field size.
+        what: how to call it in messages.
+
+    Raises:
+        InvalidInputError: compressed or of another length, a coordinate not below p, or not on
+            the curve.
+    """
+    instance, size, prime = _FIELDS[curve]
+    if len(point) != 2 * size + 1 or point[0] != _UNCOMPRESSED:
+        raise InvalidInputError(f"{what}: public key is not in canonical form: point")
+    x, y = point[1 : size + 1], point[size + 1 :]
     if int.from_bytes(x, "big") >= prime or int.from_bytes(y, "big") >= prime:
-        raise r.fail("coordinate is not in range")
+        raise InvalidInputError(f"{what}: coordinate is not in range")
     try:
-        return ec.EllipticCurvePublicKey.from_encoded_point(curve, b"\x04" + x + y)
+        return ec.EllipticCurvePublicKey.from_encoded_point(instance, point)
     except ValueError as e:
-        raise InvalidInputError(f"{what}: point is not on {curve.name}") from e
+        raise InvalidInputError(f"{what}: point is not on {_CURVE_WORDS[curve]}") from e
 
 
 def build_rsa_key(modulus: int, exponent: int, what: str) -> rsa.RSAPublicKey:

@@ -1,0 +1,387 @@
+"""Endorsement certificates and the roots of TPM manufacturers.
+
+Answers whether a certificate leads to a configured root and what it says about the TPM. Genuine
+certificates have oddities that general libraries refuse (sets out of order, OAEP key identifiers,
+negative serials, empty subjects), so reading is done here over the original bytes, and only
+signatures are left to `cryptography`. Path validation itself is not relaxed: dates, CA flag, path
+length, key usage and unknown critical extensions are all checked.
+
+Spec: TCG EK Credential Profile, section 3; RFC 5280, section 6.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+from spire_hw.errors import (
+    AttestationError,
+    EncodingError,
+    ErrorKind,
+    Finding,
+    InvalidInputError,
+    NotReadyError,
+)
+from spire_hw.key import spki_der
+from spire_hw.tpm import certificate, der
+from spire_hw.tpm.certificate import Certificate, parse_certificate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from datetime import datetime
+    from pathlib import Path
+
+MAX_DEPTH: Final = 6
+_MAX_SIGNATURE_CHECKS: Final = 64
+_MAX_FILE_BYTES: Final = 1 << 20
+_SUFFIXES: Final = frozenset({".pem", ".crt", ".cer", ".der"})
+
+_EKU_EK: Final = "2.23.133.8.1"
+_SAN: Final = "2.5.29.17"
+_EKU: Final = "2.5.29.37"
+_ATTRIBUTES: Final = {
+    "2.23.133.2.1": "manufacturer",
+    "2.23.133.2.2": "model",
+    "2.23.133.2.3": "version",
+}
+_UNDERSTOOD: Final = frozenset(
+    {_SAN, _EKU, certificate.BASIC_CONSTRAINTS, certificate.KEY_USAGE, "2.5.29.32"}
+)
+_DIRECTORY_NAME = 0xA4
+_STRING_TAGS: Final = frozenset({0x0C, 0x13, 0x16})  # UTF8String, PrintableString, IA5String
+_MAX_MODEL_CHARS = 64
+_MANUFACTURER_HEX = 8
+
+
+class ChainTime(Enum):
+    """When the certificates of a path have to be valid.
+
+    Manufacturers let issuers expire long before the TPMs they vouched for are retired; the
+    default asks the leaf to be valid now and its issuers to have been valid when it was made.
+    """
+
+    STRICT = "strict"
+    ISSUER_AT_LEAF_ISSUANCE = "issuer_at_leaf_issuance"
+    IGNORE = "ignore"
+
+
+@dataclass(frozen=True, slots=True)
+class TpmModel:
+    """What an endorsement certificate says about its TPM; None where it says nothing.
+
+    Attributes:
+        manufacturer: `id:` and 8 upper-case hex digits of the vendor's TCG number.
+        model: part number.
+        version: firmware version at manufacture.
+    """
+
+    manufacturer: str | None = None
+    model: str | None = None
+    version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedEk:
+    """An endorsement certificate that leads to a root.
+
+    Attributes:
+        certificate: the leaf.
+        model: what it says about the TPM.
+        root_fingerprint: lower-case hex SHA-256 of the root's DER.
+    """
+
+    certificate: Certificate
+    model: TpmModel
+    root_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class EkRoots:
+    """Trusted certificates of manufacturers.
+
+    Attributes:
+        anchors: self-issued certificates; a path ends at one.
+        intermediates: helpers for building paths; trusted for nothing by themselves.
+        pinned: SHA-256 fingerprints of certificates that may be signed with SHA-1.
+    """
+
+    anchors: tuple[Certificate, ...]
+    intermediates: tuple[Certificate, ...] = ()
+    pinned: frozenset[str] = field(default=frozenset())
+
+    @classmethod
+    def of(cls, certificates: Iterable[Certificate], pinned: Iterable[str] = ()) -> EkRoots:
+        """Sort certificates into roots and intermediates."""
+        found = {c.der: c for c in certificates}.values()
+        return cls(
+            anchors=tuple(c for c in found if c.is_self_issued),
+            intermediates=tuple(c for c in found if not c.is_self_issued),
+            pinned=frozenset(pinned),
+        )
+
+    @classmethod
+    def load(cls, path: Path, pinned: Iterable[str] = ()) -> EkRoots:
+        """Read roots and intermediates from a file, or from all of a directory.
+
+        Args:
+            path: a PEM or DER file, or a directory of files named .pem, .crt, .cer or .der.
+            pinned: fingerprints of certificates that may be signed with SHA-1.
+
+        Raises:
+            NotReadyError: nothing there, unreadable, or without any root.
+            InvalidInputError: a file holds something other than certificates.
+        """
+        try:
+            names = sorted(path.iterdir()) if path.is_dir() else [path]
+            files = [n for n in names if n == path or n.suffix.lower() in _SUFFIXES]
+            blobs = [(n, n.read_bytes()) for n in files]
+        except OSError as e:
+            raise NotReadyError(f"cannot read endorsement CAs at {path}: {e.strerror}") from e
+        roots = cls.of((c for name, blob in blobs for c in _read_file(name, blob)), pinned)
+        if not roots.anchors:
+            raise NotReadyError(f"no self-issued endorsement CA certificate at {path}")
+        return roots
+
+
+def _read_file(path: Path, blob: bytes) -> list[Certificate]:
+    if len(blob) > _MAX_FILE_BYTES:
+        raise InvalidInputError(f"{path}: larger than {_MAX_FILE_BYTES} bytes")
+    try:
+        ders = certificate.split_pem(blob) if b"-----BEGIN" in blob else [_cut(blob)]
+        return [parse_certificate(one, "certificate") for one in ders]
+    except InvalidInputError as e:
+        raise InvalidInputError(f"{path}: {e.message}") from e
+
+
+def _cut(blob: bytes) -> bytes:
+    """Drop what follows a DER certificate: one manufacturer's root has trailing bytes."""
+    return der.read(blob, "certificate").raw
+
+
+def read_model(leaf: Certificate) -> TpmModel:
+    """Read manufacturer, model and version from the subject alternative name.
+
+    Raises:
+        EncodingError: the extension is malformed.
+        InvalidInputError: a value is ambiguous or holds characters that are not allowed.
+    """
+    extension = leaf.extensions.get(_SAN)
+    if extension is None:
+        return TpmModel()
+    names = der.read_all(extension.value, "ek: subject alternative name", der.SEQUENCE).members()
+    directories = [name for name in names if name.tag == _DIRECTORY_NAME]
+    if len(directories) > 1:
+        raise InvalidInputError("ek: TPM manufacturer is ambiguous: two directory names")
+    found: dict[str, str] = {}
+    for directory in directories:
+        for kind, text in _walk_name(directory):
+            if found.setdefault(kind, text) != text:
+                raise InvalidInputError(f"ek: TPM {kind} is ambiguous")
+    manufacturer = found.get("manufacturer")
+    return TpmModel(
+        manufacturer=None if manufacturer is None else _check_manufacturer(manufacturer),
+        model=found.get("model"),
+        version=found.get("version"),
+    )
+
+
+def _walk_name(directory: der.Value) -> list[tuple[str, str]]:
+    what = directory.what
+    found = []
+    for rdn in der.read_all(directory.content, what, der.SEQUENCE).members():
+        for pair in rdn.expect(der.SET).members():
+            parts = pair.expect(der.SEQUENCE).members()
+            if len(parts) != 2:  # noqa: PLR2004 - type and value
+                raise pair.fail("attribute is malformed")
+            kind = _ATTRIBUTES.get(der.oid(parts[0]))
+            if kind is not None:
+                found.append((kind, _read_text(kind, parts[1])))
+    return found
+
+
+def _read_text(kind: str, value: der.Value) -> str:
+    text = value.content.decode("utf-8", "replace")
+    allowed = text.isascii() and text.isprintable() and 0 < len(text) <= _MAX_MODEL_CHARS
+    if value.tag not in _STRING_TAGS or not allowed:
+        raise InvalidInputError(f"ek: TPM {kind} contains characters that are not allowed")
+    return text
+
+
+def _check_manufacturer(text: str) -> str:
+    digits = text.removeprefix("id:")
+    if len(digits) != _MANUFACTURER_HEX or text == digits or set(digits) - set(_HEX_DIGITS):
+        raise InvalidInputError("ek: TPM manufacturer is not id: and 8 hexadecimal digits")
+    return f"id:{digits.upper()}"
+
+
+_HEX_DIGITS: Final = "0123456789abcdefABCDEF"
+
+
+def verify_ek_certificate(
+    leaf: Certificate,
+    chain: Sequence[bytes],
+    roots: EkRoots,
+    at: datetime,
+    *,
+    chain_time: ChainTime = ChainTime.ISSUER_AT_LEAF_ISSUANCE,
+) -> VerifiedEk:
+    """Check that an endorsement certificate leads to a configured root.
+
+    Args:
+        leaf: the parsed certificate.
+        chain: DER intermediates the node sent, at most 6.
+        roots: what is trusted.
+        at: the time to check for.
+        chain_time: how dates are judged.
+
+    Raises:
+        InvalidInputError: the chain is too long or does not parse, or the leaf's names are
+            malformed.
+        AttestationError: not trusted; codes `ek_untrusted`, `ek_ca`, `ek_issuer`, `ek_expired`,
+            `ek_issuer_expired`, `ek_critical_extension`, `ek_extended_key_usage`,
+            `ek_key_usage`, `ek_signature_algorithm`, all denied.
+    """
+    if len(chain) > MAX_DEPTH:
+        raise InvalidInputError(f"ek: chain is longer than {MAX_DEPTH} certificates")
+    supplied = [parse_certificate(one, "ek: intermediate certificate") for one in chain]
+    model = read_model(leaf)
+    _check_leaf(leaf, at, chain_time)
+    pool = [*roots.intermediates, *(c for c in supplied if not c.is_self_issued)]
+    search = _Search(leaf, roots, pool, at, chain_time)
+    root = search.run()
+    return VerifiedEk(leaf, model, hashlib.sha256(root.der).hexdigest())
+
+
+def _deny(code: str, text: str) -> AttestationError:
+    return AttestationError([Finding(code, f"ek: {text}", ErrorKind.PERMISSION_DENIED)])
+
+
+def _check_leaf(leaf: Certificate, at: datetime, chain_time: ChainTime) -> None:
+    if chain_time is not ChainTime.IGNORE and not leaf.not_before <= at <= leaf.not_after:
+        dates = f"{leaf.not_before:%Y-%m-%d} to {leaf.not_after:%Y-%m-%d}"
+        raise _deny("ek_expired", f"certificate is not valid now ({dates})")
+    if leaf.is_ca:
+        raise _deny("ek_ca", "endorsement certificate claims to be a CA")
+    _check_critical(leaf)
+    extension = leaf.extensions.get(_EKU)
+    if extension is not None and _EKU_EK not in _read_oids(extension.value):
+        raise _deny("ek_extended_key_usage", "certificate is not for an endorsement key")
+    bits = certificate.KeyUsage
+    needed = bits.KEY_ENCIPHERMENT if leaf.is_rsa else bits.KEY_AGREEMENT
+    never = bits.DIGITAL_SIGNATURE | bits.KEY_CERT_SIGN | bits.CRL_SIGN
+    if leaf.key_usage is None or not leaf.key_usage & needed or leaf.key_usage & never:
+        raise _deny("ek_key_usage", "key usage does not fit")
+
+
+def _read_oids(value: bytes) -> set[str]:
+    what = "ek: extended key usage"
+    return {der.oid(one) for one in der.read_all(value, what, der.SEQUENCE).members()}
+
+
+def _check_critical(found: Certificate) -> None:
+    for oid, extension in found.extensions.items():
+        if extension.critical and oid not in _UNDERSTOOD:
+            raise _deny("ek_critical_extension", f"critical extension {oid} is not understood")
+
+
+class _Search:
+    """Looks for one path from a leaf to an anchor, with a budget of signature checks."""
+
+    def __init__(
+        self,
+        leaf: Certificate,
+        roots: EkRoots,
+        pool: Sequence[Certificate],
+        at: datetime,
+        chain_time: ChainTime,
+    ) -> None:
+        self._leaf = leaf
+        self._roots = roots
+        self._pool = pool
+        self._at = at
+        self._chain_time = chain_time
+        self._checks = 0
+        self._reason: AttestationError | None = None
+
+    def run(self) -> Certificate:
+        """Return the anchor of the first path that holds.
+
+        Raises:
+            AttestationError: there is none; the most telling reason met on the way.
+        """
+        root = self._extend([self._leaf])
+        if root is None:
+            raise self._reason or _deny("ek_untrusted", "issuer is not trusted")
+        return root
+
+    def _extend(self, path: list[Certificate]) -> Certificate | None:
+        last = path[-1]
+        for anchor in self._roots.anchors:
+            if anchor.subject == last.issuer and self._links(path, anchor):
+                return anchor
+        if len(path) >= MAX_DEPTH:
+            return None
+        for issuer in self._pool:
+            if issuer.subject != last.issuer or issuer in path:
+                continue
+            if self._links(path, issuer):
+                root = self._extend([*path, issuer])
+                if root is not None:
+                    return root
+        return None
+
+    def _links(self, path: list[Certificate], issuer: Certificate) -> bool:
+        try:
+            self._check_issuer(path, issuer)
+            self._check_link(path[-1], issuer)
+        except AttestationError as e:
+            self._reason = self._reason or e
+            return False
+        return True
+
+    def _check_issuer(self, path: list[Certificate], issuer: Certificate) -> None:
+        if not issuer.is_ca:
+            raise _deny("ek_issuer", "issuer is not a CA certificate")
+        usage = issuer.key_usage
+        if usage is not None and not usage & certificate.KeyUsage.KEY_CERT_SIGN:
+            raise _deny("ek_issuer", "issuer may not sign this certificate: key usage")
+        below = sum(1 for c in path[1:] if not c.is_self_issued)
+        if issuer.path_length is not None and below > issuer.path_length:
+            raise _deny("ek_issuer", "issuer may not sign this certificate: path length")
+        _check_critical(issuer)
+        self._check_dates(issuer)
+
+    def _check_dates(self, issuer: Certificate) -> None:
+        if self._chain_time is ChainTime.STRICT:
+            if not issuer.not_before <= self._at <= issuer.not_after:
+                raise _deny("ek_issuer_expired", "issuer certificate is not valid now")
+        elif self._chain_time is ChainTime.ISSUER_AT_LEAF_ISSUANCE:
+            made = self._leaf.not_before
+            if not issuer.not_before <= made <= issuer.not_after:
+                text = "issuer was expired when this certificate was made"
+                if made < issuer.not_before:
+                    text = "issuer was not yet valid when this certificate was made"
+                raise _deny("ek_issuer_expired", text)
+
+    def _check_link(self, subject: Certificate, issuer: Certificate) -> None:
+        self._checks += 1
+        if self._checks > _MAX_SIGNATURE_CHECKS:
+            raise _deny("ek_untrusted", "issuer is not trusted: too many candidates")
+        weak = hashlib.sha256(subject.der).hexdigest() in self._roots.pinned
+        try:
+            certificate.verify_signature(subject, issuer, allow_sha1=weak)
+        except EncodingError as e:
+            raise _deny("ek_signature_algorithm", e.message) from e
+        except InvalidInputError as e:
+            raise _deny("ek_signature_algorithm", e.message.removeprefix("ek: ")) from e
+        except AttestationError as e:
+            known = issuer in self._roots.anchors
+            text = "signature does not verify"
+            raise _deny("ek_untrusted", text + (" with the trusted issuer" if known else "")) from e
+
+
+def ek_spki(leaf: Certificate) -> bytes:
+    """Return the canonical SubjectPublicKeyInfo of a certificate's key."""
+    return spki_der(leaf.key)
