@@ -162,11 +162,11 @@ class Slots(Generic[R]):
 
     def due(self, now: datetime) -> Step:
         """Tell what has to be done at this time."""
-        if self.active is None:
-            return Step.ACTIVATE if self.prepared is not None else Step.PREPARE_AND_ACTIVATE
-        if now >= activation_due(self.active):
-            return Step.ACTIVATE if self.prepared is not None else Step.PREPARE_AND_ACTIVATE
-        if now >= preparation_due(self.active) and self.prepared is None:
+        waiting = self.prepared
+        ready = waiting is not None and now < waiting.not_after
+        if self.active is None or now >= activation_due(self.active):
+            return Step.ACTIVATE if ready else Step.PREPARE_AND_ACTIVATE
+        if now >= preparation_due(self.active) and not ready:
             return Step.PREPARE
         return Step.REST
 

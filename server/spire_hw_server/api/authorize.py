@@ -1,0 +1,168 @@
+"""The check before every handler: who calls, and may they.
+
+An interceptor around `api.caller` and `api.policy`: it reads the peer, fetches what the rules look
+up, and leaves the `Caller` with the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any, Final
+
+from cryptography import x509
+from google.protobuf.message import Message
+
+from spire_hw.clock import Clock
+from spire_hw.errors import DeniedError, ErrorKind, NotFoundError, SpireHwError
+from spire_hw.rpc.service import Call, StreamNext, UnaryNext
+from spire_hw.spiffeid import SpiffeId
+from spire_hw.transport.peer import TcpPeer, UnixPeer
+from spire_hw_server.api.caller import Caller, Certificate, Lookups, classify, denied
+from spire_hw_server.api.nodes import NodeCache
+from spire_hw_server.api.policy import CallerClass, allowed_classes
+from spire_hw_server.datastore.interface import Datastore, Entry, Node
+
+_CALLER: Final = "caller"
+
+
+class Authorizer:
+    """Lets a call through in the first class that may make it."""
+
+    def __init__(
+        self,
+        *,
+        admin_ids: frozenset[SpiffeId],
+        entries_of: Callable[[SpiffeId], tuple[Entry, ...]],
+        nodes: NodeCache,
+        store: Datastore,
+        clock: Clock,
+    ) -> None:
+        self._admin_ids = admin_ids
+        self._entries_of = entries_of
+        self._nodes = nodes
+        self._store = store
+        self._clock = clock
+
+    async def unary(self, request: Any, call: Call, then: UnaryNext) -> Message:
+        """Check a unary call and let it run."""
+        await self.authorize(call)
+        return await then(request, call)
+
+    async def stream(self, request: Any, call: Call, then: StreamNext) -> AsyncIterator[Message]:
+        """Check a streaming call and let it run."""
+        await self.authorize(call)
+        async for response in then(request, call):
+            yield response
+
+    async def authorize(self, call: Call) -> None:
+        """Find the caller and leave it in the call's attributes.
+
+        Raises:
+            DeniedError: no class fits; an agent's refusal says why on the wire.
+            SpireHwError: UNAUTHENTICATED when the certificate cannot be read, INTERNAL when the
+                store is away.
+        """
+        allowed = allowed_classes(call.method)
+        certificate = _certificate(call)
+        node: Node | None = None
+        if CallerClass.AGENT in allowed and certificate is not None:
+            node = await self._node(certificate)
+        try:
+            caller = classify(
+                call.method,
+                allowed,
+                local=isinstance(call.peer, UnixPeer),
+                certificate=certificate,
+                lookups=Lookups(self._admin_ids, self._entries_of, lambda _: node),
+                now=self._clock.now(),
+            )
+        except DeniedError as e:
+            call.log.warning(
+                "call denied", reason=e.reason.name if e.reason is not None else "not allowed"
+            )
+            raise
+        if caller.promote:
+            caller = replace(caller, node=await self._promote(call, caller), promote=False)
+        call.attributes[_CALLER] = caller
+        if caller.authorized_via:
+            call.log = call.log.bind(
+                authorized_as=caller.authorized_as.value, authorized_via=caller.authorized_via
+            )
+
+    async def _node(self, certificate: Certificate) -> Node | None:
+        try:
+            node = await self._nodes.get(certificate.spiffe_id)
+            known = node is not None and certificate.serial_number in {
+                node.serial_number,
+                node.new_serial_number,
+            }
+            if node is not None and not known:
+                node = await self._nodes.reload(certificate.spiffe_id)
+        except SpireHwError as e:
+            raise SpireHwError(
+                f"could not look up the agent: {e.message}", kind=ErrorKind.INTERNAL
+            ) from e
+        return node
+
+    async def _promote(self, call: Call, caller: Caller) -> Node:
+        """Make the renewed certificate, now used for the first time, the current one."""
+        node = caller.node
+        if node is None or node.new_expires_at is None:
+            raise SpireHwError("renewed agent SVID has no expiry in the store")
+        try:
+            promoted = await self._store.set_node_serials(
+                node.agent_id,
+                serial_number=node.new_serial_number,
+                expires_at=node.new_expires_at,
+                new_serial_number="",
+                new_expires_at=None,
+                expected_serial_number=node.serial_number,
+            )
+        except (DeniedError, NotFoundError) as e:
+            # Promoted by a call beside this one, or changed meanwhile: the store decides.
+            again = await self._nodes.reload(node.agent_id)
+            if again is None or again.serial_number != node.new_serial_number:
+                raise denied(call.method, getattr(e, "reason", None)) from e
+            return again
+        except SpireHwError as e:
+            raise SpireHwError(
+                f"could not store the agent's new serial number: {e.message}",
+                kind=ErrorKind.INTERNAL,
+            ) from e
+        self._nodes.forget(node.agent_id)
+        return promoted
+
+
+def caller_of(call: Call) -> Caller:
+    """Return who the authorizer found behind a call."""
+    caller = call.attributes.get(_CALLER)
+    if not isinstance(caller, Caller):
+        raise SpireHwError(f"{call.method} was not authorized")
+    return caller
+
+
+def caller_agent(call: Call) -> SpiffeId:
+    """Return the ID of the calling agent."""
+    return caller_node(call).agent_id
+
+
+def caller_node(call: Call) -> Node:
+    """Return the stored node of the calling agent."""
+    node = caller_of(call).node
+    if node is None:
+        raise SpireHwError(f"{call.method} was not called by an agent")
+    return node
+
+
+def _certificate(call: Call) -> Certificate | None:
+    peer = call.peer
+    if not isinstance(peer, TcpPeer) or not peer.chain:
+        return None
+    if peer.spiffe_id is None:
+        raise SpireHwError("client certificate has no SPIFFE ID", kind=ErrorKind.UNAUTHENTICATED)
+    return _leaf(peer.chain[0], peer.spiffe_id)
+
+
+def _leaf(leaf: x509.Certificate, spiffe_id: SpiffeId) -> Certificate:
+    return Certificate(spiffe_id, str(leaf.serial_number), leaf.not_valid_after_utc)

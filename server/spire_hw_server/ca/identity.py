@@ -1,0 +1,103 @@
+"""This server's own X509-SVID, shown on the TCP port; its key never leaves memory."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from spire_hw.aio.watch import Watch
+from spire_hw.clock import Clock
+from spire_hw.errors import NotReadyError, SpireHwError
+from spire_hw.key import KeyType, PrivateKey, generate_private_key, spki_der
+from spire_hw.log import Logger
+from spire_hw.transport.front import TlsIdentity
+from spire_hw_server.ca.authority import Issuer
+
+CHECK_INTERVAL_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSvid:
+    """The SVID with its key.
+
+    Attributes:
+        chain: DER, leaf first.
+        version: grows with each renewal.
+    """
+
+    chain: tuple[bytes, ...]
+    private_key: PrivateKey
+    issued_at: datetime
+    not_after: datetime
+    version: int
+
+    def due(self, now: datetime) -> bool:
+        """Tell whether half of its life is over."""
+        return now >= self.issued_at + (self.not_after - self.issued_at) / 2
+
+
+class ServerIdentity:
+    """Keeps the server's SVID fresh."""
+
+    def __init__(self, issuer: Issuer, key_type: KeyType, *, clock: Clock, log: Logger) -> None:
+        self._issuer = issuer
+        self._key_type = key_type
+        self._clock = clock
+        self._log = log
+        self._svid: Watch[ServerSvid | None] = Watch(None)
+
+    @property
+    def svid(self) -> ServerSvid:
+        """Return the current SVID.
+
+        Raises:
+            NotReadyError: before the first `renew`.
+        """
+        if self._svid.value is None:
+            raise NotReadyError("the server has no SVID yet")
+        return self._svid.value
+
+    @property
+    def watch(self) -> Watch[ServerSvid | None]:
+        """Return the SVID to be watched."""
+        return self._svid
+
+    def tls_identity(self) -> TlsIdentity:
+        """Return what the TCP front shows now."""
+        svid = self.svid
+        return TlsIdentity(chain_der=svid.chain, private_key=svid.private_key, version=svid.version)
+
+    async def renew(self) -> None:
+        """Get a new SVID for a new key.
+
+        Raises:
+            SpireHwError: it could not be signed.
+        """
+        key = await asyncio.to_thread(generate_private_key, self._key_type)
+        issued_at = self._clock.now()
+        issued = await self._issuer.server_svid(spki_der(key.public_key()))
+        before = self._svid.value
+        version = 1 if before is None else before.version + 1
+        self._svid.set(ServerSvid(issued.chain, key, issued_at, issued.not_after, version))
+        self._log.info(
+            "server SVID signed",
+            serial_number=str(issued.serial),
+            expiration=issued.not_after.isoformat(),
+        )
+
+    async def tick(self) -> None:
+        """Renew when due; a failure is logged and tried again at the next tick."""
+        if not self.svid.due(self._clock.now()):
+            return
+        try:
+            await self.renew()
+        except SpireHwError as e:
+            self._log.error("could not rotate the server SVID", error=e.message)
+
+    async def run(self) -> None:
+        """Look every five seconds; ends only when cancelled."""
+        while True:
+            await self._clock.sleep(CHECK_INTERVAL_S)
+            await self.tick()
