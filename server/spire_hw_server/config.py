@@ -1,0 +1,344 @@
+"""server.conf to `ServerSettings`: upstream's keys, checked all at once.
+
+Keys that upstream knows and this release does not are refused by name, unless their value asks
+for nothing. What is odd without being wrong ends up in `ServerSettings.notices`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, ClassVar, Final
+
+from pydantic import Field
+
+from spire_hw.catalog import SERVER_RULES, PluginConfig, StoreConfig, check_counts, read_plugins
+from spire_hw.config.duration import format_duration
+from spire_hw.config.hcl import Body
+from spire_hw.config.host import (
+    Collector,
+    HealthChecks,
+    HealthSettings,
+    LogKeys,
+    Override,
+    Port,
+    health_settings,
+    log_settings,
+    override,
+    parse_ip,
+    parse_socket_path,
+    parse_trust_domain,
+    read_body,
+)
+from spire_hw.config.schema import GoDuration, Model, check, nearest
+from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
+from spire_hw.key import KeyType
+from spire_hw.log import LogSettings  # noqa: TC001 - public field types stay real
+from spire_hw.spiffeid import SpiffeId, TrustDomain
+
+DEFAULT_CONFIG: Final = Path("conf/server/server.conf")
+DEFAULT_SOCKET: Final = Path("/tmp/spire-server/private/api.sock")  # noqa: S108 - upstream's default
+_DEFAULT_CA_TTL: Final = timedelta(hours=24)
+_DEFAULT_X509_TTL: Final = timedelta(hours=1)
+_DEFAULT_JWT_TTL: Final = timedelta(minutes=5)
+_ACTIVATION_FRACTION: Final = 6
+_MAX_GUARANTEE: Final = timedelta(days=7)
+_STORE_NAMES: Final = ("sql",)
+
+
+@dataclass(frozen=True, slots=True)
+class CaSubject:
+    """Subject of CA certificates."""
+
+    country: tuple[str, ...] = ("US",)
+    organization: tuple[str, ...] = ("SPIFFE",)
+    common_name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """Everything a server is told, checked.
+
+    Attributes:
+        store: the `DataStore "sql"` block; its data are checked by the datastore room.
+        admin_ids: may call the admin API over TCP; foreign trust domains are possible.
+        prune_attested_nodes_expired_for: None leaves expired nodes alone.
+        health: None when probes are not answered over HTTP.
+        plugins: in the order of the file, disabled ones too.
+        notices: what the operator should hear at start.
+        file: the file the settings come from.
+    """
+
+    trust_domain: TrustDomain
+    bind_address: str
+    bind_port: int
+    socket_path: Path
+    data_dir: Path
+    log: LogSettings
+    store: StoreConfig
+    plugins: tuple[PluginConfig, ...]
+    admin_ids: frozenset[SpiffeId] = frozenset()
+    agent_ttl: timedelta = _DEFAULT_X509_TTL
+    x509_svid_ttl: timedelta = _DEFAULT_X509_TTL
+    jwt_svid_ttl: timedelta = _DEFAULT_JWT_TTL
+    ca_ttl: timedelta = _DEFAULT_CA_TTL
+    ca_key_type: KeyType = KeyType.EC_P256
+    jwt_key_type: KeyType = KeyType.EC_P256
+    ca_subject: CaSubject = CaSubject()
+    jwt_issuer: str = ""
+    disable_jwt_svids: bool = False
+    audit_log_enabled: bool = False
+    ratelimit_attestation: bool = True
+    ratelimit_signing: bool = True
+    max_attested_node_info_staleness: timedelta = timedelta()
+    prune_attested_nodes_expired_for: timedelta | None = None
+    prune_attested_nodes_batch_size: int = 1000
+    prune_tofu_nodes: bool = False
+    cache_reload_interval: timedelta = timedelta(seconds=5)
+    full_cache_reload_interval: timedelta = timedelta(hours=24)
+    prune_events_older_than: timedelta = timedelta(hours=12)
+    health: HealthSettings | None = None
+    notices: tuple[str, ...] = ()
+    file: str = ""
+
+
+class CaSubjectKeys(Model):
+    """`ca_subject { }`."""
+
+    country: list[str] = Field(default_factory=list)
+    organization: list[str] = Field(default_factory=list)
+    common_name: str = ""
+
+
+class RateLimitKeys(Model):
+    """`ratelimit { }`."""
+
+    attestation: bool = True
+    signing: bool = True
+
+
+class ExperimentalKeys(Model):
+    """`experimental { }`; keys nobody knows are passed over, as upstream does."""
+
+    tolerant: ClassVar[bool] = True
+    unsupported: ClassVar[Mapping[str, object]] = {
+        "agent_spiffe_id_as_selector": False,
+        "auth_opa_policy_engine": None,
+        "event_timeout": None,
+        "feature_flags": [],
+        "named_pipe_name": None,
+        "require_pq_kem": False,
+        "sql_transaction_timeout": None,
+        "wit_issuer": None,
+        "wit_key_type": None,
+    }
+
+    cache_reload_interval: GoDuration | None = None
+    events_based_cache: bool = False
+    full_cache_reload_interval: GoDuration | None = None
+    prune_events_older_than: GoDuration | None = None
+
+
+class ServerKeys(LogKeys):
+    """`server { }`."""
+
+    unsupported: ClassVar[Mapping[str, object]] = {
+        "federation": Body.empty(),
+        "profiling_enabled": False,
+        "profiling_freq": None,
+        "profiling_names": None,
+        "profiling_port": None,
+        "proxy_protocol_trusted_cidrs": [],
+    }
+
+    admin_ids: list[str] = Field(default_factory=list)
+    agent_ttl: GoDuration | None = None
+    audit_log_enabled: bool = False
+    bind_address: str = "0.0.0.0"  # noqa: S104 - upstream's default
+    bind_port: Port = 8081
+    ca_key_type: str = ""
+    ca_subject: CaSubjectKeys | None = None
+    ca_ttl: GoDuration | None = None
+    data_dir: Annotated[str, Field(min_length=1)]
+    default_x509_svid_ttl: GoDuration | None = None
+    default_jwt_svid_ttl: GoDuration | None = None
+    disable_jwt_svids: bool = False
+    experimental: ExperimentalKeys = ExperimentalKeys()
+    jwt_issuer: str = ""
+    jwt_key_type: str = ""
+    max_attested_node_info_staleness: GoDuration | None = None
+    prune_attested_nodes_batch_size: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    prune_attested_nodes_expired_for: GoDuration | None = None
+    prune_tofu_nodes: bool = False
+    ratelimit: RateLimitKeys = RateLimitKeys()
+    socket_path: str = str(DEFAULT_SOCKET)
+    trust_domain: Annotated[str, Field(min_length=1)]
+
+
+class ServerFile(Model):
+    """The whole file."""
+
+    unsupported: ClassVar[Mapping[str, object]] = {"telemetry": Body.empty()}
+
+    server: ServerKeys
+    plugins: Body
+    health_checks: HealthChecks | None = None
+
+
+def load_settings(
+    path: Path,
+    *,
+    expand_env: bool = False,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Override] | None = None,
+) -> ServerSettings:
+    """Read and check a configuration file.
+
+    Args:
+        path: the file, HCL 1 or JSON.
+        expand_env: put environment variables into its text first.
+        environ: the variables; those of the process without it.
+        overrides: keys of `server {}` given on the command line; they win over the file.
+
+    Raises:
+        ConfigError: with every fault of the file; plugins check their own data later.
+    """
+    body = read_body(
+        path, expand_env=expand_env, environ=os.environ if environ is None else environ
+    )
+    return build_settings(body, overrides or {})
+
+
+def build_settings(body: Body, overrides: Mapping[str, Override] | None = None) -> ServerSettings:
+    """Check what was read; see `load_settings`."""
+    raw, faults = check(override(body, "server", overrides or {}), ServerFile)
+    plugins, stores, wrong = _plugin_sections(body)
+    collect = Collector([*faults, *wrong])
+    store = _store(stores, collect)
+    if raw is None or store is None:
+        collect.check(body.file)
+        raise ConfigError(body.file or "configuration", [ConfigFault(0, "cannot be used")])
+    settings = _build(raw, plugins, store, collect, body.file)
+    collect.check(body.file)
+    return settings
+
+
+def _plugin_sections(
+    body: Body,
+) -> tuple[list[PluginConfig], list[StoreConfig], list[ConfigFault]]:
+    items = tuple(i for b in body.blocks("plugins") for i in b.body.items)
+    if not body.blocks("plugins"):
+        return [], [StoreConfig("sql", Body.empty())], []  # reported as missing already
+    section = Body(items, body.line_of("plugins"), body.file)
+    plugins, stores, faults = read_plugins(section, with_store=True)
+    return plugins, stores, [*faults, *check_counts(plugins, SERVER_RULES)]
+
+
+def _store(stores: list[StoreConfig], collect: Collector) -> StoreConfig | None:
+    if len(stores) != 1:
+        line = stores[1].line if stores else 0
+        collect.add(line, f'plugins needs exactly 1 DataStore "sql", found {len(stores)}')
+        return None
+    if stores[0].name not in _STORE_NAMES:
+        hint = nearest(stores[0].name, _STORE_NAMES) or '; the only one is "sql"'
+        collect.add(stores[0].line, f'DataStore "{stores[0].name}" does not exist{hint}')
+    return stores[0]
+
+
+def _build(
+    raw: ServerFile,
+    plugins: list[PluginConfig],
+    store: StoreConfig,
+    collect: Collector,
+    file: str,
+) -> ServerSettings:
+    keys, more = raw.server, raw.server.experimental
+    ca_key_type = collect.read(keys, "ca_key_type", _key_type(KeyType.EC_P256), KeyType.EC_P256)
+    x509_ttl = collect.duration(keys, "default_x509_svid_ttl", _DEFAULT_X509_TTL)
+    reload_s = collect.duration(
+        more, "cache_reload_interval", timedelta(seconds=5), least=timedelta(milliseconds=100)
+    )
+    full_reload = collect.duration(more, "full_cache_reload_interval", timedelta(hours=24))
+    if full_reload <= reload_s:
+        line = more.line("full_cache_reload_interval")
+        collect.add(line, '"full_cache_reload_interval" must be longer than cache_reload_interval')
+    settings = ServerSettings(
+        trust_domain=collect.read(keys, "trust_domain", parse_trust_domain, TrustDomain("invalid")),
+        bind_address=collect.read(keys, "bind_address", parse_ip, ""),
+        bind_port=keys.bind_port,
+        socket_path=collect.read(keys, "socket_path", parse_socket_path, DEFAULT_SOCKET),
+        data_dir=Path(keys.data_dir),
+        log=log_settings(keys, collect),
+        store=store,
+        plugins=tuple(plugins),
+        admin_ids=frozenset(_admin_ids(keys, collect)),
+        agent_ttl=collect.duration(keys, "agent_ttl", x509_ttl),
+        x509_svid_ttl=x509_ttl,
+        jwt_svid_ttl=collect.duration(keys, "default_jwt_svid_ttl", _DEFAULT_JWT_TTL),
+        ca_ttl=collect.duration(keys, "ca_ttl", _DEFAULT_CA_TTL),
+        ca_key_type=ca_key_type,
+        jwt_key_type=collect.read(keys, "jwt_key_type", _key_type(ca_key_type), ca_key_type),
+        ca_subject=_subject(keys.ca_subject),
+        jwt_issuer=keys.jwt_issuer,
+        disable_jwt_svids=keys.disable_jwt_svids,
+        audit_log_enabled=keys.audit_log_enabled,
+        ratelimit_attestation=keys.ratelimit.attestation,
+        ratelimit_signing=keys.ratelimit.signing,
+        max_attested_node_info_staleness=collect.duration(
+            keys, "max_attested_node_info_staleness", timedelta(), least=timedelta()
+        ),
+        prune_attested_nodes_expired_for=keys.prune_attested_nodes_expired_for,
+        prune_attested_nodes_batch_size=keys.prune_attested_nodes_batch_size,
+        prune_tofu_nodes=keys.prune_tofu_nodes,
+        cache_reload_interval=reload_s,
+        full_cache_reload_interval=full_reload,
+        prune_events_older_than=collect.duration(
+            more, "prune_events_older_than", timedelta(hours=12)
+        ),
+        health=health_settings(raw.health_checks),
+        notices=(),
+        file=file,
+    )
+    return _with_notices(settings, keys)
+
+
+def _key_type(default: KeyType) -> Callable[[str], KeyType]:
+    return lambda text: KeyType.parse(text) if text else default
+
+
+def _admin_ids(keys: ServerKeys, collect: Collector) -> Iterable[SpiffeId]:
+    for text in keys.admin_ids:
+        try:
+            yield SpiffeId.parse(text)
+        except InvalidInputError as e:
+            collect.add(keys.line("admin_ids"), f'"admin_ids": {e.message}')
+
+
+def _subject(keys: CaSubjectKeys | None) -> CaSubject:
+    if keys is None or not (keys.country or keys.organization or keys.common_name):
+        return CaSubject()
+    return CaSubject(tuple(keys.country), tuple(keys.organization), keys.common_name)
+
+
+def _with_notices(settings: ServerSettings, keys: ServerKeys) -> ServerSettings:
+    notices = [f"experimental.{key} is unknown and ignored" for key in keys.experimental.ignored()]
+    guarantee = min(settings.ca_ttl / _ACTIVATION_FRACTION, _MAX_GUARANTEE)
+    ttls = {
+        "default_x509_svid_ttl": settings.x509_svid_ttl,
+        "default_jwt_svid_ttl": settings.jwt_svid_ttl,
+        "agent_ttl": settings.agent_ttl,
+    }
+    for key, ttl in ttls.items():
+        if ttl <= guarantee or (key == "default_jwt_svid_ttl" and settings.disable_jwt_svids):
+            continue
+        advice = f"set {key} to {format_duration(guarantee)} or less"
+        if ttl <= _MAX_GUARANTEE:
+            advice += f", or ca_ttl to {format_duration(ttl * _ACTIVATION_FRACTION)} or more"
+        notices.append(
+            f"{key} {format_duration(ttl)} is longer than what ca_ttl"
+            f" {format_duration(settings.ca_ttl)} can guarantee: {advice}"
+        )
+    return replace(settings, notices=tuple(notices))
