@@ -1,0 +1,1 @@
+"""What the server keeps: contract in `interface`, implementation in `sql`."""

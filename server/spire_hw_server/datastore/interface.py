@@ -7,17 +7,20 @@ stored InvalidInputError, an unusable store UnavailableError. Times are kept to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from spire_hw.aio.watch import Watch
-from spire_hw.bundle.bundle import Bundle
 from spire_hw.errors import AlreadyExistsError
-from spire_hw.selector import Selector
-from spire_hw.spiffeid import SpiffeId, TrustDomain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+    from datetime import datetime
+
+    from spire_hw.aio.watch import Watch
+    from spire_hw.bundle.bundle import Bundle
+    from spire_hw.selector import Selector
+    from spire_hw.spiffeid import SpiffeId, TrustDomain
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +260,10 @@ class Datastore(Protocol):
         """
         ...
 
-    async def get_entry(self, entry_id: str) -> Entry: ...
+    async def get_entry(self, entry_id: str) -> Entry:
+        """Return an entry."""
+        ...
+
     async def get_entries(self, entry_ids: Collection[str]) -> dict[str, Entry]:
         """Return those that exist, by entry id."""
         ...
@@ -270,7 +276,10 @@ class Datastore(Protocol):
         """
         ...
 
-    async def count_entries(self, where: EntryFilter) -> int: ...
+    async def count_entries(self, where: EntryFilter) -> int:
+        """Return how many entries there are."""
+        ...
+
     async def update_entry(self, entry: Entry, fields: frozenset[str] | None) -> Entry:
         """Replace the named attributes (None means all) of the entry with that entry_id.
 
@@ -301,13 +310,22 @@ class Datastore(Protocol):
         """
         ...
 
-    async def get_node(self, agent_id: SpiffeId) -> Node: ...
+    async def get_node(self, agent_id: SpiffeId) -> Node:
+        """Return a node."""
+        ...
+
     async def get_nodes(self, agent_ids: Collection[SpiffeId]) -> dict[SpiffeId, Node]:
         """Return those that exist, by agent ID."""
         ...
 
-    async def list_nodes(self, where: NodeFilter, page: Page) -> NodePage: ...
-    async def count_nodes(self, where: NodeFilter) -> int: ...
+    async def list_nodes(self, where: NodeFilter, page: Page) -> NodePage:
+        """Return nodes in the order they were first stored."""
+        ...
+
+    async def count_nodes(self, where: NodeFilter) -> int:
+        """Return how many nodes there are."""
+        ...
+
     async def set_node_serials(
         self,
         agent_id: SpiffeId,
@@ -336,7 +354,10 @@ class Datastore(Protocol):
         """
         ...
 
-    async def set_node_version(self, agent_id: SpiffeId, version: str) -> None: ...
+    async def set_node_version(self, agent_id: SpiffeId, version: str) -> None:
+        """Store the version an agent reports; at most 255 characters."""
+        ...
+
     async def ban_node(self, agent_id: SpiffeId) -> Node:
         """Blank both serials of a node."""
         ...
@@ -362,7 +383,10 @@ class Datastore(Protocol):
         """Delete unused tokens that expired before a moment, with their aliases."""
         ...
 
-    async def get_bundle(self, trust_domain: TrustDomain) -> Bundle: ...
+    async def get_bundle(self, trust_domain: TrustDomain) -> Bundle:
+        """Return a bundle."""
+        ...
+
     async def list_bundles(self) -> list[Bundle]:
         """Return all bundles, by trust domain."""
         ...
@@ -420,14 +444,25 @@ class Datastore(Protocol):
         """
         ...
 
-    async def create_federation(self, federation: Federation) -> Federation: ...
-    async def get_federation(self, trust_domain: TrustDomain) -> Federation: ...
+    async def create_federation(self, federation: Federation) -> Federation:
+        """Store a new relationship."""
+        ...
+
+    async def get_federation(self, trust_domain: TrustDomain) -> Federation:
+        """Return a relationship."""
+        ...
+
     async def list_federations(self) -> list[Federation]:
         """Return all relationships, by trust domain."""
         ...
 
-    async def update_federation(self, federation: Federation) -> Federation: ...
-    async def delete_federation(self, trust_domain: TrustDomain) -> None: ...
+    async def update_federation(self, federation: Federation) -> Federation:
+        """Replace a relationship."""
+        ...
+
+    async def delete_federation(self, trust_domain: TrustDomain) -> None:
+        """Delete a relationship; its bundle stays."""
+        ...
 
     async def find_journal(self, x509_authority_ids: Sequence[str]) -> JournalRow | None:
         """Return the newest journal whose active authority is one of these."""
@@ -441,16 +476,29 @@ class Datastore(Protocol):
         """
         ...
 
-    async def list_journals(self) -> list[JournalRow]: ...
-    async def delete_journal(self, row_id: int) -> None: ...
+    async def list_journals(self) -> list[JournalRow]:
+        """Return all journals, oldest first."""
+        ...
+
+    async def delete_journal(self, row_id: int) -> None:
+        """Delete a journal."""
+        ...
 
     async def allow_ek(self, ek: EnrolledEk) -> EnrolledEk:
         """Enroll a TPM; enrolling it again replaces the comment."""
         ...
 
-    async def deny_ek(self, ek_hash: str) -> None: ...
-    async def list_eks(self) -> list[EnrolledEk]: ...
-    async def is_ek_allowed(self, ek_hash: str) -> bool: ...
+    async def deny_ek(self, ek_hash: str) -> None:
+        """Take a TPM off the list."""
+        ...
+
+    async def list_eks(self) -> list[EnrolledEk]:
+        """Return all enrolled TPMs, oldest first."""
+        ...
+
+    async def is_ek_allowed(self, ek_hash: str) -> bool:
+        """Tell whether a TPM is enrolled."""
+        ...
 
     async def list_changes(self, after: int, limit: int) -> list[Change]:
         """Return changes in order; the first has id `after + 1` unless it was pruned."""
@@ -460,9 +508,14 @@ class Datastore(Protocol):
         """Return the id of the last change ever made, 0 before the first."""
         ...
 
-    async def prune_changes(self, made_before: datetime) -> int: ...
+    async def prune_changes(self, made_before: datetime) -> int:
+        """Delete changes made before a moment; return how many."""
+        ...
+
     async def ping(self) -> None:
         """Make sure that the store answers."""
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Let go of the database; called once, last."""
+        ...

@@ -1,0 +1,1 @@
+"""The Datastore over SQLite, PostgreSQL and MariaDB/MySQL; `store.open_datastore` is the door."""

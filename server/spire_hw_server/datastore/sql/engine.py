@@ -1,0 +1,222 @@
+"""Runs transactions in worker threads: one writer for SQLite, retries after conflicts.
+
+A function given to `read` or `write` is a whole transaction; it may run more than once and does
+nothing but ask the database. What it changed is written to the `changes` table in the same
+transaction, numbered in the order transactions become visible.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from sqlalchemy import exc, text
+
+from spire_hw.aio.watch import Watch
+from spire_hw.errors import (
+    AlreadyExistsError,
+    InvalidInputError,
+    SpireHwError,
+    UnavailableError,
+)
+from spire_hw_server.datastore.sql import events
+from spire_hw_server.datastore.sql.dialects import Opened, open_engine, write_options
+from spire_hw_server.datastore.sql.schema import migrate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.engine import Connection
+
+    from spire_hw.clock import Clock
+    from spire_hw.log import Logger
+    from spire_hw_server.datastore.config import DatastoreConfig
+    from spire_hw_server.datastore.interface import ChangeKind
+
+T = TypeVar("T")
+
+_TRIES: Final = 6
+# SQLSTATE classes and MySQL numbers of a transaction that lost against another one.
+_CONFLICT_STATES: Final = frozenset({"40001", "40P01", "55P03"})
+_CONFLICT_NUMBERS: Final = frozenset({1205, 1213, 1020})
+
+
+class Transaction:
+    """One transaction: the connection, the time it started and what it changed."""
+
+    def __init__(self, connection: Connection, now: datetime) -> None:
+        self.connection = connection
+        self.now = now
+        self.changes: list[tuple[ChangeKind, str]] = []
+
+    @property
+    def now_s(self) -> int:
+        """Return the time in seconds since 1970."""
+        return int(self.now.timestamp())
+
+    def changed(self, kind: ChangeKind, key: str) -> None:
+        """Note something other servers' caches have to look at."""
+        self.changes.append((kind, key))
+
+
+class Database:
+    """An open database; made by `open_database`."""
+
+    def __init__(
+        self, opened: Opened, replica: Opened | None, *, clock: Clock, log: Logger
+    ) -> None:
+        self._opened = opened
+        self._replica = replica
+        self._clock = clock
+        self._log = log
+        self._readers = ThreadPoolExecutor(opened.threads, thread_name_prefix="datastore")
+        self._writers = (
+            ThreadPoolExecutor(1, thread_name_prefix="datastore-write")
+            if opened.one_writer
+            else self._readers
+        )
+        self._closed = False
+        self.changed: Watch[int] = Watch(0)
+
+    async def read(self, function: Callable[[Transaction], T], *, stale: bool = False) -> T:
+        """Run a transaction that only reads.
+
+        Args:
+            function: the transaction.
+            stale: a replica's answer is good enough.
+        """
+        opened = self._replica if stale and self._replica is not None else self._opened
+        return await self._run(self._readers, lambda: self._attempts(opened, function, False)[0])
+
+    async def write(self, function: Callable[[Transaction], T]) -> T:
+        """Run a transaction that may write; local caches are woken when it changed something."""
+        loop = asyncio.get_running_loop()
+
+        def work() -> T:
+            result, last = self._attempts(self._opened, function, True)
+            if last:
+                loop.call_soon_threadsafe(self._announce, last)
+            return result
+
+        return await self._run(self._writers, work)
+
+    def _announce(self, last: int) -> None:
+        self.changed.set(max(last, self.changed.value))
+
+    async def _run(self, executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        if self._closed:
+            raise UnavailableError("the datastore is closed")
+        return await asyncio.get_running_loop().run_in_executor(executor, work)
+
+    def _attempts(
+        self, opened: Opened, function: Callable[[Transaction], T], writes: bool
+    ) -> tuple[T, int]:
+        last: Exception
+        for _ in range(_TRIES):
+            try:
+                return self._once(opened, function, writes)
+            except exc.IntegrityError as e:
+                # Someone else was first; run again, the function then sees and names it.
+                last = e
+            except exc.DBAPIError as e:
+                if not _is_conflict(e):
+                    raise _translated(e) from e
+                last = e
+            except exc.TimeoutError as e:
+                raise UnavailableError("all database connections are in use") from e
+            except exc.StatementError as e:
+                raise InvalidInputError(f"cannot be stored: {e.orig}") from e
+            except (ValueError, OverflowError) as e:
+                if isinstance(e, SpireHwError):
+                    raise
+                raise InvalidInputError(f"cannot be stored: {e}") from e
+        if isinstance(last, exc.IntegrityError):
+            raise AlreadyExistsError("it conflicts with something stored") from last
+        raise UnavailableError("the database is too busy; try again") from last
+
+    def _once(
+        self, opened: Opened, function: Callable[[Transaction], T], writes: bool
+    ) -> tuple[T, int]:
+        with opened.engine.connect() as connection:
+            if writes:
+                write_options(connection)
+            with connection.begin():
+                transaction = Transaction(connection, self._clock.now().astimezone(UTC))
+                result = function(transaction)
+                last = events.record(connection, transaction.changes, transaction.now_s)
+        return result, last
+
+    async def close(self) -> None:
+        """Wait for what runs and close every connection."""
+        if self._closed:
+            return
+        self._closed = True
+        await asyncio.to_thread(self._dispose)
+
+    def _dispose(self) -> None:
+        self._writers.shutdown(wait=True)
+        self._readers.shutdown(wait=True)
+        for opened in (self._opened, self._replica):
+            if opened is not None:
+                opened.engine.dispose()
+
+
+async def open_database(config: DatastoreConfig, *, clock: Clock, log: Logger) -> Database:
+    """Connect, migrate the schema where needed, and return the database.
+
+    Raises:
+        InvalidInputError: a connection string is not usable.
+        NotReadyError: the schema is not one this program can use.
+        UnavailableError: the database or its driver is not there.
+    """
+    if config.log_sql:
+        logging.getLogger("sqlalchemy.engine").setLevel(logging.INFO)
+    opened = open_engine(config, config.connection_string)
+    replica = (
+        open_engine(config, config.ro_connection_string) if config.ro_connection_string else None
+    )
+
+    def prepare() -> tuple[str, str]:
+        try:
+            return migrate(opened.engine, allowed=not config.disable_migration)
+        except exc.DBAPIError as e:
+            raise _translated(e) from e
+
+    try:
+        before, now = await asyncio.to_thread(prepare)
+    except BaseException:
+        opened.engine.dispose()
+        raise
+    if before != now:
+        log.info("Database schema migrated", before=before or "empty", schema=now)
+    return Database(opened, replica, clock=clock, log=log)
+
+
+def ping(transaction: Transaction) -> None:
+    """Ask the database for nothing."""
+    transaction.connection.execute(text("SELECT 1"))
+
+
+def _is_conflict(error: exc.DBAPIError) -> bool:
+    original = error.orig
+    if getattr(original, "sqlstate", None) in _CONFLICT_STATES:
+        return True
+    arguments = getattr(original, "args", ())
+    if arguments and arguments[0] in _CONFLICT_NUMBERS:
+        return True
+    return str(original).startswith(("database is locked", "database table is locked"))
+
+
+def _translated(error: exc.DBAPIError) -> SpireHwError:
+    if isinstance(error, exc.DataError):
+        return InvalidInputError("cannot be stored: a value does not fit the database")
+    if (
+        isinstance(error, (exc.OperationalError, exc.InterfaceError))
+        or error.connection_invalidated
+    ):
+        lines = str(error.orig).strip().splitlines()
+        return UnavailableError(f"the database is not usable: {lines[0] if lines else 'no reason'}")
+    return SpireHwError(f"the database refused a statement ({type(error.orig).__name__})")

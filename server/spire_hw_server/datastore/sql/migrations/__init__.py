@@ -1,0 +1,1 @@
+"""Alembic migrations: `env` runs them on the connection the engine opened."""

@@ -1,0 +1,201 @@
+"""First revision: every table of version 0.1.
+
+A copy of the tables as they were, so that later changes of `models` do not change what this
+revision makes.
+"""
+
+from __future__ import annotations
+
+from alembic import op
+from sqlalchemy import (
+    Boolean,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    UniqueConstraint,
+    insert,
+    select,
+)
+
+from spire_hw_server.datastore.sql.types import (
+    Ascii,
+    Digest,
+    Exact,
+    blob,
+    json_text,
+    row_number,
+    seconds,
+)
+
+revision = "0001"
+down_revision = None
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+bundles = Table(
+    "bundles",
+    metadata,
+    Column("row_id", row_number(), primary_key=True, autoincrement=True),
+    Column("trust_domain", Ascii(255), nullable=False),
+    Column("sequence", seconds(), nullable=False),
+    Column("refresh_hint_s", seconds(), nullable=False),
+    Column("authorities", blob(), nullable=False),
+    UniqueConstraint("trust_domain"),
+)
+
+federations = Table(
+    "federations",
+    metadata,
+    Column("row_id", row_number(), primary_key=True, autoincrement=True),
+    Column("trust_domain", Ascii(255), nullable=False),
+    Column("bundle_endpoint_url", Exact(8192), nullable=False),
+    Column("endpoint_spiffe_id", Ascii(2048), nullable=True),
+    UniqueConstraint("trust_domain"),
+)
+
+entries = Table(
+    "entries",
+    metadata,
+    Column("row_id", row_number(), primary_key=True, autoincrement=True),
+    Column("entry_id", Ascii(255), nullable=False),
+    Column("spiffe_id", Ascii(2048), nullable=False),
+    Column("parent_id", Ascii(2048), nullable=False),
+    Column("similar_digest", Digest(), nullable=False),
+    Column("x509_svid_ttl_s", Integer(), nullable=False),
+    Column("jwt_svid_ttl_s", Integer(), nullable=False),
+    Column("admin", Boolean(), nullable=False),
+    Column("downstream", Boolean(), nullable=False),
+    Column("store_svid", Boolean(), nullable=False),
+    Column("disable_x509_svid_prefetch", Boolean(), nullable=False),
+    Column("jwt_svid_include_jti", Boolean(), nullable=False),
+    Column("expires_at", seconds(), nullable=True),
+    Column("created_at", seconds(), nullable=False),
+    Column("revision_number", seconds(), nullable=False),
+    Column("hint", Exact(4096), nullable=False),
+    Column("selectors", json_text(), nullable=False),
+    Column("dns_names", json_text(), nullable=False),
+    Column("federates_with", json_text(), nullable=False),
+    UniqueConstraint("entry_id"),
+    UniqueConstraint("similar_digest"),
+    Index(None, "spiffe_id"),
+    Index(None, "parent_id"),
+    Index(None, "expires_at"),
+    sqlite_autoincrement=True,
+)
+
+entry_selectors = Table(
+    "entry_selectors",
+    metadata,
+    Column(
+        "entry_row", row_number(), ForeignKey("entries.row_id", ondelete="CASCADE"), nullable=False
+    ),
+    Column("digest", Digest(), nullable=False),
+    PrimaryKeyConstraint("entry_row", "digest"),
+    Index("ix_entry_selectors_digest", "digest", "entry_row"),
+)
+
+entry_federations = Table(
+    "entry_federations",
+    metadata,
+    Column(
+        "entry_row", row_number(), ForeignKey("entries.row_id", ondelete="CASCADE"), nullable=False
+    ),
+    Column("trust_domain", Ascii(255), ForeignKey("bundles.trust_domain"), nullable=False),
+    PrimaryKeyConstraint("entry_row", "trust_domain"),
+    Index("ix_entry_federations_trust_domain", "trust_domain", "entry_row"),
+)
+
+nodes = Table(
+    "nodes",
+    metadata,
+    Column("row_id", row_number(), primary_key=True, autoincrement=True),
+    Column("agent_id", Ascii(2048), nullable=False),
+    Column("attestation_type", Exact(255), nullable=False),
+    Column("serial_number", Ascii(255), nullable=False),
+    Column("expires_at", seconds(), nullable=False),
+    Column("new_serial_number", Ascii(255), nullable=False),
+    Column("new_expires_at", seconds(), nullable=True),
+    Column("can_reattest", Boolean(), nullable=False),
+    Column("agent_version", Exact(1024), nullable=False),
+    Column("selectors", json_text(), nullable=False),
+    UniqueConstraint("agent_id"),
+    Index(None, "expires_at"),
+    sqlite_autoincrement=True,
+)
+
+node_selectors = Table(
+    "node_selectors",
+    metadata,
+    Column(
+        "node_row", row_number(), ForeignKey("nodes.row_id", ondelete="CASCADE"), nullable=False
+    ),
+    Column("digest", Digest(), nullable=False),
+    PrimaryKeyConstraint("node_row", "digest"),
+    Index("ix_node_selectors_digest", "digest", "node_row"),
+)
+
+join_tokens = Table(
+    "join_tokens",
+    metadata,
+    Column("row_id", row_number(), primary_key=True, autoincrement=True),
+    Column("digest", Digest(), nullable=False),
+    Column("expires_at", seconds(), nullable=False),
+    Column("alias_entry_id", Ascii(255), nullable=True),
+    UniqueConstraint("digest"),
+    Index(None, "expires_at"),
+)
+
+ca_journals = Table(
+    "ca_journals",
+    metadata,
+    Column("row_id", row_number(), primary_key=True, autoincrement=True),
+    Column("active_x509_authority_id", Ascii(255), nullable=False),
+    Column("data", blob(), nullable=False),
+    Index(None, "active_x509_authority_id"),
+)
+
+enrolled_eks = Table(
+    "enrolled_eks",
+    metadata,
+    Column("row_id", row_number(), primary_key=True, autoincrement=True),
+    Column("ek_hash", Ascii(64), nullable=False),
+    Column("comment", Exact(4096), nullable=False),
+    Column("created_at", seconds(), nullable=False),
+    UniqueConstraint("ek_hash"),
+)
+
+changes = Table(
+    "changes",
+    metadata,
+    Column("event_id", row_number(), primary_key=True, autoincrement=False),
+    Column("kind", Ascii(16), nullable=False),
+    Column("key", Ascii(2048), nullable=False),
+    Column("created_at", seconds(), nullable=False),
+    Index(None, "created_at"),
+)
+
+counters = Table(
+    "counters",
+    metadata,
+    Column("name", Ascii(32), primary_key=True),
+    Column("value", seconds(), nullable=False),
+)
+
+
+def upgrade() -> None:
+    """Make what is not there yet; a run that was cut short is taken up by the next."""
+    connection = op.get_bind()
+    metadata.create_all(connection, checkfirst=True)
+    if connection.scalar(select(counters.c.value).where(counters.c.name == "change")) is None:
+        connection.execute(insert(counters).values(name="change", value=0))

@@ -1,0 +1,252 @@
+"""Attested nodes and their selectors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import ColumnElement, Row, and_, delete, func, insert, or_, select, update
+
+from spire_hw.errors import DeniedError, DeniedReason, InvalidInputError, NotFoundError
+from spire_hw.selector import Selector
+from spire_hw.spiffeid import SpiffeId
+from spire_hw_server.datastore.interface import ChangeKind, Node, NodeFilter, NodePage, Page
+from spire_hw_server.datastore.sql import entries as entry_queries
+from spire_hw_server.datastore.sql.models import entries, node_selectors, nodes
+from spire_hw_server.datastore.sql.sets import (
+    after_row,
+    decode_list,
+    encode_selectors,
+    matching,
+    moment_of,
+    new_row,
+    optional_moment,
+    optional_seconds,
+    seconds_of,
+    selector_digest,
+    similar_digest,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+    from datetime import datetime
+
+    from spire_hw_server.datastore.sql.engine import Transaction
+
+_CHUNK: Final = 500
+_MAX_VERSION: Final = 255
+_MAX_JSON_BYTES: Final = 8 << 20
+_JOIN_TOKEN: Final = "join_token"  # noqa: S105 - a name
+
+
+def put(tx: Transaction, node: Node) -> Node:
+    """Store a node; see `Datastore.put_node`."""
+    _check_version(node.agent_version)
+    if node.banned:
+        raise InvalidInputError("a node is stored with a serial number; use ban_node to ban it")
+    selectors = tuple(sorted(set(node.selectors)))
+    node = replace(
+        node,
+        selectors=selectors,
+        expires_at=moment_of(seconds_of(node.expires_at)),
+        new_expires_at=optional_moment(optional_seconds(node.new_expires_at)),
+    )
+    row = _row(tx, node.agent_id, lock=True)
+    if row is not None and _node(row).banned:
+        raise DeniedError(f'agent "{node.agent_id}" is banned', DeniedReason.AGENT_BANNED)
+    if row is None:
+        result = tx.connection.execute(insert(nodes).values(_values(node)))
+        number = new_row(result)
+    else:
+        number = row.row_id
+        if not node.agent_version:
+            node = replace(node, agent_version=row.agent_version)
+        tx.connection.execute(update(nodes).where(nodes.c.row_id == number).values(_values(node)))
+        tx.connection.execute(delete(node_selectors).where(node_selectors.c.node_row == number))
+    if selectors:
+        tx.connection.execute(
+            insert(node_selectors),
+            [{"node_row": number, "digest": selector_digest(s)} for s in selectors],
+        )
+    tx.changed(ChangeKind.NODE, node.agent_id.text)
+    return node
+
+
+def get(tx: Transaction, agent_id: SpiffeId) -> Node:
+    """Return a node; see `Datastore.get_node`."""
+    return _node(_existing(tx, agent_id))
+
+
+def get_many(tx: Transaction, agent_ids: Collection[SpiffeId]) -> dict[SpiffeId, Node]:
+    """Return those that exist; see `Datastore.get_nodes`."""
+    wanted = [agent_id.text for agent_id in dict.fromkeys(agent_ids)]
+    found: dict[SpiffeId, Node] = {}
+    for start in range(0, len(wanted), _CHUNK):
+        query = select(nodes).where(nodes.c.agent_id.in_(wanted[start : start + _CHUNK]))
+        for row in tx.connection.execute(query):
+            node = _node(row)
+            found[node.agent_id] = node
+    return found
+
+
+def list_page(tx: Transaction, where: NodeFilter, page: Page) -> NodePage:
+    """Return a part of the nodes; see `Datastore.list_nodes`."""
+    query = (
+        select(nodes)
+        .where(nodes.c.row_id > after_row(page), *_conditions(where))
+        .order_by(nodes.c.row_id)
+    )
+    if page.size:
+        query = query.limit(page.size + 1)
+    rows = tx.connection.execute(query).all()
+    more = bool(page.size) and len(rows) > page.size
+    if more:
+        rows = rows[: page.size]
+    return NodePage([_node(row) for row in rows], str(rows[-1].row_id) if more else "")
+
+
+def count(tx: Transaction, where: NodeFilter) -> int:
+    """Return the number of nodes; see `Datastore.count_nodes`."""
+    query = select(func.count()).select_from(nodes).where(*_conditions(where))
+    return int(tx.connection.scalar(query) or 0)
+
+
+def set_serials(
+    tx: Transaction,
+    agent_id: SpiffeId,
+    current: tuple[str, datetime],
+    renewed: tuple[str, datetime | None],
+    expected: str | None,
+) -> Node:
+    """Store serials; see `Datastore.set_node_serials`."""
+    if not current[0]:
+        raise InvalidInputError("the current serial number is empty; use ban_node to ban a node")
+    row = _existing(tx, agent_id, lock=True)
+    if _node(row).banned:
+        raise DeniedError(f'agent "{agent_id}" is banned', DeniedReason.AGENT_BANNED)
+    if expected is not None and row.serial_number != expected:
+        raise DeniedError(
+            f'agent "{agent_id}" has attested anew since', DeniedReason.AGENT_NOT_ACTIVE
+        )
+    return _set(
+        tx,
+        row,
+        serial_number=current[0],
+        expires_at=seconds_of(current[1]),
+        new_serial_number=renewed[0],
+        new_expires_at=optional_seconds(renewed[1]),
+    )
+
+
+def set_version(tx: Transaction, agent_id: SpiffeId, version: str) -> None:
+    """Store the version an agent reports; see `Datastore.set_node_version`."""
+    _check_version(version)
+    row = _existing(tx, agent_id, lock=True)
+    tx.connection.execute(
+        update(nodes).where(nodes.c.row_id == row.row_id).values(agent_version=version)
+    )
+
+
+def ban(tx: Transaction, agent_id: SpiffeId) -> Node:
+    """Blank both serials; see `Datastore.ban_node`."""
+    row = _existing(tx, agent_id, lock=True)
+    return _set(tx, row, serial_number="", new_serial_number="", new_expires_at=None)
+
+
+def delete_one(tx: Transaction, agent_id: SpiffeId) -> Node:
+    """Delete a node and its join token alias; see `Datastore.delete_node`."""
+    row = _existing(tx, agent_id, lock=True)
+    tx.connection.execute(delete(nodes).where(nodes.c.row_id == row.row_id))
+    tx.changed(ChangeKind.NODE, agent_id.text)
+    node = _node(row)
+    if node.attestation_type == _JOIN_TOKEN:
+        _delete_alias(tx, agent_id)
+    return node
+
+
+def _delete_alias(tx: Transaction, agent_id: SpiffeId) -> None:
+    marks = (Selector("spiffe_id", agent_id.text),)
+    rows = tx.connection.execute(
+        select(entries.c.row_id, entries.c.spiffe_id, entries.c.similar_digest).where(
+            entries.c.parent_id == agent_id.text
+        )
+    ).all()
+    numbers = [
+        row.row_id
+        for row in rows
+        if bytes(row.similar_digest) == similar_digest(row.spiffe_id, agent_id.text, marks)
+    ]
+    if numbers:
+        entry_queries.delete_where(tx, entries.c.row_id.in_(numbers))
+
+
+def _set(tx: Transaction, row: Row[Any], **values: object) -> Node:
+    tx.connection.execute(update(nodes).where(nodes.c.row_id == row.row_id).values(values))
+    tx.changed(ChangeKind.NODE, row.agent_id)
+    return get(tx, SpiffeId(row.agent_id))
+
+
+def _check_version(version: str) -> None:
+    if len(version) > _MAX_VERSION:
+        raise InvalidInputError(f"agent version is longer than {_MAX_VERSION} characters")
+
+
+def _conditions(where: NodeFilter) -> Iterator[ColumnElement[bool]]:
+    if where.attestation_type is not None:
+        yield nodes.c.attestation_type == where.attestation_type
+    if where.banned is not None:
+        blank = and_(nodes.c.serial_number == "", nodes.c.new_serial_number == "")
+        filled = or_(nodes.c.serial_number != "", nodes.c.new_serial_number != "")
+        yield blank if where.banned else filled
+    if where.can_reattest is not None:
+        yield nodes.c.can_reattest == where.can_reattest
+    if where.expires_before is not None:
+        yield nodes.c.expires_at < seconds_of(where.expires_before)
+    if where.selectors is not None:
+        how, selectors = where.selectors
+        table = node_selectors
+        asked = [selector_digest(s) for s in selectors]
+        yield matching(table, table.c.node_row, table.c.digest, how, asked)
+
+
+def _row(tx: Transaction, agent_id: SpiffeId, *, lock: bool = False) -> Row[Any] | None:
+    query = select(nodes).where(nodes.c.agent_id == agent_id.text)
+    return tx.connection.execute(query.with_for_update() if lock else query).one_or_none()
+
+
+def _existing(tx: Transaction, agent_id: SpiffeId, *, lock: bool = False) -> Row[Any]:
+    row = _row(tx, agent_id, lock=lock)
+    if row is None:
+        raise NotFoundError(f'there is no attested node "{agent_id}"')
+    return row
+
+
+def _values(node: Node) -> dict[str, Any]:
+    selectors = encode_selectors(node.selectors)
+    if len(selectors) > _MAX_JSON_BYTES:
+        raise InvalidInputError(f"selectors of a node are larger than {_MAX_JSON_BYTES} bytes")
+    return {
+        "agent_id": node.agent_id.text,
+        "attestation_type": node.attestation_type,
+        "serial_number": node.serial_number,
+        "expires_at": seconds_of(node.expires_at),
+        "new_serial_number": node.new_serial_number,
+        "new_expires_at": optional_seconds(node.new_expires_at),
+        "can_reattest": node.can_reattest,
+        "agent_version": node.agent_version,
+        "selectors": selectors,
+    }
+
+
+def _node(row: Row[Any]) -> Node:
+    return Node(
+        agent_id=SpiffeId(row.agent_id),
+        attestation_type=row.attestation_type,
+        serial_number=row.serial_number,
+        expires_at=moment_of(row.expires_at),
+        new_serial_number=row.new_serial_number,
+        new_expires_at=optional_moment(row.new_expires_at),
+        can_reattest=row.can_reattest,
+        agent_version=row.agent_version,
+        selectors=tuple([Selector(kind, value) for kind, value in decode_list(row.selectors)]),
+    )

@@ -1,0 +1,67 @@
+"""Join tokens: found by digest, gone when taken."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from sqlalchemy import delete, insert, select
+
+from spire_hw.errors import AlreadyExistsError, InvalidInputError, NotFoundError
+from spire_hw_server.datastore.interface import Entry, JoinToken
+from spire_hw_server.datastore.sql import entries as entry_queries
+from spire_hw_server.datastore.sql.models import entries, join_tokens
+from spire_hw_server.datastore.sql.sets import moment_of, seconds_of
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from spire_hw_server.datastore.sql.engine import Transaction
+
+
+def create(tx: Transaction, token: JoinToken, alias: Entry | None) -> None:
+    """Store a token and its alias; see `Datastore.create_join_token`."""
+    if not token.value:
+        raise InvalidInputError("join token is empty")
+    digest = _digest(token.value)
+    if _expiry(tx, digest) is not None:
+        raise AlreadyExistsError("this join token exists already")
+    alias_id = None if alias is None else entry_queries.create(tx, alias).entry_id
+    tx.connection.execute(
+        insert(join_tokens).values(
+            digest=digest, expires_at=seconds_of(token.expires_at), alias_entry_id=alias_id
+        )
+    )
+
+
+def take(tx: Transaction, value: str) -> JoinToken:
+    """Delete a token and return it; see `Datastore.take_join_token`."""
+    digest = _digest(value)
+    expires_at = _expiry(tx, digest)
+    gone = tx.connection.execute(delete(join_tokens).where(join_tokens.c.digest == digest))
+    if expires_at is None or gone.rowcount != 1:
+        raise NotFoundError("there is no such join token")
+    return JoinToken(value, moment_of(expires_at))
+
+
+def prune(tx: Transaction, expired_before: datetime) -> int:
+    """Delete unused tokens with their aliases; see `Datastore.prune_join_tokens`."""
+    rows = tx.connection.execute(
+        select(join_tokens.c.row_id, join_tokens.c.alias_entry_id)
+        .where(join_tokens.c.expires_at < seconds_of(expired_before))
+        .with_for_update()
+    ).all()
+    for row in rows:
+        tx.connection.execute(delete(join_tokens).where(join_tokens.c.row_id == row.row_id))
+        if row.alias_entry_id is not None:
+            entry_queries.delete_where(tx, entries.c.entry_id == row.alias_entry_id)
+    return len(rows)
+
+
+def _expiry(tx: Transaction, digest: bytes) -> int | None:
+    query = select(join_tokens.c.expires_at).where(join_tokens.c.digest == digest)
+    return tx.connection.scalar(query.with_for_update())
+
+
+def _digest(value: str) -> bytes:
+    return hashlib.sha256(value.encode()).digest()
