@@ -2,7 +2,7 @@
 
 Service code is a class with one async method per RPC, named in snake case after it, taking a
 decoded message (or an async iterator of them) and a `Call`. `bind` pairs such an object with a
-protobuf service descriptor; an engine (`spire_hw.rpc.grpcio_server`) serves the result. Nothing in
+protobuf service descriptor; an engine (`spire_hw.rpc.server`) serves the result. Nothing in
 service code knows which engine runs.
 """
 
@@ -65,9 +65,12 @@ class Method:
     handler: Handler
 
 
+# What a handler answers: a message, or one that is encoded already (hot paths).
+Response = Message | bytes
+
 # Runs around every call: await `next` to go on, raise SpireHwError to refuse.
-UnaryNext = Callable[[Any, Call], Awaitable[Message]]
-StreamNext = Callable[[Any, Call], AsyncIterator[Message]]
+UnaryNext = Callable[[Any, Call], Awaitable[Response]]
+StreamNext = Callable[[Any, Call], AsyncIterator[Response]]
 
 
 def bind(descriptor: ServiceDescriptor, implementation: object) -> list[Method]:

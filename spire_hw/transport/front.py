@@ -1,0 +1,530 @@
+"""Sockets that callers connect to: TCP with optional client certificate, unix with peer credentials.
+
+A front accepts, proves who is there, waits for the HTTP/2 preface and only then opens a connection
+to the inner server. Whoever fails any of it costs a descriptor for a few seconds and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import resource
+import socket
+import ssl
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from typing_extensions import override
+
+from spire_hw.aio.tasks import Tasks
+from spire_hw.bundle.bundle import Bundle
+from spire_hw.clock import Clock, SystemClock
+from spire_hw.errors import (
+    InvalidInputError,
+    NotReadyError,
+    SpireHwError,
+    UnavailableError,
+    VerificationError,
+)
+from spire_hw.log import Logger, get_logger
+from spire_hw.spiffeid import SpiffeId, TrustDomain
+from spire_hw.transport.peer import TcpPeer, UnixPeer
+from spire_hw.transport.process import Process, peer_credentials
+from spire_hw.transport.relay import PREFACE, Callers, Half
+from spire_hw.transport.tls import (
+    TlsContext,
+    TlsHalf,
+    TlsIdentity,
+    build_context,
+    handshake_threads,
+    peer_chain,
+    verify_peer,
+)
+
+_ACCEPT_BATCH: Final = 64
+_EXHAUSTED: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+_EXHAUSTED_PAUSE_S: Final = 0.2
+_REAP_INTERVAL_S: Final = 5.0
+_FDS_PER_CONNECTION: Final = 4
+_FDS_FOR_THE_REST: Final = 256
+_MAX_UNIX_PATH: Final = 107
+_MINUTE_S: Final = 60
+
+
+@dataclass(frozen=True, slots=True)
+class FrontLimits:
+    """What a front allows.
+
+    Attributes:
+        max_connections: at once; lowered to what the process's descriptor limit has room for.
+        max_per_caller: at once from one IP address, or from one user on a unix socket.
+        handshake_s: for TLS, from accept to the last message.
+        first_byte_s: from there to the HTTP/2 preface.
+        max_age_s: after this a connection is cut, None for never. A backstop: the inner server
+            asks clients to leave long before (`RpcLimits.max_connection_age_s`).
+        backlog: of the listening socket.
+    """
+
+    max_connections: int = 10_000
+    max_per_caller: int = 2_000
+    handshake_s: float = 10.0
+    first_byte_s: float = 10.0
+    max_age_s: float | None = None
+    backlog: int = 512
+
+
+TCP_LIMITS: Final = FrontLimits(max_age_s=5 * _MINUTE_S)
+UNIX_LIMITS: Final = FrontLimits()
+
+
+@dataclass(slots=True, eq=False)
+class _Lease:
+    """One connection's place among those a front allows."""
+
+    key: object
+    outer: Half | None = None
+    process: Process | None = None
+    accepted_at: float = 0.0
+
+
+class Front(ABC):
+    """A listening socket in front of an inner server; one start, one close."""
+
+    def __init__(self, limits: FrontLimits, log: Logger) -> None:
+        self.limits = limits
+        self.log = log
+        self._leases: dict[_Lease, None] = {}
+        self._per_caller: dict[object, int] = {}
+        self._sockets: list[socket.socket] = []
+        self._callers: Callers | None = None
+        self._tasks = Tasks(self._task_failed)
+        self._max_connections = limits.max_connections
+
+    @property
+    def connections(self) -> int:
+        """Return how many connections are open, those still being proved included."""
+        return len(self._leases)
+
+    async def start(self, callers: Callers) -> None:
+        """Listen, and hand what was proved to the registry of an inner server.
+
+        Raises:
+            NotReadyError: started before.
+            UnavailableError: the address cannot be listened on.
+        """
+        if self._callers is not None:
+            raise NotReadyError("this front was started before")
+        self._callers = callers
+        soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        room = max(16, (soft - _FDS_FOR_THE_REST) // _FDS_PER_CONNECTION)
+        self._max_connections = min(self.limits.max_connections, room)
+        try:
+            self._sockets = await self._listen()
+        except OSError as e:
+            raise UnavailableError(f"cannot listen on {self.address_text}: {e.strerror or e}") from e
+        for listening in self._sockets:
+            listening.setblocking(False)
+            self._tasks.start(f"accept {self.address_text}", self._accept(listening))
+        if self.limits.max_age_s is not None:
+            self._tasks.start(f"reap {self.address_text}", self._reap(self.limits.max_age_s))
+
+    @property
+    @abstractmethod
+    def address_text(self) -> str:
+        """Return where it listens, for people."""
+
+    @abstractmethod
+    async def _listen(self) -> list[socket.socket]: ...
+
+    @abstractmethod
+    def _caller_key(self, connection: socket.socket, address: object) -> object: ...
+
+    @abstractmethod
+    async def _prove(self, connection: socket.socket, address: object, lease: _Lease) -> None:
+        """Find out who is there and attach; raises when that is impossible."""
+
+    async def stop_accepting(self) -> None:
+        """Close the listening sockets; connections go on."""
+        listening, self._sockets = self._sockets, []
+        for one in listening:
+            asyncio.get_running_loop().remove_reader(one)
+            one.close()
+        await self._tasks.close()
+
+    async def close(self) -> None:
+        """Close everything at once."""
+        await self.stop_accepting()
+        for lease in list(self._leases):
+            if lease.outer is not None:
+                lease.outer.abort()
+
+    def _task_failed(self, name: str, error: BaseException) -> None:
+        self.log.error("Front task failed", task=name, error=str(error), exc_info=error)
+
+    async def _accept(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await _readable(loop, listening)
+            for _ in range(_ACCEPT_BATCH):
+                try:
+                    connection, address = listening.accept()
+                except (BlockingIOError, InterruptedError):
+                    break
+                except OSError as e:
+                    if e.errno in _EXHAUSTED:
+                        self.log.error("Out of descriptors, not accepting", error=str(e))
+                        await asyncio.sleep(_EXHAUSTED_PAUSE_S)
+                        break
+                    if listening.fileno() < 0:
+                        return
+                    continue  # that one connection went away while it waited
+                self._take(connection, address)
+
+    def _take(self, connection: socket.socket, address: object) -> None:
+        try:
+            connection.setblocking(False)
+            key = self._caller_key(connection, address)
+        except OSError:
+            connection.close()
+            return
+        held = self._per_caller.get(key, 0)
+        if len(self._leases) >= self._max_connections or held >= self.limits.max_per_caller:
+            self.log.debug("Too many connections", caller=str(key), open=len(self._leases))
+            connection.close()
+            return
+        lease = _Lease(key, accepted_at=asyncio.get_running_loop().time())
+        self._leases[lease] = None
+        self._per_caller[key] = held + 1
+        self._tasks.start("connection", self._serve(connection, address, lease))
+
+    def _release(self, lease: _Lease) -> None:
+        if self._leases.pop(lease, lease) is lease:
+            return
+        left = self._per_caller.get(lease.key, 0) - 1
+        if left > 0:
+            self._per_caller[lease.key] = left
+        else:
+            self._per_caller.pop(lease.key, None)
+        if lease.process is not None:
+            lease.process.close()
+        lease.outer = None
+
+    async def _serve(self, connection: socket.socket, address: object, lease: _Lease) -> None:
+        done = False
+        try:
+            await self._prove(connection, address, lease)
+            done = True
+        except VerificationError as e:
+            self.log.info("Caller refused", caller=str(lease.key), reason=e.message)
+        except (SpireHwError, TimeoutError, OSError) as e:
+            self.log.debug("Connection dropped", caller=str(lease.key), reason=str(e) or "too slow")
+        finally:
+            if not done:
+                if lease.outer is not None and lease.outer.transport is not None:
+                    lease.outer.abort()
+                else:
+                    connection.close()
+                    self._release(lease)
+
+    async def _attach(self, outer: Half, peer: TcpPeer | UnixPeer) -> None:
+        if self._callers is None:
+            raise UnavailableError("the front is closed")
+        async with asyncio.timeout(self.limits.first_byte_s):
+            await outer.begun()
+        await self._callers.attach(outer, peer)
+
+    async def _reap(self, max_age_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(min(_REAP_INTERVAL_S, max_age_s / 4))
+            oldest = loop.time() - max_age_s
+            for lease in list(self._leases):  # in order of age
+                if lease.accepted_at > oldest:
+                    break
+                if lease.outer is not None:
+                    lease.outer.abort()
+
+
+async def _readable(loop: asyncio.AbstractEventLoop, listening: socket.socket) -> None:
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    descriptor = listening.fileno()
+    loop.add_reader(descriptor, wake)
+    try:
+        await ready
+    finally:
+        if listening.fileno() == descriptor:
+            loop.remove_reader(descriptor)
+
+
+class TcpFront(Front):
+    """TLS on a TCP port: a client certificate is asked for, not required.
+
+    A certificate that is shown has to hold against the bundle of its ID's own trust domain, and
+    `admit` has to let that ID in; otherwise the connection ends. Contexts follow identity and
+    bundles; connections that are open go on until their age.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        *,
+        identity: Callable[[], TlsIdentity],
+        bundles: Callable[[], Mapping[TrustDomain, Bundle]],
+        admit: Callable[[SpiffeId], bool],
+        limits: FrontLimits = TCP_LIMITS,
+        clock: Clock | None = None,
+        log: Logger | None = None,
+    ) -> None:
+        """Describe the front.
+
+        Args:
+            address: IP address to listen on; "" and "::" mean all.
+            port: 0 picks a free one, see `port`.
+            identity: what to show now; asked at every connection.
+            bundles: whom to believe now; asked at every connection.
+            admit: whether a verified ID may connect (own members, listed foreign admins).
+            limits: see `FrontLimits`.
+            clock: what time certificates are held against.
+            log: where refusals go.
+        """
+        super().__init__(limits, log or get_logger("endpoints"))
+        self.address = address
+        self.port = port
+        self._identity = identity
+        self._bundles = bundles
+        self._admit = admit
+        self._clock = clock or SystemClock()
+        self._pool = handshake_threads()
+        self._built: tuple[TlsIdentity, dict[TrustDomain, object], TlsContext] | None = None
+
+    @property
+    @override
+    def address_text(self) -> str:
+        return f"{self.address}:{self.port}"
+
+    @override
+    async def _listen(self) -> list[socket.socket]:
+        found = await asyncio.get_running_loop().getaddrinfo(
+            self.address or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, kind, protocol, _name, where = found[0]
+        listening = socket.socket(family, kind, protocol)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6 and self.address in {"", "::"}:
+                listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            listening.bind(where)
+            listening.listen(self.limits.backlog)
+        except OSError:
+            listening.close()
+            raise
+        self.port = listening.getsockname()[1]
+        return [listening]
+
+    @override
+    def _caller_key(self, connection: socket.socket, address: object) -> object:
+        _keep_alive(connection)
+        return _ip(address)[0]
+
+    def _context(self) -> tuple[TlsContext, Mapping[TrustDomain, Bundle]]:
+        identity, bundles = self._identity(), self._bundles()
+        roots: dict[TrustDomain, object] = {t: b.x509_authorities for t, b in bundles.items()}
+        built = self._built
+        if built is None or built[0] != identity or built[1] != roots:
+            context = build_context(
+                server_side=True,
+                verify=ssl.CERT_OPTIONAL,
+                roots=[root.der for bundle in bundles.values() for root in bundle.x509_authorities],
+                identity=identity,
+            )
+            built = self._built = (identity, roots, context)
+        return built[2], bundles
+
+    @override
+    async def _prove(self, connection: socket.socket, address: object, lease: _Lease) -> None:
+        context, bundles = self._context()
+        outer = TlsHalf(
+            context,
+            server_side=True,
+            pool=self._pool,
+            on_end=lambda: self._release(lease),
+            begins=PREFACE,
+        )
+        lease.outer = outer
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(self.limits.handshake_s):
+            await loop.connect_accepted_socket(lambda: outer, connection)
+            await outer.handshaken()
+        if outer.tls.session_reused:
+            raise VerificationError("TLS sessions are not resumed here")
+        ip, port = _ip(address)
+        chain = peer_chain(outer.tls)
+        peer = TcpPeer(ip, port, None, ())
+        if chain:
+            spiffe_id, certificates = verify_peer(chain, bundles, self._clock.now())
+            if not self._admit(spiffe_id):
+                raise VerificationError(f"{spiffe_id} is not admitted here")
+            peer = replace(peer, spiffe_id=spiffe_id, chain=certificates)
+        outer.resume()
+        await self._attach(outer, peer)
+
+    @override
+    async def close(self) -> None:
+        await super().close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _ip(address: object) -> tuple[str, int]:
+    """Return (address, port), an IPv4 address that came in over IPv6 as itself."""
+    if not isinstance(address, tuple) or len(address) < 2:  # noqa: PLR2004 - address and port
+        return "", 0
+    text = str(address[0])
+    if text.startswith("::ffff:") and "." in text:
+        text = text.removeprefix("::ffff:")
+    return text, int(address[1])
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Have the kernel notice a peer that is gone."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)
+
+
+class UnixFront(Front):
+    """A unix socket whose callers are known by process (`UnixPeer`)."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        mode: int,
+        *,
+        directory_mode: int | None = None,
+        limits: FrontLimits = UNIX_LIMITS,
+        log: Logger | None = None,
+    ) -> None:
+        """Describe the front.
+
+        Args:
+            path: where the socket goes; a stale one is replaced, a live one is not.
+            mode: permission bits of the socket, whatever the umask.
+            directory_mode: permission bits of its directory when we have to make it; None when
+                it has to exist.
+            limits: see `FrontLimits`.
+            log: where refusals go.
+        """
+        super().__init__(limits, log or get_logger("endpoints"))
+        self.path = Path(path).absolute()
+        self.mode = mode
+        self._directory_mode = directory_mode
+        self._inode: tuple[int, int] | None = None
+
+    @property
+    @override
+    def address_text(self) -> str:
+        return str(self.path)
+
+    @override
+    async def _listen(self) -> list[socket.socket]:
+        if len(os.fsencode(self.path)) > _MAX_UNIX_PATH:
+            raise InvalidInputError(f"socket path {self.path} is over {_MAX_UNIX_PATH} bytes")
+        if self._directory_mode is not None and not self.path.parent.is_dir():
+            self.path.parent.parent.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(mode=0o700)
+            self.path.parent.chmod(self._directory_mode)
+        _check_replaceable(self.path)
+        listening = _bind(self.path, self.mode, self.limits.backlog)
+        found = self.path.stat(follow_symlinks=False)
+        self._inode = (found.st_dev, found.st_ino)
+        return [listening]
+
+    @override
+    def _caller_key(self, connection: socket.socket, address: object) -> object:
+        return _uid(connection)
+
+    @override
+    async def _prove(self, connection: socket.socket, address: object, lease: _Lease) -> None:
+        lease.process = process = Process(connection)
+        outer = Half(lambda: self._release(lease), begins=PREFACE)
+        lease.outer = outer
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: outer, connection)
+        await self._attach(outer, UnixPeer(process))
+
+    @override
+    async def stop_accepting(self) -> None:
+        await super().stop_accepting()
+        inode, self._inode = self._inode, None
+        if inode is None:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            found = self.path.stat(follow_symlinks=False)
+            if (found.st_dev, found.st_ino) == inode:  # not that of a successor
+                self.path.unlink()
+
+
+def _uid(connection: socket.socket) -> int:
+    return peer_credentials(connection)[1]
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to take a path that is somebody else's.
+
+    Raises:
+        UnavailableError: a process listens there, or it is not a socket.
+    """
+    try:
+        found = path.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise UnavailableError(f"{path} exists and is not a socket; remove it")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return
+        except BlockingIOError:  # a full backlog: somebody is there
+            pass
+    raise UnavailableError(f"another process listens on {path}")
+
+
+def _bind(path: Path, mode: int, backlog: int) -> socket.socket:
+    """Listen on a path with exact permissions from the first moment on.
+
+    Bound under another name in the same directory (through a descriptor, so that its length does
+    not matter), given its mode, then renamed into place.
+    """
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    name = f".{path.name}.{os.getpid()}"
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=directory)
+        listening.bind(f"/proc/self/fd/{directory}/{name}")
+        os.chmod(name, mode, dir_fd=directory)
+        listening.listen(backlog)
+        os.rename(name, path.name, src_dir_fd=directory, dst_dir_fd=directory)
+    except OSError:
+        listening.close()
+        with contextlib.suppress(OSError):
+            os.unlink(name, dir_fd=directory)
+        raise
+    finally:
+        os.close(directory)
+    return listening

@@ -1,0 +1,134 @@
+"""Throw-away authorities and SVIDs, made with the library's own rules in mind."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from spire_hw.bundle.bundle import Bundle, X509Root
+from spire_hw.key import PrivateKey, Signer
+from spire_hw.spiffeid import TrustDomain
+from spire_hw.transport.tls import TlsIdentity
+
+HOUR = timedelta(hours=1)
+
+
+def now() -> datetime:
+    return datetime.now(UTC).replace(microsecond=0)  # noqa: TID251 - real TLS checks real time
+
+
+def _usage(*, ca: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not ca,
+        key_cert_sign=ca,
+        crl_sign=ca,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+class Authority:
+    """A CA; `below` makes an intermediate of it."""
+
+    def __init__(self, trust_domain: str, parent: Authority | None = None) -> None:
+        self.trust_domain = TrustDomain.parse(trust_domain)
+        self.parent = parent
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        self.name = x509.Name(
+            [x509.NameAttribute(NameOID.COMMON_NAME, f"{trust_domain} {id(self)}")]
+        )
+        issuer = parent or self
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(self.name)
+            .issuer_name(issuer.name)
+            .public_key(self.key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now() - HOUR)
+            .not_valid_after(now() + 24 * HOUR)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            .add_extension(_usage(ca=True), critical=True)
+            .add_extension(
+                x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()), critical=False
+            )
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.key.public_key()),
+                critical=False,
+            )
+            .add_extension(
+                x509.SubjectAlternativeName(
+                    [x509.UniformResourceIdentifier(f"spiffe://{trust_domain}")]
+                ),
+                critical=False,
+            )
+        )
+        self.certificate = builder.sign(issuer.key, hashes.SHA256())
+        self.der = self.certificate.public_bytes(serialization.Encoding.DER)
+
+    def below(self) -> Authority:
+        return Authority(self.trust_domain.name, self)
+
+    @property
+    def chain(self) -> tuple[bytes, ...]:
+        return () if self.parent is None else (self.der, *self.parent.chain)
+
+    def bundle(self, *more: Authority) -> Bundle:
+        return Bundle(
+            self.trust_domain, tuple(X509Root(authority.der) for authority in (self, *more))
+        )
+
+    def leaf(
+        self,
+        public_key: object,
+        spiffe_id: str,
+        *,
+        start: datetime | None = None,
+        end: datetime | None = None,
+        uris: tuple[str, ...] | None = None,
+        ca: bool = False,
+        usages: tuple[x509.ObjectIdentifier, ...] = (
+            ExtendedKeyUsageOID.SERVER_AUTH,
+            ExtendedKeyUsageOID.CLIENT_AUTH,
+        ),
+    ) -> bytes:
+        names = [x509.UniformResourceIdentifier(uri) for uri in uris or (spiffe_id,)]
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "SPIRE")]))
+            .issuer_name(self.name)
+            .public_key(public_key)  # type: ignore[arg-type]
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(start or now() - HOUR)
+            .not_valid_after(end or now() + HOUR)
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+            .add_extension(_usage(ca=ca), critical=True)
+            .add_extension(x509.ExtendedKeyUsage(list(usages)), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()),
+                critical=False,
+            )
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        )
+        return builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
+
+    def identity(
+        self,
+        spiffe_id: str,
+        *,
+        key: PrivateKey | None = None,
+        signer: Signer | None = None,
+        version: int = 0,
+        **leaf: object,
+    ) -> TlsIdentity:
+        if signer is None and key is None:
+            key = ec.generate_private_key(ec.SECP256R1())
+        public = signer.public_key if signer is not None else key.public_key()  # type: ignore[union-attr]
+        chain = (self.leaf(public, spiffe_id, **leaf), *self.chain)  # type: ignore[arg-type]
+        return TlsIdentity(chain, key if signer is None else None, signer, version)
