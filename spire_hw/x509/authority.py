@@ -6,7 +6,7 @@ The parts are prepared once, so that issuing is joining bytes and one signature.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 
