@@ -1,0 +1,193 @@
+"""Between our key types and PKCS#11's: mechanisms, paddings, signature and public key formats.
+
+Numbers are those of PKCS #11 v2.40, so that the host process needs no PKCS#11 library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric import ec, rsa, utils
+
+from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError
+from spire_hw.key import HashAlgorithm, KeyType, PublicKey, SignOptions, check_digest
+
+CKM_RSA_PKCS_KEY_PAIR_GEN: Final = 0x0
+CKM_RSA_PKCS: Final = 0x1
+CKM_RSA_PKCS_PSS: Final = 0xD
+CKM_EC_KEY_PAIR_GEN: Final = 0x1040
+CKM_ECDSA: Final = 0x1041
+CKK_RSA: Final = 0x0
+CKK_EC: Final = 0x3
+
+MECHANISM_NAMES: Final = {
+    CKM_RSA_PKCS_KEY_PAIR_GEN: "CKM_RSA_PKCS_KEY_PAIR_GEN",
+    CKM_RSA_PKCS: "CKM_RSA_PKCS",
+    CKM_RSA_PKCS_PSS: "CKM_RSA_PKCS_PSS",
+    CKM_EC_KEY_PAIR_GEN: "CKM_EC_KEY_PAIR_GEN",
+    CKM_ECDSA: "CKM_ECDSA",
+}
+
+# DigestInfo up to the digest (RFC 8017 section 9.2, note 1).
+_DIGEST_INFO: Final = {
+    HashAlgorithm.SHA256: bytes.fromhex("3031300d060960864801650304020105000420"),
+    HashAlgorithm.SHA384: bytes.fromhex("3041300d060960864801650304020205000430"),
+    HashAlgorithm.SHA512: bytes.fromhex("3051300d060960864801650304020305000440"),
+}
+# (hash mechanism, mask generation function) of CK_RSA_PKCS_PSS_PARAMS.
+_PSS: Final = {
+    HashAlgorithm.SHA256: (0x250, 2),
+    HashAlgorithm.SHA384: (0x260, 3),
+    HashAlgorithm.SHA512: (0x270, 4),
+}
+_HALF_BYTES: Final = {KeyType.EC_P256: 32, KeyType.EC_P384: 48}
+_CURVES: Final[dict[KeyType, ec.EllipticCurve]] = {
+    KeyType.EC_P256: ec.SECP256R1(),
+    KeyType.EC_P384: ec.SECP384R1(),
+}
+EC_PARAMS: Final = {
+    KeyType.EC_P256: bytes.fromhex("06082a8648ce3d030107"),
+    KeyType.EC_P384: bytes.fromhex("06052b81040022"),
+}
+_MODULUS_BITS: Final = {KeyType.RSA_2048: 2048, KeyType.RSA_4096: 4096}
+
+
+@dataclass(frozen=True, slots=True)
+class SignRequest:
+    """One signature as a token is asked for it.
+
+    Attributes:
+        mechanism: CKM number.
+        pss: hash mechanism, mask generation function, salt bytes; None but for PSS.
+        data: what goes into C_Sign.
+    """
+
+    mechanism: int
+    pss: tuple[int, int, int] | None
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PublicMaterial:
+    """A public key as attributes; empty bytes where the token gave none.
+
+    Attributes:
+        key_type: CKK number.
+        ec_params: CKA_EC_PARAMS.
+        ec_point: CKA_EC_POINT.
+        modulus: CKA_MODULUS, big-endian.
+        exponent: CKA_PUBLIC_EXPONENT, big-endian.
+    """
+
+    key_type: int
+    ec_params: bytes = b""
+    ec_point: bytes = b""
+    modulus: bytes = b""
+    exponent: bytes = b""
+
+
+def is_ec(key_type: KeyType) -> bool:
+    """Tell whether a key type is elliptic-curve."""
+    return key_type in _HALF_BYTES
+
+
+def modulus_bits(key_type: KeyType) -> int:
+    """Return the RSA modulus size of a key type."""
+    return _MODULUS_BITS[key_type]
+
+
+def mechanisms_for(key_type: KeyType) -> tuple[int, int]:
+    """Return the mechanisms a token must have: key pair generation and signing."""
+    if is_ec(key_type):
+        return CKM_EC_KEY_PAIR_GEN, CKM_ECDSA
+    return CKM_RSA_PKCS_KEY_PAIR_GEN, CKM_RSA_PKCS
+
+
+def sign_request(key_type: KeyType, digest: bytes, options: SignOptions) -> SignRequest:
+    """Turn a digest into what the token signs.
+
+    ECDSA takes the leftmost bits of a long digest; that is done here because many tokens refuse
+    the long form. Only the mechanisms that do not hash are used.
+
+    Raises:
+        InvalidInputError: digest length, PSS on an EC key, or a salt that does not fit.
+    """
+    check_digest(digest, options)
+    half = _HALF_BYTES.get(key_type)
+    if half is not None:
+        if options.pss:
+            raise InvalidInputError("PSS options do not fit an EC key")
+        return SignRequest(CKM_ECDSA, None, digest[:half])
+    if not options.pss:
+        return SignRequest(CKM_RSA_PKCS, None, _DIGEST_INFO[options.hash] + digest)
+    salt = options.salt_bytes
+    longest = modulus_bits(key_type) // 8 - options.hash.digest_size - 2
+    if options.salt_length < -1 or salt > longest:
+        raise InvalidInputError(
+            f"PSS salt length {options.salt_length} is out of range, at most {longest} fit"
+        )
+    return SignRequest(CKM_RSA_PKCS_PSS, (*_PSS[options.hash], salt), digest)
+
+
+def signature_of(key_type: KeyType, raw: bytes) -> bytes:
+    """Return a token's output as the contract wants it: DER for ECDSA, RSA as it is.
+
+    Raises:
+        SpireHwError: INTERNAL, the output cannot be a signature of such a key.
+    """
+    half = _HALF_BYTES.get(key_type)
+    if half is None:
+        if len(raw) != modulus_bits(key_type) // 8:
+            raise SpireHwError(f"token returned an RSA signature of {len(raw)} bytes")
+        return raw
+    if len(raw) != 2 * half:
+        raise SpireHwError(f"token returned an ECDSA signature of {len(raw)} bytes")
+    r, s = int.from_bytes(raw[:half]), int.from_bytes(raw[half:])
+    if r == 0 or s == 0:
+        raise SpireHwError("token returned an ECDSA signature with a zero half")
+    return utils.encode_dss_signature(r, s)
+
+
+def public_key_of(material: PublicMaterial) -> PublicKey:
+    """Build the public key from a token's attributes.
+
+    CKA_EC_POINT is a DER OCTET STRING around the point, yet raw points exist in the field and both
+    start with 0x04: the exact length decides.
+
+    Raises:
+        InvalidInputError: `undecodable EC point`, or a key that is none of ours.
+    """
+    if material.key_type == CKK_EC:
+        return _ec_key_of(material)
+    if material.key_type != CKK_RSA:
+        raise InvalidInputError(f"CKK 0x{material.key_type:x} is neither RSA nor EC")
+    exponent = int.from_bytes(material.exponent)
+    modulus = int.from_bytes(material.modulus)
+    if modulus.bit_length() not in _MODULUS_BITS.values():
+        raise InvalidInputError(f"RSA-{modulus.bit_length()} is not a supported key type")
+    try:
+        return rsa.RSAPublicNumbers(exponent, modulus).public_key()
+    except ValueError as e:
+        raise InvalidInputError("undecodable RSA key") from e
+
+
+def _ec_key_of(material: PublicMaterial) -> PublicKey:
+    key_type = next((t for t, p in EC_PARAMS.items() if p == material.ec_params), None)
+    if key_type is None:
+        raise InvalidInputError("EC parameters are not those of P-256 or P-384")
+    point = material.ec_point
+    raw_length = 2 * _HALF_BYTES[key_type] + 1
+    if len(point) == raw_length + 2 and point[:2] == bytes((0x04, raw_length)):
+        point = point[2:]
+    if len(point) != raw_length or point[0] != 0x04:  # noqa: PLR2004 - uncompressed point
+        raise InvalidInputError("undecodable EC point")
+    try:
+        return ec.EllipticCurvePublicKey.from_encoded_point(_CURVES[key_type], point)
+    except ValueError as e:
+        raise InvalidInputError("undecodable EC point: not on the curve") from e
+
+
+def unfit(message: str) -> SpireHwError:
+    """Return the error for a key that the operator must look at."""
+    return SpireHwError(message, kind=ErrorKind.FAILED_PRECONDITION)

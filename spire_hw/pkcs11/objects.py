@@ -1,0 +1,319 @@
+"""Key pairs and data objects on a token: find, create, destroy, sign.
+
+Runs in the worker only. Nothing is ever modified: no C_SetAttributeValue, since several devices lack
+it and a full SoftHSM destroys the object it was to change.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any, Final
+
+from pkcs11 import MGF, Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass
+from pkcs11.constants import DEFAULT
+from pkcs11.exceptions import PKCS11Error
+
+from spire_hw.errors import ErrorKind
+from spire_hw.pkcs11.errors import Cure, TokenError, ckr_of
+from spire_hw.pkcs11.keys import CKM_ECDSA, CKM_RSA_PKCS, CKM_RSA_PKCS_PSS
+from spire_hw.pkcs11.token import TokenSession
+from spire_hw.pkcs11.wire import SignItem, pack_bytes
+
+_EVIDENCE: Final = {
+    "LOCAL": Attribute.LOCAL,
+    "KEY_GEN_MECHANISM": Attribute.KEY_GEN_MECHANISM,
+    "TOKEN": Attribute.TOKEN,
+    "PRIVATE": Attribute.PRIVATE,
+    "SENSITIVE": Attribute.SENSITIVE,
+    "ALWAYS_SENSITIVE": Attribute.ALWAYS_SENSITIVE,
+    "EXTRACTABLE": Attribute.EXTRACTABLE,
+    "NEVER_EXTRACTABLE": Attribute.NEVER_EXTRACTABLE,
+    "SIGN": Attribute.SIGN,
+    "DECRYPT": Attribute.DECRYPT,
+    "UNWRAP": Attribute.UNWRAP,
+    "DERIVE": Attribute.DERIVE,
+}
+_TEMPLATE_REFUSED: Final = frozenset({"TEMPLATE_INCONSISTENT", "ATTRIBUTE_VALUE_INVALID"})
+# Also how tpm2-pkcs11 answers a template with explicit FALSE usage flags.
+_TEMPLATE_MAYBE: Final = _TEMPLATE_REFUSED | {"GENERAL_ERROR", "ATTRIBUTE_TYPE_INVALID"}
+_MECHANISMS: Final = {
+    CKM_ECDSA: Mechanism.ECDSA,
+    CKM_RSA_PKCS: Mechanism.RSA_PKCS,
+    CKM_RSA_PKCS_PSS: Mechanism.RSA_PKCS_PSS,
+}
+_ODD: Final = (PKCS11Error, ValueError, NotImplementedError, UnicodeDecodeError)
+
+
+class TokenObjects:
+    """The objects of one logged-in token."""
+
+    def __init__(self, token: TokenSession, profile: str) -> None:
+        self._token = token
+        self._profile = profile
+        self._keys: dict[bytes, Any] = {}
+
+    def listing(self, prefix: str) -> dict[str, Any]:
+        """Return all key halves and data objects whose label starts with prefix.
+
+        Raises:
+            TokenError: not logged in, or the search failed.
+        """
+        self._token.check_logged_in()
+        try:
+            halves = self._halves(ObjectClass.PRIVATE_KEY, prefix)
+            halves += self._halves(ObjectClass.PUBLIC_KEY, prefix)
+            data = self._data(prefix)
+        except PKCS11Error as e:
+            error = TokenError.of(e, "list objects", self._token.device)
+            self._renew()
+            raise error from e
+        self._token.check_logged_in()
+        return {"halves": halves, "data": data}
+
+    def _find(self, attributes: dict[Attribute, Any]) -> list[Any]:
+        return list(self._token.session.get_objects(attributes))
+
+    def _halves(self, kind: ObjectClass, prefix: str) -> list[dict[str, Any]]:
+        found = []
+        for item in self._find({Attribute.CLASS: kind}):
+            label = _read(item, Attribute.LABEL)
+            if isinstance(label, str) and label.startswith(prefix):
+                found.append(_describe(item, label, is_private=kind is ObjectClass.PRIVATE_KEY))
+        return found
+
+    def _data(self, prefix: str) -> list[dict[str, Any]]:
+        found = []
+        for item in self._find({Attribute.CLASS: ObjectClass.DATA}):
+            label = _read(item, Attribute.LABEL)
+            if isinstance(label, str) and label.startswith(prefix):
+                value = _read(item, Attribute.VALUE)
+                found.append({"label": label, "value": _pack(value)})
+        return found
+
+    def generate(self, key_type: dict[str, Any], cka_id: bytes, label: str) -> dict[str, Any]:
+        """Make a key pair and return its private half as `listing` does, with the public key.
+
+        Args:
+            key_type: `{"ec_params": base64 text}` or `{"bits": n}`.
+            cka_id: CKA_ID of both halves.
+            label: CKA_LABEL of both halves.
+
+        Raises:
+            TokenError: the token refused; nothing of the pair is left behind.
+        """
+        minimal_first = self._profile == "tpm2"
+        try:
+            try:
+                public, private = self._generate(key_type, cka_id, label, minimal=minimal_first)
+            except PKCS11Error as e:
+                if minimal_first or ckr_of(e).name not in _TEMPLATE_MAYBE:
+                    raise
+                self.destroy(cka_id, label)
+                public, private = self._generate(key_type, cka_id, label, minimal=True)
+            described = _describe(private, label, is_private=True)
+            described["material"] = _material(public) or described["material"]
+        except PKCS11Error as e:
+            error = self._generate_error(e)
+            # A half that cannot be removed now is found and removed at the next start.
+            with suppress(TokenError):
+                self._renew()
+                self.destroy(cka_id, label)
+            raise error from e
+        return described
+
+    def _generate_error(self, cause: PKCS11Error) -> TokenError:
+        error = TokenError.of(cause, "generate key pair", self._token.device)
+        if ckr_of(cause).name not in _TEMPLATE_REFUSED:
+            return error
+        return TokenError(
+            f"token refused key template (profile {self._profile}): CKR_{ckr_of(cause).name}",
+            reason="hsm.template_refused",
+            operation="generate key pair",
+            device=self._token.device,
+            code=error.code,
+            kind=ErrorKind.FAILED_PRECONDITION,
+        )
+
+    def _generate(
+        self, key_type: dict[str, Any], cka_id: bytes, label: str, *, minimal: bool
+    ) -> tuple[Any, Any]:
+        private: dict[Attribute, Any] = {
+            Attribute.PRIVATE: True,
+            Attribute.SENSITIVE: True,
+            Attribute.EXTRACTABLE: False,
+        }
+        public: dict[Attribute, Any] = {Attribute.PRIVATE: False}
+        unwanted = (Attribute.DECRYPT, Attribute.UNWRAP, Attribute.DERIVE)
+        private |= dict.fromkeys(unwanted, DEFAULT if minimal else False)
+        public |= dict.fromkeys((Attribute.ENCRYPT, Attribute.WRAP), DEFAULT if minimal else False)
+        common: dict[str, Any] = {
+            "id": cka_id,
+            "label": label,
+            "store": True,
+            "capabilities": MechanismFlag.SIGN | MechanismFlag.VERIFY,
+            "public_template": public,
+            "private_template": private,
+        }
+        session = self._token.session
+        if "bits" in key_type:
+            pair = session.generate_keypair(KeyType.RSA, key_type["bits"], **common)
+        else:
+            parameters = session.create_domain_parameters(
+                KeyType.EC, {Attribute.EC_PARAMS: key_type["ec_params"]}, local=True
+            )
+            pair = parameters.generate_keypair(**common)
+        return pair[0], pair[1]
+
+    def destroy(self, cka_id: bytes, label: str) -> int:
+        """Destroy the objects of one pair, private half first; return how many there were.
+
+        Raises:
+            TokenError: the token refused.
+        """
+        self._keys.pop(cka_id, None)
+        gone = 0
+        try:
+            for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
+                wanted = {Attribute.CLASS: kind, Attribute.ID: cka_id, Attribute.LABEL: label}
+                for item in self._find(wanted):
+                    item.destroy()
+                    gone += 1
+        except PKCS11Error as e:
+            error = TokenError.of(e, "destroy key pair", self._token.device)
+            self._renew()
+            raise error from e
+        return gone
+
+    def put_data(self, label: str, application: str, value: bytes) -> None:
+        """Write a data object, then destroy older ones of that label.
+
+        Raises:
+            TokenError: the token refused.
+        """
+        wanted = {Attribute.CLASS: ObjectClass.DATA, Attribute.LABEL: label}
+        try:
+            older = self._find(wanted)
+            self._token.session.create_object(
+                {
+                    Attribute.CLASS: ObjectClass.DATA,
+                    Attribute.TOKEN: True,
+                    Attribute.PRIVATE: True,
+                    Attribute.LABEL: label,
+                    Attribute.APPLICATION: application,
+                    Attribute.VALUE: value,
+                }
+            )
+            for item in older:
+                item.destroy()
+        except PKCS11Error as e:
+            error = TokenError.of(e, "write data object", self._token.device)
+            self._renew()
+            raise error from e
+
+    def sign(self, item: SignItem) -> bytes | TokenError:
+        """Sign; a lost session or a stale handle is replaced once."""
+        result = self._sign_once(item)
+        if isinstance(result, TokenError) and result.cure in {Cure.SESSION, Cure.KEY}:
+            return self._sign_once(item)
+        return result
+
+    def _sign_once(self, item: SignItem) -> bytes | TokenError:
+        request = item.request
+        try:
+            key = self._keys.get(item.key) or self._private_key(item.key)
+            param = None
+            if request.pss is not None:
+                hash_mechanism, mgf, salt = request.pss
+                param = (Mechanism(hash_mechanism), MGF(mgf), salt)
+            signature: bytes = key.sign(
+                request.data, mechanism=_MECHANISMS[request.mechanism], mechanism_param=param
+            )
+        except TokenError as e:
+            return e
+        except AttributeError:
+            self._keys.pop(item.key, None)
+            return self._refused("hsm.key_not_permitted", "key no longer permits signing")
+        except _ODD as e:
+            error = TokenError.of(e, "sign", self._token.device)
+            try:
+                self._renew()
+            except TokenError as lost:
+                return lost
+            return error
+        return signature
+
+    def _private_key(self, cka_id: bytes) -> Any:  # noqa: ANN401 - classes made at run time
+        wanted = {Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.ID: cka_id}
+        found = self._find(wanted)
+        if len(found) == 1:
+            self._keys[cka_id] = found[0]
+            return found[0]
+        if found:
+            raise self._refused("hsm.key_ambiguous", "several private keys have one CKA_ID")
+        # Not logged in, a token hides its private keys: only a logged-in search tells they are gone.
+        self._token.check_logged_in()
+        raise TokenError(
+            "key is not on the token",
+            reason="hsm.key_gone",
+            operation="find key",
+            device=self._token.device,
+        )
+
+    def _refused(self, reason: str, message: str) -> TokenError:
+        return TokenError(
+            message,
+            reason=reason,
+            operation="sign",
+            device=self._token.device,
+            kind=ErrorKind.FAILED_PRECONDITION,
+        )
+
+    def _renew(self) -> None:
+        self._keys.clear()
+        self._token.renew()
+
+
+def _read(item: Any, attribute: Attribute) -> object:  # noqa: ANN401 - as above
+    # An attribute that cannot be read or decoded counts as not proven, see inventory.
+    try:
+        return item[attribute]
+    except _ODD:
+        return None
+
+
+def _pack(value: object) -> str:
+    return pack_bytes(bytes(value)) if isinstance(value, bytes | bytearray) else ""
+
+
+def _describe(item: Any, label: str, *, is_private: bool) -> dict[str, Any]:  # noqa: ANN401
+    evidence: dict[str, bool | int | None] = {}
+    if is_private:
+        for name, attribute in _EVIDENCE.items():
+            value = _read(item, attribute)
+            evidence[name] = (
+                int(value)
+                if name == "KEY_GEN_MECHANISM" and isinstance(value, int)
+                else (value if isinstance(value, bool) else None)
+            )
+    return {
+        "id": _pack(_read(item, Attribute.ID)),
+        "label": label,
+        "private": is_private,
+        "material": _material(item),
+        "evidence": evidence,
+    }
+
+
+def _material(item: Any) -> dict[str, Any] | None:  # noqa: ANN401 - as above
+    kind = _read(item, Attribute.KEY_TYPE)
+    if not isinstance(kind, int):
+        return None
+    if kind == KeyType.EC:
+        point = _pack(_read(item, Attribute.EC_POINT))
+        params = _pack(_read(item, Attribute.EC_PARAMS))
+        return {"kind": int(kind), "params": params, "point": point} if point else None
+    if kind != KeyType.RSA:
+        return {"kind": int(kind)}
+    modulus = _pack(_read(item, Attribute.MODULUS))
+    exponent = _pack(_read(item, Attribute.PUBLIC_EXPONENT))
+    return {"kind": int(kind), "modulus": modulus, "exponent": exponent} if modulus else None

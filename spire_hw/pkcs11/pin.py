@@ -1,0 +1,142 @@
+"""Where a PIN comes from, and the rule that a refused one is never sent again.
+
+Three wrong PINs lock many tokens for good, so a refusal latches on the PIN's content: until its
+source holds something else nobody in this process may try.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Protocol
+
+from spire_hw.errors import ErrorKind
+from spire_hw.pkcs11.errors import Cure, TokenError
+
+_MAX_BYTES: Final = 256
+
+
+class PinSource(Protocol):
+    """Something that holds a PIN."""
+
+    def read(self) -> str:
+        """Return the PIN as it is now.
+
+        Raises:
+            TokenError: FAILED_PRECONDITION, it cannot be had; the message never shows content.
+        """
+        ...
+
+
+class FilePin:
+    """A PIN in a file that only its owner may read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> str:
+        """Return the file's content without exactly one trailing newline."""
+        try:
+            # Non-blocking, so that a FIFO in this place cannot hold the server up.
+            handle = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as e:
+            raise self._unusable(e.strerror or "cannot be opened") from e
+        with os.fdopen(handle, "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise self._unusable("is not a regular file")
+            if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+                mode = stat.S_IMODE(status.st_mode)
+                raise self._unusable(f"mode {mode:04o} lets others read it; use 0600")
+            if status.st_uid not in {0, os.geteuid()}:
+                raise self._unusable("belongs to another user")
+            content = file.read(_MAX_BYTES + 2)
+        return _checked(content.removesuffix(b"\n"), self._unusable)
+
+    def _unusable(self, reason: str) -> TokenError:
+        return _unusable(f"PIN file {self._path}: {reason}")
+
+
+class EnvironmentPin:
+    """A PIN from an environment variable, which is cleared once read."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        value = os.environ.pop(name, None)
+        self._pin = None if value is None else value.encode("utf-8", "surrogateescape")
+
+    def read(self) -> str:
+        """Return what the variable held when this was made."""
+        if self._pin is None:
+            raise self._unusable("is not set")
+        return _checked(self._pin, self._unusable)
+
+    def _unusable(self, reason: str) -> TokenError:
+        return _unusable(f"PIN variable {self._name}: {reason}")
+
+
+class PinGuard:
+    """Hands a PIN out unless that very PIN was refused before."""
+
+    def __init__(self, source: PinSource) -> None:
+        self._source = source
+        self._salt = secrets.token_bytes(32)
+        self._refused: dict[bytes, str] = {}
+
+    def take(self) -> str:
+        """Return the PIN.
+
+        Raises:
+            TokenError: the source cannot be read, or holds a PIN that was refused.
+        """
+        pin = self._source.read()
+        refusal = self._refused.get(self._mark(pin))
+        if refusal is not None:
+            raise TokenError(
+                refusal,
+                reason="hsm.pin_latched",
+                operation="login",
+                cure=Cure.OPERATOR,
+                kind=ErrorKind.FAILED_PRECONDITION,
+            )
+        return pin
+
+    def refuse(self, pin: str, message: str) -> None:
+        """Remember that the token refused this PIN, and in what words."""
+        self._refused[self._mark(pin)] = message
+
+    def inherit(self, older: PinGuard) -> None:
+        """Take over what an older guard learnt, so that a new configuration forgets nothing."""
+        self._salt = older._salt
+        self._refused = older._refused
+
+    def _mark(self, pin: str) -> bytes:
+        return hashlib.blake2b(pin.encode("utf-8"), key=self._salt, digest_size=32).digest()
+
+
+def _checked(content: bytes, unusable: Callable[[str], TokenError]) -> str:
+    if not content:
+        raise unusable("is empty")
+    if len(content) > _MAX_BYTES:
+        raise unusable(f"is longer than {_MAX_BYTES} bytes")
+    try:
+        pin = content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise unusable("is not UTF-8") from None
+    if "\0" in pin:
+        raise unusable("holds a NUL")
+    return pin
+
+
+def _unusable(message: str) -> TokenError:
+    return TokenError(
+        message,
+        reason="hsm.pin_source",
+        operation="read PIN",
+        cure=Cure.OPERATOR,
+        kind=ErrorKind.FAILED_PRECONDITION,
+    )

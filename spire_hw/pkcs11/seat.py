@@ -1,0 +1,223 @@
+"""A place for one worker: opened, watched, refilled when the worker dies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from spire_hw.aio.backoff import Backoff
+from spire_hw.errors import ErrorKind, SpireHwError
+from spire_hw.log import Logger
+from spire_hw.pkcs11.errors import Cure, TokenError
+from spire_hw.pkcs11.pin import PinGuard
+from spire_hw.pkcs11.process import Launch, WorkerProcess
+from spire_hw.pkcs11.wire import Kind, decode_json, encode_json
+
+_PING_EVERY_S: Final = 15.0
+_PING_LIMIT_S: Final = 10.0
+_STEADY_S: Final = 60.0
+_BROKEN_AFTER: Final = 2
+MAX_DEPTH: Final = 2
+_BATCH_TARGET_S: Final = 0.02
+_SMOOTHING: Final = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFacts:
+    """What a worker found out when it opened the token.
+
+    Attributes:
+        label: token label.
+        serial: token serial number.
+        model: token model.
+        can_write: False when the token is write-protected.
+        mechanisms: CKM numbers the token lists.
+    """
+
+    label: str
+    serial: str
+    model: str
+    can_write: bool
+    mechanisms: frozenset[int]
+
+    @property
+    def device(self) -> str:
+        """Return label and serial for messages."""
+        return f"{self.label}/{self.serial}"
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """How a worker is started and logs in.
+
+    Attributes:
+        launch: how the process is started.
+        token: the fields of an OPEN request but for the PIN.
+        guard: gives the PIN.
+        limit_s: seconds that opening may take.
+    """
+
+    launch: Launch
+    token: dict[str, Any]
+    guard: PinGuard = field(repr=False)
+    limit_s: float = 20.0
+
+    async def start(self, name: str) -> tuple[WorkerProcess, TokenFacts]:
+        """Start a worker and log it in.
+
+        Raises:
+            TokenError: it does not start, the token is away, or the PIN is or was refused.
+        """
+        pin = await asyncio.to_thread(self.guard.take)
+        worker = await WorkerProcess.start(self.launch, name)
+        try:
+            body = encode_json({**self.token, "pin": pin})
+            answer = await worker.ask(Kind.OPEN, body, limit_s=self.limit_s, what="open token")
+            return worker, _facts(decode_json(answer))
+        except BaseException as e:
+            # Only what C_Login answered is held against the PIN: flags are asked before each try.
+            if isinstance(e, TokenError) and e.operation == "login" and e.cure is Cure.OPERATOR:
+                if e.code:
+                    self.guard.refuse(pin, e.message)
+            worker.kill()
+            raise
+
+
+def _facts(fields: dict[str, Any]) -> TokenFacts:
+    return TokenFacts(
+        label=str(fields.get("label")),
+        serial=str(fields.get("serial")),
+        model=str(fields.get("model")),
+        can_write=fields.get("can_write") is True,
+        mechanisms=frozenset(m for m in fields.get("mechanisms", ()) if isinstance(m, int)),
+    )
+
+
+class Seat:
+    """Keeps one worker running until cancelled.
+
+    Attributes:
+        worker: the worker, None while there is none.
+        facts: what it found when it opened the token last.
+        problem: why there is none; None while all is well or the first try is under way.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        opening: Opening,
+        turn: asyncio.Lock,
+        changed: Callable[[], None],
+        log: Logger,
+    ) -> None:
+        self.name = name
+        self._opening = opening
+        self._turn = turn
+        self._changed = changed
+        self._log = log
+        self.worker: WorkerProcess | None = None
+        self.facts: TokenFacts | None = None
+        self.problem: TokenError | None = None
+        self._released = False
+        self._failures = 0
+        self._item_s = 0.0
+        self._last_answer = 0.0
+
+    @property
+    def is_ready(self) -> bool:
+        """Tell whether a worker is there to be asked."""
+        return self.worker is not None and self.worker.is_alive
+
+    @property
+    def has_room(self) -> bool:
+        """Tell whether the worker should be given another batch now."""
+        return self.worker is not None and self.worker.is_alive and self.worker.depth < MAX_DEPTH
+
+    @property
+    def is_broken(self) -> bool:
+        """Tell whether waiting for this seat is not worth it: restarting has not helped."""
+        return not self.is_ready and self.problem is not None and self._failures >= _BROKEN_AFTER
+
+    def batch_limit(self, most: int) -> int:
+        """Return how many items keep the worker busy for a short while."""
+        if self._item_s <= 0.0:
+            return most
+        return max(1, min(most, int(_BATCH_TARGET_S / self._item_s)))
+
+    def measured(self, sent_at: float, answered_at: float, items: int) -> None:
+        """Learn from a batch how fast the token is."""
+        each = (answered_at - max(sent_at, self._last_answer)) / items
+        self._last_answer = answered_at
+        if self._item_s == 0.0:
+            self._item_s = each
+        self._item_s += _SMOOTHING * (each - self._item_s)
+
+    def release(self) -> WorkerProcess | None:
+        """Hand the worker over to be closed in peace; no other is started."""
+        self._released = True
+        worker, self.worker = self.worker, None
+        return worker
+
+    async def run(self) -> None:
+        """Start a worker, wait for its end, start the next; ends by cancellation."""
+        backoff = Backoff(0.2, 30.0, factor=3.0)
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                async with self._turn:
+                    self.worker, self.facts = await self._opening.start(self.name)
+            except SpireHwError as e:
+                self._set_problem(e)
+                await asyncio.sleep(backoff.next_s())
+                continue
+            since = loop.time()
+            self.problem = None
+            self._changed()
+            worker = self.worker
+            try:
+                how = await self._watch(worker)
+            finally:
+                self.worker = None
+                if not self._released:
+                    worker.kill()
+            if self._released:
+                return
+            self._log.warning("hsm.worker_died", worker=self.name, how=how)
+            if loop.time() - since > _STEADY_S:
+                backoff.reset()
+                self._failures = 0
+            self._failures += 1
+            self.problem = TokenError(
+                f"hsm worker died ({how})",
+                reason="hsm.worker_died",
+                operation="run",
+                cure=Cure.RESTART,
+                kind=ErrorKind.UNAVAILABLE,
+            )
+            self._changed()
+            await asyncio.sleep(backoff.next_s())
+
+    def _set_problem(self, error: SpireHwError) -> None:
+        problem = error if isinstance(error, TokenError) else TokenError.of(error, "open token")
+        if self.problem is None or self.problem.message != problem.message:
+            self._log.error(problem.reason, worker=self.name, error=problem.message)
+        self.problem = problem
+        self._failures += _BROKEN_AFTER
+        self._changed()
+
+    async def _watch(self, worker: WorkerProcess) -> str:
+        while True:
+            await asyncio.wait({worker.gone}, timeout=_PING_EVERY_S)
+            if worker.gone.done():
+                return worker.gone.result()
+            self._failures = 0
+            if worker.depth:
+                continue
+            try:
+                await worker.ask(
+                    Kind.PING, encode_json({}), limit_s=_PING_LIMIT_S, what="answer a ping"
+                )
+            except TokenError as e:
+                worker.kill(e)

@@ -1,0 +1,280 @@
+"""One token in one worker process: load the module, choose the token, log in, keep a session.
+
+Runs in the worker only. Two sessions are open: an anchor that holds the login for ever, and a
+working session that is thrown away after any failed operation, because a failure may leave the
+operation active for good.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pkcs11
+from pkcs11 import Session, Token, TokenFlag
+from pkcs11.exceptions import PKCS11Error
+
+from spire_hw.errors import ErrorKind
+from spire_hw.pkcs11.errors import Cure, TokenError, ckr_of
+
+_SESSION_INFO_INDEX: Final = 15  # C_GetSessionInfo in CK_FUNCTION_LIST, v2.40 header order
+_CKS_LOGGED_IN: Final = frozenset({1, 3})  # CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS
+_CKF_RW_SESSION: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChoice:
+    """Which token; both may be given, one must.
+
+    Attributes:
+        module: resolved path of the module.
+        label: CKA token label without padding, None for any.
+        serial: serial number without padding, None for any.
+        uri_attributes: further text attributes of an RFC 7512 URI that must match.
+        slot_id: slot number of an RFC 7512 URI.
+    """
+
+    module: str
+    label: str | None
+    serial: str | None
+    uri_attributes: dict[str, str]
+    slot_id: int | None = None
+
+    def describe(self) -> str:
+        """Return the choice in an operator's words."""
+        parts = [f'"{self.label}"'] if self.label is not None else []
+        parts += [f"serial {self.serial}"] if self.serial is not None else []
+        parts += [f"slot-id {self.slot_id}"] if self.slot_id is not None else []
+        return " ".join(["token", *parts])
+
+
+class TokenSession:
+    """A logged-in token."""
+
+    def __init__(self, choice: TokenChoice) -> None:
+        self._choice = choice
+        self._library = _load(choice.module)
+        self.token = _choose(self._library, choice)
+        self.device = f"{self.token.label}/{serial_of(self.token)}"
+        self._anchor: Session | None = None
+        self._session: Session | None = None
+        self.can_write = True
+
+    def log_in(self, pin: str) -> None:
+        """Log in, once.
+
+        Raises:
+            TokenError: the PIN was refused (cure OPERATOR), or the token would be put at risk.
+        """
+        flags = self.token.flags
+        if flags & TokenFlag.USER_PIN_LOCKED:
+            raise self._operator("hsm.pin_locked", "user PIN locked; an operator must unlock it")
+        if flags & TokenFlag.USER_PIN_FINAL_TRY:
+            raise self._operator(
+                "hsm.pin_final_try",
+                "the next wrong PIN locks the token; log in once by hand to reset its counter",
+            )
+        try:
+            self._anchor = self.token.open(rw=self._may_write(), user_pin=pin)
+            self._session = self.token.open(rw=self.can_write)
+        except PKCS11Error as e:
+            row = ckr_of(e)
+            if row.cure is Cure.OPERATOR:
+                raise TokenError(
+                    f"PIN refused: CKR_{row.name}; it will not be tried again until its source "
+                    "changes",
+                    reason=f"hsm.{row.name.lower()}",
+                    operation="login",
+                    device=self.device,
+                    code=row.value,
+                    cure=Cure.OPERATOR,
+                    kind=row.kind,
+                ) from e
+            raise TokenError.of(e, "login", self.device) from e
+
+    def _may_write(self) -> bool:
+        self.can_write = not self.token.flags & TokenFlag.WRITE_PROTECTED
+        return self.can_write
+
+    def _operator(self, reason: str, message: str) -> TokenError:
+        return TokenError(
+            message,
+            reason=reason,
+            operation="login",
+            device=self.device,
+            cure=Cure.OPERATOR,
+            kind=ErrorKind.FAILED_PRECONDITION,
+        )
+
+    @property
+    def session(self) -> Session:
+        """Return the working session."""
+        if self._session is None:
+            raise TokenError(
+                "no session is open",
+                reason="hsm.no_session",
+                operation="session",
+                device=self.device,
+                cure=Cure.RESTART,
+                kind=ErrorKind.UNAVAILABLE,
+            )
+        return self._session
+
+    def renew(self) -> None:
+        """Throw the working session away and open another; the login stays with the anchor.
+
+        Raises:
+            TokenError: none can be opened, or the login is gone: the worker must be replaced.
+        """
+        old, self._session = self._session, None
+        try:
+            self._session = self.token.open(rw=self.can_write)
+            if old is not None:
+                _close_quietly(old)
+        except PKCS11Error as e:
+            raise self._lost("a new session cannot be opened") from e
+        self.check_logged_in()
+
+    def check_logged_in(self) -> None:
+        """Ask the token whether this process is logged in.
+
+        A token that is not lists public halves only, so nothing may be concluded from a listing
+        before this was asked.
+
+        Raises:
+            TokenError: it is not; the worker must be replaced.
+        """
+        state = _session_state(self._choice.module, self.session.handle)
+        if state not in _CKS_LOGGED_IN:
+            raise self._lost("the session is not logged in")
+
+    def _lost(self, message: str) -> TokenError:
+        return TokenError(
+            message,
+            reason="hsm.session_lost",
+            operation="session",
+            device=self.device,
+            cure=Cure.RESTART,
+            kind=ErrorKind.UNAVAILABLE,
+        )
+
+    def mechanisms(self) -> list[int]:
+        """Return the mechanism numbers the token lists."""
+        try:
+            return sorted(int(m) for m in self.token.slot.get_mechanisms())
+        except PKCS11Error as e:
+            raise TokenError.of(e, "list mechanisms", self.device) from e
+
+
+def serial_of(token: Token) -> str:
+    """Return a token's serial number as text, without padding."""
+    return token.serial.decode("ascii", "replace").strip("\0 ")
+
+
+def _load(module: str) -> Any:  # noqa: ANN401 - the binding's class is private
+    try:
+        return pkcs11.lib(module)
+    except PKCS11Error as e:
+        text = str(e)
+        named = (
+            ("cannot open shared object", "pkcs11 module not found"),
+            ("C_GetFunctionList", "not a PKCS#11 module"),
+            ("OS exception", "not a shared library that can be loaded"),
+        )
+        reason = next((words for sign, words in named if sign in text), None)
+        if reason is None:
+            raise TokenError.of(e, "initialise module") from e
+        raise TokenError(
+            f"{reason}: {module}",
+            reason="hsm.module",
+            operation="load module",
+            cure=Cure.OPERATOR,
+            kind=ErrorKind.FAILED_PRECONDITION,
+        ) from e
+
+
+def _choose(library: Any, choice: TokenChoice) -> Token:  # noqa: ANN401 - as above
+    seen: list[Token] = []
+    for slot in library.get_slots(token_present=True):
+        try:
+            seen.append(slot.get_token())
+        except PKCS11Error:
+            # One broken slot must not hide the others; a token that stays unseen is reported below.
+            continue
+    found = [t for t in seen if t.flags & TokenFlag.TOKEN_INITIALIZED and _matches(t, choice)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        serials = ", ".join(serial_of(t) for t in found)
+        raise TokenError(
+            f"{choice.describe()} is ambiguous: serials {serials}; set token_serial",
+            reason="hsm.token_ambiguous",
+            operation="find token",
+            cure=Cure.OPERATOR,
+            kind=ErrorKind.FAILED_PRECONDITION,
+        )
+    names = ", ".join(f'"{t.label}"' for t in seen if t.label) or "none"
+    raise TokenError(
+        f"{choice.describe()} not present; tokens seen: {names}",
+        reason="hsm.token_missing",
+        operation="find token",
+        cure=Cure.RESTART,
+        kind=ErrorKind.UNAVAILABLE,
+    )
+
+
+def _matches(token: Token, choice: TokenChoice) -> bool:
+    slot = token.slot
+    have = {
+        "token": token.label,
+        "serial": serial_of(token),
+        "model": token.model,
+        "manufacturer": token.manufacturer_id,
+        "slot-description": slot.slot_description,
+        "slot-manufacturer": slot.manufacturer_id,
+    }
+    want = dict(choice.uri_attributes)
+    if choice.label is not None:
+        want["token"] = choice.label
+    if choice.serial is not None:
+        want["serial"] = choice.serial
+    if choice.slot_id is not None and slot.slot_id != choice.slot_id:
+        return False
+    return all(have.get(name, "").strip("\0 ") == value.strip() for name, value in want.items())
+
+
+def _close_quietly(session: Session) -> None:
+    try:
+        session.close()
+    except PKCS11Error:
+        # It was given up because it failed; the token drops it with the process.
+        return
+
+
+class _SessionInfo(ctypes.Structure):
+    _fields_ = (
+        ("slot_id", ctypes.c_ulong),
+        ("state", ctypes.c_ulong),
+        ("flags", ctypes.c_ulong),
+        ("device_error", ctypes.c_ulong),
+    )
+
+
+def _session_state(module: str, handle: int) -> int:
+    """Return the CKS state of a session, -1 when the token does not know it.
+
+    python-pkcs11 has no C_GetSessionInfo; the module is loaded, so its function list is asked.
+    """
+    table = ctypes.POINTER(ctypes.c_void_p)()
+    if ctypes.CDLL(module).C_GetFunctionList(ctypes.byref(table)) != 0:
+        return -1
+    # CK_VERSION is two bytes, padded to the size of a pointer, in front of the function pointers.
+    address = table[1 + _SESSION_INFO_INDEX]
+    if address is None:
+        return -1
+    function = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p)(address)
+    info = _SessionInfo()
+    if function(handle, ctypes.byref(info)) != 0:
+        return -1
+    return int(info.state)

@@ -1,0 +1,198 @@
+"""The worker process: one token, one operation at a time, told what to do over its standard input.
+
+Started as `python -P -m spire_hw.pkcs11.worker <parent pid>`. It is kept apart from its host so
+that a vendor library that crashes or hangs takes nothing else with it, and it never outlives the
+host: the kernel kills it when the host dies. Other users cannot attach to it and it leaves no core.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import socket
+import sys
+from typing import Any, Final
+
+from spire_hw.errors import EncodingError, ErrorKind
+from spire_hw.pkcs11.errors import Cure, TokenError
+from spire_hw.pkcs11.wire import (
+    HEADER,
+    Kind,
+    decode_header,
+    decode_items,
+    decode_json,
+    encode_frame,
+    encode_json,
+    encode_results,
+    unpack_bytes,
+)
+
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_DUMPABLE: Final = 4
+
+
+def harden(parent: int) -> None:
+    """Tie this process to its parent and close it to debuggers.
+
+    Raises:
+        SystemExit: the parent is gone already.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    for option, value in ((_PR_SET_PDEATHSIG, signal.SIGKILL), (_PR_SET_DUMPABLE, 0)):
+        if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+            raise SystemExit(f"prctl {option} failed: {os.strerror(ctypes.get_errno())}")
+    if os.getppid() != parent:
+        raise SystemExit(0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.umask(0o077)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Channel:
+    """The worker's end of the socket pair."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self._link = link
+
+    def receive(self) -> tuple[Kind, int, bytes] | None:
+        """Return the next request, None when the host has gone."""
+        header = self._exactly(HEADER.size)
+        if header is None:
+            return None
+        length, kind, number = decode_header(header)
+        body = self._exactly(length)
+        return None if body is None else (kind, number, body)
+
+    def _exactly(self, length: int) -> bytes | None:
+        if length == 0:
+            return b""
+        piece = self._link.recv(length, socket.MSG_WAITALL)
+        if len(piece) == length or not piece:
+            return piece or None
+        rest = self._exactly(length - len(piece))
+        return None if rest is None else piece + rest
+
+    def send(self, kind: Kind, number: int, body: bytes) -> None:
+        """Answer a request."""
+        self._link.sendall(encode_frame(kind, number, body))
+
+
+class Service:
+    """Answers requests; the first one has to be OPEN."""
+
+    def __init__(self) -> None:
+        self._token: Any = None
+        self._objects: Any = None
+
+    def answer(self, kind: Kind, body: bytes) -> bytes:
+        """Do what is asked and return the body of the answer.
+
+        Raises:
+            TokenError: it could not be done.
+        """
+        if kind is Kind.OPEN:
+            return encode_json(self._open(decode_json(body)))
+        if self._objects is None:
+            raise TokenError("no token is open", reason="hsm.not_open", operation=kind.name.lower())
+        if kind is Kind.SIGN:
+            return encode_results([self._objects.sign(item) for item in decode_items(body)])
+        return encode_json(self._control(kind, decode_json(body)))
+
+    def _control(self, kind: Kind, fields: dict[str, Any]) -> dict[str, Any]:
+        objects = self._objects
+        if kind is Kind.LIST:
+            listing: dict[str, Any] = objects.listing(str(fields["prefix"]))
+            return listing
+        if kind is Kind.GENERATE:
+            key_type = dict(fields["type"])
+            if "ec_params" in key_type:
+                key_type["ec_params"] = unpack_bytes(key_type["ec_params"])
+            made: dict[str, Any] = objects.generate(
+                key_type, unpack_bytes(fields["id"]), str(fields["label"])
+            )
+            return made
+        if kind is Kind.DESTROY:
+            return {"gone": objects.destroy(unpack_bytes(fields["id"]), str(fields["label"]))}
+        if kind is Kind.PUT_DATA:
+            objects.put_data(
+                str(fields["label"]), str(fields["application"]), unpack_bytes(fields["value"])
+            )
+            return {}
+        if kind is Kind.PING:
+            self._token.check_logged_in()
+            return {}
+        raise EncodingError("worker frame", f"{kind.name} is no request")
+
+    def _open(self, fields: dict[str, Any]) -> dict[str, Any]:
+        try:
+            from spire_hw.pkcs11.objects import TokenObjects  # noqa: PLC0415
+            from spire_hw.pkcs11.token import TokenChoice, TokenSession, serial_of  # noqa: PLC0415
+        except ImportError as e:
+            raise TokenError(
+                f"python-pkcs11 cannot be loaded ({e.name or 'shared library'}); "
+                "install it with: pip install python-pkcs11",
+                reason="hsm.library",
+                operation="load library",
+                cure=Cure.OPERATOR,
+                kind=ErrorKind.FAILED_PRECONDITION,
+            ) from e
+        choice = TokenChoice(
+            module=str(fields["module"]),
+            label=fields["label"],
+            serial=fields["serial"],
+            uri_attributes=dict(fields["uri"]),
+            slot_id=fields["slot_id"],
+        )
+        try:
+            token = TokenSession(choice)
+            mechanisms = token.mechanisms()
+            token.log_in(fields.pop("pin"))
+        except TokenError:
+            raise
+        except Exception as e:
+            raise TokenError.of(e, "open token") from e
+        self._token = token
+        self._objects = TokenObjects(token, str(fields["profile"]))
+        return {
+            "label": token.token.label,
+            "serial": serial_of(token.token),
+            "model": token.token.model,
+            "can_write": token.can_write,
+            "mechanisms": mechanisms,
+        }
+
+
+def serve(channel: Channel, service: Service) -> None:
+    """Answer requests until the host goes or a request does not decode."""
+    while (request := channel.receive()) is not None:
+        kind, number, body = request
+        try:
+            answer = service.answer(kind, body)
+        except TokenError as e:
+            channel.send(Kind.FAILED, number, encode_json(dict(e.to_dict())))
+        except (EncodingError, KeyError, TypeError, ValueError):
+            # A host that talks nonsense, or an odd token: give up this process, not the host.
+            failure = TokenError(
+                f"{kind.name.lower()} met something it does not understand",
+                reason="hsm.odd",
+                operation=kind.name.lower(),
+            )
+            channel.send(Kind.FAILED, number, encode_json(dict(failure.to_dict())))
+        else:
+            channel.send(Kind.OK, number, answer)
+
+
+def main() -> None:
+    """Run the worker; standard input is its end of the socket pair."""
+    harden(int(sys.argv[1]))
+    with socket.socket(fileno=os.dup(0)) as link:
+        try:
+            serve(Channel(link), Service())
+        except (ConnectionError, EncodingError):
+            return
+
+
+if __name__ == "__main__":
+    main()
