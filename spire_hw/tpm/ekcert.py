@@ -72,7 +72,7 @@ class TpmModel:
     """What an endorsement certificate says about its TPM; None where it says nothing.
 
     Attributes:
-        manufacturer: `id:` and 8 upper-case hex digits of the vendor's TCG number.
+        manufacturer: `id:` and 8 hex digits of the vendor's TCG number.
         model: part number.
         version: firmware version at manufacture.
     """
@@ -213,7 +213,7 @@ def _check_manufacturer(text: str) -> str:
     digits = text.removeprefix("id:")
     if len(digits) != _MANUFACTURER_HEX or text == digits or set(digits) - set(_HEX_DIGITS):
         raise InvalidInputError("ek: TPM manufacturer is not id: and 8 hexadecimal digits")
-    return f"id:{digits.upper()}"
+    return text
 
 
 _HEX_DIGITS: Final = "0123456789abcdefABCDEF"

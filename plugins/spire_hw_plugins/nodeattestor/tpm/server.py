@@ -1,0 +1,419 @@
+"""NodeAttestor `tpm`, server half: from a stranger's bytes to a machine that is known by its TPM.
+
+The order of checks goes from cheap and stateless to dear: envelope, endorsement key, ban,
+attestation key, the agent's own key; then one challenge that only this TPM can open; then the
+statements made after opening it, and policy. A challenge lives in memory, for one stream and one
+answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import secrets
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from spire_hw.errors import (
+    AttestationError,
+    ErrorKind,
+    Finding,
+    LimitError,
+    NotReadyError,
+    SpireHwError,
+)
+from spire_hw.plugin.nodeattestor import AttestedIdentity
+from spire_hw.spiffeid import agent_id
+from spire_hw.tpm import verify
+from spire_hw.tpm.certificate import parse_certificate
+from spire_hw.tpm.credential import make_credential
+from spire_hw.tpm.ekcert import VerifiedEk, ek_spki, verify_ek_certificate
+from spire_hw.tpm.public import check_ak, check_ek, check_svid_key, parse_public
+from spire_hw.tpm.verify import NO_CSR, Quote, Statement, qualifier
+from spire_hw_plugins.nodeattestor.tpm import wire
+from spire_hw_plugins.nodeattestor.tpm.config import build_settings, find_faults
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from spire_hw.config.hcl import Body
+    from spire_hw.errors import ConfigFault
+    from spire_hw.plugin.info import HostInfo
+    from spire_hw.plugin.nodeattestor import AttestationRequest
+    from spire_hw.tpm.certificate import Certificate
+    from spire_hw.tpm.public import TpmPublic
+    from spire_hw.tpm.wire import PcrSelection
+    from spire_hw_plugins.nodeattestor.tpm.config import Settings
+
+NAME: Final = "tpm"
+_MAX_OPEN: Final = 1024
+T = TypeVar("T")
+
+
+def build(host: HostInfo) -> TpmServer:
+    """Return the server half of NodeAttestor `tpm`."""
+    return TpmServer(host)
+
+
+@dataclass(frozen=True, slots=True)
+class _Endorsement:
+    """An accepted endorsement key."""
+
+    public: TpmPublic
+    hash: str
+    methods: tuple[str, ...]
+    verified: VerifiedEk | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Device:
+    """What is known about a node before it answered the challenge; all still claims."""
+
+    ek: _Endorsement
+    ak: TpmPublic
+    creation: verify.Creation
+    key: TpmPublic | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """One challenge: what was drawn for it, and what the statements have to be bound to."""
+
+    secret: bytes
+    nonce: bytes
+    csr_sha256: bytes
+
+    def expected(self, role: str, ak: TpmPublic) -> bytes:
+        return qualifier(role, self.nonce, self.csr_sha256, self.secret, ak.name)
+
+
+class _ExpiredError(Exception):
+    """The challenge was not answered in time."""
+
+
+class TpmServer:
+    """The ServerNodeAttestor contract over TPM evidence."""
+
+    def __init__(self, host: HostInfo) -> None:
+        self._host = host
+        self._log = host.log
+        self._settings: Settings | None = None
+        self._open: set[str] = set()
+
+    def validate(self, config: Body) -> list[ConfigFault]:
+        """Return the faults of a configuration without touching any file."""
+        return find_faults(config, has_ek_list=self._host.ek_list is not None)
+
+    async def configure(self, config: Body) -> None:
+        """Read roots and hash list.
+
+        Raises:
+            ConfigError: the configuration has faults.
+            NotReadyError: a file cannot be read.
+            InvalidInputError: a file holds something else than it should.
+        """
+        has_list = self._host.ek_list is not None
+        self._settings = await asyncio.to_thread(build_settings, config, has_ek_list=has_list)
+        if {n for _, n in self._settings.policy} == {7}:
+            self._log.warning("PCR 7 alone does not identify what was booted; list others too")
+
+    async def close(self) -> None:
+        """Forget the configuration; exchanges under way end by themselves."""
+        self._settings = None
+
+    async def attest(self, request: AttestationRequest) -> AttestedIdentity:
+        """Check one node.
+
+        Raises:
+            InvalidInputError: a message that does not parse.
+            LimitError: a message too large, or too many exchanges at once.
+            AttestationError: evidence that does not hold, is not trusted or came too late; its
+                kind tells which.
+            DeniedError: the host bans this agent.
+        """
+        settings = self._settings
+        if settings is None:
+            raise NotReadyError("attestor is not configured")
+        try:
+            return await self._attest(settings, request)
+        except AttestationError as e:
+            codes = [finding.code for finding in e.findings]
+            self._log.warning(
+                "TPM attestation refused", codes=codes, findings=[f.message for f in e.findings]
+            )
+            raise
+
+    async def _attest(self, settings: Settings, request: AttestationRequest) -> AttestedIdentity:
+        data = wire.decode_attestation_data(request.payload)
+        ek = await self._check_ek(settings, data)
+        identity = agent_id(self._host.trust_domain, NAME, ek.hash)
+        await request.admit(identity)
+        with self._exclusively(ek.hash):
+            ak, creation = _check_ak(settings, data, ek.public, request.csr_spki)
+            key = _check_key(settings, data, request.csr_spki)
+            device = _Device(ek, ak, creation, key)
+            drawn, message = _draw(settings, device, request.csr_spki)
+            response = wire.decode_response(await self._ask(settings, request, message))
+            quotes = _check_response(settings, device, drawn, response)
+        self._log.info(
+            "TPM attested",
+            ek_hash=ek.hash,
+            reset_count=quotes[0].clock.reset_count,
+            restart_count=quotes[0].clock.restart_count,
+            firmware_version=f"{quotes[0].firmware_version:016x}",
+        )
+        return AttestedIdentity(identity, _selectors(device, quotes), can_reattest=True)
+
+    async def _check_ek(self, settings: Settings, data: wire.AttestationData) -> _Endorsement:
+        public, leaf = _read_ek(data)
+        key_hash = hashlib.sha256(public.spki).hexdigest()
+        verified, denied = self._check_certificate(settings, leaf, data.ek_chain)
+        methods = ["ca"] if verified is not None else []
+        if settings.use_hash and (settings.need_both or not methods):
+            if await self._is_listed(settings, key_hash):
+                methods.append("hash")
+            else:
+                text = "ek: endorsement key is not registered"
+                denied.append(Finding("ek_unlisted", text, ErrorKind.PERMISSION_DENIED))
+        if not methods or (settings.need_both and denied):
+            raise AttestationError(denied)
+        return _Endorsement(public, key_hash, tuple(methods), verified)
+
+    def _check_certificate(
+        self, settings: Settings, leaf: Certificate | None, chain: tuple[bytes, ...]
+    ) -> tuple[VerifiedEk | None, list[Finding]]:
+        """Return the verified certificate, or why there is none."""
+        if not settings.use_ca:
+            return None, []
+        if leaf is None:
+            if settings.use_hash and not settings.need_both:
+                return None, []
+            text = "ek: endorsement certificate is missing"
+            return None, [Finding("ek_no_certificate", text, ErrorKind.PERMISSION_DENIED)]
+        try:
+            now = self._host.clock.now()
+            verified = verify_ek_certificate(
+                leaf, chain, settings.roots, now, chain_time=settings.chain_time
+            )
+        except AttestationError as e:
+            return None, list(e.findings)
+        return verified, []
+
+    async def _is_listed(self, settings: Settings, key_hash: str) -> bool:
+        if key_hash in settings.hashes:
+            return True
+        if settings.hash_dir is not None and await asyncio.to_thread(
+            (settings.hash_dir / key_hash).is_file
+        ):
+            return True
+        listed = self._host.ek_list
+        return listed is not None and await listed.is_ek_allowed(key_hash)
+
+    @contextmanager
+    def _exclusively(self, key_hash: str) -> Iterator[None]:
+        """Hold the one exchange an endorsement key may have open."""
+        if key_hash in self._open:
+            raise LimitError("envelope: this node is attesting already")
+        if len(self._open) >= _MAX_OPEN:
+            raise LimitError("envelope: too many attestations in progress")
+        self._open.add(key_hash)
+        try:
+            yield
+        finally:
+            self._open.discard(key_hash)
+
+    async def _ask(self, settings: Settings, request: AttestationRequest, message: bytes) -> bytes:
+        """Send the challenge and return the answer, if it comes in time."""
+        limit_s = settings.timeout.total_seconds()
+        clock = self._host.clock
+        start = clock.monotonic()
+        answer: bytes | SpireHwError | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                timer = group.create_task(self._expire(limit_s))
+                try:
+                    answer = await request.challenge(message)
+                except SpireHwError as e:
+                    answer = e
+                timer.cancel()
+        except* _ExpiredError:
+            answer = None
+        if isinstance(answer, SpireHwError):
+            raise answer
+        if answer is None or clock.monotonic() - start > limit_s:
+            text = f"challenge: not answered in {limit_s:g} s"
+            finding = Finding("challenge_timeout", text, ErrorKind.DEADLINE_EXCEEDED)
+            raise AttestationError([finding])
+        return answer
+
+    async def _expire(self, seconds: float) -> None:
+        await self._host.clock.sleep(seconds)
+        raise _ExpiredError
+
+
+def _refuse(code: str, text: str, kind: ErrorKind = ErrorKind.INVALID_ARGUMENT) -> AttestationError:
+    return AttestationError([Finding(code, text, kind)])
+
+
+def _read_ek(data: wire.AttestationData) -> tuple[TpmPublic, Certificate | None]:
+    public = parse_public(data.ek_pub, "ek: public area")
+    check_ek(public)
+    leaf = None
+    if data.ek_certificate is not None:
+        leaf = parse_certificate(data.ek_certificate)
+        if data.ek_spki is not None and ek_spki(leaf) != data.ek_spki:
+            text = "ek: certificate and public key are different keys"
+            raise _refuse("ek_key_mismatch", text)
+        if ek_spki(leaf) != public.spki:
+            text = "ek: public area and certificate are different keys"
+            raise _refuse("ek_key_mismatch", text)
+    if data.ek_spki is not None and data.ek_spki != public.spki:
+        text = "ek: public area and public key are different keys, or not in canonical form"
+        raise _refuse("ek_key_mismatch", text)
+    return public, leaf
+
+
+def _check_ak(
+    settings: Settings, data: wire.AttestationData, ek: TpmPublic, csr_spki: bytes | None
+) -> tuple[TpmPublic, verify.Creation]:
+    ak = parse_public(data.ak.public, "ak: public area")
+    check_ak(ak)
+    if ak.spki in {ek.spki, csr_spki}:
+        raise _refuse("keys_equal", "ak: keys must be different")
+    parents: tuple[TpmPublic, ...] = ()
+    if data.ak_parent_pub is not None:
+        parents = (parse_public(data.ak_parent_pub, "ak: parent's public area"),)
+    statement = Statement(data.ak.create_attestation, data.ak.create_signature)
+    creation = verify.verify_creation(ak, data.ak.create_data, statement, parents)
+    if creation.hierarchy != "endorsement" and not settings.allow_owner_ak:
+        text = "ak: key is not in the endorsement hierarchy"
+        raise _refuse("ak_hierarchy", text, ErrorKind.PERMISSION_DENIED)
+    return ak, creation
+
+
+def _check_key(
+    settings: Settings, data: wire.AttestationData, csr_spki: bytes | None
+) -> TpmPublic | None:
+    """Return the key to be certified, None when this node's key is not (known to be) in a TPM."""
+    if csr_spki is None or data.key_pub is None:
+        if settings.require_tpm_key:
+            text = "policy: the agent key must be in the TPM"
+            raise _refuse("key_not_in_tpm", text, ErrorKind.PERMISSION_DENIED)
+        return None
+    key = parse_public(data.key_pub, "certify: public area")
+    if key.spki != csr_spki:
+        raise _refuse("csr_key_mismatch", "certify: CSR holds another key")
+    check_svid_key(key)
+    return key
+
+
+def _draw(settings: Settings, device: _Device, csr_spki: bytes | None) -> tuple[_Round, bytes]:
+    """Draw what is random about this exchange and return it with the challenge message."""
+    csr_sha256 = NO_CSR if csr_spki is None else hashlib.sha256(csr_spki).digest()
+    drawn = _Round(
+        secret=secrets.token_bytes(wire.SECRET_BYTES),
+        nonce=secrets.token_bytes(wire.NONCE_BYTES),
+        csr_sha256=csr_sha256,
+    )
+    sealed = make_credential(device.ek.public, device.ak.name, drawn.secret)
+    message = wire.ChallengeMessage(
+        credential=sealed.id_object,
+        secret=sealed.encrypted_secret,
+        nonce=drawn.nonce,
+        quote=settings.selections,
+        expires_ms=round(settings.timeout.total_seconds() * 1000),
+    )
+    return drawn, wire.encode_challenge(message)
+
+
+def _check_response(
+    settings: Settings, device: _Device, drawn: _Round, response: wire.Response
+) -> list[Quote]:
+    """Return what the quotes proved; every fault after the secret is collected first."""
+    if not hmac.compare_digest(response.secret, drawn.secret):
+        raise _refuse("secret_mismatch", "challenge: secret does not match")
+    findings: list[Finding] = []
+    if response.time or response.log or response.ima or response.ima_from is not None:
+        findings.append(Finding("evidence_unasked", "envelope: evidence that was not asked for"))
+    _collect(findings, partial(_check_certify, device, drawn, response))
+    quotes = []
+    if len(response.quotes) != len(settings.selections):
+        findings.append(Finding("evidence_missing", "quote: evidence asked for is missing"))
+    else:
+        for selection, evidence in zip(settings.selections, response.quotes, strict=True):
+            quote = _collect(findings, partial(_quote, device, drawn, selection, evidence))
+            if quote is not None:
+                quotes.append(quote)
+                findings.extend(_policy_findings(settings, quote))
+    if findings:
+        raise AttestationError(findings)
+    return quotes
+
+
+def _collect(findings: list[Finding], step: Callable[[], T]) -> T | None:
+    try:
+        return step()
+    except AttestationError as e:
+        findings.extend(e.findings)
+        return None
+
+
+def _check_certify(device: _Device, drawn: _Round, response: wire.Response) -> None:
+    if device.key is None:
+        if response.certify is not None:
+            raise _refuse("evidence_unasked", "certify: evidence that was not asked for")
+        return
+    if response.certify is None:
+        raise _refuse("evidence_missing", "certify: evidence asked for is missing")
+    verify.verify_certify(
+        device.ak,
+        device.creation.qualified_name,
+        key=device.key,
+        expected=drawn.expected("certify", device.ak),
+        statement=Statement(response.certify.attest, response.certify.sig),
+    )
+
+
+def _quote(
+    device: _Device, drawn: _Round, selection: PcrSelection, evidence: wire.QuoteEvidence
+) -> Quote:
+    return verify.verify_quote(
+        device.ak,
+        device.creation.qualified_name,
+        expected=drawn.expected("quote", device.ak),
+        selections=(selection,),
+        statement=Statement(evidence.attest, evidence.sig),
+        values=evidence.pcrs,
+    )
+
+
+def _policy_findings(settings: Settings, quote: Quote) -> list[Finding]:
+    return [
+        Finding(
+            "pcr_mismatch",
+            f"policy: PCR {n} of bank {bank} is not among the allowed values",
+            ErrorKind.PERMISSION_DENIED,
+        )
+        for (bank, n), value in quote.pcrs.items()
+        if value not in settings.policy.get((bank, n), {value})
+    ]
+
+
+def _selectors(device: _Device, quotes: list[Quote]) -> list[str]:
+    found = [f"pub_hash:{device.ek.hash}", f"ak:hierarchy:{device.creation.hierarchy}"]
+    found += [f"ek:method:{method}" for method in device.ek.methods]
+    if device.ek.verified is not None:
+        model = device.ek.verified.model
+        found.append(f"ek:ca:{device.ek.verified.root_fingerprint}")
+        for name in ("manufacturer", "model", "version"):
+            value = getattr(model, name)
+            if value is not None:
+                found.append(f"{name}:{value}")
+    if device.key is not None:
+        found.append("key:tpm")
+    for quote in quotes:
+        found += [f"pcr:{bank}:{n}:{value.hex()}" for (bank, n), value in quote.pcrs.items()]
+    return [*found, "tier:quote"]
