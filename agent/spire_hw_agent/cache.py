@@ -15,7 +15,6 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from spire_hw.aio.watch import Watch
-from spire_hw.rotation import should_rotate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,14 +54,15 @@ class Svid:
     Attributes:
         chain: DER certificates, leaf first.
         private_key: DER PKCS#8; a secret.
+        renew_at: when its successor is asked for.
         revision: revision of the entry it was issued for.
     """
 
     spiffe_id: SpiffeId
     chain: tuple[bytes, ...]
     private_key: bytes = field(repr=False)
-    not_before: datetime
     not_after: datetime
+    renew_at: datetime
     revision: int
 
 
@@ -193,7 +193,7 @@ class Cache:
         return (
             svid is None
             or svid.revision != entry.revision
-            or should_rotate(now, svid.not_before, svid.not_after)
+            or now >= svid.renew_at
         )
 
     def _expire(self, now: datetime) -> None:

@@ -51,11 +51,12 @@ class AgentSvid:
 
     Attributes:
         chain: DER, leaf first.
+        renew_at: when its successor is asked for.
     """
 
     spiffe_id: SpiffeId
     chain: tuple[bytes, ...]
-    not_before: datetime
+    renew_at: datetime
     not_after: datetime
     signer: ManagedSigner
     reattestable: bool
@@ -75,7 +76,9 @@ class Enroller:
         storage: Storage,
         clock: Clock,
         log: Logger,
+        renew_at: Callable[[datetime, datetime], datetime],
     ) -> None:
+        self._renew_at = renew_at
         self._trust_domain = trust_domain
         self._keys = keys
         self._attestor_name = attestor_name
@@ -105,7 +108,7 @@ class Enroller:
                 return AgentSvid(
                     svid.spiffe_id,
                     data.svid,
-                    svid.not_before,
+                    self._renew_at(svid.not_before, svid.not_after),
                     svid.not_after,
                     signer,
                     data.reattestable,
@@ -158,7 +161,7 @@ class Enroller:
         return AgentSvid(
             svid.spiffe_id,
             issued.chain,
-            svid.not_before,
+            self._renew_at(svid.not_before, svid.not_after),
             svid.not_after,
             signer,
             issued.reattestable,

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from spire_hw.aio.backoff import Backoff
 from spire_hw.errors import DeniedError, DeniedReason, ErrorKind, SpireHwError
-from spire_hw.rotation import should_rotate
-from spire_hw.transport.front import TlsIdentity
+from spire_hw.transport.tls import TlsIdentity
 
 if TYPE_CHECKING:
     from spire_hw.clock import Clock
@@ -136,7 +135,7 @@ class AgentIdentity:
             svid = self._current
             if svid is None:
                 await self._attest_again()
-            elif should_rotate(self._clock.now(), svid.not_before, svid.not_after):
+            elif self._clock.now() >= svid.renew_at:
                 if svid.reattestable:
                     await self._attest_again()
                 else:

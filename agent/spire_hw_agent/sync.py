@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from cryptography.hazmat.primitives import serialization
@@ -31,12 +32,16 @@ _MAX_SVID_BACKOFF_S = 4 * 60.0
 _IDLE_BACKOFF_S = 5.0
 _FEDERATED_AT_ONCE = 10
 
+# (not before, not after) to the moment of renewal.
+RenewAt = Callable[[datetime, datetime], datetime]
+
 
 class Synchroniser:
     """The two loops that keep the cache true.
 
     Args:
         on_bundle: told about every own bundle that came with a synchronisation.
+        renew_at: when an SVID of this validity is to be renewed.
         on_denied: told about a refusal by the server that concerns the agent itself.
     """
 
@@ -49,6 +54,7 @@ class Synchroniser:
         log: Logger,
         interval_s: float,
         key_type: KeyType,
+        renew_at: RenewAt,
         on_bundle: Callable[[Bundle], Awaitable[None]],
         on_denied: Callable[[DeniedError], Awaitable[None]],
     ) -> None:
@@ -58,6 +64,7 @@ class Synchroniser:
         self._log = log
         self._interval_s = interval_s
         self._key_type = key_type
+        self._renew_at = renew_at
         self._on_bundle = on_bundle
         self._on_denied = on_denied
         self._batch = _BATCH
@@ -164,7 +171,7 @@ class Synchroniser:
         made: dict[str, Svid] = {}
         for entry, key, answer in zip(batch, keys, answers, strict=True):
             try:
-                made[entry.entry_id] = _svid(entry, key, answer)
+                made[entry.entry_id] = _svid(entry, key, answer, self._renew_at)
             except SpireHwError as e:
                 self._log.error(
                     "Failed to get an X509-SVID",
@@ -183,7 +190,9 @@ class Synchroniser:
             await self._on_denied(error)
 
 
-def _svid(entry: AgentEntry, key: PrivateKey, answer: IssuedSvid) -> Svid:
+def _svid(
+    entry: AgentEntry, key: PrivateKey, answer: IssuedSvid, renew_at: RenewAt
+) -> Svid:
     if answer.error is not None:
         raise answer.error
     svid = parse_x509_svid(answer.chain)
@@ -199,7 +208,7 @@ def _svid(entry: AgentEntry, key: PrivateKey, answer: IssuedSvid) -> Svid:
             serialization.PrivateFormat.PKCS8,
             serialization.NoEncryption(),
         ),
-        not_before=svid.not_before,
         not_after=svid.not_after,
+        renew_at=renew_at(svid.not_before, svid.not_after),
         revision=entry.revision,
     )

@@ -6,8 +6,7 @@ afterwards. The server is known by its SPIFFE ID alone, never by host name.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeVar
@@ -21,9 +20,9 @@ from spire_hw._pb import (
     server_svid_pb2,
     types_pb2,
 )
-from spire_hw.errors import ErrorKind, SpireHwError
-from spire_hw.rpc.client import Channel, connect
-from spire_hw.rpc.convert import bundle_from_proto, selector_from_proto, spiffe_id_from_proto
+from spire_hw.errors import SpireHwError, UnavailableError
+from spire_hw.rpc.client import Bidi, Channel, connect
+from spire_hw.rpc.convert import bundle_from_pb, id_from_pb, selector_from_pb
 from spire_hw.rpc.status import item_error
 from spire_hw.spiffeid import SpiffeId, TrustDomain, server_id
 from spire_hw.transport.dialer import Dialer
@@ -31,12 +30,14 @@ from spire_hw_agent.cache import AgentEntry, JwtToken
 
 if TYPE_CHECKING:
     from spire_hw.bundle.bundle import Bundle
+    from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw.plugin.nodeattestor import AgentExchange
-    from spire_hw.transport.front import TlsIdentity
+    from spire_hw.transport.tls import TlsIdentity
 
 _TIMEOUT_S = 30.0
 _ATTEST_TIMEOUT_S = 90.0
+_GRACE_S = 5.0
 _AGENT = "/spire.api.server.agent.v1.Agent/"
 _BUNDLE = "/spire.api.server.bundle.v1.Bundle/"
 _ENTRY = "/spire.api.server.entry.v1.Entry/"
@@ -93,61 +94,49 @@ class Upstream:
         port: int,
         trust_domain: TrustDomain,
         bundle: Callable[[], Bundle | None],
+        *,
+        clock: Clock,
         log: Logger,
     ) -> None:
         self._address = address
         self._port = port
         self._trust_domain = trust_domain
         self._bundle = bundle
+        self._clock = clock
         self._log = log
-        self._dialer: Dialer | None = None
         self._channel: Channel | None = None
-        self._lock = asyncio.Lock()
         self._known: dict[str, AgentEntry] = {}
 
     async def use_identity(self, identity: TlsIdentity | None) -> None:
         """Make later calls with this identity, over a new connection."""
-        async with self._lock:
-            old_channel, old_dialer = self._channel, self._dialer
-            dialer = Dialer(
+        known = self._bundle()
+        old = self._channel
+        self._channel = await connect(
+            Dialer(
                 self._address,
                 self._port,
                 server_id=server_id(self._trust_domain),
-                bundle=self._bundle,
+                bundle=None if known is None else lambda: self._bundle() or known,
                 identity=identity,
+                clock=self._clock,
+                log=self._log,
             )
-            self._channel = await connect(dialer)
-            self._dialer = dialer
-        if old_channel is not None:
-            await old_channel.close()
-        if old_dialer is not None:
-            await old_dialer.close()
+        )
+        if old is not None:
+            await old.close(_GRACE_S)
 
     async def close(self) -> None:
         """End the connection."""
         if self._channel is not None:
             await self._channel.close()
-        if self._dialer is not None:
-            await self._dialer.close()
 
     async def _call(self, path: str, request: Message, response_type: type[M]) -> M:
-        try:
-            return await self._use().unary(path, request, response_type, timeout_s=_TIMEOUT_S)
-        except SpireHwError as e:
-            raise self._explained(e) from e
+        return await self._use().unary(path, request, response_type, timeout_s=_TIMEOUT_S)
 
     def _use(self) -> Channel:
         if self._channel is None:
-            raise SpireHwError("not connected to the server", kind=ErrorKind.UNAVAILABLE)
+            raise UnavailableError("not connected to the server")
         return self._channel
-
-    def _explained(self, error: SpireHwError) -> SpireHwError:
-        """Put the reason of a failed dial, which gRPC does not know, into the error."""
-        why = self._dialer.last_error if self._dialer is not None else None
-        if error.kind is ErrorKind.UNAVAILABLE and why is not None:
-            error.args = (f"server {self._address}:{self._port} cannot be reached: {why}",)
-            error.message = error.args[0]
-        return error
 
     # -- node attestation and the agent's own SVID ------------------------------
 
@@ -159,22 +148,14 @@ class Upstream:
         Raises:
             SpireHwError: the server refused, or the attestor failed.
         """
-        exchange = _Exchange(attestor, csr)
-        answers = self._use().bidi(
+        async with self._use().bidi(
             _AGENT + "AttestAgent",
-            exchange.requests(),
             server_agent_pb2.AttestAgentResponse,
             timeout_s=_ATTEST_TIMEOUT_S,
-        )
-        exchange.answers = answers
-        try:
+        ) as stream:
+            exchange = _Exchange(attestor, csr, stream)
             await drive(exchange)
             result = await exchange.result()
-        except SpireHwError as e:
-            raise self._explained(e) from e
-        finally:
-            exchange.finish()
-            await answers.aclose()
         return IssuedAgentSvid(tuple(result.svid.cert_chain), result.reattestable)
 
     async def renew(self, csr: bytes) -> IssuedAgentSvid:
@@ -203,7 +184,7 @@ class Upstream:
         answer = await self._call(
             _BUNDLE + "GetBundle", server_bundle_pb2.GetBundleRequest(), types_pb2.Bundle
         )
-        bundle = bundle_from_proto(answer)
+        bundle = bundle_from_pb(answer)
         if bundle.trust_domain != self._trust_domain:
             raise SpireHwError(f"server sent the bundle of {bundle.trust_domain}")
         return bundle
@@ -216,7 +197,7 @@ class Upstream:
         """
         request = server_bundle_pb2.GetFederatedBundleRequest(trust_domain=trust_domain.name)
         answer = await self._call(_BUNDLE + "GetFederatedBundle", request, types_pb2.Bundle)
-        bundle = bundle_from_proto(answer)
+        bundle = bundle_from_pb(answer)
         if bundle.trust_domain != trust_domain:
             raise SpireHwError(f"asked for the bundle of {trust_domain}, got another")
         return bundle
@@ -229,53 +210,43 @@ class Upstream:
         Raises:
             SpireHwError: the server is away, or its answer breaks a rule.
         """
-        wanted: asyncio.Queue[server_entry_pb2.SyncAuthorizedEntriesRequest | None]
-        wanted = asyncio.Queue()
-        wanted.put_nowait(server_entry_pb2.SyncAuthorizedEntriesRequest(output_mask=_MASK))
-        answers = self._use().bidi(
+        entries: dict[str, AgentEntry] = {}
+        async with self._use().bidi(
             _ENTRY + "SyncAuthorizedEntries",
-            _drain(wanted),
             server_entry_pb2.SyncAuthorizedEntriesResponse,
             timeout_s=_TIMEOUT_S,
-        )
-        try:
-            return await self._sync(answers, wanted)
-        except SpireHwError as e:
-            raise self._explained(e) from e
-        finally:
-            wanted.put_nowait(None)
-            await answers.aclose()
+        ) as stream:
+            await stream.send(server_entry_pb2.SyncAuthorizedEntriesRequest(output_mask=_MASK))
+            changed = await self._collect(stream, entries)
+            if changed:
+                await stream.send(server_entry_pb2.SyncAuthorizedEntriesRequest(ids=changed))
+                await self._collect(stream, entries)
+            await stream.done_sending()
+        self._known = entries
+        return list(entries.values())
 
-    async def _sync(
+    async def _collect(
         self,
-        answers: AsyncIterator[server_entry_pb2.SyncAuthorizedEntriesResponse],
-        wanted: asyncio.Queue[server_entry_pb2.SyncAuthorizedEntriesRequest | None],
-    ) -> list[AgentEntry]:
-        entries: dict[str, AgentEntry] = {}
-        missing: list[str] = []
-        revisions_only = False
-        async for answer in answers:
+        stream: Bidi[server_entry_pb2.SyncAuthorizedEntriesResponse],
+        entries: dict[str, AgentEntry],
+    ) -> list[str]:
+        """Take one paged answer; return the ids whose entries have to be asked for."""
+        changed: list[str] = []
+        while True:
+            answer = await stream.receive()
+            if answer is None:
+                raise SpireHwError("server ended the synchronisation early")
             for e in answer.entries:
                 entries[e.id] = _entry(e)
             for r in answer.entry_revisions:
-                revisions_only = True
                 known = self._known.get(r.id)
-                if known and (known.revision, known.created_at) == (
-                    r.revision_number,
-                    r.created_at,
-                ):
+                held = (known.revision, known.created_at) if known else None
+                if known and held == (r.revision_number, r.created_at):
                     entries[r.id] = known
                 else:
-                    missing.append(r.id)
-            if answer.more:
-                continue
-            if not (revisions_only and missing):
-                break
-            # The server pages its answer; one request names all that is missing.
-            wanted.put_nowait(server_entry_pb2.SyncAuthorizedEntriesRequest(ids=missing))
-            missing = []
-        self._known = entries
-        return list(entries.values())
+                    changed.append(r.id)
+            if not answer.more:
+                return changed
 
     # -- SVIDs for workloads ---------------------------------------------------
 
@@ -310,7 +281,7 @@ class Upstream:
             _SVID + "NewJWTSVID", request, server_svid_pb2.NewJWTSVIDResponse
         )
         svid = answer.svid
-        if spiffe_id_from_proto(svid.id) != entry.spiffe_id:
+        if id_from_pb(svid.id) != entry.spiffe_id:
             raise SpireHwError("server sent a JWT-SVID for another SPIFFE ID")
         return JwtToken(svid.token, _time(svid.issued_at), _time(svid.expires_at))
 
@@ -318,26 +289,24 @@ class Upstream:
 class _Exchange:
     """The agent's end of one AttestAgent stream."""
 
-    def __init__(self, attestor: str, csr: bytes) -> None:
+    def __init__(
+        self, attestor: str, csr: bytes, stream: Bidi[server_agent_pb2.AttestAgentResponse]
+    ) -> None:
         self._attestor = attestor
         self._csr = csr
-        self._queue: asyncio.Queue[server_agent_pb2.AttestAgentRequest | None] = asyncio.Queue()
+        self._stream = stream
         self._sent = False
-        self.answers: AsyncIterator[server_agent_pb2.AttestAgentResponse]
 
     async def send(self, data: bytes) -> None:
+        message = server_agent_pb2.AttestAgentRequest()
         if self._sent:
-            self._queue.put_nowait(server_agent_pb2.AttestAgentRequest(challenge_response=data))
-            return
-        self._sent = True
-        self._queue.put_nowait(
-            server_agent_pb2.AttestAgentRequest(
-                params=server_agent_pb2.AttestAgentRequest.Params(
-                    data=types_pb2.AttestationData(type=self._attestor, payload=data),
-                    params=server_agent_pb2.AgentX509SVIDParams(csr=self._csr),
-                )
-            )
-        )
+            message.challenge_response = data
+        else:
+            self._sent = True
+            message.params.data.type = self._attestor
+            message.params.data.payload = data
+            message.params.params.csr = self._csr
+        await self._stream.send(message)
 
     async def receive(self) -> bytes:
         answer = await self._next()
@@ -352,31 +321,20 @@ class _Exchange:
         return answer.result
 
     async def _next(self) -> server_agent_pb2.AttestAgentResponse:
-        try:
-            return await anext(self.answers)
-        except StopAsyncIteration:
-            raise SpireHwError("server ended the attestation without a result") from None
-
-    def finish(self) -> None:
-        self._queue.put_nowait(None)
-
-    def requests(self) -> AsyncIterator[server_agent_pb2.AttestAgentRequest]:
-        return _drain(self._queue)
-
-
-async def _drain(queue: asyncio.Queue[M | None]) -> AsyncIterator[M]:
-    while (item := await queue.get()) is not None:
-        yield item
+        answer = await self._stream.receive()
+        if answer is None:
+            raise SpireHwError("server ended the attestation without a result")
+        return answer
 
 
 def _entry(e: types_pb2.Entry) -> AgentEntry:
     if not e.selectors:
         raise SpireHwError(f"server sent entry {e.id!r} without selectors")
-    spiffe_id: SpiffeId = spiffe_id_from_proto(e.spiffe_id)
+    spiffe_id: SpiffeId = id_from_pb(e.spiffe_id)
     return AgentEntry(
         entry_id=e.id,
         spiffe_id=spiffe_id,
-        selectors=frozenset(selector_from_proto(s) for s in e.selectors),
+        selectors=frozenset(selector_from_pb(s) for s in e.selectors),
         federates_with=tuple(TrustDomain.parse(t) for t in e.federates_with),
         hint=e.hint,
         revision=e.revision_number,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Tasks:
@@ -18,8 +20,12 @@ class Tasks:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._on_failure = on_failure
 
-    def start(self, name: str, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    def start(self, name: str, coroutine: Coroutine[Any, Any, Any]) -> None:
         """Run a coroutine in the background under a name."""
+        self.spawn(name, coroutine)  # type: ignore[unused-awaitable]  # kept in the set
+
+    def spawn(self, name: str, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run a coroutine in the background and return its task."""
         task = asyncio.create_task(coroutine, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._done)

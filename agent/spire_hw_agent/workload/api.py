@@ -155,19 +155,17 @@ class WorkloadApi:
             spiffe_id=str(svid.spiffe_id), claims=_struct(claims)
         )
 
-    async def fetch_wit_svid(
+    def fetch_wit_svid(
         self, request: workload_pb2.WITSVIDRequest, call: Call
     ) -> AsyncIterator[bytes]:
         """Refuse: WIT-SVIDs are not served."""
         raise SpireHwError("WIT-SVIDs are not served", kind=ErrorKind.UNIMPLEMENTED)
-        yield b""  # makes this an async iterator, as the service's shape demands
 
-    async def fetch_wit_bundles(
+    def fetch_wit_bundles(
         self, request: workload_pb2.WITBundlesRequest, call: Call
     ) -> AsyncIterator[bytes]:
         """Refuse: WIT-SVIDs are not served."""
         raise SpireHwError("WIT-SVIDs are not served", kind=ErrorKind.UNIMPLEMENTED)
-        yield b""
 
     # -- who is calling, and what for ------------------------------------------
 

@@ -131,7 +131,7 @@ class AgentService:
         attestation = _Attestation(self, requests, call)
         tasks = Tasks(on_failure=lambda name, error: None)
         try:
-            running = tasks.start("attest_agent", attestation.run())
+            running = tasks.spawn("attest_agent", attestation.run())
             while (response := await attestation.outbox.get()) is not None:
                 yield response
             await running

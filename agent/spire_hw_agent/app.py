@@ -1,0 +1,283 @@
+"""Composition root of the agent: builds everything, runs it, closes it in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+from contextlib import AsyncExitStack
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from spire_hw import __version__
+from spire_hw.aio.tasks import Tasks
+from spire_hw.bundle.bundle import Bundle
+from spire_hw.catalog import AGENT_RULES, Catalog
+from spire_hw.clock import Clock, SystemClock
+from spire_hw.errors import SpireHwError
+from spire_hw.log import get_logger
+from spire_hw.plugin.info import HostInfo, PluginKind, Side
+from spire_hw.plugin.keymanager import Keys
+from spire_hw.rotation import draw_jitter, rotation_due_at
+from spire_hw_agent.cache import Cache, JwtCache
+from spire_hw_agent.enroll import Enroller, bootstrap_bundle
+from spire_hw_agent.identity import AgentIdentity
+from spire_hw_agent.storage import Storage
+from spire_hw_agent.sync import Synchroniser
+from spire_hw_agent.upstream import Upstream
+from spire_hw_agent.workload.api import WorkloadApi
+from spire_hw_agent.workload.attest import Attestors
+from spire_hw_agent.workload.listen import workload_server
+from spire_hw_plugins.builtin import lookup, names
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from spire_hw_agent.config import AgentSettings
+
+_STARTING = "the agent is starting: it has not synchronised with the server yet"
+
+
+class Agent:
+    """One agent; `start`, then `wait`, then `close`.
+
+    Args:
+        settings: what the configuration says.
+        clock: the agent's time.
+    """
+
+    def __init__(self, settings: AgentSettings, *, clock: Clock | None = None) -> None:
+        self.settings = settings
+        self.log = get_logger("agent")
+        self._clock = clock or SystemClock()
+        self._stack = AsyncExitStack()
+        self._ended: asyncio.Future[None] | None = None
+        self._synchronised = False
+        self.is_started = False
+        self._bundle: Bundle | None = None
+        self._random = random.SystemRandom()
+        self.cache: Cache
+        self.identity: AgentIdentity
+
+    async def __aenter__(self) -> Agent:
+        try:
+            await self.start()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Enrol, open the Workload API and keep everything up to date in the background.
+
+        The socket is open from the start and answers UNAVAILABLE until the first synchronisation.
+
+        Raises:
+            SpireHwError: configuration, device, or a refusal by the server.
+        """
+        settings = self.settings
+        self._ended = asyncio.get_running_loop().create_future()
+        storage = Storage(settings.data_dir)
+        self._stack.callback(storage.close)
+        catalog = await self._plugins()
+        upstream = self._upstream()
+        self._stack.push_async_callback(upstream.close)
+        tasks = Tasks(self._failed)
+        self._stack.push_async_callback(tasks.close)
+
+        self._bundle = await bootstrap_bundle(settings, storage, self.log)
+        unknown = Bundle(settings.trust_domain)
+        self.cache = Cache(self._bundle or unknown, max_svids=settings.x509_svid_cache_max_size)
+        self.identity = self._identity(catalog, upstream, storage)
+        synchroniser = self._synchroniser(upstream, storage)
+        await self._serve(catalog, upstream)
+        await self.identity.start()
+        tasks.start("identity", self.identity.run())
+        tasks.start("entries", synchroniser.run_entries())
+        tasks.start("svids", synchroniser.run_svids())
+        tasks.start("status", self._post_status(upstream))
+        self.is_started = True
+
+    def _upstream(self) -> Upstream:
+        return Upstream(
+            self.settings.server_address,
+            self.settings.server_port,
+            self.settings.trust_domain,
+            lambda: self._bundle,
+            clock=self._clock,
+            log=get_logger("upstream"),
+        )
+
+    def _identity(self, catalog: Catalog, upstream: Upstream, storage: Storage) -> AgentIdentity:
+        key_manager = catalog.one(PluginKind.KEY_MANAGER)
+        attestor = catalog.one(PluginKind.NODE_ATTESTOR)
+        enroller = Enroller(
+            trust_domain=self.settings.trust_domain,
+            keys=Keys(key_manager.plugin, key_manager.name),
+            attestor_name=attestor.name,
+            attestor=attestor.plugin,
+            upstream=upstream,
+            storage=storage,
+            clock=self._clock,
+            log=get_logger("attestor"),
+            renew_at=self._renew_at,
+        )
+        return AgentIdentity(
+            enroller,
+            upstream,
+            storage,
+            clock=self._clock,
+            log=get_logger("manager"),
+            on_end=self._end,
+            on_lost=self.cache.drop_svids,
+        )
+
+    def _synchroniser(self, upstream: Upstream, storage: Storage) -> Synchroniser:
+        async def on_bundle(bundle: Bundle) -> None:
+            self._synchronised = True
+            if bundle != self._bundle:
+                self._bundle = bundle
+                roots = tuple(root.der for root in bundle.x509_authorities)
+                await asyncio.to_thread(storage.store_bundle, roots)
+
+        return Synchroniser(
+            upstream,
+            self.cache,
+            clock=self._clock,
+            log=get_logger("manager"),
+            interval_s=self.settings.sync_interval.total_seconds(),
+            key_type=self.settings.workload_key_type,
+            renew_at=self._renew_at,
+            on_bundle=on_bundle,
+            on_denied=self.identity.denied,
+        )
+
+    def _renew_at(self, not_before: datetime, not_after: datetime) -> datetime:
+        return rotation_due_at(
+            not_before,
+            not_after,
+            jitter=draw_jitter(self._random),
+            availability_target=self.settings.availability_target,
+        )
+
+    async def _plugins(self) -> Catalog:
+        host = HostInfo(
+            side=Side.AGENT,
+            trust_domain=self.settings.trust_domain,
+            data_dir=self.settings.data_dir,
+            log=get_logger("catalog"),
+            clock=self._clock,
+            join_token=self.settings.join_token,
+        )
+        catalog = await Catalog.load(
+            self.settings.plugins,
+            lambda kind, name: lookup(kind, name, Side.AGENT),
+            host,
+            AGENT_RULES,
+            names=lambda kind: names(kind, Side.AGENT),
+        )
+        self._stack.push_async_callback(catalog.close)
+        return catalog
+
+    async def _serve(self, catalog: Catalog, upstream: Upstream) -> None:
+        log = get_logger("endpoints")
+        attestors = Attestors(
+            [(p.name, p.plugin) for p in catalog.all(PluginKind.WORKLOAD_ATTESTOR)],
+            get_logger("workload_attestor"),
+        )
+        api = WorkloadApi(
+            self.cache,
+            JwtCache(max_tokens=self.settings.jwt_svid_cache_max_size),
+            attestors,
+            clock=self._clock,
+            ready=self.why_not_ready,
+            new_jwt_svid=upstream.new_jwt_svid,
+            open_bundles=self.settings.allow_unauthenticated_verifiers,
+            foreign_claims=self.settings.allowed_foreign_jwt_claims,
+        )
+        server = workload_server(
+            self.settings.socket_path,
+            api,
+            is_healthy=lambda: self.why_not_ready() is None and self.identity.is_alive(),
+            log=log,
+        )
+        await server.start()
+        self._stack.push_async_callback(server.close, 1.0)
+        log.info(
+            "Starting Workload and SDS APIs",
+            address=str(self.settings.socket_path),
+            network="unix",
+        )
+
+    def why_not_ready(self) -> str | None:
+        """Return why workloads cannot be served yet, None when they can."""
+        return None if self._synchronised else _STARTING
+
+    async def _post_status(self, upstream: Upstream) -> None:
+        try:
+            await upstream.post_status(__version__)
+        except SpireHwError as e:
+            self.log.warning("Failed to post the agent's status", error=e.message)
+
+    def _failed(self, name: str, error: BaseException) -> None:
+        self.log.error("A background task failed", task=name, exc_info=error)
+        self._end(SpireHwError(f"{name} failed: {error}"))
+
+    def _end(self, error: SpireHwError) -> None:
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_exception(error)
+
+    def stop(self) -> None:
+        """Make `wait` return."""
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)
+
+    async def wait(self) -> None:
+        """Wait until the agent was stopped.
+
+        Raises:
+            SpireHwError: it cannot go on; the server banned it, say.
+        """
+        if self._ended is not None:
+            await asyncio.shield(self._ended)
+
+    async def close(self) -> None:
+        """Release everything, the last thing first."""
+        await self._stack.aclose()
+        if self._ended is not None and not self._ended.done():
+            self._ended.cancel()
+
+
+async def run(settings: AgentSettings, *, on_ready: Callable[[], None] | None = None) -> None:
+    """Run an agent until a signal or the server ends it.
+
+    Raises:
+        SpireHwError: it could not start, or cannot go on.
+    """
+    agent = Agent(settings)
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, _interrupt, agent, task)
+    try:
+        await agent.start()
+        if on_ready is not None:
+            on_ready()
+        await agent.wait()
+    except asyncio.CancelledError:
+        agent.log.info("Stopped before the agent was up")
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+        await agent.close()
+        agent.log.info("Agent stopped gracefully")
+
+
+def _interrupt(agent: Agent, starting: asyncio.Task[None] | None) -> None:
+    """Stop a running agent, or one that is still waiting for its server."""
+    agent.stop()
+    if starting is not None and not agent.is_started:
+        starting.cancel()

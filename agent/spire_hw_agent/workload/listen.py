@@ -1,0 +1,45 @@
+"""The agent's public socket: every local user may connect, each caller known by its process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spire_hw._pb import workload_pb2
+from spire_hw.rpc.health import health_methods
+from spire_hw.rpc.interceptors import RequestId, RequiredHeader
+from spire_hw.rpc.server import RpcLimits, RpcServer
+from spire_hw.rpc.service import bind
+from spire_hw.transport.front import UnixFront
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from spire_hw.log import Logger
+    from spire_hw_agent.workload.api import WorkloadApi
+
+_SERVICE = workload_pb2.DESCRIPTOR.services_by_name["SpiffeWorkloadAPI"]
+_SOCKET_MODE = 0o777
+_DIRECTORY_MODE = 0o755
+_MAX_REQUEST_BYTES = 64 << 10
+
+
+def workload_server(
+    path: Path, api: WorkloadApi, *, is_healthy: Callable[[], bool], log: Logger
+) -> RpcServer:
+    """Build the server of the Workload API socket; it is not started yet.
+
+    Args:
+        path: where the socket goes.
+        api: the service.
+        is_healthy: what the gRPC health service answers.
+        log: calls get loggers derived from it.
+    """
+    server = RpcServer(
+        [*bind(_SERVICE, api), *health_methods(is_healthy)],
+        [RequestId(), RequiredHeader("workload.spiffe.io", "true", f"/{_SERVICE.full_name}/")],
+        log,
+        limits=RpcLimits(max_request_bytes=_MAX_REQUEST_BYTES),
+    )
+    server.add_front(UnixFront(path, _SOCKET_MODE, directory_mode=_DIRECTORY_MODE, log=log))
+    return server
