@@ -70,9 +70,13 @@ def verify_chain(
     cause: Exception | None = None
     for choice in _choices(intermediates):
         try:
-            return list(verifier.verify(leaf, choice).chain)
+            path = list(verifier.verify(leaf, choice).chain)
         except (verification.VerificationError, ValueError, UnsupportedAlgorithm) as e:
             cause = e
+            continue
+        if len(path) == 1:
+            raise ChainError("leaf is itself in the list of roots; a root has to have signed it")
+        return path
     raise _explain(leaf, intermediates, roots, at) from cause
 
 

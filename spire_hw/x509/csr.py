@@ -40,11 +40,10 @@ _EXTENSION_REQUEST: Final = der.oid("1.2.840.113549.1.9.14")
 _SUBJECT_ALTERNATIVE_NAME: Final = der.oid("2.5.29.17")
 _NO_ATTRIBUTES: Final = der.encode(_ATTRIBUTES, b"")
 
-# SubjectPublicKeyInfo up to the point, the curve, and how long the whole is.
-_P256: Final = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107034200")
 _P384: Final = bytes.fromhex("3076301006072a8648ce3d020106052b81040022036200")
+# By length of the SubjectPublicKeyInfo: what stands before the point, and the curve.
 _CURVES: Final = {
-    91: (_P256, ec.SECP256R1()),
+    91: (der.P256_HEAD, ec.SECP256R1()),
     120: (_P384, ec.SECP384R1()),
 }
 _UNCOMPRESSED: Final = 4

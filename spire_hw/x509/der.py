@@ -20,6 +20,10 @@ PRINTABLE_STRING: Final = 0x13
 SEQUENCE: Final = 0x30
 SET: Final = 0x31
 
+# SubjectPublicKeyInfo of a key on P-256, up to the uncompressed point.
+P256_HEAD: Final = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107034200")
+_P256_BYTES: Final = len(P256_HEAD) + 65
+
 _LONG_FORM: Final = 0x80
 _MAX_LENGTH_BYTES: Final = 4
 _MIN_ARCS: Final = 2
@@ -192,6 +196,8 @@ def public_key_bits(spki: bytes) -> bytes:
     Raises:
         EncodingError: not a SubjectPublicKeyInfo.
     """
+    if len(spki) == _P256_BYTES and spki.startswith(P256_HEAD):
+        return spki[len(P256_HEAD) :]
     outer = Reader(spki, "public key")
     inner = outer.enter(SEQUENCE)
     outer.finish()
