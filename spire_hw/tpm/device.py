@@ -42,6 +42,7 @@ _DEFAULT_TIMEOUT_S: Final = 30.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.02, 1.0
 _CAPABILITY_PAGE: Final = 64
 _MAX_CONTEXTS: Final = 32
+_MAX_PASSWORD_BYTES: Final = 1024
 
 TRANSIENT_HANDLES: Final = int(TPM2_HR.TRANSIENT)
 PERSISTENT_HANDLES: Final = int(TPM2_HR.PERSISTENT)
@@ -451,3 +452,22 @@ def shared(tcti: str) -> TpmDevice:
             return found._share()  # noqa: SLF001 - same module
         device = _registry[resolved] = TpmDevice(resolved)
         return device
+
+
+def load_password(path: str) -> bytes:
+    """Return the password a file holds, without its final newline; empty for no path.
+
+    Raises:
+        NotReadyError: the file cannot be read or is too long for a password.
+    """
+    if not path:
+        return b""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with os.fdopen(handle, "rb") as file:
+            content = file.read(_MAX_PASSWORD_BYTES + 1)
+    except OSError as e:
+        raise NotReadyError(f"password file {path} cannot be read: {e.strerror}") from e
+    if len(content) > _MAX_PASSWORD_BYTES:
+        raise NotReadyError(f"password file {path} is too long")
+    return content.removesuffix(b"\n").removesuffix(b"\r")

@@ -1,0 +1,209 @@
+"""Wrapped TPM keys in a directory: one file per key id, replaced atomically.
+
+A file holds nothing secret outside the TPM that wrapped it, but whoever changes it can lose a key,
+so files are 0600 in a 0700 directory and links are not followed.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from spire_hw.errors import DeviceError, InvalidInputError, NotReadyError
+from spire_hw.key import KeyType, key_type_of
+from spire_hw.tpm.keys import KeyBlob
+
+if TYPE_CHECKING:
+    from datetime import datetime
+    from pathlib import Path
+
+_SUFFIX: Final = ".tpmkey"
+_VERSION: Final = 1
+_MAX_FILE_BYTES: Final = 64 * 1024
+_PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredKey:
+    """One key as it is kept.
+
+    Attributes:
+        key_id: the host's name for it.
+        serial: counts up with every key made; the order of age.
+        blob: the key itself.
+        storage_name: Name of the storage primary it is wrapped by.
+        created_at: when it was made, RFC 3339.
+    """
+
+    key_id: str
+    serial: int
+    blob: KeyBlob
+    storage_name: bytes
+    created_at: str
+
+    @property
+    def key_type(self) -> KeyType:
+        """Return its type."""
+        return key_type_of(self.blob.parsed.key)
+
+
+def made_now(
+    key_id: str, serial: int, blob: KeyBlob, storage_name: bytes, now: datetime
+) -> StoredKey:
+    """Return a new key's record."""
+    return StoredKey(key_id, serial, blob, storage_name, now.isoformat(timespec="seconds"))
+
+
+class TpmKeyStore:
+    """The directory; calls block on the disk."""
+
+    def __init__(self, directory: Path) -> None:
+        """Make the directory if it is missing.
+
+        Raises:
+            NotReadyError: it cannot be made, or is no directory.
+        """
+        self.directory = directory
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as e:
+            raise NotReadyError(f"key directory {directory}: {e.strerror}") from e
+        if not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+            raise NotReadyError(f"key directory {directory} is not writable")
+
+    def load(self) -> tuple[list[StoredKey], list[str]]:
+        """Return the keys, oldest first, and what was wrong with files that are none.
+
+        Raises:
+            NotReadyError: the directory cannot be read.
+        """
+        keys: list[StoredKey] = []
+        complaints: list[str] = []
+        try:
+            paths = sorted(p for p in self.directory.iterdir() if p.suffix == _SUFFIX)
+        except OSError as e:
+            raise NotReadyError(f"key directory {self.directory}: {e.strerror}") from e
+        for path in paths:
+            try:
+                key = _load(path)
+            except InvalidInputError as e:
+                complaints.append(f"{path.name}: {e.message}")
+            except OSError as e:
+                complaints.append(f"{path.name}: {e.strerror}")
+            else:
+                keys.append(key)
+        return sorted(keys, key=lambda k: k.serial), complaints
+
+    def put(self, key: StoredKey) -> None:
+        """Write a key; after a crash the file is the old one or the new one.
+
+        Raises:
+            DeviceError: the disk refused.
+        """
+        path = self.directory / file_name(key.key_id)
+        draft = path.with_name(f".{path.name}.new")
+        try:
+            draft.unlink(missing_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with os.fdopen(os.open(draft, flags, 0o600), "wb") as file:
+                file.write(encode(key))
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+            self._sync_directory()
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
+            raise DeviceError(
+                f"key file {path} cannot be written: {e.strerror}",
+                device=str(self.directory),
+                operation="store key",
+            ) from e
+
+    def _sync_directory(self) -> None:
+        folder = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def file_name(key_id: str) -> str:
+    """Return the name of a key's file; ids that are no plain words are hashed."""
+    if _PLAIN_ID.fullmatch(key_id):
+        return key_id + _SUFFIX
+    return "id." + hashlib.sha256(key_id.encode()).hexdigest() + _SUFFIX
+
+
+def encode(key: StoredKey) -> bytes:
+    """Return the content of a key's file."""
+    document = {
+        "version": _VERSION,
+        "key_id": key.key_id,
+        "serial": key.serial,
+        "created_at": key.created_at,
+        "storage_name": key.storage_name.hex(),
+        "public": base64.b64encode(key.blob.public).decode(),
+        "private": base64.b64encode(key.blob.private).decode(),
+    }
+    return json.dumps(document, indent="\t").encode()
+
+
+def decode(content: bytes) -> StoredKey:
+    """Read the content of a key's file.
+
+    Raises:
+        InvalidInputError: not that format.
+    """
+    try:
+        document = json.loads(content)
+        _check_version(document["version"])
+        key = StoredKey(
+            key_id=_text(document["key_id"]),
+            serial=int(document["serial"]),
+            blob=KeyBlob.parse(
+                base64.b64decode(document["public"], validate=True),
+                base64.b64decode(document["private"], validate=True),
+            ),
+            storage_name=bytes.fromhex(document["storage_name"]),
+            created_at=_text(document["created_at"]),
+        )
+    except InvalidInputError:
+        raise
+    except (ValueError, TypeError, KeyError, RecursionError) as e:
+        raise InvalidInputError("is not a TPM key file") from e
+    key_type_of(key.blob.parsed.key)
+    return key
+
+
+def _check_version(version: object) -> None:
+    if version != _VERSION:
+        raise InvalidInputError(f"format {version!r} is not known")
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise InvalidInputError("is not a TPM key file: text is missing")
+    return value
+
+
+def _load(path: Path) -> StoredKey:
+    key = decode(_read(path))
+    if path.name != file_name(key.key_id):
+        raise InvalidInputError("is the file of another key")
+    return key
+
+
+def _read(path: Path) -> bytes:
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with os.fdopen(handle, "rb") as file:
+        content = file.read(_MAX_FILE_BYTES + 1)
+    if len(content) > _MAX_FILE_BYTES:
+        raise InvalidInputError("is too large")
+    return content

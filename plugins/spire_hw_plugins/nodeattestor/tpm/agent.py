@@ -1,0 +1,250 @@
+"""Agent half of the `tpm` node attestor: proves which TPM this is, its PCRs and where the key is.
+
+The payload names the endorsement key and an attestation key of this run. Nothing is quoted or
+certified before the TPM itself opened the server's credential, and every statement is bound to
+that secret, to the server's nonce and to the CSR's key: a hostile server learns PCR values and
+signatures that fit no other exchange.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from spire_hw.config.schema import Model, decode, faults
+from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError, NotReadyError
+from spire_hw.key import spki_der
+from spire_hw.plugin.keymanager import TpmKeys
+from spire_hw.tpm import attest, verify
+from spire_hw.tpm.attest import AttestationKey, EkType, Endorsement
+from spire_hw.tpm.device import Hierarchy, TpmDevice, load_password, shared
+from spire_hw.tpm.keys import KeyBlob
+from spire_hw_plugins.nodeattestor.tpm import wire
+
+if TYPE_CHECKING:
+    from spire_hw.config.hcl import Body
+    from spire_hw.plugin.info import HostInfo
+    from spire_hw.plugin.nodeattestor import AgentExchange, SvidKey
+    from spire_hw.tpm.device import Connection
+
+NAME: Final = wire.NAME
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+# An RSA endorsement key takes slow hardware most of a minute to make.
+_IDENTIFY_TIMEOUT_S: Final = 120.0
+_MIN_ANSWER_S, _MAX_ANSWER_S = 5.0, 120.0
+
+
+class Config(Model):
+    """The plugin_data.
+
+    Attributes:
+        tpm_device_path: device node; the kernel's resource manager when unset.
+        tcti: TCTI string instead of a device, such as `swtpm:host=localhost,port=2321`.
+        endorsement_auth_path: file with the password of the endorsement hierarchy, if one is set.
+        owner_auth_path: the same for the owner hierarchy.
+        ek_type: `auto`, `ec-p256` or `rsa-2048`.
+    """
+
+    tpm_device_path: str = ""
+    tcti: str = ""
+    endorsement_auth_path: str = ""
+    owner_auth_path: str = ""
+    ek_type: str = EkType.AUTO.value
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """What identifies this TPM in one exchange."""
+
+    ek: Endorsement
+    ak: AttestationKey
+
+
+@dataclass(frozen=True, slots=True)
+class _BoundKey:
+    """The CSR's key: its hash in qualifiers, and its blob when it is in the TPM."""
+
+    spki_sha256: bytes
+    blob: KeyBlob | None
+
+
+class TpmAgentAttestor:
+    """The agent's contract over a TPM."""
+
+    def __init__(self, host: HostInfo) -> None:
+        self._host = host
+        self._device: TpmDevice | None = None
+        self._ek_type = EkType.AUTO
+
+    def validate(self, config: Body) -> list[ConfigFault]:
+        """Return the faults of a configuration without touching the TPM."""
+        found = faults(config, Config)
+        return found or _conflicts(decode(config, Config))
+
+    async def configure(self, config: Body) -> None:
+        """Find the TPM; it is opened when the agent attests.
+
+        Raises:
+            ConfigError: something unknown is set, or device and TCTI both.
+            NotReadyError: no TPM, or a password file cannot be read.
+        """
+        settings = decode(config, Config)
+        if conflicts := _conflicts(settings):
+            raise ConfigError(config.file or "configuration", conflicts)
+        passwords = {
+            Hierarchy.ENDORSEMENT: settings.endorsement_auth_path,
+            Hierarchy.OWNER: settings.owner_auth_path,
+        }
+        loaded = {h: await asyncio.to_thread(load_password, p) for h, p in passwords.items()}
+        await self.open(settings.tcti or settings.tpm_device_path, EkType(settings.ek_type), loaded)
+
+    async def open(
+        self,
+        tcti: str,
+        ek_type: EkType = EkType.AUTO,
+        passwords: dict[Hierarchy, bytes] | None = None,
+    ) -> None:
+        """Choose the TPM; what `configure` does with its settings.
+
+        Args:
+            tcti: TCTI or device path; empty for the kernel's resource manager.
+            ek_type: which endorsement key to attest with.
+            passwords: hierarchy passwords; empty ones are as none.
+        """
+        device = shared(tcti)
+        for hierarchy, password in (passwords or {}).items():
+            if password:
+                device.set_password(hierarchy, password)
+        before, self._device = self._device, device
+        self._ek_type = ek_type
+        if before is not None:
+            await before.close()
+
+    async def close(self) -> None:
+        """Give the TPM back."""
+        device, self._device = self._device, None
+        if device is not None:
+            await device.close()
+
+    async def aid_attestation(self, exchange: AgentExchange, svid_key: SvidKey | None) -> None:
+        """Send who this TPM is, open the challenge, send statements bound to it."""
+        device = self._device
+        if device is None:
+            raise NotReadyError("not configured")
+        key = self._bind(svid_key)
+        node = await device.run("identify the TPM", self._identify, timeout_s=_IDENTIFY_TIMEOUT_S)
+        boot_id = await asyncio.to_thread(_read_boot_id)
+        self._host.log.debug("attesting", ek_hash=node.ek.hash, ek_template=node.ek.label)
+        await exchange.send(wire.encode_attestation_data(_payload(node, key, boot_id)))
+        challenge = wire.decode_challenge(await exchange.receive())
+        check_banks(challenge)
+        limit_s = min(max(challenge.expires_ms / 1000, _MIN_ANSWER_S), _MAX_ANSWER_S)
+        answer = await device.run(
+            "answer the attestation challenge",
+            lambda connection: _answer(connection, node, key, challenge),
+            timeout_s=limit_s,
+        )
+        await exchange.send(wire.encode_response(answer))
+
+    def _identify(self, connection: Connection) -> _Node:
+        ek = attest.find_endorsement(connection, self._ek_type)
+        return _Node(ek, attest.create_attestation_key(connection))
+
+    def _bind(self, svid_key: SvidKey | None) -> _BoundKey:
+        if svid_key is None:
+            return _BoundKey(verify.NO_CSR, None)
+        spki = spki_der(svid_key.public_key)
+        manager = svid_key.manager
+        blob = None
+        if isinstance(manager, TpmKeys):
+            blob = KeyBlob.parse(*manager.tpm_key_blob(svid_key.key_id))
+            if blob.parsed.spki != spki:
+                raise NotReadyError(f'key "{svid_key.key_id}" was replaced during attestation')
+        else:
+            self._host.log.warning(
+                "the SVID's key is not in the TPM: a server that asks for it will refuse this "
+                'node; use KeyManager "tpm"'
+            )
+        return _BoundKey(hashlib.sha256(spki).digest(), blob)
+
+
+def check_banks(challenge: wire.ChallengeMessage) -> None:
+    """Refuse a challenge that asks for one bank more than once.
+
+    Raises:
+        InvalidInputError: it does.
+    """
+    banks = [selection.bank for selection in challenge.quote]
+    if len(set(banks)) != len(banks):
+        raise InvalidInputError("challenge: PCR request is malformed: a bank is named twice")
+
+
+def _payload(node: _Node, key: _BoundKey, boot_id: str | None) -> wire.AttestationData:
+    return wire.AttestationData(
+        ek_certificate=node.ek.certificate,
+        ek_spki=node.ek.parsed.spki,
+        ak=wire.AkEvidence(
+            public=node.ak.public,
+            create_data=node.ak.creation_data,
+            create_attestation=node.ak.creation_attest,
+            create_signature=node.ak.creation_signature,
+        ),
+        ek_pub=node.ek.parsed.raw,
+        ek_chain=node.ek.chain[: wire.MAX_CHAIN],
+        key_pub=key.blob.parsed.raw if key.blob is not None else None,
+        boot_id=boot_id,
+    )
+
+
+def _answer(
+    connection: Connection, node: _Node, key: _BoundKey, challenge: wire.ChallengeMessage
+) -> wire.Response:
+    """Do the TPM's part in one job, activation first."""
+    secret = attest.activate(connection, node.ek, challenge.credential, challenge.secret)
+    if len(secret) != wire.SECRET_BYTES:
+        raise InvalidInputError(f"challenge: secret must be {wire.SECRET_BYTES} bytes")
+
+    def bound(role: str) -> bytes:
+        return verify.qualifier(role, challenge.nonce, key.spki_sha256, secret, node.ak.name)
+
+    quotes = []
+    for selection in challenge.quote:
+        made = attest.quote(connection, selection, bound("quote"))
+        signed = made.signed
+        values = {selection.bank: made.values}
+        quotes.append(wire.QuoteEvidence(signed.attest, signed.signature, values))
+    certified = None
+    if key.blob is not None:
+        signed = attest.certify(connection, key.blob, bound("certify"))
+        certified = wire.SignedStatement(signed.attest, signed.signature)
+    return wire.Response(secret=secret, quotes=tuple(quotes), certify=certified)
+
+
+def _read_boot_id() -> str | None:
+    """Return the kernel's boot id, None where there is no such file."""
+    try:
+        text = _BOOT_ID.read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text if _UUID.fullmatch(text) else None
+
+
+def _conflicts(settings: Config) -> list[ConfigFault]:
+    found = []
+    if settings.tcti and settings.tpm_device_path:
+        found.append(ConfigFault(settings.line("tcti"), "set tpm_device_path or tcti, not both"))
+    known = [member.value for member in EkType]
+    if settings.ek_type not in known:
+        text = f"ek_type {settings.ek_type!r} is unknown; use one of {', '.join(known)}"
+        found.append(ConfigFault(settings.line("ek_type"), text))
+    return found
+
+
+def build(host: HostInfo) -> TpmAgentAttestor:
+    """Make the plugin."""
+    return TpmAgentAttestor(host)
