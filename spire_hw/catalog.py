@@ -57,7 +57,7 @@ class PluginConfig:
 
     kind: PluginKind
     name: str
-    data: Body = field(default_factory=Body.empty)
+    data: Body = field(default_factory=Body.empty, repr=False)
     enabled: bool = True
     cmd: str = ""
     args: tuple[str, ...] = ()
@@ -118,7 +118,7 @@ class StoreConfig:
     """The `DataStore "sql"` block, which is no plugin but stands among them."""
 
     name: str
-    data: Body
+    data: Body = field(repr=False)
     line: int = 0
 
 

@@ -7,7 +7,7 @@ for nothing. What is odd without being wrong ends up in `ServerSettings.notices`
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,22 +19,20 @@ from spire_hw.catalog import SERVER_RULES, PluginConfig, StoreConfig, check_coun
 from spire_hw.config.duration import format_duration
 from spire_hw.config.hcl import Body
 from spire_hw.config.host import (
-    Collector,
     HealthChecks,
     HealthSettings,
     LogKeys,
     Override,
     Port,
     health_settings,
-    log_settings,
     override,
     parse_ip,
     parse_socket_path,
     parse_trust_domain,
     read_body,
 )
-from spire_hw.config.schema import GoDuration, Model, check, nearest
-from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
+from spire_hw.config.schema import GoDuration, Model, at_least, check, nearest, parsed
+from spire_hw.errors import ConfigError, ConfigFault
 from spire_hw.key import KeyType
 from spire_hw.log import LogSettings  # noqa: TC001 - public field types stay real
 from spire_hw.spiffeid import SpiffeId, TrustDomain
@@ -105,6 +103,10 @@ class ServerSettings:
     file: str = ""
 
 
+Ttl = Annotated[GoDuration, at_least(timedelta(seconds=1))]
+KeyTypeName = Annotated[KeyType, parsed(KeyType.parse)]
+
+
 class CaSubjectKeys(Model):
     """`ca_subject { }`."""
 
@@ -136,10 +138,12 @@ class ExperimentalKeys(Model):
         "wit_key_type": None,
     }
 
-    cache_reload_interval: GoDuration | None = None
+    cache_reload_interval: Annotated[GoDuration, at_least(timedelta(milliseconds=100))] = timedelta(
+        seconds=5
+    )
     events_based_cache: bool = False
-    full_cache_reload_interval: GoDuration | None = None
-    prune_events_older_than: GoDuration | None = None
+    full_cache_reload_interval: Ttl = timedelta(hours=24)
+    prune_events_older_than: Ttl = timedelta(hours=12)
 
 
 class ServerKeys(LogKeys):
@@ -154,28 +158,28 @@ class ServerKeys(LogKeys):
         "proxy_protocol_trusted_cidrs": [],
     }
 
-    admin_ids: list[str] = Field(default_factory=list)
-    agent_ttl: GoDuration | None = None
+    admin_ids: list[Annotated[SpiffeId, parsed(SpiffeId.parse)]] = Field(default_factory=list)
+    agent_ttl: Ttl | None = None
     audit_log_enabled: bool = False
-    bind_address: str = "0.0.0.0"  # noqa: S104 - upstream's default
+    bind_address: Annotated[str, parsed(parse_ip)] = "0.0.0.0"  # noqa: S104 - upstream's default
     bind_port: Port = 8081
-    ca_key_type: str = ""
+    ca_key_type: KeyTypeName = KeyType.EC_P256
     ca_subject: CaSubjectKeys | None = None
-    ca_ttl: GoDuration | None = None
+    ca_ttl: Ttl = _DEFAULT_CA_TTL
     data_dir: Annotated[str, Field(min_length=1)]
-    default_x509_svid_ttl: GoDuration | None = None
-    default_jwt_svid_ttl: GoDuration | None = None
+    default_x509_svid_ttl: Ttl = _DEFAULT_X509_TTL
+    default_jwt_svid_ttl: Ttl = _DEFAULT_JWT_TTL
     disable_jwt_svids: bool = False
     experimental: ExperimentalKeys = ExperimentalKeys()
     jwt_issuer: str = ""
-    jwt_key_type: str = ""
-    max_attested_node_info_staleness: GoDuration | None = None
+    jwt_key_type: KeyTypeName | None = None
+    max_attested_node_info_staleness: Annotated[GoDuration, at_least(timedelta())] = timedelta()
     prune_attested_nodes_batch_size: Annotated[int, Field(ge=1, le=100_000)] = 1000
-    prune_attested_nodes_expired_for: GoDuration | None = None
+    prune_attested_nodes_expired_for: Ttl | None = None
     prune_tofu_nodes: bool = False
     ratelimit: RateLimitKeys = RateLimitKeys()
-    socket_path: str = str(DEFAULT_SOCKET)
-    trust_domain: Annotated[str, Field(min_length=1)]
+    socket_path: Annotated[Path, parsed(parse_socket_path)] = DEFAULT_SOCKET
+    trust_domain: Annotated[TrustDomain, parsed(parse_trust_domain)]
 
 
 class ServerFile(Model):
@@ -216,14 +220,14 @@ def build_settings(body: Body, overrides: Mapping[str, Override] | None = None) 
     """Check what was read; see `load_settings`."""
     raw, faults = check(override(body, "server", overrides or {}), ServerFile)
     plugins, stores, wrong = _plugin_sections(body)
-    collect = Collector([*faults, *wrong])
-    store = _store(stores, collect)
-    if raw is None or store is None:
-        collect.check(body.file)
-        raise ConfigError(body.file or "configuration", [ConfigFault(0, "cannot be used")])
-    settings = _build(raw, plugins, store, collect, body.file)
-    collect.check(body.file)
-    return settings
+    faults += wrong
+    faults += _store_faults(stores) if body.blocks("plugins") else []
+    faults += [] if raw is None else _cross_faults(raw)
+    if raw is None or faults:
+        file = body.file or "configuration"
+        raise ConfigError(file, sorted(faults, key=lambda f: f.line))
+    settings = _build(raw, plugins, stores[0], body.file)
+    return replace(settings, notices=tuple(_notices(settings, raw.server)))
 
 
 def _plugin_sections(
@@ -231,90 +235,67 @@ def _plugin_sections(
 ) -> tuple[list[PluginConfig], list[StoreConfig], list[ConfigFault]]:
     items = tuple(i for b in body.blocks("plugins") for i in b.body.items)
     if not body.blocks("plugins"):
-        return [], [StoreConfig("sql", Body.empty())], []  # reported as missing already
+        return [], [], []  # reported as missing already
     section = Body(items, body.line_of("plugins"), body.file)
     plugins, stores, faults = read_plugins(section, with_store=True)
     return plugins, stores, [*faults, *check_counts(plugins, SERVER_RULES)]
 
 
-def _store(stores: list[StoreConfig], collect: Collector) -> StoreConfig | None:
+def _store_faults(stores: list[StoreConfig]) -> list[ConfigFault]:
     if len(stores) != 1:
         line = stores[1].line if stores else 0
-        collect.add(line, f'plugins needs exactly 1 DataStore "sql", found {len(stores)}')
-        return None
-    if stores[0].name not in _STORE_NAMES:
-        hint = nearest(stores[0].name, _STORE_NAMES) or '; the only one is "sql"'
-        collect.add(stores[0].line, f'DataStore "{stores[0].name}" does not exist{hint}')
-    return stores[0]
+        message = f'plugins needs exactly 1 DataStore "sql", found {len(stores)}'
+        return [ConfigFault(line, message)]
+    if stores[0].name in _STORE_NAMES:
+        return []
+    hint = nearest(stores[0].name, _STORE_NAMES) or '; the only one is "sql"'
+    return [ConfigFault(stores[0].line, f'DataStore "{stores[0].name}" does not exist{hint}')]
+
+
+def _cross_faults(raw: ServerFile) -> list[ConfigFault]:
+    more = raw.server.experimental
+    if more.full_cache_reload_interval > more.cache_reload_interval:
+        return []
+    message = '"full_cache_reload_interval" must be longer than cache_reload_interval'
+    return [ConfigFault(more.line("full_cache_reload_interval"), message)]
 
 
 def _build(
-    raw: ServerFile,
-    plugins: list[PluginConfig],
-    store: StoreConfig,
-    collect: Collector,
-    file: str,
+    raw: ServerFile, plugins: list[PluginConfig], store: StoreConfig, file: str
 ) -> ServerSettings:
     keys, more = raw.server, raw.server.experimental
-    ca_key_type = collect.read(keys, "ca_key_type", _key_type(KeyType.EC_P256), KeyType.EC_P256)
-    x509_ttl = collect.duration(keys, "default_x509_svid_ttl", _DEFAULT_X509_TTL)
-    reload_s = collect.duration(
-        more, "cache_reload_interval", timedelta(seconds=5), least=timedelta(milliseconds=100)
-    )
-    full_reload = collect.duration(more, "full_cache_reload_interval", timedelta(hours=24))
-    if full_reload <= reload_s:
-        line = more.line("full_cache_reload_interval")
-        collect.add(line, '"full_cache_reload_interval" must be longer than cache_reload_interval')
-    settings = ServerSettings(
-        trust_domain=collect.read(keys, "trust_domain", parse_trust_domain, TrustDomain("invalid")),
-        bind_address=collect.read(keys, "bind_address", parse_ip, ""),
+    return ServerSettings(
+        trust_domain=keys.trust_domain,
+        bind_address=keys.bind_address,
         bind_port=keys.bind_port,
-        socket_path=collect.read(keys, "socket_path", parse_socket_path, DEFAULT_SOCKET),
+        socket_path=keys.socket_path,
         data_dir=Path(keys.data_dir),
-        log=log_settings(keys, collect),
+        log=keys.log_settings(),
         store=store,
         plugins=tuple(plugins),
-        admin_ids=frozenset(_admin_ids(keys, collect)),
-        agent_ttl=collect.duration(keys, "agent_ttl", x509_ttl),
-        x509_svid_ttl=x509_ttl,
-        jwt_svid_ttl=collect.duration(keys, "default_jwt_svid_ttl", _DEFAULT_JWT_TTL),
-        ca_ttl=collect.duration(keys, "ca_ttl", _DEFAULT_CA_TTL),
-        ca_key_type=ca_key_type,
-        jwt_key_type=collect.read(keys, "jwt_key_type", _key_type(ca_key_type), ca_key_type),
+        admin_ids=frozenset(keys.admin_ids),
+        agent_ttl=keys.agent_ttl or keys.default_x509_svid_ttl,
+        x509_svid_ttl=keys.default_x509_svid_ttl,
+        jwt_svid_ttl=keys.default_jwt_svid_ttl,
+        ca_ttl=keys.ca_ttl,
+        ca_key_type=keys.ca_key_type,
+        jwt_key_type=keys.jwt_key_type or keys.ca_key_type,
         ca_subject=_subject(keys.ca_subject),
         jwt_issuer=keys.jwt_issuer,
         disable_jwt_svids=keys.disable_jwt_svids,
         audit_log_enabled=keys.audit_log_enabled,
         ratelimit_attestation=keys.ratelimit.attestation,
         ratelimit_signing=keys.ratelimit.signing,
-        max_attested_node_info_staleness=collect.duration(
-            keys, "max_attested_node_info_staleness", timedelta(), least=timedelta()
-        ),
+        max_attested_node_info_staleness=keys.max_attested_node_info_staleness,
         prune_attested_nodes_expired_for=keys.prune_attested_nodes_expired_for,
         prune_attested_nodes_batch_size=keys.prune_attested_nodes_batch_size,
         prune_tofu_nodes=keys.prune_tofu_nodes,
-        cache_reload_interval=reload_s,
-        full_cache_reload_interval=full_reload,
-        prune_events_older_than=collect.duration(
-            more, "prune_events_older_than", timedelta(hours=12)
-        ),
+        cache_reload_interval=more.cache_reload_interval,
+        full_cache_reload_interval=more.full_cache_reload_interval,
+        prune_events_older_than=more.prune_events_older_than,
         health=health_settings(raw.health_checks),
-        notices=(),
         file=file,
     )
-    return _with_notices(settings, keys)
-
-
-def _key_type(default: KeyType) -> Callable[[str], KeyType]:
-    return lambda text: KeyType.parse(text) if text else default
-
-
-def _admin_ids(keys: ServerKeys, collect: Collector) -> Iterable[SpiffeId]:
-    for text in keys.admin_ids:
-        try:
-            yield SpiffeId.parse(text)
-        except InvalidInputError as e:
-            collect.add(keys.line("admin_ids"), f'"admin_ids": {e.message}')
 
 
 def _subject(keys: CaSubjectKeys | None) -> CaSubject:
@@ -323,8 +304,9 @@ def _subject(keys: CaSubjectKeys | None) -> CaSubject:
     return CaSubject(tuple(keys.country), tuple(keys.organization), keys.common_name)
 
 
-def _with_notices(settings: ServerSettings, keys: ServerKeys) -> ServerSettings:
-    notices = [f"experimental.{key} is unknown and ignored" for key in keys.experimental.ignored()]
+def _notices(settings: ServerSettings, keys: ServerKeys) -> Iterator[str]:
+    for key in keys.experimental.ignored():
+        yield f"experimental.{key} is unknown and ignored"
     guarantee = min(settings.ca_ttl / _ACTIVATION_FRACTION, _MAX_GUARANTEE)
     ttls = {
         "default_x509_svid_ttl": settings.x509_svid_ttl,
@@ -337,8 +319,7 @@ def _with_notices(settings: ServerSettings, keys: ServerKeys) -> ServerSettings:
         advice = f"set {key} to {format_duration(guarantee)} or less"
         if ttl <= _MAX_GUARANTEE:
             advice += f", or ca_ttl to {format_duration(ttl * _ACTIVATION_FRACTION)} or more"
-        notices.append(
+        yield (
             f"{key} {format_duration(ttl)} is longer than what ca_ttl"
             f" {format_duration(settings.ca_ttl)} can guarantee: {advice}"
         )
-    return replace(settings, notices=tuple(notices))

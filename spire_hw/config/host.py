@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Mapping  # noqa: TC003 - as in the models
+from collections.abc import Mapping  # noqa: TC003 - as in the models
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Final, TypeVar
+from typing import Annotated, Final
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from spire_hw.config import hcl
-from spire_hw.config.duration import format_duration
 from spire_hw.config.hcl import Block, Body, Integer, Item
-from spire_hw.config.schema import Model
+from spire_hw.config.schema import Model, parsed
 from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
 from spire_hw.log import Format, Level, LogSettings
 from spire_hw.spiffeid import TrustDomain
-
-T = TypeVar("T")
 
 _MAX_SOCKET_PATH_BYTES: Final = 107  # struct sockaddr_un keeps one for the end
 
@@ -28,13 +24,25 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 Override = str | int | bool
 
 
+def _parse_format(text: str) -> Format:
+    for known in Format:
+        if text.lower() == known.value:
+            return known
+    raise InvalidInputError(f'log format "{text[:40]}" is unknown; use text or json')
+
+
 class LogKeys(Model):
     """The log keys of both hosts."""
 
     log_file: str = ""
-    log_level: str = "INFO"
-    log_format: str = "text"
+    log_level: Annotated[Level, parsed(Level.parse)] = Level.INFO
+    log_format: Annotated[Format, parsed(_parse_format)] = Format.TEXT
     log_source_location: bool = False
+
+    def log_settings(self) -> LogSettings:
+        """Return what `spire_hw.log.configure` takes."""
+        file = Path(self.log_file) if self.log_file else None
+        return LogSettings(self.log_level, self.log_format, file, self.log_source_location)
 
 
 def _http_path(text: str) -> str:
@@ -49,8 +57,8 @@ class HealthChecks(Model):
     listener_enabled: bool = False
     bind_address: str = "localhost"
     bind_port: Port = 80
-    live_path: Annotated[str, AfterValidator(_http_path)] = "/live"
-    ready_path: Annotated[str, AfterValidator(_http_path)] = "/ready"
+    live_path: Annotated[str, parsed(_http_path)] = "/live"
+    ready_path: Annotated[str, parsed(_http_path)] = "/ready"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,51 +69,6 @@ class HealthSettings:
     bind_port: int
     live_path: str
     ready_path: str
-
-
-class Collector:
-    """Gathers faults while settings are built, so that all of them are reported together."""
-
-    def __init__(self, faults: list[ConfigFault]) -> None:
-        self.faults = faults
-
-    def add(self, line: int, message: str) -> None:
-        """Note a fault."""
-        self.faults.append(ConfigFault(line, message))
-
-    def read(self, raw: Model, key: str, parse: Callable[[str], T], default: T) -> T:
-        """Return parse(value of key), or the default and a fault."""
-        text = str(getattr(raw, key))
-        try:
-            return parse(text)
-        except InvalidInputError as e:
-            self.add(raw.line(key), f'"{key}": {e.message}')
-            return default
-
-    def duration(
-        self, raw: Model, key: str, default: timedelta, *, least: timedelta = timedelta(seconds=1)
-    ) -> timedelta:
-        """Return a duration that must be at least `least` when it is given."""
-        value: timedelta | None = getattr(raw, key)
-        if value is None:
-            return default
-        if value < least:
-            self.add(
-                raw.line(key),
-                f'"{key}": {format_duration(value)} is too short;'
-                f" it must be at least {format_duration(least)}",
-            )
-            return default
-        return value
-
-    def check(self, file: str) -> None:
-        """Raise when there were faults.
-
-        Raises:
-            ConfigError: with all of them, ordered by line.
-        """
-        if self.faults:
-            raise ConfigError(file or "configuration", sorted(self.faults, key=lambda f: f.line))
 
 
 def read_body(path: Path, *, expand_env: bool, environ: Mapping[str, str]) -> Body:
@@ -179,25 +142,8 @@ def parse_socket_path(text: str) -> Path:
     return Path(text)
 
 
-def log_settings(raw: LogKeys, collect: Collector) -> LogSettings:
-    """Return the log settings of a host section."""
-    return LogSettings(
-        level=collect.read(raw, "log_level", Level.parse, Level.INFO),
-        format=collect.read(raw, "log_format", _parse_format, Format.TEXT),
-        file=Path(raw.log_file) if raw.log_file else None,
-        source_location=raw.log_source_location,
-    )
-
-
 def health_settings(raw: HealthChecks | None) -> HealthSettings | None:
     """Return where probes are answered, None when the listener is off."""
     if raw is None or not raw.listener_enabled:
         return None
     return HealthSettings(raw.bind_address, raw.bind_port, raw.live_path, raw.ready_path)
-
-
-def _parse_format(text: str) -> Format:
-    for known in Format:
-        if text.lower() == known.value:
-            return known
-    raise InvalidInputError(f'log format "{text[:40]}" is unknown; use text or json')

@@ -11,15 +11,22 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping  # noqa: TC003 - pydantic evaluates annotations
+from collections.abc import Callable, Iterable, Iterator, Mapping  # noqa: TC003 - pydantic evaluates annotations
 from datetime import timedelta
-from enum import Enum
 from typing import Annotated, Any, ClassVar, Final, TypeVar, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainValidator,
+    PrivateAttr,
+    ValidationError,
+)
 from pydantic.fields import FieldInfo  # noqa: TC002 - as above
 
-from spire_hw.config.duration import parse_duration
+from spire_hw.config.duration import format_duration, parse_duration
 from spire_hw.config.hcl import Block, Body, Integer, Item, Value
 from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
 
@@ -33,6 +40,33 @@ def _duration(value: object) -> timedelta:
 
 
 GoDuration = Annotated[timedelta, BeforeValidator(_duration)]
+
+
+def at_least(least: timedelta) -> AfterValidator:
+    """Return a validator for durations that must not be shorter: `Annotated[GoDuration, ...]`."""
+
+    def long_enough(value: timedelta) -> timedelta:
+        if value < least:
+            shortest = format_duration(least)
+            raise InvalidInputError(f"{format_duration(value)} is below the least, {shortest}")
+        return value
+
+    return AfterValidator(long_enough)
+
+
+def parsed(parse: Callable[[str], object]) -> PlainValidator:
+    """Make a validator that turns text into a value, for `Annotated[SpiffeId, ...]`.
+
+    Args:
+        parse: raises InvalidInputError for text that will not do.
+    """
+
+    def from_text(value: object) -> object:
+        if not isinstance(value, str):
+            raise InvalidInputError(f"expected text, found {_kind_of(value)}")
+        return parse(value)
+
+    return PlainValidator(from_text)
 
 
 class Model(BaseModel):
@@ -307,7 +341,7 @@ def _bare(annotation: Any) -> Any:
     return annotation
 
 
-def _scalar(value: Value, wanted: Any) -> Any:  # noqa: PLR0911 - one per type
+def _scalar(value: Value, wanted: Any) -> Any:
     if isinstance(value, bool):
         return value
     if wanted is int:
@@ -318,8 +352,6 @@ def _scalar(value: Value, wanted: Any) -> Any:  # noqa: PLR0911 - one per type
         return value.text if isinstance(value, Integer) else str(value)
     if wanted is float and isinstance(value, int):
         return float(value) if abs(value) < 2**53 else value
-    if isinstance(wanted, type) and issubclass(wanted, Enum) and isinstance(value, str):
-        return next((m for m in wanted if m.value == value), value)
     return value
 
 
@@ -362,8 +394,6 @@ def _words(error: dict[str, Any]) -> str:  # noqa: PLR0911 - one per kind
         known = list(_quoted_names(str(context["expected"])))
         hint = nearest(error["input"], known) if isinstance(error["input"], str) else ""
         return f"must be one of {', '.join(known)}{hint}"
-    if kind == "enum":
-        return f"must be one of {', '.join(_quoted_names(str(context['expected'])))}"
     if kind in {"value_error", "assertion_error"}:
         return str(context.get("error", error["msg"]))
     bounds = {

@@ -1,0 +1,343 @@
+"""agent.conf to `AgentSettings`: upstream's keys, checked all at once.
+
+Keys that upstream knows and this release does not are refused by name, unless their value asks
+for nothing. What is odd without being wrong ends up in `AgentSettings.notices`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, ClassVar, Final, Literal
+
+from pydantic import Field
+
+from spire_hw.catalog import AGENT_RULES, PluginConfig, check_counts, read_plugins
+from spire_hw.config.hcl import Body
+from spire_hw.config.host import (
+    HealthChecks,
+    HealthSettings,
+    LogKeys,
+    Override,
+    Port,
+    health_settings,
+    override,
+    parse_socket_path,
+    parse_trust_domain,
+    read_body,
+)
+from spire_hw.config.schema import GoDuration, Model, at_least, check, parsed
+from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
+from spire_hw.key import KeyType
+from spire_hw.log import LogSettings  # noqa: TC001 - public field types stay real
+from spire_hw.spiffeid import SpiffeId, TrustDomain
+
+DEFAULT_CONFIG: Final = Path("conf/agent/agent.conf")
+DEFAULT_SOCKET: Final = Path("/tmp/spire-agent/public/api.sock")  # noqa: S108 - upstream's default
+DEFAULT_ADMIN_SOCKET: Final = Path("/tmp/spire-agent/private/admin.sock")  # noqa: S108 - likewise
+_MAX_TOKEN_CHARS: Final = 1024
+_LEAST_AVAILABILITY: Final = timedelta(hours=24)
+
+
+@dataclass(frozen=True, slots=True)
+class SdsSettings:
+    """Names of the default resources for Envoy."""
+
+    default_svid_name: str = "default"
+    default_bundle_name: str = "ROOTCA"
+    default_all_bundles_name: str = "ALL"
+    disable_spiffe_cert_validation: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSettings:
+    """Everything an agent is told, checked.
+
+    Attributes:
+        socket_path: the Workload API's; None when that API is switched off.
+        admin_socket_path: None leaves the admin API off.
+        join_token: given by flag, file or configuration; a secret, "" when there is none.
+        trust_bundle_path: at most one bootstrap source is set; the URL may be asked over
+            `trust_bundle_unix_socket`.
+        insecure_bootstrap: trust the server of the first connection without proof.
+        rebootstrap_mode: whether the bootstrap source may be asked again once the stored bundle
+            no longer fits the server.
+        plugins: in the order of the file, disabled ones too.
+        notices: what the operator should hear at start.
+        file: the file the settings come from.
+    """
+
+    trust_domain: TrustDomain
+    server_address: str
+    server_port: int
+    data_dir: Path
+    socket_path: Path | None
+    admin_socket_path: Path | None
+    log: LogSettings
+    plugins: tuple[PluginConfig, ...]
+    join_token: str = field(default="", repr=False)
+    trust_bundle_path: Path | None = None
+    trust_bundle_url: str = ""
+    trust_bundle_unix_socket: str = ""
+    trust_bundle_format: Literal["pem", "spiffe"] = "pem"
+    insecure_bootstrap: bool = False
+    rebootstrap_mode: Literal["never", "auto", "always"] = "never"
+    rebootstrap_delay: timedelta = timedelta(minutes=10)
+    allow_unauthenticated_verifiers: bool = False
+    allowed_foreign_jwt_claims: frozenset[str] = frozenset()
+    authorized_delegates: frozenset[SpiffeId] = frozenset()
+    availability_target: timedelta | None = None
+    workload_x509_svid_key_type: KeyType = KeyType.EC_P256
+    x509_svid_cache_max_size: int = 1000
+    jwt_svid_cache_max_size: int = 1000
+    sync_interval: timedelta = timedelta(seconds=5)
+    log_selectors: bool = False
+    disable_sds_api: bool = False
+    sds: SdsSettings = SdsSettings()
+    health: HealthSettings | None = None
+    notices: tuple[str, ...] = ()
+    file: str = ""
+
+
+class SdsKeys(Model):
+    """`sds { }`."""
+
+    default_svid_name: str = "default"
+    default_bundle_name: str = "ROOTCA"
+    default_all_bundles_name: str = "ALL"
+    disable_spiffe_cert_validation: bool = False
+
+
+class ExperimentalKeys(Model):
+    """`experimental { }`; keys nobody knows are passed over, as upstream does."""
+
+    tolerant: ClassVar[bool] = True
+    unsupported: ClassVar[Mapping[str, object]] = {
+        "admin_named_pipe_name": None,
+        "broker": Body.empty(),
+        "feature_flags": [],
+        "jwt_svid_cache_hit_timeout": None,
+        "named_pipe_name": None,
+        "ratelimit": Body.empty(),
+        "require_pq_kem": False,
+    }
+
+    sync_interval: Annotated[GoDuration, at_least(timedelta(milliseconds=100))] = timedelta(
+        seconds=5
+    )
+    use_sync_authorized_entries: bool = True
+
+
+_WORKLOAD_KEY_TYPES: Final = (KeyType.EC_P256, KeyType.EC_P384, KeyType.RSA_2048)
+
+
+def _workload_key_type(text: str) -> KeyType:
+    found = KeyType.parse(text)
+    if found not in _WORKLOAD_KEY_TYPES:
+        known = ", ".join(k.config_name for k in _WORKLOAD_KEY_TYPES)
+        raise InvalidInputError(f"{text} is not for workloads; use one of {known}")
+    return found
+
+
+class AgentKeys(LogKeys):
+    """`agent { }`."""
+
+    unsupported: ClassVar[Mapping[str, object]] = {
+        "profiling_enabled": False,
+        "profiling_freq": None,
+        "profiling_names": None,
+        "profiling_port": None,
+        "trust_bundle_spiffe_workload_api": None,
+    }
+
+    admin_socket_path: str = ""
+    allow_unauthenticated_verifiers: bool = False
+    allowed_foreign_jwt_claims: list[str] = Field(default_factory=list)
+    authorized_delegates: list[Annotated[SpiffeId, parsed(SpiffeId.parse)]] = Field(
+        default_factory=list
+    )
+    availability_target: Annotated[GoDuration, at_least(_LEAST_AVAILABILITY)] | None = None
+    data_dir: Annotated[str, Field(min_length=1)] = "."
+    disable_sds_api: bool = False
+    disable_workload_api: bool = False
+    experimental: ExperimentalKeys = ExperimentalKeys()
+    insecure_bootstrap: bool = False
+    join_token: str = ""
+    join_token_file: str = ""
+    jwt_svid_cache_max_size: Annotated[int, Field(ge=0)] = 1000
+    log_selectors: bool = False
+    rebootstrap_delay: Annotated[GoDuration, at_least(timedelta())] = timedelta(minutes=10)
+    rebootstrap_mode: Literal["never", "auto", "always"] = "never"
+    sds: SdsKeys = SdsKeys()
+    server_address: Annotated[str, Field(min_length=1)]
+    server_port: Annotated[int, Field(ge=1, le=65535)]
+    socket_path: Annotated[Path, parsed(parse_socket_path)] = DEFAULT_SOCKET
+    trust_bundle_format: Literal["pem", "spiffe"] = "pem"
+    trust_bundle_path: str = ""
+    trust_bundle_unix_socket: str = ""
+    trust_bundle_url: str = ""
+    trust_domain: Annotated[TrustDomain, parsed(parse_trust_domain)]
+    workload_x509_svid_key_type: Annotated[KeyType, parsed(_workload_key_type)] = KeyType.EC_P256
+    x509_svid_cache_max_size: Annotated[int, Field(ge=0)] = 1000
+
+
+class AgentFile(Model):
+    """The whole file."""
+
+    unsupported: ClassVar[Mapping[str, object]] = {"telemetry": Body.empty()}
+
+    agent: AgentKeys
+    plugins: Body
+    health_checks: HealthChecks | None = None
+
+
+def load_settings(
+    path: Path,
+    *,
+    expand_env: bool = False,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Override] | None = None,
+) -> AgentSettings:
+    """Read and check a configuration file.
+
+    Args:
+        path: the file, HCL 1 or JSON.
+        expand_env: put environment variables into its text first.
+        environ: the variables; those of the process without it.
+        overrides: keys of `agent {}` given on the command line; they win over the file.
+
+    Raises:
+        ConfigError: with every fault of the file; plugins check their own data later.
+    """
+    body = read_body(
+        path, expand_env=expand_env, environ=os.environ if environ is None else environ
+    )
+    return build_settings(body, overrides or {})
+
+
+def build_settings(body: Body, overrides: Mapping[str, Override] | None = None) -> AgentSettings:
+    """Check what was read; see `load_settings`."""
+    raw, faults = check(override(body, "agent", overrides or {}), AgentFile)
+    plugins: list[PluginConfig] = []
+    if body.blocks("plugins"):
+        items = tuple(i for b in body.blocks("plugins") for i in b.body.items)
+        plugins, _, wrong = read_plugins(Body(items, body.line_of("plugins"), body.file))
+        faults += [*wrong, *check_counts(plugins, AGENT_RULES)]
+    token = ""
+    if raw is not None:
+        faults += [*_bootstrap_faults(raw.agent), *_socket_faults(raw.agent)]
+        try:
+            token = _join_token(raw.agent)
+        except InvalidInputError as e:
+            faults.append(ConfigFault(raw.agent.line("join_token_file"), e.message))
+    if raw is None or faults:
+        raise ConfigError(body.file or "configuration", sorted(faults, key=lambda f: f.line))
+    settings = _build(raw, plugins, token, body.file)
+    return replace(settings, notices=tuple(_notices(raw.agent)))
+
+
+def _bootstrap_faults(keys: AgentKeys) -> Iterator[ConfigFault]:
+    sources = ("trust_bundle_path", "trust_bundle_url", "insecure_bootstrap")
+    given = [k for k in sources if getattr(keys, k)]
+    if len(given) > 1:
+        message = f"only one of {', '.join(given)} can be set"
+        yield ConfigFault(keys.line(given[-1]), message)
+    if not given:
+        message = (
+            "the agent needs a way to trust the server: set trust_bundle_path, trust_bundle_url"
+            " or insecure_bootstrap"
+        )
+        yield ConfigFault(keys.line(""), message)
+    if keys.insecure_bootstrap and keys.rebootstrap_mode != "never":
+        message = f'"rebootstrap_mode" {keys.rebootstrap_mode} does not go with insecure_bootstrap'
+        yield ConfigFault(keys.line("rebootstrap_mode"), message)
+    url, line = keys.trust_bundle_url, keys.line("trust_bundle_url")
+    if keys.trust_bundle_unix_socket and not url:
+        message = '"trust_bundle_unix_socket" needs trust_bundle_url'
+        yield ConfigFault(keys.line("trust_bundle_unix_socket"), message)
+    elif keys.trust_bundle_unix_socket and not url.startswith("http://"):
+        yield ConfigFault(line, '"trust_bundle_url" must start with http:// over a unix socket')
+    elif url and not keys.trust_bundle_unix_socket and not url.startswith("https://"):
+        yield ConfigFault(line, '"trust_bundle_url" must start with https://')
+
+
+def _socket_faults(keys: AgentKeys) -> Iterator[ConfigFault]:
+    if not keys.admin_socket_path:
+        return
+    line = keys.line("admin_socket_path")
+    try:
+        admin = parse_socket_path(keys.admin_socket_path)
+    except InvalidInputError as e:
+        yield ConfigFault(line, f'"admin_socket_path": {e.message}')
+        return
+    public = Path(os.path.abspath(keys.socket_path)).parent  # noqa: PTH100 - must not follow links
+    if Path(os.path.abspath(admin)).is_relative_to(public):  # noqa: PTH100 - likewise
+        message = f'"admin_socket_path" must not be below {public}: workloads can reach that'
+        yield ConfigFault(line, message)
+
+
+def _join_token(keys: AgentKeys) -> str:
+    if not keys.join_token_file:
+        return keys.join_token
+    if keys.join_token:
+        raise InvalidInputError("give join_token or join_token_file, not both")
+    try:
+        with Path(keys.join_token_file).open("rb") as stream:
+            token = stream.read(_MAX_TOKEN_CHARS + 1).decode().strip()
+    except OSError as e:
+        raise InvalidInputError(f'"join_token_file" cannot be read: {e.strerror}') from e
+    except UnicodeDecodeError as e:
+        raise InvalidInputError('"join_token_file" is not text') from e
+    if not token or len(token) > _MAX_TOKEN_CHARS:
+        raise InvalidInputError('"join_token_file" does not hold a token')
+    return token
+
+
+def _build(raw: AgentFile, plugins: list[PluginConfig], token: str, file: str) -> AgentSettings:
+    keys = raw.agent
+    return AgentSettings(
+        trust_domain=keys.trust_domain,
+        server_address=keys.server_address,
+        server_port=keys.server_port,
+        data_dir=Path(keys.data_dir),
+        socket_path=None if keys.disable_workload_api else keys.socket_path,
+        admin_socket_path=Path(keys.admin_socket_path) if keys.admin_socket_path else None,
+        log=keys.log_settings(),
+        plugins=tuple(plugins),
+        join_token=token,
+        trust_bundle_path=Path(keys.trust_bundle_path) if keys.trust_bundle_path else None,
+        trust_bundle_url=keys.trust_bundle_url,
+        trust_bundle_unix_socket=keys.trust_bundle_unix_socket,
+        trust_bundle_format=keys.trust_bundle_format,
+        insecure_bootstrap=keys.insecure_bootstrap,
+        rebootstrap_mode=keys.rebootstrap_mode,
+        rebootstrap_delay=keys.rebootstrap_delay,
+        allow_unauthenticated_verifiers=keys.allow_unauthenticated_verifiers,
+        allowed_foreign_jwt_claims=frozenset(keys.allowed_foreign_jwt_claims),
+        authorized_delegates=frozenset(keys.authorized_delegates),
+        availability_target=keys.availability_target,
+        workload_x509_svid_key_type=keys.workload_x509_svid_key_type,
+        x509_svid_cache_max_size=keys.x509_svid_cache_max_size or 1000,
+        jwt_svid_cache_max_size=keys.jwt_svid_cache_max_size or 1000,
+        sync_interval=keys.experimental.sync_interval,
+        log_selectors=keys.log_selectors,
+        disable_sds_api=keys.disable_sds_api,
+        sds=SdsSettings(
+            keys.sds.default_svid_name,
+            keys.sds.default_bundle_name,
+            keys.sds.default_all_bundles_name,
+            keys.sds.disable_spiffe_cert_validation,
+        ),
+        health=health_settings(raw.health_checks),
+        file=file,
+    )
+
+
+def _notices(keys: AgentKeys) -> Iterator[str]:
+    for key in keys.experimental.ignored():
+        yield f"experimental.{key} is unknown and ignored"
+    if keys.experimental.given("use_sync_authorized_entries"):
+        yield "experimental.use_sync_authorized_entries is deprecated and has no effect"
