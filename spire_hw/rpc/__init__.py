@@ -1,0 +1,1 @@
+"""RPC: one seam between services and the engine that serves them."""

@@ -9,15 +9,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Generic, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NoReturn, Self, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
 from spire_hw.errors import EncodingError, ErrorKind, SpireHwError, UnavailableError
 from spire_hw.rpc.status import from_grpc
-from spire_hw.transport.dialer import Dialer
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from spire_hw.transport.dialer import Dialer
 
 M = TypeVar("M", bound=Message)
 Metadata = Sequence[tuple[str, str]]
@@ -42,9 +45,7 @@ def _options(max_response_bytes: int, authority: str) -> list[tuple[str, int | s
     ]
 
 
-def connect_unix(
-    path: str | Path, *, max_response_bytes: int = MAX_RESPONSE_BYTES
-) -> Channel:
+def connect_unix(path: str | Path, *, max_response_bytes: int = MAX_RESPONSE_BYTES) -> Channel:
     """Return a channel to a unix socket; it connects at the first call."""
     target = f"unix:{Path(path).absolute()}"
     return Channel(
@@ -68,7 +69,7 @@ class Channel:
     """Calls to one server; close it when done."""
 
     def __init__(self, channel: grpc.aio.Channel, *, where: str, dialer: Dialer | None = None):
-        self._channel = channel
+        self._channel: Any = channel  # bytes in, bytes out: the stubs know only messages
         self._where = where
         self._closed = False
         self.dialer = dialer
@@ -113,7 +114,7 @@ class Channel:
                 when it cannot be reached, DEADLINE_EXCEEDED.
         """
         try:
-            call = self._channel.unary_unary(path)(
+            call: Any = self._channel.unary_unary(path)(
                 request.SerializeToString(), timeout=timeout_s, metadata=_headers(metadata)
             )
             raw = await call
@@ -133,7 +134,7 @@ class Channel:
 
         Closing the iterator cancels the call. Arguments and errors as in `unary`.
         """
-        call = None
+        call: Any = None
         try:
             call = self._channel.unary_stream(path)(
                 request.SerializeToString(), timeout=timeout_s, metadata=_headers(metadata)

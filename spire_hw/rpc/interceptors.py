@@ -7,15 +7,20 @@ Error translation is not here: an interceptor raises `SpireHwError`, the engine'
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 from uuid import uuid4
+
+from typing_extensions import override
 
 from spire_hw.clock import Clock, SystemClock
 from spire_hw.errors import ErrorKind, InvalidInputError, LimitError, SpireHwError
-from spire_hw.rpc.service import Call, Handler, Response, StreamNext, UnaryNext
 from spire_hw.transport.peer import Peer, TcpPeer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+    from spire_hw.rpc.service import Call, Handler, Response, StreamNext, UnaryNext
 
 _GENERATION_S: Final = 60.0
 _MAX_WAIT_S: Final = 120.0
@@ -83,6 +88,7 @@ def _guarded(handler: Handler, guard: Guard, *, streaming: bool) -> Handler:
 class RequestId(Guard):
     """Binds a fresh `request_id` and the method to the call's log, upstream's way."""
 
+    @override
     async def check(self, request: Any, call: Call) -> None:
         """Bind the logger."""
         service, _, method = call.method[1:].rpartition("/")
@@ -123,6 +129,7 @@ class RequiredHeader(Guard):
         self._value = value
         self._prefix = prefix
 
+    @override
     async def check(self, request: Any, call: Call) -> None:
         """Refuse a call without the header.
 
@@ -214,6 +221,7 @@ class RateLimit(Guard):
         """Limit by method path; several paths may share one rate."""
         self._rates = rates
 
+    @override
     async def check(self, request: Any, call: Call) -> None:
         """Wait for the caller's turn."""
         rate = self._rates.get(call.method)

@@ -7,30 +7,28 @@ other is refused.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 from google.protobuf.message import DecodeError, Message
+from typing_extensions import override
 
 from spire_hw.errors import ErrorKind, InvalidInputError, NotReadyError, SpireHwError
 from spire_hw.log import Logger, get_logger
 from spire_hw.rpc.interceptors import Guard, Interceptor, chain
 from spire_hw.rpc.service import Call, Method, Response
 from spire_hw.rpc.status import WireStatus, to_grpc
-from spire_hw.transport.front import Front
 from spire_hw.transport.relay import Callers
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+    from spire_hw.transport.front import Front
+
     _Context = grpc.aio.ServicerContext[Any, Any]
     _RpcMethodHandler = grpc.RpcMethodHandler[Any, Any]
-    _GenericRpcHandler = grpc.GenericRpcHandler[Any, Any]
-else:
-    _GenericRpcHandler = grpc.GenericRpcHandler
 
 _INTERNAL: Final = {ErrorKind.INTERNAL, ErrorKind.UNKNOWN}
 _IDENTITY_ONLY: Final = 1
@@ -156,7 +154,7 @@ class RpcServer:
         server.add_generic_rpc_handlers((_Handlers(self._adapters()),))
         server.add_insecure_port(self.callers.target)
         await server.start()
-        os.chmod(self.callers.path, 0o600)
+        os.chmod(self.callers.path, 0o600)  # noqa: PTH101 - no I/O worth a thread
         try:
             for front in self._fronts:
                 await front.start(self.callers)
@@ -196,13 +194,12 @@ class RpcServer:
                 return grpc.stream_stream_rpc_method_handler(serve.stream_stream)
 
 
-class _Handlers(_GenericRpcHandler):
+class _Handlers(grpc.GenericRpcHandler):
     def __init__(self, handlers: dict[str, _RpcMethodHandler]) -> None:
         self._handlers = handlers
 
-    def service(
-        self, handler_call_details: grpc.HandlerCallDetails
-    ) -> _RpcMethodHandler | None:
+    @override
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> _RpcMethodHandler | None:
         return self._handlers.get(handler_call_details.method)
 
 
@@ -234,7 +231,8 @@ class _Adapter:
             return _encode(await self._handler(self._message(raw), call))
         except Exception as e:  # noqa: BLE001 - the edge: everything becomes a status
             status = self._status(e, call)
-        return await _abort(context, status)
+        await _abort(context, status)
+        return b""
 
     async def unary_stream(self, raw: bytes, context: _Context) -> None:
         call: Call | None = None
@@ -244,10 +242,8 @@ class _Adapter:
             del raw
             async for response in self._handler(message, call):
                 await context.write(_encode(response))
-            return
         except Exception as e:  # noqa: BLE001
-            status = self._status(e, call)
-        await _abort(context, status)
+            await _abort(context, self._status(e, call))
 
     async def stream_unary(self, raws: AsyncIterator[bytes], context: _Context) -> bytes:
         call: Call | None = None
@@ -256,7 +252,8 @@ class _Adapter:
             return _encode(await self._handler(self._messages(raws), call))
         except Exception as e:  # noqa: BLE001
             status = self._status(e, call)
-        return await _abort(context, status)
+        await _abort(context, status)
+        return b""
 
     async def stream_stream(self, raws: AsyncIterator[bytes], context: _Context) -> None:
         call: Call | None = None
@@ -264,10 +261,8 @@ class _Adapter:
             call = self._call(context)
             async for response in self._handler(self._messages(raws), call):
                 await context.write(_encode(response))
-            return
         except Exception as e:  # noqa: BLE001
-            status = self._status(e, call)
-        await _abort(context, status)
+            await _abort(context, self._status(e, call))
 
     def _call(self, context: _Context) -> Call:
         peer = self._callers.of(context.peer())
@@ -307,6 +302,5 @@ def _encode(response: Response) -> bytes:
     return response if isinstance(response, bytes) else response.SerializeToString()
 
 
-async def _abort(context: _Context, status: WireStatus) -> Any:
-    with contextlib.suppress(asyncio.InvalidStateError):
-        await context.abort(status.code, status.message, status.trailing)
+async def _abort(context: _Context, status: WireStatus) -> None:
+    await context.abort(status.code, status.message, status.trailing)

@@ -11,14 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from spire_hw.log import Logger
-from spire_hw.transport.peer import Peer
+if TYPE_CHECKING:
+    from google.protobuf.descriptor import ServiceDescriptor
+
+    from spire_hw.log import Logger
+    from spire_hw.transport.peer import Peer
 
 
 @dataclass(slots=True)
@@ -84,7 +86,9 @@ def bind(descriptor: ServiceDescriptor, implementation: object) -> list[Method]:
         name = snake_case(rpc.name)
         handler = getattr(implementation, name, None)
         if handler is None:
-            raise TypeError(f"{type(implementation).__name__} lacks {name} of {descriptor.full_name}")
+            raise TypeError(
+                f"{type(implementation).__name__} lacks {name} of {descriptor.full_name}"
+            )
         methods.append(
             Method(
                 path=f"/{descriptor.full_name}/{rpc.name}",

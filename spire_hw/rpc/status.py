@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.rpc import status_pb2
+from google.rpc import status_pb2  # type: ignore[import-untyped]
 
 from spire_hw._pb import types_pb2
 from spire_hw.errors import (

@@ -11,11 +11,11 @@ import os
 import secrets
 import socket
 import ssl
-from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+from typing_extensions import override
 
 from spire_hw.aio.tasks import Tasks
-from spire_hw.bundle.bundle import Bundle
 from spire_hw.clock import Clock, SystemClock
 from spire_hw.errors import (
     NotReadyError,
@@ -24,7 +24,6 @@ from spire_hw.errors import (
     VerificationError,
 )
 from spire_hw.log import Logger, get_logger
-from spire_hw.spiffeid import SpiffeId
 from spire_hw.transport.process import is_own_process
 from spire_hw.transport.relay import Half, PrivateDirectory
 from spire_hw.transport.tls import (
@@ -36,6 +35,12 @@ from spire_hw.transport.tls import (
     peer_chain,
     verify_peer,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from spire_hw.bundle.bundle import Bundle
+    from spire_hw.spiffeid import SpiffeId
 
 _BACKLOG: Final = 64
 _NO_CHAIN: Final[tuple[bytes, ...]] = ()
@@ -135,7 +140,7 @@ class Dialer:
             self._server = await loop.create_unix_server(
                 lambda: _Inbound(self._arrived), self.path, backlog=_BACKLOG
             )
-            os.chmod(self.path, 0o600)
+            os.chmod(self.path, 0o600)  # noqa: PTH101 - no I/O worth a thread
         return self.target
 
     async def close(self) -> None:
@@ -265,11 +270,11 @@ class Dialer:
         chain = peer_chain(outbound.tls)
         self.server_chain = chain
         if bundle is not None:
-            shown, _certificates = verify_peer(
-                chain, {bundle.trust_domain: bundle}, self._clock.now()
-            )
-            if shown != self.server_id:
-                raise VerificationError(f"the server is {shown}, expected {self.server_id}")
+            svid = verify_peer(chain, {bundle.trust_domain: bundle}, self._clock.now())
+            if svid.spiffe_id != self.server_id:
+                raise VerificationError(
+                    f"the server is {svid.spiffe_id}, expected {self.server_id}"
+                )
         if self._on_chain is not None:
             self._on_chain(chain)
         if outbound.tls.selected_alpn_protocol() not in {self._alpn, None}:
@@ -285,6 +290,7 @@ class _Inbound(Half):
         super().__init__(begins=b"")
         self._arrived = arrived
 
+    @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         connection = transport.get_extra_info("socket")

@@ -15,15 +15,13 @@ import socket
 import ssl
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
 
 from spire_hw.aio.tasks import Tasks
-from spire_hw.bundle.bundle import Bundle
 from spire_hw.clock import Clock, SystemClock
 from spire_hw.errors import (
     InvalidInputError,
@@ -33,7 +31,6 @@ from spire_hw.errors import (
     VerificationError,
 )
 from spire_hw.log import Logger, get_logger
-from spire_hw.spiffeid import SpiffeId, TrustDomain
 from spire_hw.transport.peer import TcpPeer, UnixPeer
 from spire_hw.transport.process import Process, peer_credentials
 from spire_hw.transport.relay import PREFACE, Callers, Half
@@ -46,6 +43,12 @@ from spire_hw.transport.tls import (
     peer_chain,
     verify_peer,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from spire_hw.bundle.bundle import Bundle
+    from spire_hw.spiffeid import SpiffeId, TrustDomain
 
 _ACCEPT_BATCH: Final = 64
 _EXHAUSTED: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -104,6 +107,7 @@ class Front(ABC):
         self._sockets: list[socket.socket] = []
         self._callers: Callers | None = None
         self._tasks = Tasks(self._task_failed)
+        self._emptied: asyncio.Future[None] | None = None
         self._max_connections = limits.max_connections
 
     @property
@@ -127,7 +131,9 @@ class Front(ABC):
         try:
             self._sockets = await self._listen()
         except OSError as e:
-            raise UnavailableError(f"cannot listen on {self.address_text}: {e.strerror or e}") from e
+            raise UnavailableError(
+                f"cannot listen on {self.address_text}: {e.strerror or e}"
+            ) from e
         for listening in self._sockets:
             listening.setblocking(False)
             self._tasks.start(f"accept {self.address_text}", self._accept(listening))
@@ -163,6 +169,9 @@ class Front(ABC):
         for lease in list(self._leases):
             if lease.outer is not None:
                 lease.outer.abort()
+        if self._leases:
+            self._emptied = asyncio.get_running_loop().create_future()
+            await self._emptied
 
     def _task_failed(self, name: str, error: BaseException) -> None:
         self.log.error("Front task failed", task=name, error=str(error), exc_info=error)
@@ -178,7 +187,7 @@ class Front(ABC):
                     break
                 except OSError as e:
                     if e.errno in _EXHAUSTED:
-                        self.log.error("Out of descriptors, not accepting", error=str(e))
+                        self.log.exception("Out of descriptors, not accepting", error=str(e))
                         await asyncio.sleep(_EXHAUSTED_PAUSE_S)
                         break
                     if listening.fileno() < 0:
@@ -214,6 +223,8 @@ class Front(ABC):
         if lease.process is not None:
             lease.process.close()
         lease.outer = None
+        if not self._leases and self._emptied is not None and not self._emptied.done():
+            self._emptied.set_result(None)
 
     async def _serve(self, connection: socket.socket, address: object, lease: _Lease) -> None:
         done = False
@@ -373,10 +384,10 @@ class TcpFront(Front):
         chain = peer_chain(outer.tls)
         peer = TcpPeer(ip, port, None, ())
         if chain:
-            spiffe_id, certificates = verify_peer(chain, bundles, self._clock.now())
-            if not self._admit(spiffe_id):
-                raise VerificationError(f"{spiffe_id} is not admitted here")
-            peer = replace(peer, spiffe_id=spiffe_id, chain=certificates)
+            svid = verify_peer(chain, bundles, self._clock.now())
+            if not self._admit(svid.spiffe_id):
+                raise VerificationError(f"{svid.spiffe_id} is not admitted here")
+            peer = replace(peer, spiffe_id=svid.spiffe_id, chain=svid.certificates)
         outer.resume()
         await self._attach(outer, peer)
 

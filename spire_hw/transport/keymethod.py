@@ -27,12 +27,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from spire_hw.errors import InvalidInputError, NotReadyError, SpireHwError
-from spire_hw.key import SignOptions, default_hash, sign_digest
-from spire_hw.key import HashAlgorithm, parse_spki, spki_der
+from spire_hw.key import HashAlgorithm, SignOptions, default_hash, parse_spki, sign_digest, spki_der
 
 # Takes a digest, returns a DER ECDSA signature; runs in the thread that does the handshake.
 SignDigest = Callable[[bytes], bytes]
 
+_OPENSSL_3: Final = (3, 0)
 _CTRL_SET_SIGALGS_LIST: Final = 98
 _CTRL_SET_CLIENT_SIGALGS_LIST: Final = 102
 _CTRL_SET_SESS_CACHE_MODE: Final = 44
@@ -93,6 +93,17 @@ class Attachment:
     room: int
     error: BaseException | None = field(default=None)
 
+    def make(self, digest: bytes) -> bytes:
+        """Return a signature that fits where OpenSSL wants it.
+
+        Raises:
+            SpireHwError: it does not fit, or the signer failed.
+        """
+        signature = self.sign(digest)
+        if not 0 < len(signature) <= self.room:
+            raise SpireHwError(f"the signature has {len(signature)} bytes")
+        return signature
+
 
 class _OpenSsl:
     """The functions of the OpenSSL that Python's `ssl` itself uses, and our one key method."""
@@ -100,7 +111,7 @@ class _OpenSsl:
     def __init__(self) -> None:
         if sys.implementation.name != "cpython":
             raise NotReadyError("TLS with a device key needs CPython")
-        if ssl.OPENSSL_VERSION_INFO[0] < 3:
+        if ssl.OPENSSL_VERSION_INFO < _OPENSSL_3:
             raise NotReadyError(f"TLS with a device key needs OpenSSL 3, not {ssl.OPENSSL_VERSION}")
         try:
             import _ssl  # noqa: PLC0415 - only to learn where it was loaded from
@@ -130,12 +141,10 @@ class _OpenSsl:
         self._library.EC_KEY_METHOD_get_sign(
             method, c.byref(sign), c.byref(setup), c.byref(signature)
         )
-        self._library.EC_KEY_METHOD_set_sign(
-            method, c.cast(self._callback, _P), setup, signature
-        )
+        self._library.EC_KEY_METHOD_set_sign(method, c.cast(self._callback, _P), setup, signature)
         return int(method)
 
-    def _sign(  # noqa: PLR0917 - OpenSSL's signature
+    def _sign(
         self,
         _type: int,
         digest: Any,
@@ -150,9 +159,7 @@ class _OpenSsl:
         if attachment is None:
             return 0
         try:
-            signature = attachment.sign(bytes(digest[:digest_size]))
-            if not 0 < len(signature) <= attachment.room:
-                raise SpireHwError(f"the signature has {len(signature)} bytes")
+            signature = attachment.make(bytes(digest[:digest_size]))
         except BaseException as e:  # noqa: BLE001 - nothing may pass through C; kept for the caller
             attachment.error = e
             return 0
@@ -165,7 +172,9 @@ class _OpenSsl:
         pointer = _P.from_address(id(context) + object.__basicsize__).value
         known = int(context.options) & 0xFFFF_FFFF
         if not pointer or int(self._library.SSL_CTX_get_options(pointer)) & 0xFFFF_FFFF != known:
-            raise NotReadyError("this Python keeps its SSL_CTX elsewhere; device keys cannot be used")
+            raise NotReadyError(
+                "this Python keeps its SSL_CTX elsewhere; device keys cannot be used"
+            )
         return pointer
 
     def key_pair(self, spki: bytes) -> tuple[int, int]:
@@ -201,9 +210,7 @@ def _openssl() -> _OpenSsl:
         return _load()
 
 
-def attach(
-    context: ssl.SSLContext, chain_pem: bytes, spki: bytes, sign: SignDigest
-) -> Attachment:
+def attach(context: ssl.SSLContext, chain_pem: bytes, spki: bytes, sign: SignDigest) -> Attachment:
     """Give a context a certificate whose key is reached only through a function.
 
     Args:
@@ -230,10 +237,12 @@ def attach(
         library.EVP_PKEY_free(envelope)
     own = _SIGALGS[algorithm]
     if context.protocol == ssl.PROTOCOL_TLS_SERVER:
-        library.SSL_CTX_ctrl(pointer, _CTRL_SET_SIGALGS_LIST, 0, c.cast(own, _P))
-        library.SSL_CTX_ctrl(pointer, _CTRL_SET_CLIENT_SIGALGS_LIST, 0, c.cast(_ANY_SIGALG, _P))
+        library.SSL_CTX_ctrl(pointer, _CTRL_SET_SIGALGS_LIST, 0, c.cast(c.c_char_p(own), _P))
+        library.SSL_CTX_ctrl(
+            pointer, _CTRL_SET_CLIENT_SIGALGS_LIST, 0, c.cast(c.c_char_p(_ANY_SIGALG), _P)
+        )
     else:
-        library.SSL_CTX_ctrl(pointer, _CTRL_SET_CLIENT_SIGALGS_LIST, 0, c.cast(own, _P))
+        library.SSL_CTX_ctrl(pointer, _CTRL_SET_CLIENT_SIGALGS_LIST, 0, c.cast(c.c_char_p(own), _P))
     return attachment
 
 
@@ -299,7 +308,9 @@ def self_test() -> None:
     try:
         shown = _handshake(server, client)
     except ssl.SSLError as e:
-        raise NotReadyError(f"{ssl.OPENSSL_VERSION} failed its self-test for device keys: {e}") from e
+        raise NotReadyError(
+            f"{ssl.OPENSSL_VERSION} failed its self-test for device keys: {e}"
+        ) from e
     if not digests or shown != certificate.public_bytes(serialization.Encoding.DER):
         raise NotReadyError(f"{ssl.OPENSSL_VERSION} did not use the device key in its self-test")
 

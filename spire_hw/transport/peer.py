@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from cryptography import x509
+if TYPE_CHECKING:
+    from cryptography import x509
 
-from spire_hw.spiffeid import SpiffeId
+    from spire_hw.spiffeid import SpiffeId
 
 
 class CallerProcess(Protocol):

@@ -14,16 +14,19 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from typing_extensions import override
 
 from spire_hw.errors import InvalidInputError, SpireHwError, UnavailableError
-from spire_hw.transport.peer import Peer
 from spire_hw.transport.process import is_own_process
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from spire_hw.transport.peer import Peer
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _READ_BYTES: Final = 64 * 1024

@@ -11,20 +11,16 @@ import asyncio
 import contextlib
 import os
 import ssl
-from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Final, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
-from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509 import verification
 from typing_extensions import override
 
-from spire_hw.bundle.bundle import Bundle
 from spire_hw.errors import (
+    ChainError,
     ErrorKind,
     InvalidInputError,
     SpireHwError,
@@ -32,13 +28,22 @@ from spire_hw.errors import (
     VerificationError,
 )
 from spire_hw.key import HashAlgorithm, PrivateKey, Signer, SignOptions, spki_der
-from spire_hw.spiffeid import SpiffeId, TrustDomain
+from spire_hw.svid.x509svid import X509Svid, parse_x509_svid, verify_x509_svid
 from spire_hw.transport import keymethod
 from spire_hw.transport.relay import Half
-from spire_hw.x509.certificate import encode_pem, load_certificate
+from spire_hw.x509.certificate import encode_pem
+from spire_hw.x509.chain import MAX_CHAIN, UnknownAuthorityError
 
-MAX_CHAIN: Final = 10
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from datetime import datetime
+
+    from spire_hw.bundle.bundle import Bundle
+    from spire_hw.spiffeid import TrustDomain
+
 MAX_CHAIN_BYTES: Final = 64 * 1024
+# X509_V_ERR_*: self-signed leaf, self-signed in chain, issuer not found, leaf not verifiable.
+_UNKNOWN: Final = {18, 19, 20, 21}
 _RECORD_BYTES: Final = 16 * 1024
 _SIGN_TIMEOUT_S: Final = 20.0
 _DIGEST_HASH: Final = {algorithm.digest_size: algorithm for algorithm in HashAlgorithm}
@@ -227,33 +232,15 @@ def _der(certificate: object) -> bytes:
 
 def verify_peer(
     chain: Sequence[bytes], bundles: Mapping[TrustDomain, Bundle], at: datetime
-) -> tuple[SpiffeId, tuple[x509.Certificate, ...]]:
-    """Hold a chain against the bundle of its ID's own trust domain.
+) -> X509Svid:
+    """Hold a chain against the bundle of its ID's own trust domain, and no other.
 
     Raises:
         VerificationError: not an X509-SVID, not valid now, or no path to that bundle.
     """
-    certificates = tuple(load_certificate(der) for der in chain)
-    names = certificates[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    spiffe_id = SpiffeId.parse(names.get_values_for_type(x509.UniformResourceIdentifier)[0])
-    bundle = bundles.get(spiffe_id.trust_domain)
-    if bundle is None:
-        raise VerificationError(f"no bundle of {spiffe_id.trust_domain}")
-    ca = verification.ExtensionPolicy.permit_all().require_present(
-        x509.BasicConstraints, verification.Criticality.AGNOSTIC, None
-    )
-    leaf = verification.ExtensionPolicy.permit_all()
-    builder = (
-        verification.PolicyBuilder()
-        .store(verification.Store(bundle.root_certificates()))
-        .time(at)
-        .extension_policies(ca_policy=ca, ee_policy=leaf)
-    )
-    try:
-        builder.build_client_verifier().verify(certificates[0], list(certificates[1:]))
-    except verification.VerificationError as e:
-        raise VerificationError(str(e)) from e
-    return spiffe_id, certificates
+    svid = parse_x509_svid(chain)
+    verify_x509_svid(svid, bundles, at)
+    return svid
 
 
 class TlsHalf(Half):
@@ -336,7 +323,9 @@ class TlsHalf(Half):
     def end(self) -> None:
         established = self._done is None
         if established and self.transport is not None and not self.transport.is_closing():
-            with contextlib.suppress(ssl.SSLError):  # wants the peer's answer, which we do not await
+            with contextlib.suppress(
+                ssl.SSLError
+            ):  # wants the peer's answer, which we do not await
                 self._tls.unwrap()
             self._flush()
         super().end()
@@ -381,8 +370,10 @@ class TlsHalf(Half):
             failed = UnavailableError(f"the TLS key could not sign: {cause}")
             failed.__cause__ = cause
             return failed
+        refused: VerificationError
         if isinstance(error, ssl.SSLCertVerificationError):
-            refused = VerificationError(f"certificate refused: {error.verify_message}")
+            kind = UnknownAuthorityError if error.verify_code in _UNKNOWN else ChainError
+            refused = kind(f"certificate refused: {error.verify_message}")
         else:
             refused = VerificationError(f"TLS handshake failed: {_reason(error)}")
         refused.__cause__ = error
