@@ -186,7 +186,7 @@ class AgentService:
             raise InvalidInputError("ttl is required, you must provide one")
         alias_id = None
         if request.HasField("agent_id"):
-            alias_id = convert.parse_spiffe_id(request.agent_id)
+            alias_id = convert.id_from_pb(request.agent_id)
             check_workload_id(alias_id, self._trust_domain)
             self._audit.note(call, spiffe_id=str(alias_id))
         value = request.token or str(uuid.uuid4())
@@ -211,7 +211,7 @@ class AgentService:
     def _agent_id(self, request: Any, call: Call) -> SpiffeId:
         if not request.HasField("id"):
             raise InvalidInputError("invalid agent ID: request must specify SPIFFE ID")
-        spiffe_id = convert.parse_spiffe_id(request.id)
+        spiffe_id = convert.id_from_pb(request.id)
         check_agent_id(spiffe_id, self._trust_domain)
         self._audit.note(call, spiffe_id=str(spiffe_id))
         return spiffe_id
@@ -315,7 +315,7 @@ def _address(call: Call) -> str:
 
 def _svid_message(issued: IssuedX509, spiffe_id: SpiffeId) -> types_pb2.X509SVID:
     return types_pb2.X509SVID(
-        id=convert.spiffe_id_message(spiffe_id),
+        id=convert.id_to_pb(spiffe_id),
         cert_chain=issued.chain,
         expires_at=int(issued.not_after.timestamp()),
     )
@@ -323,7 +323,7 @@ def _svid_message(issued: IssuedX509, spiffe_id: SpiffeId) -> types_pb2.X509SVID
 
 def encode_agent(node: Node, mask: types_pb2.AgentMask | None = None) -> types_pb2.Agent:
     """Return the message of an attested node; a mask leaves fields out, never the id."""
-    message = types_pb2.Agent(id=convert.spiffe_id_message(node.agent_id))
+    message = types_pb2.Agent(id=convert.id_to_pb(node.agent_id))
     if mask is None or mask.attestation_type:
         message.attestation_type = node.attestation_type
     if mask is None or mask.x509svid_serial_number:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
-from google.protobuf.message import Message
-
 from spire_hw.errors import SpireHwError
-from spire_hw.rpc.service import Call, StreamNext, UnaryNext
+from spire_hw.rpc.service import Call, Response, StreamNext, UnaryNext
 from spire_hw.transport.peer import UnixPeer
 
 _NOTES: Final = "audit"
@@ -32,10 +30,10 @@ class Audit:
             call.attributes[_ITEMS] = True
             self._write(call, error, fields)
 
-    async def unary(self, request: Any, call: Call, then: UnaryNext) -> Message:
+    async def unary(self, request: Any, call: Call, proceed: UnaryNext) -> Response:
         """Let a unary call run and write its line."""
         try:
-            response = await then(request, call)
+            response = await proceed(request, call)
         except SpireHwError as e:
             self._write(call, e, {})
             raise
@@ -43,10 +41,10 @@ class Audit:
             self._write(call, None, {})
         return response
 
-    async def stream(self, request: Any, call: Call, then: StreamNext) -> AsyncIterator[Message]:
+    async def stream(self, request: Any, call: Call, proceed: StreamNext) -> AsyncIterator[Response]:
         """Let a streaming call run and write its line at the end."""
         try:
-            async for response in then(request, call):
+            async for response in proceed(request, call):
                 yield response
         except SpireHwError as e:
             self._write(call, e, {})

@@ -6,16 +6,16 @@ up, and leaves the `Caller` with the call.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
 from cryptography import x509
-from google.protobuf.message import Message
 
 from spire_hw.clock import Clock
 from spire_hw.errors import DeniedError, ErrorKind, NotFoundError, SpireHwError
-from spire_hw.rpc.service import Call, StreamNext, UnaryNext
+from spire_hw.rpc.interceptors import Guard
+from spire_hw.rpc.service import Call
 from spire_hw.spiffeid import SpiffeId
 from spire_hw.transport.peer import TcpPeer, UnixPeer
 from spire_hw_server.api.caller import Caller, Certificate, Lookups, classify, denied
@@ -26,7 +26,7 @@ from spire_hw_server.datastore.interface import Datastore, Entry, Node
 _CALLER: Final = "caller"
 
 
-class Authorizer:
+class Authorizer(Guard):
     """Lets a call through in the first class that may make it."""
 
     def __init__(
@@ -44,16 +44,10 @@ class Authorizer:
         self._store = store
         self._clock = clock
 
-    async def unary(self, request: Any, call: Call, then: UnaryNext) -> Message:
-        """Check a unary call and let it run."""
+    async def check(self, request: Any, call: Call) -> None:
+        """Check a call before its handler runs; see `authorize`."""
+        del request
         await self.authorize(call)
-        return await then(request, call)
-
-    async def stream(self, request: Any, call: Call, then: StreamNext) -> AsyncIterator[Message]:
-        """Check a streaming call and let it run."""
-        await self.authorize(call)
-        async for response in then(request, call):
-            yield response
 
     async def authorize(self, call: Call) -> None:
         """Find the caller and leave it in the call's attributes.

@@ -148,7 +148,7 @@ def _match(number: int) -> Match:
 
 def _filter_id(message: types_pb2.SPIFFEID, what: str, trust_domain: TrustDomain) -> SpiffeId:
     try:
-        spiffe_id = convert.parse_spiffe_id(message)
+        spiffe_id = convert.id_from_pb(message)
         check_member(spiffe_id, trust_domain)
     except InvalidInputError as e:
         raise InvalidInputError(f"malformed {what} ID filter: {e.message}") from e
@@ -158,7 +158,7 @@ def _filter_id(message: types_pb2.SPIFFEID, what: str, trust_domain: TrustDomain
 def _spiffe_id(message: types_pb2.Entry, trust_domain: TrustDomain) -> SpiffeId:
     if not message.HasField("spiffe_id"):
         raise InvalidInputError("entry has no spiffe_id")
-    spiffe_id = convert.parse_spiffe_id(message.spiffe_id)
+    spiffe_id = convert.id_from_pb(message.spiffe_id)
     check_workload_id(spiffe_id, trust_domain)
     return spiffe_id
 
@@ -166,7 +166,7 @@ def _spiffe_id(message: types_pb2.Entry, trust_domain: TrustDomain) -> SpiffeId:
 def _parent_id(message: types_pb2.Entry, trust_domain: TrustDomain) -> SpiffeId:
     if not message.HasField("parent_id"):
         raise InvalidInputError("entry has no parent_id")
-    parent_id = convert.parse_spiffe_id(message.parent_id)
+    parent_id = convert.id_from_pb(message.parent_id)
     check_member(parent_id, trust_domain, path_required=True)
     return parent_id
 

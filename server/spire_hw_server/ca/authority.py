@@ -235,7 +235,7 @@ class Issuer:
                 issued_at=now,
                 expires_at=expires_at,
                 issuer=self.profile.jwt_issuer,
-                include_jti=include_jti,
+                with_jti=include_jti,
             )
         except InvalidInputError:
             raise

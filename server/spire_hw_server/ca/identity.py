@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -12,7 +13,7 @@ from spire_hw.clock import Clock
 from spire_hw.errors import NotReadyError, SpireHwError
 from spire_hw.key import KeyType, PrivateKey, generate_private_key, spki_der
 from spire_hw.log import Logger
-from spire_hw.transport.front import TlsIdentity
+from spire_hw.transport.tls import TlsIdentity
 from spire_hw_server.ca.authority import Issuer
 
 CHECK_INTERVAL_S: Final = 5.0
@@ -24,14 +25,16 @@ class ServerSvid:
 
     Attributes:
         chain: DER, leaf first.
-        version: grows with each renewal.
+        authority_id: who signed it.
+        tls: the same for the TCP front; its version grows with each renewal.
     """
 
     chain: tuple[bytes, ...]
     private_key: PrivateKey
     issued_at: datetime
     not_after: datetime
-    version: int
+    authority_id: str
+    tls: TlsIdentity
 
     def due(self, now: datetime) -> bool:
         """Tell whether half of its life is over."""
@@ -41,8 +44,26 @@ class ServerSvid:
 class ServerIdentity:
     """Keeps the server's SVID fresh."""
 
-    def __init__(self, issuer: Issuer, key_type: KeyType, *, clock: Clock, log: Logger) -> None:
+    def __init__(
+        self,
+        issuer: Issuer,
+        key_type: KeyType,
+        *,
+        is_tainted: Callable[[str], bool],
+        clock: Clock,
+        log: Logger,
+    ) -> None:
+        """Make it; `renew` gets the first SVID.
+
+        Args:
+            issuer: who signs.
+            key_type: of the TLS key.
+            is_tainted: tells whether an authority is tainted, by its id.
+            clock: the server's time.
+            log: where renewals are noted.
+        """
         self._issuer = issuer
+        self._is_tainted = is_tainted
         self._key_type = key_type
         self._clock = clock
         self._log = log
@@ -66,8 +87,7 @@ class ServerIdentity:
 
     def tls_identity(self) -> TlsIdentity:
         """Return what the TCP front shows now."""
-        svid = self.svid
-        return TlsIdentity(chain_der=svid.chain, private_key=svid.private_key, version=svid.version)
+        return self.svid.tls
 
     async def renew(self) -> None:
         """Get a new SVID for a new key.
@@ -77,10 +97,12 @@ class ServerIdentity:
         """
         key = await asyncio.to_thread(generate_private_key, self._key_type)
         issued_at = self._clock.now()
+        authority_id = self._issuer.x509.authority_id
         issued = await self._issuer.server_svid(spki_der(key.public_key()))
-        before = self._svid.value
-        version = 1 if before is None else before.version + 1
-        self._svid.set(ServerSvid(issued.chain, key, issued_at, issued.not_after, version))
+        tls = TlsIdentity(issued.chain, private_key=key, version=self._svid.version + 1)
+        self._svid.set(
+            ServerSvid(issued.chain, key, issued_at, issued.not_after, authority_id, tls)
+        )
         self._log.info(
             "server SVID signed",
             serial_number=str(issued.serial),
@@ -89,7 +111,8 @@ class ServerIdentity:
 
     async def tick(self) -> None:
         """Renew when due; a failure is logged and tried again at the next tick."""
-        if not self.svid.due(self._clock.now()):
+        svid = self.svid
+        if not svid.due(self._clock.now()) and not self._is_tainted(svid.authority_id):
             return
         try:
             await self.renew()

@@ -18,7 +18,13 @@ from typing import Final, Generic, TypeVar
 
 from spire_hw.bundle.bundle import Bundle, JwtAuthority, X509Root
 from spire_hw.clock import Clock
-from spire_hw.errors import NotFoundError, NotReadyError, SpireHwError
+from spire_hw.errors import (
+    EncodingError,
+    InvalidInputError,
+    NotReadyError,
+    SpireHwError,
+    UnavailableError,
+)
 from spire_hw.key import KeyType, spki_der
 from spire_hw.log import Logger
 from spire_hw.plugin.keymanager import Keys, ManagedSigner
@@ -43,6 +49,7 @@ JWT_KEY_PREFIX: Final = "JWT-Signer-"
 CHECK_INTERVAL_S: Final = 10.0
 _PRUNE_INTERVAL: Final = timedelta(hours=6)
 _PRUNE_AFTER: Final = timedelta(hours=24)
+_PRUNE_JOURNAL_AFTER: Final = timedelta(weeks=2)
 _FAILURES_TOLERATED: Final = 10
 _KID_LENGTH: Final = 32
 _KID_LETTERS: Final = string.ascii_letters + string.digits
@@ -250,10 +257,65 @@ class CaManager:
         """
         return await self._activate_by_hand(self._jwt, authority_id)
 
+    async def taint_x509(self, authority_id: str) -> X509Record:
+        """Mark the old X.509 authority as compromised.
+
+        Raises:
+            InvalidInputError: it is not the old one, or is tainted already.
+        """
+        async with self._lock:
+            record = _old(self._x509, authority_id)
+            await self._bundles.change(lambda b: b.with_tainted_x509(authority_id))
+        self._log.warning("X.509 authority tainted", authority_id=authority_id)
+        return record
+
+    async def taint_jwt(self, authority_id: str) -> JwtRecord:
+        """Mark the old JWT key as compromised.
+
+        Raises:
+            InvalidInputError: it is not the old one, or is tainted already.
+        """
+        async with self._lock:
+            record = _old(self._jwt, authority_id)
+            await self._bundles.change(lambda b: b.with_tainted_jwt(authority_id))
+        self._log.warning("JWT authority tainted", authority_id=authority_id)
+        return record
+
+    async def revoke_x509(self, authority_id: str) -> X509Record:
+        """Take the old, tainted X.509 authority out of the bundle.
+
+        Raises:
+            InvalidInputError: it is not the old one, or not tainted.
+        """
+        async with self._lock:
+            record = _old(self._x509, authority_id)
+            await self._bundles.change(lambda b: b.without_x509(authority_id))
+            await self._forget_old(self._x509)
+        self._log.warning("X.509 authority revoked", authority_id=authority_id)
+        return record
+
+    async def revoke_jwt(self, authority_id: str) -> JwtRecord:
+        """Take the old, tainted JWT key out of the bundle.
+
+        Raises:
+            InvalidInputError: it is not the old one, or not tainted.
+        """
+        async with self._lock:
+            record = _old(self._jwt, authority_id)
+            await self._bundles.change(lambda b: b.without_jwt(authority_id))
+            await self._forget_old(self._jwt)
+        self._log.warning("JWT authority revoked", authority_id=authority_id)
+        return record
+
+    async def _forget_old(self, line: _Line[R]) -> None:
+        line.slots = Slots(line.slots.active)
+        self._unsaved = True
+        await self._save()
+
     async def _prepare_by_hand(self, line: _Line[R]) -> R:
         async with self._lock:
             if line.slots.active is None:
-                raise NotReadyError(f"no {line.name} authority is active yet")
+                raise UnavailableError(f"no {line.name} authority is active yet")
             return await self._prepare(line)
 
     async def _activate_by_hand(self, line: _Line[R], authority_id: str) -> R:
@@ -328,10 +390,7 @@ class CaManager:
     async def _restore(self) -> None:
         listed = {s.info.key_id: s for s in await self._keys.list()}
         await self._load_journal(listed)
-        try:
-            bundle = await self._store.get_bundle(self._settings.trust_domain)
-        except NotFoundError:
-            bundle = Bundle(self._settings.trust_domain)
+        bundle = self._bundles.own
         self._restore_line(self._x509, self._journal.x509, listed, bundle)
         if self._settings.jwt_enabled:
             self._restore_line(self._jwt, self._journal.jwt, listed, bundle)
@@ -454,5 +513,31 @@ class CaManager:
         if self._next_prune is None or now < self._next_prune:
             return
         self._next_prune = now + _PRUNE_INTERVAL
+        await self._prune_journals(now - _PRUNE_JOURNAL_AFTER)
         if await self._bundles.prune(now - _PRUNE_AFTER):
             self._log.info("expired authorities were taken out of the bundle")
+
+    async def _prune_journals(self, before: datetime) -> None:
+        """Drop journals of servers that are gone: all of their authorities ended long ago."""
+        for row in await self._store.list_journals():
+            if row.row_id == self._row.row_id:
+                continue
+            try:
+                end = parse_journal(row.data).latest_end()
+            except EncodingError as e:
+                self._log.warning("a CA journal cannot be read", row_id=row.row_id, error=e.message)
+                continue
+            if end is None or end < before:
+                await self._store.delete_journal(row.row_id)
+
+
+def _old(line: _Line[R], authority_id: str) -> R:
+    if not authority_id:
+        raise InvalidInputError("no authority ID provided")
+    active = line.slots.active
+    if active is not None and active.authority_id == authority_id:
+        raise InvalidInputError("the current authority cannot be tainted or revoked")
+    old = line.slots.old
+    if old is None or old.authority_id != authority_id:
+        raise InvalidInputError(f"authority {authority_id} is not the old one")
+    return old
