@@ -1,0 +1,131 @@
+"""A node that attests with a software TPM: the agent's side of the `tpm` exchange, open to bending.
+
+Each step returns the message object, so a test can replace one field before it is sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Final
+
+from spire_hw.tpm.public import qualified_name
+from spire_hw.tpm.verify import NO_CSR, qualifier
+from spire_hw_plugins.nodeattestor.tpm.wire import (
+    AkEvidence,
+    AttestationData,
+    ChallengeMessage,
+    QuoteEvidence,
+    Response,
+    SignedStatement,
+    decode_challenge,
+    encode_attestation_data,
+    encode_response,
+)
+from spire_hw_sim.ekca import EkCa, ek_spec
+from spire_hw_sim.softtpm import OWNER, SoftKey, SoftTpm, make_key, make_svid_key
+
+_HASH_BYTES: Final = 32
+
+
+@dataclass(slots=True)
+class TpmNode:
+    """One machine.
+
+    Attributes:
+        tpm: its TPM.
+        key: the key its CSR is for, None when that is not in the TPM.
+        certificate: DER endorsement certificate, None without one.
+        chain: intermediates it sends.
+        parent: parent of the AK, None for a primary.
+        csr_spki: SubjectPublicKeyInfo of a CSR key outside the TPM.
+    """
+
+    tpm: SoftTpm = field(default_factory=SoftTpm)
+    key: SoftKey | None = field(default_factory=make_svid_key)
+    certificate: bytes | None = None
+    chain: tuple[bytes, ...] = ()
+    parent: SoftKey | None = None
+    csr_spki: bytes | None = None
+
+    @property
+    def spki(self) -> bytes | None:
+        """Return the SubjectPublicKeyInfo of its CSR."""
+        return self.key.spki if self.key is not None else self.csr_spki
+
+    @property
+    def ek_hash(self) -> str:
+        """Return the hash of its endorsement key."""
+        return hashlib.sha256(self.tpm.ek.spki).hexdigest()
+
+    def data(self) -> AttestationData:
+        """Return its first message."""
+        created = self.tpm.creation_data(None if self.parent is None else self.parent.name)
+        attest, signature = self.tpm.creation(created)
+        return AttestationData(
+            ek_certificate=self.certificate,
+            ek_spki=self.tpm.ek.spki,
+            ak=AkEvidence(self.tpm.ak.public, created, attest, signature),
+            ek_pub=self.tpm.ek.public,
+            ek_chain=self.chain,
+            key_pub=None if self.key is None else self.key.public,
+            ak_parent_pub=None if self.parent is None else self.parent.public,
+        )
+
+    def payload(self) -> bytes:
+        """Return its first message as sent."""
+        return encode_attestation_data(self.data())
+
+    def qualifier(self, role: str, challenge: ChallengeMessage, secret: bytes) -> bytes:
+        """Return the qualifying data of one statement."""
+        spki = self.spki
+        csr = NO_CSR if spki is None else hashlib.sha256(spki).digest()
+        return qualifier(role, challenge.nonce, csr, secret, self.tpm.ak.name)
+
+    def respond(self, challenge: ChallengeMessage) -> Response:
+        """Return the honest answer to a challenge."""
+        secret = self.tpm.activate(challenge.credential, challenge.secret)
+        quotes = []
+        for selection in challenge.quote:
+            attest, signature = self.tpm.quote(
+                (selection,), self.qualifier("quote", challenge, secret)
+            )
+            quotes.append(QuoteEvidence(attest, signature, self.tpm.pcr_values(selection)))
+        certify = None
+        if self.key is not None:
+            made = self.tpm.certify(self.key, self.qualifier("certify", challenge, secret))
+            certify = SignedStatement(*made)
+        return Response(secret, tuple(quotes), certify)
+
+    def answer(self, challenge: bytes) -> bytes:
+        """Return the honest answer as sent."""
+        return encode_response(self.respond(decode_challenge(challenge)))
+
+
+def under(parent: SoftKey) -> bytes:
+    """Return the qualified name a child of an owner-hierarchy primary has above it."""
+    return qualified_name(OWNER, parent.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Vendor:
+    """A manufacturer with root and intermediate."""
+
+    root: EkCa
+    intermediate: EkCa
+
+    @classmethod
+    def make(cls, text: str = "Vendor") -> Vendor:
+        """Return a manufacturer with P-256 CAs."""
+        root = EkCa.root(f"{text} Root", make_key("secp256r1"))
+        return cls(root, root.child(f"{text} EK CA", make_key("secp256r1")))
+
+    def certify(self, tpm: SoftTpm) -> bytes:
+        """Return an endorsement certificate of a TPM."""
+        return self.intermediate.issue(ek_spec(tpm.ek.private.public_key()))
+
+    def equip(self, node: TpmNode) -> TpmNode:
+        """Give a node its certificate and chain; return it."""
+        node.certificate = self.certify(node.tpm)
+        node.chain = (self.intermediate.certificate,)
+        return node
