@@ -376,7 +376,10 @@ class Datastore(Protocol):
         ...
 
     async def take_join_token(self, value: str) -> JoinToken:
-        """Delete and return a token in one step, so that it works once only."""
+        """Delete and return a token in one step, so that it works once only.
+
+        One that has expired is deleted and returned too, and its alias with it.
+        """
         ...
 
     async def prune_join_tokens(self, expired_before: datetime) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import Row, delete, insert, select
 
 from spire_hw.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from spire_hw_server.datastore.interface import Entry, JoinToken
@@ -24,7 +24,7 @@ def create(tx: Transaction, token: JoinToken, alias: Entry | None) -> None:
     if not token.value:
         raise InvalidInputError("join token is empty")
     digest = _digest(token.value)
-    if _expiry(tx, digest) is not None:
+    if _row(tx, digest) is not None:
         raise AlreadyExistsError("this join token exists already")
     alias_id = None if alias is None else entry_queries.create(tx, alias).entry_id
     tx.connection.execute(
@@ -37,11 +37,13 @@ def create(tx: Transaction, token: JoinToken, alias: Entry | None) -> None:
 def take(tx: Transaction, value: str) -> JoinToken:
     """Delete a token and return it; see `Datastore.take_join_token`."""
     digest = _digest(value)
-    expires_at = _expiry(tx, digest)
+    row = _row(tx, digest)
     gone = tx.connection.execute(delete(join_tokens).where(join_tokens.c.digest == digest))
-    if expires_at is None or gone.rowcount != 1:
+    if row is None or gone.rowcount != 1:
         raise NotFoundError("there is no such join token")
-    return JoinToken(value, moment_of(expires_at))
+    if row.expires_at <= tx.now_s:
+        _delete_alias(tx, row.alias_entry_id)
+    return JoinToken(value, moment_of(row.expires_at))
 
 
 def prune(tx: Transaction, expired_before: datetime) -> int:
@@ -53,14 +55,20 @@ def prune(tx: Transaction, expired_before: datetime) -> int:
     ).all()
     for row in rows:
         tx.connection.execute(delete(join_tokens).where(join_tokens.c.row_id == row.row_id))
-        if row.alias_entry_id is not None:
-            entry_queries.delete_where(tx, entries.c.entry_id == row.alias_entry_id)
+        _delete_alias(tx, row.alias_entry_id)
     return len(rows)
 
 
-def _expiry(tx: Transaction, digest: bytes) -> int | None:
-    query = select(join_tokens.c.expires_at).where(join_tokens.c.digest == digest)
-    return tx.connection.scalar(query.with_for_update())
+def _delete_alias(tx: Transaction, entry_id: str | None) -> None:
+    if entry_id is not None:
+        entry_queries.delete_where(tx, entries.c.entry_id == entry_id)
+
+
+def _row(tx: Transaction, digest: bytes) -> Row[Any, Any, Any] | None:
+    query = select(
+        join_tokens.c.row_id, join_tokens.c.expires_at, join_tokens.c.alias_entry_id
+    ).where(join_tokens.c.digest == digest)
+    return tx.connection.execute(query.with_for_update()).one_or_none()
 
 
 def _digest(value: str) -> bytes:

@@ -1,0 +1,406 @@
+"""Which node is this, and may it in: one attestation from the first message to the stored node.
+
+The attestor of the claimed type decides who the node is; what it decided is checked here. Join
+tokens are handled here altogether. Nothing is stored before the node's SVID is signed; a refusal
+leaves an audit record and, where a join token was shown, that token spent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+
+from spire_hw.errors import (
+    AttestationError,
+    DeniedError,
+    ErrorKind,
+    InvalidInputError,
+    LimitError,
+    NotFoundError,
+    NotReadyError,
+    PluginError,
+    SpireHwError,
+)
+from spire_hw.key import parse_spki
+from spire_hw.plugin.nodeattestor import (
+    AttestationRequest,
+    AttestedIdentity,
+    Challenge,
+    ServerNodeAttestor,
+)
+from spire_hw.selector import Selector
+from spire_hw.spiffeid import SpiffeId, TrustDomain, agent_id, check_agent_id, check_segment
+from spire_hw_server.datastore.interface import Node
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+    from datetime import datetime
+
+    from spire_hw.clock import Clock
+    from spire_hw.log import Logger
+    from spire_hw_server.datastore.interface import Datastore
+
+JOIN_TOKEN: Final = "join_token"  # noqa: S105 - the attestor's name
+AGENT_ID_SELECTOR: Final = "spiffe_id"
+
+_MAX_MESSAGE_BYTES: Final = 1 << 20
+_MAX_TIMEOUT_S: Final = 60.0
+_MAX_ROUNDS: Final = 16
+_MAX_SELECTORS: Final = 1000
+_MAX_TOKEN: Final = 255
+_NAME_SEGMENT: Final = 3  # of "/spire/agent/<name>/..."
+
+
+@runtime_checkable
+class ExchangeLimits(Protocol):
+    """An attestor that needs more than the usual limits says so with these attributes.
+
+    Attributes:
+        max_message_bytes: largest message from the agent; at most 1 MiB is granted.
+        timeout_s: longest exchange; at most 60 seconds are granted.
+    """
+
+    max_message_bytes: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A node that proved who it is and may get an SVID.
+
+    Attributes:
+        agent_id: what the SVID is issued for.
+        attestation_type: name of the attestor.
+        selectors: sorted, with the attestor's name as type.
+        can_reattest: whether it attests again instead of renewing.
+        csr_spki: DER of the one public key the SVID may be issued for.
+    """
+
+    agent_id: SpiffeId
+    attestation_type: str
+    selectors: tuple[Selector, ...]
+    can_reattest: bool
+    csr_spki: bytes
+
+
+class Admissions:
+    """Lets nodes in.
+
+    Args:
+        datastore: where nodes and join tokens are.
+        trust_domain: the server's own.
+        attestors: server halves by name; `join_token` is always there.
+        clock: time, for the expiry of join tokens.
+        log: takes the audit records.
+        timeout_s: longest exchange.
+        max_message_bytes: largest message from the agent.
+        agent_id_as_selector: add the selector `spiffe_id:<agent ID>` to every node.
+        strict_ids: refuse agent IDs outside `/spire/agent/<attestor>/`; else they are let through
+            with a warning, as upstream does, unless they look like another attestor's.
+    """
+
+    def __init__(
+        self,
+        datastore: Datastore,
+        *,
+        trust_domain: TrustDomain,
+        attestors: Mapping[str, ServerNodeAttestor],
+        clock: Clock,
+        log: Logger,
+        timeout_s: float = 30.0,
+        max_message_bytes: int = 65536,
+        agent_id_as_selector: bool = False,
+        strict_ids: bool = True,
+    ) -> None:
+        self._datastore = datastore
+        self._trust_domain = trust_domain
+        self._attestors = dict(attestors)
+        self._clock = clock
+        self._log = log
+        self._timeout_s = timeout_s
+        self._max_message_bytes = max_message_bytes
+        self._agent_id_as_selector = agent_id_as_selector
+        self._strict_ids = strict_ids
+
+    async def admit(
+        self,
+        attestation_type: str,
+        payload: bytes,
+        csr_spki: bytes,
+        challenge: Challenge,
+        *,
+        caller: str = "",
+    ) -> Admission:
+        """Run one attestation.
+
+        Args:
+            attestation_type: as the agent claims.
+            payload: the agent's first message.
+            csr_spki: DER public key of the CSR, whose own signature has been verified.
+            challenge: sends a challenge and returns the answer.
+            caller: address, for the audit record.
+
+        Raises:
+            NotReadyError: no attestor of that type.
+            InvalidInputError: unusable key or message; join token unknown, used or expired.
+            DeniedError: the node is banned.
+            PluginError: the attestor refused.
+            SpireHwError: DEADLINE_EXCEEDED; INTERNAL for an attestor that gave a wrong answer.
+        """
+        try:
+            return await self._within_time(attestation_type, payload, csr_spki, challenge)
+        except SpireHwError as e:
+            self._record_refusal(e, attestation_type, csr_spki, caller)
+            raise
+
+    async def store(
+        self, admission: Admission, *, serial_number: str, expires_at: datetime
+    ) -> Node:
+        """Store an admitted node after its SVID was signed, before it is sent.
+
+        Args:
+            admission: as `admit` returned it.
+            serial_number: decimal serial number of the SVID.
+            expires_at: when the SVID ends.
+
+        Raises:
+            DeniedError: the node was banned meanwhile; the SVID must not be sent.
+        """
+        node = Node(
+            agent_id=admission.agent_id,
+            attestation_type=admission.attestation_type,
+            serial_number=serial_number,
+            expires_at=expires_at,
+            can_reattest=admission.can_reattest,
+            selectors=admission.selectors,
+        )
+        try:
+            stored = await self._datastore.put_node(node)
+        except DeniedError as e:
+            refusal = _banned(admission.agent_id)
+            self._record_refusal(refusal, admission.attestation_type, admission.csr_spki, "")
+            raise refusal from e
+        self._log.info(
+            "Node attested",
+            agent_id=str(stored.agent_id),
+            node_attestor_type=stored.attestation_type,
+            serial_number=serial_number,
+            selectors=len(stored.selectors),
+        )
+        return stored
+
+    async def _within_time(
+        self, attestation_type: str, payload: bytes, csr_spki: bytes, challenge: Challenge
+    ) -> Admission:
+        attestor = self._attestors.get(attestation_type)
+        if attestor is None and attestation_type != JOIN_TOKEN:
+            raise NotReadyError(f"no node attestor {_shown(attestation_type)} is configured")
+        timeout_s, max_bytes = self._limits(attestor)
+        parse_spki(csr_spki)
+        _check_size("attestation payload", payload, max_bytes)
+        if not payload:
+            raise InvalidInputError("attestation payload is empty")
+        try:
+            async with asyncio.timeout(timeout_s):
+                if attestation_type == JOIN_TOKEN or attestor is None:
+                    identity = await self._take_token(payload)
+                else:
+                    exchange = _Exchange(challenge, self._refuse_banned, max_bytes)
+                    identity = await self._ask(
+                        attestation_type, attestor, exchange, payload, csr_spki
+                    )
+                return await self._checked(attestation_type, identity, csr_spki)
+        except TimeoutError as e:
+            raise SpireHwError(
+                f"attestation took longer than {timeout_s:g} s", kind=ErrorKind.DEADLINE_EXCEEDED
+            ) from e
+
+    def _limits(self, attestor: ServerNodeAttestor | None) -> tuple[float, int]:
+        timeout_s, max_bytes = self._timeout_s, self._max_message_bytes
+        own: object = attestor
+        if isinstance(own, ExchangeLimits):
+            timeout_s = max(timeout_s, min(own.timeout_s, _MAX_TIMEOUT_S))
+            max_bytes = max(max_bytes, min(own.max_message_bytes, _MAX_MESSAGE_BYTES))
+        return timeout_s, max_bytes
+
+    async def _ask(
+        self,
+        name: str,
+        attestor: ServerNodeAttestor,
+        exchange: _Exchange,
+        payload: bytes,
+        csr_spki: bytes,
+    ) -> AttestedIdentity:
+        """Run the attestor; its errors get its name in front, those of the exchange do not."""
+        request = AttestationRequest(
+            payload=payload, challenge=exchange.challenge, csr_spki=csr_spki, admit=exchange.admit
+        )
+        prefix = f"nodeattestor({name})"
+        try:
+            return await attestor.attest(request)
+        except SpireHwError as e:
+            if e is exchange.error or isinstance(e, PluginError):
+                raise
+            raise PluginError(prefix, e) from e
+        except TimeoutError:
+            raise
+        except Exception as e:
+            self._log.exception("Node attestor failed unexpectedly", node_attestor_type=name)
+            raise PluginError(prefix, SpireHwError("failed unexpectedly")) from e
+
+    async def _take_token(self, payload: bytes) -> AttestedIdentity:
+        """Spend a join token; whatever is wrong with it, the answer is the same."""
+        refusal = InvalidInputError("join token is unknown, was used, or has expired")
+        try:
+            value = payload.decode("ascii")
+            if len(value) > _MAX_TOKEN:
+                raise refusal
+            identity = agent_id(self._trust_domain, JOIN_TOKEN, check_segment(value))
+            await self._refuse_banned(identity)
+            token = await self._datastore.take_join_token(value)
+        except (UnicodeDecodeError, InvalidInputError, NotFoundError):
+            raise refusal from None
+        if token.expires_at <= self._clock.now():
+            raise refusal
+        return AttestedIdentity(agent_id=identity, selector_values=[], can_reattest=False)
+
+    async def _refuse_banned(self, identity: SpiffeId) -> None:
+        await self._stored(identity)
+
+    async def _stored(self, identity: SpiffeId) -> Node | None:
+        """Return the node that is stored under an ID, None when there is none.
+
+        Raises:
+            DeniedError: it is banned.
+        """
+        try:
+            node = await self._datastore.get_node(identity)
+        except NotFoundError:
+            return None
+        if node.banned:
+            raise _banned(identity)
+        return node
+
+    async def _checked(self, name: str, identity: AttestedIdentity, csr_spki: bytes) -> Admission:
+        self._check_id(name, identity.agent_id)
+        stored = await self._stored(identity.agent_id)
+        if stored is not None and stored.attestation_type != name:
+            raise DeniedError(
+                f'agent ID "{identity.agent_id}" belongs to a node attested by'
+                f" {_shown(stored.attestation_type)}; evict that one first"
+            )
+        return Admission(
+            agent_id=identity.agent_id,
+            attestation_type=name,
+            selectors=self._selectors(name, identity),
+            can_reattest=identity.can_reattest,
+            csr_spki=csr_spki,
+        )
+
+    def _check_id(self, name: str, identity: SpiffeId) -> None:
+        """Refuse an ID that this attestor has no business to give."""
+        try:
+            check_agent_id(identity, self._trust_domain)
+        except InvalidInputError as e:
+            raise _wrong_answer(name, e.message) from e
+        owner = identity.path.split("/")[_NAME_SEGMENT]
+        if owner == name and identity.path.count("/") > _NAME_SEGMENT:
+            return
+        if self._strict_ids or owner == JOIN_TOKEN or owner in self._attestors:
+            raise _wrong_answer(name, f'"{identity}" is not below "/spire/agent/{name}/"')
+        self._log.warning(
+            "Agent ID is outside its attestor's namespace",
+            agent_id=str(identity),
+            node_attestor_type=name,
+        )
+
+    def _selectors(self, name: str, identity: AttestedIdentity) -> tuple[Selector, ...]:
+        if len(identity.selector_values) > _MAX_SELECTORS:
+            raise _wrong_answer(name, f"more than {_MAX_SELECTORS} selectors")
+        try:
+            found = {Selector(name, value) for value in identity.selector_values}
+        except InvalidInputError as e:
+            raise _wrong_answer(name, e.message) from e
+        if self._agent_id_as_selector:
+            found.add(Selector(AGENT_ID_SELECTOR, identity.agent_id.text))
+        return tuple(sorted(found))
+
+    def _record_refusal(
+        self, error: SpireHwError, attestation_type: str, csr_spki: bytes, caller: str
+    ) -> None:
+        self._log.warning(
+            "Node attestation refused",
+            type="audit",
+            status="error",
+            status_code=error.kind.name,
+            status_message=error.message,
+            reasons=_reasons(error),
+            node_attestor_type=_shown(attestation_type),
+            key_sha256=hashlib.sha256(csr_spki).hexdigest(),
+            caller_addr=caller,
+        )
+
+
+class _Exchange:
+    """The agent's end as the attestor sees it: bounded, and its own errors are told apart."""
+
+    def __init__(
+        self, challenge: Challenge, refuse_banned: Callable[[SpiffeId], Awaitable[None]], limit: int
+    ) -> None:
+        self._challenge = challenge
+        self._refuse_banned = refuse_banned
+        self._limit = limit
+        self._rounds = 0
+        self.error: SpireHwError | None = None
+
+    async def challenge(self, data: bytes) -> bytes:
+        """Send a challenge and return the answer."""
+        try:
+            self._rounds += 1
+            if self._rounds > _MAX_ROUNDS:
+                raise LimitError(f"attestation took more than {_MAX_ROUNDS} rounds")
+            answer = await self._challenge(data)
+            _check_size("challenge response", answer, self._limit)
+        except SpireHwError as e:
+            self.error = e
+            raise
+        return answer
+
+    async def admit(self, identity: SpiffeId) -> None:
+        """Refuse a banned node before the costly part."""
+        try:
+            await self._refuse_banned(identity)
+        except SpireHwError as e:
+            self.error = e
+            raise
+
+
+def _banned(identity: SpiffeId) -> DeniedError:
+    # Without a wire detail: an agent that attests has no identity yet to throw away.
+    return DeniedError(f'agent "{identity}" is banned; evicting it lifts the ban')
+
+
+def _wrong_answer(name: str, reason: str) -> PluginError:
+    return PluginError(
+        f"nodeattestor({name})",
+        SpireHwError(f"gave an answer that cannot be accepted: {reason}", kind=ErrorKind.INTERNAL),
+    )
+
+
+def _check_size(what: str, data: bytes, limit: int) -> None:
+    if len(data) > limit:
+        raise InvalidInputError(f"{what} is larger than {limit} bytes")
+
+
+def _reasons(error: BaseException | None) -> list[str]:
+    while error is not None:
+        if isinstance(error, AttestationError):
+            return [finding.code for finding in error.findings]
+        error = error.__cause__
+    return []
+
+
+def _shown(text: str) -> str:
+    return ascii(text[:64])
