@@ -6,7 +6,6 @@ import asyncio
 import random
 import signal
 from contextlib import AsyncExitStack
-from datetime import datetime
 from typing import TYPE_CHECKING
 
 from spire_hw import __version__
@@ -32,6 +31,7 @@ from spire_hw_plugins.builtin import lookup, names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from datetime import datetime
 
     from spire_hw_agent.config import AgentSettings
 
@@ -149,7 +149,7 @@ class Agent:
             clock=self._clock,
             log=get_logger("manager"),
             interval_s=self.settings.sync_interval.total_seconds(),
-            key_type=self.settings.workload_key_type,
+            key_type=self.settings.workload_x509_svid_key_type,
             renew_at=self._renew_at,
             on_bundle=on_bundle,
             on_denied=self.identity.denied,
@@ -184,6 +184,10 @@ class Agent:
 
     async def _serve(self, catalog: Catalog, upstream: Upstream) -> None:
         log = get_logger("endpoints")
+        path = self.settings.socket_path
+        if path is None:
+            log.info("The Workload API is switched off")
+            return
         attestors = Attestors(
             [(p.name, p.plugin) for p in catalog.all(PluginKind.WORKLOAD_ATTESTOR)],
             get_logger("workload_attestor"),
@@ -199,22 +203,26 @@ class Agent:
             foreign_claims=self.settings.allowed_foreign_jwt_claims,
         )
         server = workload_server(
-            self.settings.socket_path,
+            path,
             api,
-            is_healthy=lambda: self.why_not_ready() is None and self.identity.is_alive(),
+            is_healthy=self.is_healthy,
             log=log,
         )
         await server.start()
         self._stack.push_async_callback(server.close, 1.0)
         log.info(
             "Starting Workload and SDS APIs",
-            address=str(self.settings.socket_path),
+            address=str(path),
             network="unix",
         )
 
     def why_not_ready(self) -> str | None:
         """Return why workloads cannot be served yet, None when they can."""
         return None if self._synchronised else _STARTING
+
+    async def is_healthy(self) -> bool:
+        """Tell whether the agent can serve workloads and its own identity is alive."""
+        return self.why_not_ready() is None and self.identity.is_alive()
 
     async def _post_status(self, upstream: Upstream) -> None:
         try:

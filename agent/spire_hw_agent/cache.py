@@ -8,7 +8,6 @@ to every open stream by reference.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 from spire_hw.aio.watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from spire_hw.bundle.bundle import Bundle
     from spire_hw.selector import Selector
@@ -190,11 +189,7 @@ class Cache:
 
     def _is_due(self, entry: AgentEntry, now: datetime) -> bool:
         svid = self._svids.get(entry.entry_id)
-        return (
-            svid is None
-            or svid.revision != entry.revision
-            or now >= svid.renew_at
-        )
+        return svid is None or svid.revision != entry.revision or now >= svid.renew_at
 
     def _expire(self, now: datetime) -> None:
         gone = [i for i, s in self._svids.items() if s.not_after <= now]
@@ -269,7 +264,9 @@ class Cache:
             if new != old:
                 group.updates.set(new)
 
-    def _update_for(self, selectors: Selectors, old: WorkloadUpdate | None) -> WorkloadUpdate | None:
+    def _update_for(
+        self, selectors: Selectors, old: WorkloadUpdate | None
+    ) -> WorkloadUpdate | None:
         entries = self.matching(selectors)
         identities = []
         for entry in entries:

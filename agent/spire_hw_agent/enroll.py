@@ -6,10 +6,8 @@ Each function makes one try; when to try again is `spire_hw_agent.identity`'s bu
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -31,6 +29,9 @@ from spire_hw.svid.x509svid import parse_x509_svid, verify_x509_svid
 from spire_hw.x509.csr import build_csr
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw.plugin.keymanager import Keys, ManagedSigner
@@ -224,7 +225,7 @@ async def _fetch(url: str, unix_socket: str) -> bytes:
             # A redirect could leave https: the operator named the place, nobody else does.
             session.get(url, allow_redirects=False) as answer,
         ):
-            if answer.status != 200:  # noqa: PLR2004 - HTTP's OK
+            if answer.status != 200:
                 raise UnavailableError(f"trust bundle {url}: the server answers {answer.status}")
             raw = bytearray()
             async for chunk in answer.content.iter_chunked(1 << 16):

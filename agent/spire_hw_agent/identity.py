@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from spire_hw.aio.backoff import Backoff
@@ -11,6 +10,8 @@ from spire_hw.errors import DeniedError, DeniedReason, ErrorKind, SpireHwError
 from spire_hw.transport.tls import TlsIdentity
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw_agent.enroll import AgentSvid, Enroller

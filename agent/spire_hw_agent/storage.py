@@ -13,10 +13,12 @@ import json
 import os
 import ssl
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spire_hw.errors import EncodingError, NotReadyError, SpireHwError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _FILE = "agent-data.json"
 _LOCK = ".spire-hw-agent.lock"
@@ -91,10 +93,10 @@ class Storage:
             raw = f.read(_MAX_BYTES + 1)
         try:
             if len(raw) > _MAX_BYTES:
-                raise ValueError("larger than 4 MiB")  # noqa: TRY301 - one message for all faults
+                raise ValueError("larger than 4 MiB")
             document = json.loads(raw)
             if not isinstance(document, dict):
-                raise TypeError("not a JSON object")  # noqa: TRY301
+                raise TypeError("not a JSON object")
             return AgentData(
                 svid=_chain(document.pop("svid", None)),
                 bundle=_chain(document.pop("bundle", None)),
@@ -135,9 +137,7 @@ class Storage:
         try:
             _replace(self.directory / _FILE, json.dumps(document, indent=2).encode() + b"\n")
         except OSError as e:
-            raise SpireHwError(
-                f"{self.directory / _FILE} cannot be written: {e.strerror}"
-            ) from e
+            raise SpireHwError(f"{self.directory / _FILE} cannot be written: {e.strerror}") from e
         self._data = data
 
 
@@ -164,9 +164,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _lines(chain: tuple[bytes, ...]) -> list[str]:
-    return [
-        base64.b64encode(ssl.DER_cert_to_PEM_cert(der).encode()).decode() for der in chain
-    ]
+    return [base64.b64encode(ssl.DER_cert_to_PEM_cert(der).encode()).decode() for der in chain]
 
 
 def _chain(value: object) -> tuple[bytes, ...]:

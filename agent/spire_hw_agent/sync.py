@@ -190,9 +190,7 @@ class Synchroniser:
             await self._on_denied(error)
 
 
-def _svid(
-    entry: AgentEntry, key: PrivateKey, answer: IssuedSvid, renew_at: RenewAt
-) -> Svid:
+def _svid(entry: AgentEntry, key: PrivateKey, answer: IssuedSvid, renew_at: RenewAt) -> Svid:
     if answer.error is not None:
         raise answer.error
     svid = parse_x509_svid(answer.chain)

@@ -6,7 +6,6 @@ afterwards. The server is known by its SPIFFE ID alone, never by host name.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeVar
@@ -29,6 +28,8 @@ from spire_hw.transport.dialer import Dialer
 from spire_hw_agent.cache import AgentEntry, JwtToken
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
     from spire_hw.bundle.bundle import Bundle
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
@@ -270,16 +271,12 @@ class Upstream:
         )
         if len(answer.results) != len(requests):
             raise SpireHwError("server answered another number of SVIDs than it was asked for")
-        return [
-            IssuedSvid(tuple(r.svid.cert_chain), item_error(r.status)) for r in answer.results
-        ]
+        return [IssuedSvid(tuple(r.svid.cert_chain), item_error(r.status)) for r in answer.results]
 
     async def new_jwt_svid(self, entry: AgentEntry, audience: Sequence[str]) -> JwtToken:
         """Get a JWT-SVID for an entry."""
         request = server_svid_pb2.NewJWTSVIDRequest(entry_id=entry.entry_id, audience=audience)
-        answer = await self._call(
-            _SVID + "NewJWTSVID", request, server_svid_pb2.NewJWTSVIDResponse
-        )
+        answer = await self._call(_SVID + "NewJWTSVID", request, server_svid_pb2.NewJWTSVIDResponse)
         svid = answer.svid
         if id_from_pb(svid.id) != entry.spiffe_id:
             raise SpireHwError("server sent a JWT-SVID for another SPIFFE ID")

@@ -14,18 +14,21 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spire_hw_sim.manufacturer import EkKind, Manufacturer
 from spire_hw_sim.programs import Program, ProgramError, run
 from spire_hw_sim.softhsm import SoftHsm
 from spire_hw_sim.swtpm import Swtpm
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 TRUST_DOMAIN = "demo.example"
-_TOKEN = "spire-ca"  # noqa: S105 - the token's label
+_TOKEN = "spire-ca"
 _PCR = 7
 _KEPT = "demo left running; press Ctrl-C, or end this process, to stop it"
 
@@ -177,7 +180,9 @@ class Demo:
             env={**os.environ, **hsm_env, "DEMO_PIN": self.pin_file.read_text()},
         )
         if "never extractable" not in listed.stdout or "local" not in listed.stdout:
-            raise DemoError(f"the token does not vouch for its keys:\n{listed.stdout}{listed.stderr}")
+            raise DemoError(
+                f"the token does not vouch for its keys:\n{listed.stdout}{listed.stderr}"
+            )
         self.say(
             "The token itself says where the CA key was made and that it cannot leave",
             "$ pkcs11-tool --list-objects --type privkey",
@@ -291,9 +296,7 @@ class Demo:
             DemoError: it got in.
         """
         conf = self.agent_conf(name, tpm, key_manager)
-        agent = Program(
-            "spire-hw-agent", ["run", "-config", conf], self.directory / f"{name}.log"
-        )
+        agent = Program("spire-hw-agent", ["run", "-config", conf], self.directory / f"{name}.log")
         self.stack.callback(agent.stop)
         status = agent.wait_for_exit()
         if status == 0:

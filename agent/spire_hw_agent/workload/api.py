@@ -8,7 +8,7 @@ but for a JWT-SVID that is not cached.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,7 @@ class WorkloadApi:
         ready: Callable[[], str | None],
         new_jwt_svid: NewJwtSvid,
         open_bundles: bool = False,
-        foreign_claims: Sequence[str] = (),
+        foreign_claims: Collection[str] = (),
     ) -> None:
         self._cache = cache
         self._tokens = tokens
@@ -108,9 +108,7 @@ class WorkloadApi:
             raise InvalidInputError(f"at most {_MAX_AUDIENCES} audiences can be asked for")
         wanted = SpiffeId.parse(request.spiffe_id) if request.spiffe_id else None
         _, selectors = await self._caller(call)
-        entries = [
-            e for e in self._cache.matching(selectors) if wanted in {None, e.spiffe_id}
-        ]
+        entries = [e for e in self._cache.matching(selectors) if wanted in {None, e.spiffe_id}]
         if not entries:
             raise DeniedError("no identity issued")
         response = workload_pb2.JWTSVIDResponse()
@@ -239,9 +237,7 @@ class WorkloadApi:
         return fresh.token
 
 
-def _encoded(
-    update: WorkloadUpdate, name: str, build: Callable[[WorkloadUpdate], bytes]
-) -> bytes:
+def _encoded(update: WorkloadUpdate, name: str, build: Callable[[WorkloadUpdate], bytes]) -> bytes:
     answer = update.encoded.get(name)
     if answer is None:
         answer = update.encoded[name] = build(update)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError, UnavailableError
 from spire_hw.selector import Selector
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from spire_hw.log import Logger
     from spire_hw.plugin.workloadattestor import WorkloadAttestor
     from spire_hw.transport.peer import CallerProcess

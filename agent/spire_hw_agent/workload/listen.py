@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spire_hw._pb import workload_pb2
@@ -13,7 +12,8 @@ from spire_hw.rpc.service import bind
 from spire_hw.transport.front import UnixFront
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
     from spire_hw.log import Logger
     from spire_hw_agent.workload.api import WorkloadApi
@@ -25,7 +25,7 @@ _MAX_REQUEST_BYTES = 64 << 10
 
 
 def workload_server(
-    path: Path, api: WorkloadApi, *, is_healthy: Callable[[], bool], log: Logger
+    path: Path, api: WorkloadApi, *, is_healthy: Callable[[], Awaitable[bool]], log: Logger
 ) -> RpcServer:
     """Build the server of the Workload API socket; it is not started yet.
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from spire_hw.config.hcl import Body
-from spire_hw.config.schema import Section, faults
+from spire_hw.config.schema import Model, faults
 from spire_hw.errors import ConfigFault, NotReadyError
 
 if TYPE_CHECKING:
+    from spire_hw.config.hcl import Body
     from spire_hw.plugin.info import HostInfo
     from spire_hw.plugin.nodeattestor import AgentExchange, SvidKey
 
 NAME = "join_token"
 
 
-class Config(Section):
+class Config(Model):
     """No keys."""
 
 

@@ -14,11 +14,11 @@ import os
 import pwd
 from typing import TYPE_CHECKING
 
-from spire_hw.config.hcl import Body
-from spire_hw.config.schema import Section, decode, faults
+from spire_hw.config.schema import Model, decode, faults
 from spire_hw.errors import ConfigFault, ErrorKind, SpireHwError
 
 if TYPE_CHECKING:
+    from spire_hw.config.hcl import Body
     from spire_hw.plugin.info import HostInfo
     from spire_hw.transport.peer import CallerProcess
 
@@ -29,7 +29,7 @@ _CHUNK = 1 << 20
 _EFFECTIVE = 1  # field of "Uid:"/"Gid:" lines: real, effective, saved, file system
 
 
-class Config(Section):
+class Config(Model):
     """Keys of plugin_data.
 
     Attributes:
