@@ -1,0 +1,1 @@
+"""The agent: one per node; enrols it and serves its workloads."""

@@ -6,7 +6,7 @@ import asyncio
 import random
 import signal
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from spire_hw import __version__
 from spire_hw.aio.tasks import Tasks
@@ -59,7 +59,7 @@ class Agent:
         self.cache: Cache
         self.identity: AgentIdentity
 
-    async def __aenter__(self) -> Agent:
+    async def __aenter__(self) -> Self:
         try:
             await self.start()
         except BaseException:

@@ -22,6 +22,7 @@ from spire_hw.config.host import (
     HealthSettings,
     LogKeys,
     Override,
+    Port,
     health_settings,
     override,
     parse_socket_path,
@@ -35,8 +36,8 @@ from spire_hw.log import LogSettings  # noqa: TC001 - public field types stay re
 from spire_hw.spiffeid import SpiffeId, TrustDomain
 
 DEFAULT_CONFIG: Final = Path("conf/agent/agent.conf")
-DEFAULT_SOCKET: Final = Path("/tmp/spire-agent/public/api.sock")
-DEFAULT_ADMIN_SOCKET: Final = Path("/tmp/spire-agent/private/admin.sock")
+DEFAULT_SOCKET: Final = Path("/tmp/spire-agent/public/api.sock")  # noqa: S108 - upstream's default
+DEFAULT_ADMIN_SOCKET: Final = Path("/tmp/spire-agent/private/admin.sock")  # noqa: S108 - likewise
 _MAX_TOKEN_CHARS: Final = 1024
 _LEAST_AVAILABILITY: Final = timedelta(hours=24)
 
@@ -272,8 +273,8 @@ def _socket_faults(keys: AgentKeys) -> Iterator[ConfigFault]:
     except InvalidInputError as e:
         yield ConfigFault(line, f'"admin_socket_path": {e.message}')
         return
-    public = Path(os.path.abspath(keys.socket_path)).parent
-    if Path(os.path.abspath(admin)).is_relative_to(public):
+    public = Path(os.path.abspath(keys.socket_path)).parent  # noqa: PTH100 - must not follow links
+    if Path(os.path.abspath(admin)).is_relative_to(public):  # noqa: PTH100 - likewise
         message = f'"admin_socket_path" must not be below {public}: workloads can reach that'
         yield ConfigFault(line, message)
 

@@ -225,7 +225,7 @@ async def _fetch(url: str, unix_socket: str) -> bytes:
             # A redirect could leave https: the operator named the place, nobody else does.
             session.get(url, allow_redirects=False) as answer,
         ):
-            if answer.status != 200:
+            if answer.status != HTTPStatus.OK:
                 raise UnavailableError(f"trust bundle {url}: the server answers {answer.status}")
             raw = bytearray()
             async for chunk in answer.content.iter_chunked(1 << 16):

@@ -92,11 +92,7 @@ class Storage:
         with os.fdopen(fd, "rb") as f:
             raw = f.read(_MAX_BYTES + 1)
         try:
-            if len(raw) > _MAX_BYTES:
-                raise ValueError("larger than 4 MiB")
-            document = json.loads(raw)
-            if not isinstance(document, dict):
-                raise TypeError("not a JSON object")
+            document = _document(raw)
             return AgentData(
                 svid=_chain(document.pop("svid", None)),
                 bundle=_chain(document.pop("bundle", None)),
@@ -161,6 +157,15 @@ def _replace(path: Path, content: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _document(raw: bytes) -> dict[str, Any]:
+    if len(raw) > _MAX_BYTES:
+        raise ValueError("larger than 4 MiB")
+    document = json.loads(raw)
+    if not isinstance(document, dict):
+        raise TypeError("not a JSON object")
+    return document
 
 
 def _lines(chain: tuple[bytes, ...]) -> list[str]:

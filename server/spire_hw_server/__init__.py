@@ -1,0 +1,1 @@
+"""The server: certificate authority and registry."""

@@ -1,0 +1,1 @@
+"""Simulators: everything a trust domain needs, without hardware."""

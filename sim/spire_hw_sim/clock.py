@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
+
+from spire_hw.clock import SystemClock
 
 # Turns of the event loop given to woken tasks between two moments.
 _SETTLE_TURNS = 20
@@ -20,7 +22,7 @@ class SimClock:
     """
 
     def __init__(self, start: datetime | None = None) -> None:
-        self._now = start or datetime.now(UTC).replace(microsecond=0)
+        self._now = start or SystemClock().now().replace(microsecond=0)
         self._monotonic = 0.0
         self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
         self._order = itertools.count()

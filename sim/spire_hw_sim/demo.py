@@ -16,6 +16,7 @@ import textwrap
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TRUST_DOMAIN = "demo.example"
-_TOKEN = "spire-ca"
+_TOKEN_LABEL = "spire-ca"
 _PCR = 7
 _KEPT = "demo left running; press Ctrl-C, or end this process, to stop it"
 
@@ -96,7 +97,7 @@ class Demo:
         """Initialise a PKCS#11 token with a random PIN in a private file."""
         hsm = SoftHsm(self.directory / "hsm")
         pin = "".join(secrets.choice("0123456789") for _ in range(8))
-        hsm.init_token(_TOKEN, pin)
+        hsm.init_token(_TOKEN_LABEL, pin)
         self.module = hsm.module_path
         self.pin_file = self.directory / "pin"
         self.pin_file.touch(mode=0o600)
@@ -104,7 +105,7 @@ class Demo:
         self.say(
             "A PKCS#11 token is initialised for the server's CA keys",
             f"module  {self.module}",
-            f"token   {_TOKEN}   (PIN in {self.pin_file}, mode 0600)",
+            f"token   {_TOKEN_LABEL}   (PIN in {self.pin_file}, mode 0600)",
         )
         return hsm.environment
 
@@ -142,7 +143,7 @@ class Demo:
                 port=self.port,
                 td=TRUST_DOMAIN,
                 module=self.module,
-                token=_TOKEN,
+                token=_TOKEN_LABEL,
                 pin_file=self.pin_file,
                 roots=self.roots,
                 pcr=_PCR,
@@ -346,8 +347,6 @@ def _stay(demo: Demo) -> None:
 
 
 def _expected_pcr(event: bytes) -> str:
-    from hashlib import sha256
-
     return sha256(bytes(32) + sha256(event).digest()).hexdigest()
 
 

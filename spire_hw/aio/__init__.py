@@ -1,0 +1,1 @@
+"""Tasks, watches, workers and waiting."""

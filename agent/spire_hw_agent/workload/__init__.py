@@ -1,0 +1,1 @@
+"""What workloads see: the Workload API and who is calling it."""

@@ -1,0 +1,1 @@
+"""What machine an agent runs on."""

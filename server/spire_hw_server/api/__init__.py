@@ -1,0 +1,1 @@
+"""The APIs of the server: who may call, and what each service does."""

@@ -1,0 +1,1 @@
+"""The authorities: which sign, how they are replaced, what they issue."""

@@ -1,0 +1,1 @@
+"""NodeAttestor `tpm`: both halves and their messages."""
