@@ -11,6 +11,7 @@ Spec: TCG EK Credential Profile, section 3; RFC 5280, section 6.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass, field
 from enum import Enum
@@ -245,13 +246,19 @@ def verify_ek_certificate(
     """
     if len(chain) > MAX_DEPTH:
         raise InvalidInputError(f"ek: chain is longer than {MAX_DEPTH} certificates")
-    supplied = [parse_certificate(one, "ek: intermediate certificate") for one in chain]
+    supplied = [_parse_intermediate(one) for one in chain]
     model = read_model(leaf)
     _check_leaf(leaf, at, chain_time)
     pool = [*roots.intermediates, *(c for c in supplied if not c.is_self_issued)]
     search = _Search(leaf, roots, pool, at, chain_time)
     root = search.run()
     return VerifiedEk(leaf, model, hashlib.sha256(root.der).hexdigest())
+
+
+@functools.lru_cache(maxsize=128)
+def _parse_intermediate(raw: bytes) -> Certificate:
+    """Read an intermediate; a fleet sends the same few over and over."""
+    return parse_certificate(raw, "ek: intermediate certificate")
 
 
 def _deny(code: str, text: str) -> AttestationError:
@@ -324,7 +331,7 @@ class _Search:
         if len(path) >= MAX_DEPTH:
             return None
         for issuer in self._pool:
-            if issuer.subject != last.issuer or issuer in path:
+            if issuer.subject != last.issuer or any(issuer.der == c.der for c in path):
                 continue
             if self._links(path, issuer):
                 root = self._extend([*path, issuer])
