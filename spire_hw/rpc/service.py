@@ -104,5 +104,5 @@ def bind(descriptor: ServiceDescriptor, implementation: object) -> list[Method]:
 
 def snake_case(name: str) -> str:
     """Return `MintX509SVID` as `mint_x509_svid`, `NewJWTSVID` as `new_jwt_svid`."""
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z0-9])(?=[A-Z][a-z])", "_", name)
     return re.sub(r"(?<=[A-Z0-9])(?=SVID|CA$)", "_", spaced).lower()
