@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from google.protobuf import empty_pb2
 
 from spire_hw._pb import server_agent_pb2 as pb
 from spire_hw._pb import types_pb2
 from spire_hw.aio.tasks import Tasks
-from spire_hw.clock import Clock
 from spire_hw.errors import (
     AlreadyExistsError,
     DeniedError,
@@ -25,7 +23,6 @@ from spire_hw.errors import (
     SpireHwError,
 )
 from spire_hw.rpc import convert
-from spire_hw.rpc.service import Call
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import (
     SpiffeId,
@@ -37,16 +34,22 @@ from spire_hw.spiffeid import (
 )
 from spire_hw.transport.peer import TcpPeer
 from spire_hw.x509.csr import Csr, parse_csr
-from spire_hw_server.admission import Admissions
-from spire_hw_server.api.audit import Audit
 from spire_hw_server.api.authorize import caller_node
 from spire_hw_server.api.entry import listed, parse_page
 from spire_hw_server.api.entry_message import parse_selector_match
-from spire_hw_server.api.limits import Limits
-from spire_hw_server.api.nodes import NodeCache
-from spire_hw_server.ca.authority import IssuedX509, Issuer
 from spire_hw_server.datastore.interface import Datastore, Entry, JoinToken, Node, NodeFilter
-from spire_hw_server.entries import EntryCache
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from spire_hw.clock import Clock
+    from spire_hw.rpc.service import Call
+    from spire_hw_server.admission import Admissions
+    from spire_hw_server.api.audit import Audit
+    from spire_hw_server.api.limits import Limits
+    from spire_hw_server.api.nodes import NodeCache
+    from spire_hw_server.ca.authority import IssuedX509, Issuer
+    from spire_hw_server.entries import EntryCache
 
 JOIN_TOKEN: Final = "join_token"  # noqa: S105 - the attestor's name
 MAX_VERSION: Final = 255
@@ -138,9 +141,7 @@ class AgentService:
         finally:
             await tasks.close()
 
-    async def renew_agent(
-        self, request: pb.RenewAgentRequest, call: Call
-    ) -> pb.RenewAgentResponse:
+    async def renew_agent(self, request: pb.RenewAgentRequest, call: Call) -> pb.RenewAgentResponse:
         """Give an agent a new SVID, which becomes the current one when it is first used."""
         await self._limits.sign_x509(call)
         node = caller_node(call)
@@ -164,9 +165,7 @@ class AgentService:
         self._nodes.forget(node.agent_id)
         return pb.RenewAgentResponse(svid=_svid_message(issued, node.agent_id))
 
-    async def post_status(
-        self, request: pb.PostStatusRequest, call: Call
-    ) -> pb.PostStatusResponse:
+    async def post_status(self, request: pb.PostStatusRequest, call: Call) -> pb.PostStatusResponse:
         """Take note of an agent's version."""
         await self._limits.post_status(call)
         if len(request.agent_version) > MAX_VERSION:
@@ -314,11 +313,7 @@ def _address(call: Call) -> str:
 
 
 def _svid_message(issued: IssuedX509, spiffe_id: SpiffeId) -> types_pb2.X509SVID:
-    return types_pb2.X509SVID(
-        id=convert.id_to_pb(spiffe_id),
-        cert_chain=issued.chain,
-        expires_at=int(issued.not_after.timestamp()),
-    )
+    return convert.x509_svid_to_pb(issued.chain, spiffe_id, issued.not_after)
 
 
 def encode_agent(node: Node, mask: types_pb2.AgentMask | None = None) -> types_pb2.Agent:

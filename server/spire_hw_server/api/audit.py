@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.errors import SpireHwError
-from spire_hw.rpc.service import Call, Response, StreamNext, UnaryNext
 from spire_hw.transport.peer import UnixPeer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from spire_hw.rpc.service import Call, Response, StreamNext, UnaryNext
 
 _NOTES: Final = "audit"
 _ITEMS: Final = "audit_items"
@@ -41,7 +44,9 @@ class Audit:
             self._write(call, None, {})
         return response
 
-    async def stream(self, request: Any, call: Call, proceed: StreamNext) -> AsyncIterator[Response]:
+    async def stream(
+        self, request: Any, call: Call, proceed: StreamNext
+    ) -> AsyncIterator[Response]:
         """Let a streaming call run and write its line at the end."""
         try:
             async for response in proceed(request, call):

@@ -6,22 +6,27 @@ up, and leaves the `Caller` with the call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from cryptography import x509
+from typing_extensions import override
 
-from spire_hw.clock import Clock
 from spire_hw.errors import DeniedError, ErrorKind, NotFoundError, SpireHwError
 from spire_hw.rpc.interceptors import Guard
-from spire_hw.rpc.service import Call
-from spire_hw.spiffeid import SpiffeId
 from spire_hw.transport.peer import TcpPeer, UnixPeer
 from spire_hw_server.api.caller import Caller, Certificate, Lookups, classify, denied
-from spire_hw_server.api.nodes import NodeCache
 from spire_hw_server.api.policy import CallerClass, allowed_classes
-from spire_hw_server.datastore.interface import Datastore, Entry, Node
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cryptography import x509
+
+    from spire_hw.clock import Clock
+    from spire_hw.rpc.service import Call
+    from spire_hw.spiffeid import SpiffeId
+    from spire_hw_server.api.nodes import NodeCache
+    from spire_hw_server.datastore.interface import Datastore, Entry, Node
 
 _CALLER: Final = "caller"
 
@@ -44,6 +49,7 @@ class Authorizer(Guard):
         self._store = store
         self._clock = clock
 
+    @override
     async def check(self, request: Any, call: Call) -> None:
         """Check a call before its handler runs; see `authorize`."""
         del request

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
-from datetime import UTC, datetime
-from typing import Final
+from typing import TYPE_CHECKING
 
 from spire_hw._pb import server_bundle_pb2 as pb
 from spire_hw._pb import types_pb2
-from spire_hw.bundle.bundle import Bundle, JwtAuthority, X509Root
+from spire_hw.bundle.bundle import Bundle
 from spire_hw.errors import (
     ErrorKind,
     InvalidInputError,
     NotFoundError,
     SpireHwError,
 )
-from spire_hw.key import parse_spki, spki_der
-from spire_hw.rpc.service import Call
+from spire_hw.rpc import convert
 from spire_hw.rpc.status import item_status
-from spire_hw.spiffeid import TrustDomain
-from spire_hw.x509.certificate import load_certificate, split_der
-from spire_hw_server.api.audit import Audit
 from spire_hw_server.api.entry import tried
-from spire_hw_server.api.limits import Limits
-from spire_hw_server.bundles import Bundles
 from spire_hw_server.datastore.interface import BundleDeletion, Datastore
 
-_MAX_TIME: Final = 253402300799  # end of year 9999
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from spire_hw.rpc.service import Call
+    from spire_hw.spiffeid import TrustDomain
+    from spire_hw_server.api.audit import Audit
+    from spire_hw_server.api.limits import Limits
+    from spire_hw_server.bundles import Bundles
 
 
 class BundleService:
@@ -63,28 +62,28 @@ class BundleService:
         if not bundle.x509_authorities and not bundle.jwt_authorities:
             raise NotFoundError("bundle not found")
         if request.HasField("output_mask"):
-            return encode_bundle(bundle, request.output_mask)
+            return convert.bundle_to_pb(bundle, request.output_mask)
         if self._whole is None or self._whole[0] is not bundle:
-            self._whole = (bundle, encode_bundle(bundle))
+            self._whole = (bundle, convert.bundle_to_pb(bundle))
         return self._whole[1]
 
-    async def append_bundle(
-        self, request: pb.AppendBundleRequest, call: Call
-    ) -> types_pb2.Bundle:
+    async def append_bundle(self, request: pb.AppendBundleRequest, call: Call) -> types_pb2.Bundle:
         """Add authorities to the own bundle."""
         if not request.x509_authorities and not request.jwt_authorities:
             raise InvalidInputError("no authorities to append")
         addition = Bundle(
             self._trust_domain,
-            x509_authorities=_roots(request.x509_authorities),
-            jwt_authorities=_jwt_authorities(request.jwt_authorities),
+            x509_authorities=convert.x509_roots_from_pb(request.x509_authorities),
+            jwt_authorities=convert.jwt_authorities_from_pb(request.jwt_authorities),
         )
         try:
             bundle = await self._bundles.append(addition)
         except NotFoundError as e:
             raise SpireHwError(f"could not append: {e.message}", kind=ErrorKind.INTERNAL) from e
         call.log.info("bundle appended", sequence=bundle.sequence)
-        return encode_bundle(bundle, request.output_mask if request.HasField("output_mask") else None)
+        return convert.bundle_to_pb(
+            bundle, request.output_mask if request.HasField("output_mask") else None
+        )
 
     async def publish_jwt_authority(
         self, request: pb.PublishJWTAuthorityRequest, call: Call
@@ -93,11 +92,11 @@ class BundleService:
         await self._limits.publish(call)
         if not request.HasField("jwt_authority"):
             raise InvalidInputError("missing JWT authority")
-        keys = _jwt_authorities([request.jwt_authority])
+        keys = convert.jwt_authorities_from_pb([request.jwt_authority])
         self._audit.note(call, jwt_authority_key_id=keys[0].kid)
         bundle = await self._bundles.append(Bundle(self._trust_domain, jwt_authorities=keys))
         return pb.PublishJWTAuthorityResponse(
-            jwt_authorities=[_encode_jwt(k) for k in bundle.jwt_authorities]
+            jwt_authorities=[convert.jwt_authority_to_pb(k) for k in bundle.jwt_authorities]
         )
 
     async def publish_wit_authority(
@@ -123,7 +122,7 @@ class BundleService:
         more = len(page) < len(foreign)
         mask = request.output_mask if request.HasField("output_mask") else None
         return pb.ListFederatedBundlesResponse(
-            bundles=[encode_bundle(b, mask) for b in page],
+            bundles=[convert.bundle_to_pb(b, mask) for b in page],
             next_page_token=page[-1].trust_domain.name if more else "",
         )
 
@@ -134,7 +133,9 @@ class BundleService:
         self._audit.note(call, trust_domain_id=request.trust_domain)
         trust_domain = self._foreign(request.trust_domain)
         bundle = await self._bundles.get(trust_domain)
-        return encode_bundle(bundle, request.output_mask if request.HasField("output_mask") else None)
+        return convert.bundle_to_pb(
+            bundle, request.output_mask if request.HasField("output_mask") else None
+        )
 
     async def batch_create_federated_bundle(
         self, request: pb.BatchCreateFederatedBundleRequest, call: Call
@@ -146,7 +147,7 @@ class BundleService:
             bundle, error = await self._item(message, call, self._create)
             result = response.results.add(status=item_status(error))
             if bundle is not None:
-                result.bundle.CopyFrom(encode_bundle(bundle, mask))
+                result.bundle.CopyFrom(convert.bundle_to_pb(bundle, mask))
         await self._bundles.refresh()
         return response
 
@@ -168,7 +169,7 @@ class BundleService:
             bundle, error = await self._item(message, call, update)
             result = response.results.add(status=item_status(error))
             if bundle is not None:
-                result.bundle.CopyFrom(encode_bundle(bundle, mask))
+                result.bundle.CopyFrom(convert.bundle_to_pb(bundle, mask))
         await self._bundles.refresh()
         return response
 
@@ -186,7 +187,7 @@ class BundleService:
             bundle, error = await self._item(message, call, store)
             result = response.results.add(status=item_status(error))
             if bundle is not None:
-                result.bundle.CopyFrom(encode_bundle(bundle, mask))
+                result.bundle.CopyFrom(convert.bundle_to_pb(bundle, mask))
         await self._bundles.refresh()
         return response
 
@@ -223,80 +224,14 @@ class BundleService:
         return bundle, error
 
     def _foreign(self, name: str) -> TrustDomain:
-        trust_domain = TrustDomain.parse(name.removeprefix("spiffe://"))
+        trust_domain = convert.trust_domain_from_pb(name)
         if trust_domain == self._trust_domain:
             raise InvalidInputError(f'"{name}" is this server\'s own trust domain')
         return trust_domain
 
     def _parsed(self, message: types_pb2.Bundle) -> Bundle:
-        return Bundle(
-            self._foreign(message.trust_domain),
-            x509_authorities=_roots(message.x509_authorities),
-            jwt_authorities=_jwt_authorities(message.jwt_authorities),
-            refresh_hint_s=_seconds("refresh hint", message.refresh_hint),
-            sequence=message.sequence_number,
-        )
-
-
-def encode_bundle(bundle: Bundle, mask: types_pb2.BundleMask | None = None) -> types_pb2.Bundle:
-    """Return the message of a bundle; a mask leaves fields out, never the trust domain."""
-    message = types_pb2.Bundle(trust_domain=bundle.trust_domain.name)
-    if mask is None or mask.x509_authorities:
-        for root in bundle.x509_authorities:
-            message.x509_authorities.add(asn1=root.der, tainted=root.tainted)
-    if mask is None or mask.jwt_authorities:
-        message.jwt_authorities.extend(_encode_jwt(k) for k in bundle.jwt_authorities)
-    if mask is None or mask.refresh_hint:
-        message.refresh_hint = bundle.refresh_hint_s
-    if mask is None or mask.sequence_number:
-        message.sequence_number = bundle.sequence
-    return message
-
-
-def _encode_jwt(key: JwtAuthority) -> types_pb2.JWTKey:
-    return types_pb2.JWTKey(
-        public_key=key.pkix,
-        key_id=key.kid,
-        expires_at=0 if key.expires_at is None else int(key.expires_at.timestamp()),
-        tainted=key.tainted,
-    )
-
-
-def _roots(messages: Iterable[types_pb2.X509Certificate]) -> tuple[X509Root, ...]:
-    roots: dict[bytes, X509Root] = {}
-    for message in messages:
-        parts = split_der(message.asn1)
-        if not parts:
-            raise InvalidInputError("X.509 authority is empty")
-        for der in parts:
-            load_certificate(der)
-            roots.setdefault(der, X509Root(der, message.tainted))
-    return tuple(roots.values())
-
-
-def _jwt_authorities(messages: Iterable[types_pb2.JWTKey]) -> tuple[JwtAuthority, ...]:
-    keys: dict[str, JwtAuthority] = {}
-    for message in messages:
-        if not message.key_id:
-            raise InvalidInputError("JWT authority has no key id")
-        if not message.public_key:
-            raise InvalidInputError("JWT authority has no public key")
-        if message.key_id in keys:
-            raise InvalidInputError(f'JWT key id "{message.key_id}" is given twice')
-        seconds = _seconds("expires_at", message.expires_at)
-        keys[message.key_id] = JwtAuthority(
-            kid=message.key_id,
-            pkix=spki_der(parse_spki(message.public_key)),
-            expires_at=datetime.fromtimestamp(seconds, UTC) if seconds else None,
-            tainted=message.tainted,
-        )
-    return tuple(keys.values())
-
-
-def _seconds(what: str, seconds: int) -> int:
-    if not 0 <= seconds <= _MAX_TIME:
-        raise InvalidInputError(f"{what} is out of range")
-    return seconds
+        self._foreign(message.trust_domain)
+        return convert.bundle_from_pb(message)
 
 
 def _overlaid(held: Bundle, new: Bundle, mask: types_pb2.BundleMask | None) -> Bundle:

@@ -6,14 +6,18 @@ What it has to look up (entries of an ID, the stored node) is handed in as funct
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from typing import TYPE_CHECKING
 
 from spire_hw.errors import DeniedError, DeniedReason
-from spire_hw.spiffeid import SpiffeId
 from spire_hw_server.api.policy import CallerClass
-from spire_hw_server.datastore.interface import Entry, Node
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from datetime import datetime
+
+    from spire_hw.spiffeid import SpiffeId
+    from spire_hw_server.datastore.interface import Entry, Node
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from spire_hw._pb import server_entry_pb2 as pb
 from spire_hw._pb import types_pb2
 from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError
-from spire_hw.rpc.service import Call
 from spire_hw.rpc.status import item_status
-from spire_hw.spiffeid import TrustDomain
-from spire_hw_server.api.audit import Audit
 from spire_hw_server.api.authorize import caller_agent
 from spire_hw_server.api.entry_message import (
     encode_entry,
@@ -26,7 +22,14 @@ from spire_hw_server.datastore.interface import (
     Page,
     SimilarEntryError,
 )
-from spire_hw_server.entries import EntryCache
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+
+    from spire_hw.rpc.service import Call
+    from spire_hw.spiffeid import TrustDomain
+    from spire_hw_server.api.audit import Audit
+    from spire_hw_server.entries import EntryCache
 
 SYNC_PAGE: Final = 500
 

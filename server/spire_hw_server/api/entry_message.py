@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw._pb import types_pb2
 from spire_hw.errors import InvalidInputError
@@ -15,6 +14,9 @@ from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId, TrustDomain, check_member, check_workload_id
 from spire_hw.x509.dnsname import check_dns_name
 from spire_hw_server.datastore.interface import Entry, EntryFilter, Match
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 MAX_HINT_BYTES: Final = 1024
 _ENTRY_ID: Final = re.compile(r"[A-Za-z0-9._-]{0,255}", re.ASCII)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from spire_hw.clock import Clock
 from spire_hw.rpc.interceptors import CallerRate, RateLimiter
-from spire_hw.rpc.service import Call
+
+if TYPE_CHECKING:
+    from spire_hw.clock import Clock
+    from spire_hw.rpc.service import Call
 
 ATTEST_PER_S: Final = 1
 SIGN_PER_S: Final = 500

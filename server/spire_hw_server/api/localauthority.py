@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from spire_hw._pb import server_localauthority_pb2 as pb
 from spire_hw.errors import (
@@ -12,10 +12,12 @@ from spire_hw.errors import (
     SpireHwError,
     UnavailableError,
 )
-from spire_hw.rpc.service import Call
-from spire_hw_server.api.audit import Audit
 from spire_hw_server.ca.journal import JwtRecord, X509Record
-from spire_hw_server.ca.manager import CaManager
+
+if TYPE_CHECKING:
+    from spire_hw.rpc.service import Call
+    from spire_hw_server.api.audit import Audit
+    from spire_hw_server.ca.manager import CaManager
 
 
 class LocalAuthorityService:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from spire_hw._pb import server_logger_pb2 as pb
 from spire_hw._pb import types_pb2
 from spire_hw.errors import InvalidInputError
 from spire_hw.log import Level, Output
-from spire_hw.rpc.service import Call
+
+if TYPE_CHECKING:
+    from spire_hw.rpc.service import Call
 
 _TO_PB: Final = {
     Level.PANIC: types_pb2.LogLevel.PANIC,
@@ -33,9 +35,7 @@ class LoggerService:
         del request, call
         return self._state()
 
-    async def set_log_level(
-        self, request: pb.SetLogLevelRequest, call: Call
-    ) -> types_pb2.Logger:
+    async def set_log_level(self, request: pb.SetLogLevelRequest, call: Call) -> types_pb2.Logger:
         """Change the level until the next start."""
         level = _FROM_PB.get(request.new_level)
         if level is None:

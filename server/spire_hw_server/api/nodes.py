@@ -8,13 +8,15 @@ share the database at the next poll.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from spire_hw.clock import Clock
 from spire_hw.errors import NotFoundError, SpireHwError
-from spire_hw.log import Logger
 from spire_hw.spiffeid import SpiffeId
 from spire_hw_server.datastore.interface import ChangeKind, Datastore, Node
+
+if TYPE_CHECKING:
+    from spire_hw.clock import Clock
+    from spire_hw.log import Logger
 
 _MAX_NODES: Final = 100_000
 _CHANGES: Final = 1000

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
 from datetime import timedelta
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from spire_hw._pb import server_svid_pb2 as pb
 from spire_hw._pb import types_pb2
-from spire_hw.bundle.bundle import Bundle
 from spire_hw.errors import ErrorKind, InvalidInputError, NotFoundError, SpireHwError
 from spire_hw.rpc import convert
-from spire_hw.rpc.service import Call
 from spire_hw.rpc.status import item_status
 from spire_hw.spiffeid import SpiffeId, TrustDomain, check_workload_id
 from spire_hw.x509.csr import Csr, parse_csr
 from spire_hw.x509.dnsname import check_dns_names
 from spire_hw.x509.name import EMPTY_NAME
-from spire_hw_server.api.audit import Audit
 from spire_hw_server.api.authorize import caller_agent, caller_of
-from spire_hw_server.api.limits import Limits
-from spire_hw_server.bundles import Bundles
-from spire_hw_server.ca.authority import IssuedJwt, IssuedX509, Issuer
-from spire_hw_server.datastore.interface import Entry
-from spire_hw_server.entries import EntryCache
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from spire_hw.bundle.bundle import Bundle
+    from spire_hw.rpc.service import Call
+    from spire_hw_server.api.audit import Audit
+    from spire_hw_server.api.limits import Limits
+    from spire_hw_server.bundles import Bundles
+    from spire_hw_server.ca.authority import IssuedJwt, IssuedX509, Issuer
+    from spire_hw_server.datastore.interface import Entry
+    from spire_hw_server.entries import EntryCache
 
 # After so many certificates of a batch the event loop looks after everybody else.
 _BREATH: Final = 8
@@ -69,7 +72,9 @@ class SvidService:
             subject_der=None if csr.subject == EMPTY_NAME else csr.subject,
         )
         call.log.info("X509-SVID minted", spiffe_id=str(spiffe_id), serial_num=str(issued.serial))
-        return pb.MintX509SVIDResponse(svid=_x509_message(issued, spiffe_id, ""))
+        return pb.MintX509SVIDResponse(
+            svid=convert.x509_svid_to_pb(issued.chain, spiffe_id, issued.not_after)
+        )
 
     async def mint_jwt_svid(
         self, request: pb.MintJWTSVIDRequest, call: Call
@@ -84,7 +89,7 @@ class SvidService:
             audience=_audience(request.audience),
             ttl=self._issuer.profile.jwt_ttl(request.ttl),
         )
-        return pb.MintJWTSVIDResponse(svid=_jwt_message(issued, spiffe_id, ""))
+        return pb.MintJWTSVIDResponse(svid=_jwt_message(issued, spiffe_id))
 
     async def mint_wit_svid(
         self, request: pb.MintWITSVIDRequest, call: Call
@@ -140,9 +145,7 @@ class SvidService:
     def _report(self, call: Call, entry_id: str, error: SpireHwError | None) -> None:
         self._audit.item(call, error, registration_id=entry_id)
         if error is not None:
-            call.log.warning(
-                "X509-SVID not issued", registration_id=entry_id, error=error.message
-            )
+            call.log.warning("X509-SVID not issued", registration_id=entry_id, error=error.message)
 
     async def new_jwt_svid(
         self, request: pb.NewJWTSVIDRequest, call: Call
@@ -265,17 +268,7 @@ def _write_x509(
     message.hint = hint
 
 
-def _x509_message(issued: IssuedX509, spiffe_id: SpiffeId, hint: str) -> types_pb2.X509SVID:
-    message = types_pb2.X509SVID()
-    _write_x509(message, issued, spiffe_id, hint)
-    return message
-
-
-def _jwt_message(issued: IssuedJwt, spiffe_id: SpiffeId, hint: str) -> types_pb2.JWTSVID:
-    return types_pb2.JWTSVID(
-        token=issued.token,
-        id=types_pb2.SPIFFEID(trust_domain=spiffe_id.trust_domain.name, path=spiffe_id.path),
-        expires_at=int(issued.expires_at.timestamp()),
-        issued_at=int(issued.issued_at.timestamp()),
-        hint=hint,
+def _jwt_message(issued: IssuedJwt, spiffe_id: SpiffeId, hint: str = "") -> types_pb2.JWTSVID:
+    return convert.jwt_svid_to_pb(
+        issued.token, spiffe_id, issued.issued_at, issued.expires_at, hint
     )

@@ -6,18 +6,22 @@ verified before it leaves (`spire_hw.x509.scheme.seal` and `spire_hw.jose.jws` d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
 
-from spire_hw.clock import Clock
 from spire_hw.errors import ErrorKind, InvalidInputError, NotReadyError, SpireHwError
-from spire_hw.key import Signer
 from spire_hw.spiffeid import SpiffeId, server_id
 from spire_hw.svid.jwtsvid import issue_jwt_svid
 from spire_hw.x509.authority import X509Authority
 from spire_hw.x509.issue import issue_ca_certificate, issue_x509_svid, random_serial
 from spire_hw_server.ca.profile import BACKDATE, Profile, capped, downstream_subject
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime, timedelta
+
+    from spire_hw.clock import Clock
+    from spire_hw.key import Signer
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,9 +202,7 @@ class Issuer:
                 not_before=now - BACKDATE,
                 not_after=not_after,
                 spki=spki,
-                subject_der=downstream_subject(
-                    authority.subject_der, max(1, len(authority.chain))
-                ),
+                subject_der=downstream_subject(authority.subject_der, max(1, len(authority.chain))),
                 serial=serial,
             )
         except InvalidInputError:

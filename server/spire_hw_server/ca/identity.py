@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from spire_hw.aio.watch import Watch
-from spire_hw.clock import Clock
 from spire_hw.errors import NotReadyError, SpireHwError
 from spire_hw.key import KeyType, PrivateKey, generate_private_key, spki_der
-from spire_hw.log import Logger
 from spire_hw.transport.tls import TlsIdentity
-from spire_hw_server.ca.authority import Issuer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import datetime
+
+    from spire_hw.clock import Clock
+    from spire_hw.log import Logger
+    from spire_hw_server.ca.authority import Issuer
 
 CHECK_INTERVAL_S: Final = 5.0
 

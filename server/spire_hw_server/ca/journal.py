@@ -79,7 +79,7 @@ class Journal:
 
     def latest_end(self) -> datetime | None:
         """Return when the last authority of the journal ends, None for an empty one."""
-        ends = [r.not_after for r in (*self.x509, *self.jwt)]
+        ends = [r.not_after for r in self.x509] + [r.not_after for r in self.jwt]
         return max(ends, default=None)
 
 

@@ -11,13 +11,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 import string
-from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from spire_hw.bundle.bundle import Bundle, JwtAuthority, X509Root
-from spire_hw.clock import Clock
 from spire_hw.errors import (
     EncodingError,
     InvalidInputError,
@@ -26,12 +24,7 @@ from spire_hw.errors import (
     UnavailableError,
 )
 from spire_hw.key import KeyType, spki_der
-from spire_hw.log import Logger
-from spire_hw.plugin.keymanager import Keys, ManagedSigner
-from spire_hw.spiffeid import TrustDomain
 from spire_hw.x509.certificate import key_identifier, load_certificate, public_key_of
-from spire_hw_server.bundles import Bundles
-from spire_hw_server.ca.authority import Issuer
 from spire_hw_server.ca.journal import (
     Journal,
     JwtRecord,
@@ -39,9 +32,19 @@ from spire_hw_server.ca.journal import (
     encode_journal,
     parse_journal,
 )
-from spire_hw_server.ca.mark import AuthorityMark
 from spire_hw_server.ca.slots import Record, SlotName, Slots, Status, Step
 from spire_hw_server.datastore.interface import Datastore, JournalRow
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from spire_hw.clock import Clock
+    from spire_hw.log import Logger
+    from spire_hw.plugin.keymanager import Keys, ManagedSigner
+    from spire_hw.spiffeid import TrustDomain
+    from spire_hw_server.bundles import Bundles
+    from spire_hw_server.ca.authority import Issuer
+    from spire_hw_server.ca.mark import AuthorityMark
 
 X509_KEY_PREFIX: Final = "x509-CA-"
 JWT_KEY_PREFIX: Final = "JWT-Signer-"
@@ -140,9 +143,7 @@ class CaManager:
                 settings.trust_domain, x509_authorities=(X509Root(r.certificate),)
             ),
             public_key=lambda r: spki_der(public_key_of(load_certificate(r.certificate))),
-            is_published=lambda r, b: any(
-                root.der == r.certificate for root in b.x509_authorities
-            ),
+            is_published=lambda r, b: any(root.der == r.certificate for root in b.x509_authorities),
             adopt=lambda r, s: issuer.use_x509(r.certificate, r.upstream_chain, s),
         )
         self._jwt = _Line[JwtRecord](
@@ -362,9 +363,7 @@ class CaManager:
             line.slots = before
             raise
         line.adopt(record, line.signers[record.authority_id])
-        line.signers = {
-            r.authority_id: line.signers[r.authority_id] for r in line.slots.records()
-        }
+        line.signers = {r.authority_id: line.signers[r.authority_id] for r in line.slots.records()}
         self._log.info(
             "authority activated",
             kind=line.name,
@@ -461,9 +460,7 @@ class CaManager:
             return "it is no longer in the trust bundle"
         return None
 
-    def _refuse_lost(
-        self, line: _Line[R], record: R, listed: Mapping[str, ManagedSigner]
-    ) -> None:
+    def _refuse_lost(self, line: _Line[R], record: R, listed: Mapping[str, ManagedSigner]) -> None:
         """Raise unless a new authority in place of a lost one is what the operator wants."""
         if not self._settings.keys_persist:
             self._log.info("the KeyManager keeps no keys over a restart; a new CA is started")

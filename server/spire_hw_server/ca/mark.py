@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import EncodingError, SpireHwError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FILE_NAME: Final = "ca-authority.json"
 _FIELD: Final = "x509_authority_ids"

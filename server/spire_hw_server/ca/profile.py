@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import InvalidInputError, NotReadyError
-from spire_hw.spiffeid import TrustDomain
 from spire_hw.x509.name import CA_SUBJECT, with_organizational_unit
+
+if TYPE_CHECKING:
+    from spire_hw.spiffeid import TrustDomain
 
 # Certificates start a little early, for clocks that are a little late.
 BACKDATE: Final = timedelta(seconds=10)

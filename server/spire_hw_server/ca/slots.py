@@ -8,13 +8,15 @@ step makes a new value; storing it before use is the caller's business.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import Enum
-from typing import Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
 
 from spire_hw.errors import InvalidInputError, NotReadyError, SpireHwError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class SlotName(Enum):
