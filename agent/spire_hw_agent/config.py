@@ -22,7 +22,6 @@ from spire_hw.config.host import (
     HealthSettings,
     LogKeys,
     Override,
-    Port,
     health_settings,
     override,
     parse_socket_path,

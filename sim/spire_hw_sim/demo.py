@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TRUST_DOMAIN = "demo.example"
-_TOKEN_LABEL = "spire-ca"
+_LABEL = "spire-ca"
 _PCR = 7
 _KEPT = "demo left running; press Ctrl-C, or end this process, to stop it"
 
@@ -97,7 +97,7 @@ class Demo:
         """Initialise a PKCS#11 token with a random PIN in a private file."""
         hsm = SoftHsm(self.directory / "hsm")
         pin = "".join(secrets.choice("0123456789") for _ in range(8))
-        hsm.init_token(_TOKEN_LABEL, pin)
+        hsm.init_token(_LABEL, pin)
         self.module = hsm.module_path
         self.pin_file = self.directory / "pin"
         self.pin_file.touch(mode=0o600)
@@ -105,7 +105,7 @@ class Demo:
         self.say(
             "A PKCS#11 token is initialised for the server's CA keys",
             f"module  {self.module}",
-            f"token   {_TOKEN_LABEL}   (PIN in {self.pin_file}, mode 0600)",
+            f"token   {_LABEL}   (PIN in {self.pin_file}, mode 0600)",
         )
         return hsm.environment
 
@@ -143,7 +143,7 @@ class Demo:
                 port=self.port,
                 td=TRUST_DOMAIN,
                 module=self.module,
-                token=_TOKEN_LABEL,
+                token=_LABEL,
                 pin_file=self.pin_file,
                 roots=self.roots,
                 pcr=_PCR,
@@ -172,7 +172,7 @@ class Demo:
         """Ask the token, not the server, what the CA key is."""
         listed = subprocess.run(
             [
-                *("pkcs11-tool", "--module", str(self.module), "--token-label", _TOKEN),
+                *("pkcs11-tool", "--module", str(self.module), "--token-label", _LABEL),
                 *("--login", "--pin", "env:DEMO_PIN", "--list-objects", "--type", "privkey"),
             ],
             capture_output=True,
