@@ -64,6 +64,8 @@ class ServerSettings:
         store: the `DataStore "sql"` block; its data are checked by the datastore room.
         admin_ids: may call the admin API over TCP; foreign trust domains are possible.
         prune_attested_nodes_expired_for: None leaves expired nodes alone.
+        accept_lost_authorities: authority ids whose keys are gone for good; a new CA may be
+            started in their place.
         health: None when probes are not answered over HTTP.
         plugins: in the order of the file, disabled ones too.
         notices: what the operator should hear at start.
@@ -98,6 +100,7 @@ class ServerSettings:
     cache_reload_interval: timedelta = timedelta(seconds=5)
     full_cache_reload_interval: timedelta = timedelta(hours=24)
     prune_events_older_than: timedelta = timedelta(hours=12)
+    accept_lost_authorities: frozenset[str] = frozenset()
     health: HealthSettings | None = None
     notices: tuple[str, ...] = ()
     file: str = ""
@@ -138,6 +141,7 @@ class ExperimentalKeys(Model):
         "wit_key_type": None,
     }
 
+    accept_lost_authorities: list[str] = Field(default_factory=list)
     cache_reload_interval: Annotated[GoDuration, at_least(timedelta(milliseconds=100))] = timedelta(
         seconds=5
     )
@@ -293,6 +297,7 @@ def _build(
         cache_reload_interval=more.cache_reload_interval,
         full_cache_reload_interval=more.full_cache_reload_interval,
         prune_events_older_than=more.prune_events_older_than,
+        accept_lost_authorities=frozenset(more.accept_lost_authorities),
         health=health_settings(raw.health_checks),
         file=file,
     )

@@ -106,7 +106,7 @@ _SERVICES: Final[dict[str, dict[str, frozenset[CallerClass]]]] = {
         "RevokeWITAuthority": _OPERATOR,
     },
     # Ours: TPMs enrolled by endorsement key hash.
-    "spire_hw.server.v1.Tpm": {"AllowEk": _OPERATOR, "DenyEk": _OPERATOR, "ListEks": _OPERATOR},
+    "spire_hw.server.v1.Tpm": {"AllowEk": _LOCAL, "DenyEk": _LOCAL, "ListEks": _LOCAL},
 }
 
 # Served on the unix socket alone; on TCP they do not exist.
@@ -115,6 +115,7 @@ LOCAL_SERVICES: Final = frozenset(
         "spire.api.server.debug.v1.Debug",
         "spire.api.server.logger.v1.Logger",
         "grpc.health.v1.Health",
+        "spire_hw.server.v1.Tpm",
     }
 )
 
