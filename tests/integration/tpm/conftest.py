@@ -1,0 +1,89 @@
+"""TPMs for the tests: one is made per run, each test gets a copy of its state and a process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from spire_hw.log import get_logger
+from spire_hw.plugin.info import HostInfo, Side
+from spire_hw.spiffeid import TrustDomain
+from spire_hw_sim.clock import SimClock
+from spire_hw_sim.manufacturer import Manufacturer
+from spire_hw_sim.swtpm import Swtpm, is_available
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(frozen=True, slots=True)
+class Factory:
+    """A manufacturer and two different TPMs that left its factory."""
+
+    manufacturer: Manufacturer
+    first: Swtpm
+    second: Swtpm
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = str(Path(__file__).parent)
+    for item in items:
+        if str(item.path).startswith(here):
+            item.add_marker(pytest.mark.tpm)
+            if not is_available():
+                item.add_marker(pytest.mark.skip(reason="swtpm or swtpm_setup is not installed"))
+
+
+@pytest.fixture(scope="session")
+def factory(tmp_path_factory: pytest.TempPathFactory) -> Factory:
+    manufacturer = Manufacturer()
+    made = []
+    for name in ("first", "second"):
+        tpm = Swtpm(tmp_path_factory.mktemp(name), banks=("sha256", "sha384"))
+        with tpm:
+            manufacturer.equip(tpm, padding=7)
+        made.append(tpm)
+    return Factory(manufacturer, *made)
+
+
+def _copy(source: Swtpm, state_dir: Path) -> Iterator[Swtpm]:
+    with Swtpm(state_dir, clone_of=source) as tpm:
+        for pcr in range(8):
+            tpm.extend_pcr(pcr, b"firmware", banks=("sha256", "sha384"))
+        yield tpm
+
+
+@pytest.fixture
+def tpm(factory: Factory, tmp_path: Path) -> Iterator[Swtpm]:
+    yield from _copy(factory.first, tmp_path / "tpm")
+
+
+@pytest.fixture
+def other_tpm(factory: Factory, tmp_path: Path) -> Iterator[Swtpm]:
+    yield from _copy(factory.second, tmp_path / "other-tpm")
+
+
+@pytest.fixture
+def bare_tpm(tmp_path: Path) -> Iterator[Swtpm]:
+    """Give a TPM without certificates and without persistent keys."""
+    with Swtpm(tmp_path / "bare", persistent_ek=False) as tpm:
+        yield tpm
+
+
+@pytest.fixture
+def agent_host(tmp_path: Path) -> HostInfo:
+    return _host(Side.AGENT, tmp_path)
+
+
+@pytest.fixture
+def server_host(tmp_path: Path) -> HostInfo:
+    return _host(Side.SERVER, tmp_path)
+
+
+def _host(side: Side, data_dir: Path) -> HostInfo:
+    return HostInfo(
+        side, TrustDomain.parse("example.org"), data_dir, get_logger("test"), SimClock()
+    )
