@@ -16,7 +16,8 @@ def test_the_first_colon_parts_type_and_value() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "unix", ":", "unix:", ":uid", "a:\0", "a:\ud800", "a" * 256 + ":x", "a:" + "x" * 2049]
+    "text",
+    ["", "unix", ":", "unix:", ":uid", "a:\0", "a:\ud800", "a" * 256 + ":x", "a:" + "x" * 2049],
 )
 def test_malformed_selectors_are_refused(text: str) -> None:
     with pytest.raises(InvalidInputError):
