@@ -6,10 +6,8 @@ registered on TCP.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from spire_hw._pb import (
     hw_admin_pb2,
@@ -21,41 +19,25 @@ from spire_hw._pb import (
     server_logger_pb2,
     server_svid_pb2,
 )
-from spire_hw.bundle.bundle import Bundle
-from spire_hw.clock import Clock
-from spire_hw.log import Logger
 from spire_hw.rpc.health import health_methods
-from spire_hw.rpc.interceptors import Guard, Interceptor
 from spire_hw.rpc.server import TCP_RPC_LIMITS, RpcServer
 from spire_hw.rpc.service import Method, bind
-from spire_hw.spiffeid import SpiffeId, TrustDomain
 from spire_hw.transport.front import TcpFront, UnixFront
-from spire_hw.transport.tls import TlsIdentity
-from spire_hw_server.api.agent import AgentService
-from spire_hw_server.api.bundle import BundleService
-from spire_hw_server.api.debug import DebugService
-from spire_hw_server.api.entry import EntryService
-from spire_hw_server.api.localauthority import LocalAuthorityService
-from spire_hw_server.api.logger import LoggerService
-from spire_hw_server.api.svid import SvidService
-from spire_hw_server.api.tpm import TpmService
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from spire_hw.bundle.bundle import Bundle
+    from spire_hw.clock import Clock
+    from spire_hw.log import Logger
+    from spire_hw.rpc.interceptors import Guard, Interceptor
+    from spire_hw.spiffeid import SpiffeId, TrustDomain
+    from spire_hw.transport.tls import TlsIdentity
+    from spire_hw_server.api.services import Services
 
 SOCKET_MODE: Final = 0o770
 DIRECTORY_MODE: Final = 0o750
-
-
-@dataclass(frozen=True, slots=True)
-class Services:
-    """What is served."""
-
-    agent: AgentService
-    bundle: BundleService
-    entry: EntryService
-    svid: SvidService
-    local_authority: LocalAuthorityService
-    tpm: TpmService
-    debug: DebugService
-    logger: LoggerService
 
 
 def shared_methods(services: Services) -> list[Method]:

@@ -1,0 +1,468 @@
+"""The composition root: builds the server from its settings, runs it, closes it."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import signal
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Final
+
+from spire_hw import log as logs
+from spire_hw.aio.tasks import Tasks
+from spire_hw.catalog import SERVER_RULES, Catalog, PluginConfig, check_plugins
+from spire_hw.clock import Clock, SystemClock
+from spire_hw.errors import ConfigError, NotReadyError, SpireHwError, UnavailableError
+from spire_hw.plugin.info import HostInfo, PluginKind, Side
+from spire_hw.plugin.keymanager import Keys
+from spire_hw.x509.name import Subject
+from spire_hw_plugins import builtin
+from spire_hw_server.admission import JOIN_TOKEN, Admissions
+from spire_hw_server.api.health import HealthListener
+from spire_hw_server.api.listen import Doors, Endpoints
+from spire_hw_server.api.nodes import NodeCache
+from spire_hw_server.api.services import (
+    Parts,
+    build_health,
+    build_interceptors,
+    build_services,
+)
+from spire_hw_server.bundles import Bundles
+from spire_hw_server.ca.authority import Issuer
+from spire_hw_server.ca.identity import ServerIdentity
+from spire_hw_server.ca.manager import CaManager, CaSettings
+from spire_hw_server.ca.mark import AuthorityMark
+from spire_hw_server.ca.profile import Profile
+from spire_hw_server.datastore.config import parse_datastore
+from spire_hw_server.datastore.interface import Datastore, EntryFilter, NodeFilter, Page
+from spire_hw_server.datastore.sql.store import open_datastore
+from spire_hw_server.entries import EntryCache
+from spire_hw_server.housekeeping import Housekeeping, HousekeepingSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from pathlib import Path
+    from typing import Any
+
+    from spire_hw.bundle.bundle import Bundle
+    from spire_hw.errors import ConfigFault
+    from spire_hw.plugin.info import Builder
+    from spire_hw_server.api.health import Health
+    from spire_hw_server.config import ServerSettings
+
+GRACE_S: Final = 10.0
+LOCK_FILE: Final = "server.lock"
+_UMASK: Final = 0o027
+_FORGETFUL: Final = "memory"
+
+
+async def run(
+    settings: ServerSettings,
+    *,
+    clock: Clock | None = None,
+    on_ready: Callable[[], None] | None = None,
+) -> None:
+    """Run a server until SIGTERM or SIGINT; a signal during the start ends it as well.
+
+    Args:
+        settings: from server.conf.
+        clock: its time.
+        on_ready: called once the server answers.
+
+    Raises:
+        SpireHwError: it could not start, or a part of it broke down.
+    """
+    _tighten_umask()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    server = Server(settings, clock=clock)
+    tasks = Tasks(on_failure=lambda name, error: None)
+    try:
+        stopping = tasks.spawn("stop signal", stop.wait())
+        starting = tasks.spawn("start", server.start())
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            return
+        await starting
+        if on_ready is not None:
+            on_ready()
+        failing = tasks.spawn("failure", server.failed())
+        await asyncio.wait({failing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if failing.done():
+            await failing
+    finally:
+        await tasks.close()
+        await server.close()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+async def check_settings(
+    settings: ServerSettings, *, clock: Clock | None = None
+) -> list[ConfigFault]:
+    """Return the faults of plugins and store settings; no network, no device, no file is touched."""
+    faults: list[ConfigFault] = []
+    try:
+        parse_datastore(settings.store.data, settings.file)
+    except ConfigError as e:
+        faults += e.faults
+    host = _host(settings, clock or SystemClock(), None)
+    faults += await check_plugins(_plugins(settings), _table, host, SERVER_RULES, names=_names)
+    return sorted(faults, key=lambda f: f.line)
+
+
+class Server:
+    """One server: build it from settings, `start`, `close`."""
+
+    def __init__(self, settings: ServerSettings, *, clock: Clock | None = None) -> None:
+        self.settings = settings
+        self.clock = clock or SystemClock()
+        self.log = logs.get_logger("server")
+        self._stack = AsyncExitStack()
+        self._failure: asyncio.Future[None] | None = None
+        self._endpoints: Endpoints | None = None
+        self._health_listener: HealthListener | None = None
+        self._manager: CaManager | None = None
+        self._identity: ServerIdentity | None = None
+
+    @property
+    def port(self) -> int:
+        """Return the TCP port."""
+        return self._endpoints.port if self._endpoints is not None else self.settings.bind_port
+
+    @property
+    def health_port(self) -> int:
+        """Return the port of the health probes, 0 without them."""
+        return 0 if self._health_listener is None else self._health_listener.port
+
+    @property
+    def manager(self) -> CaManager:
+        """Return the CA manager of a started server."""
+        if self._manager is None:
+            raise NotReadyError("the server was not started")
+        return self._manager
+
+    @property
+    def identity(self) -> ServerIdentity:
+        """Return the own SVID of a started server."""
+        if self._identity is None:
+            raise NotReadyError("the server was not started")
+        return self._identity
+
+    async def start(self) -> None:
+        """Bring the server up; what was brought up before a failure is taken down again.
+
+        Raises:
+            SpireHwError: a part could not start; the message says which and why.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+
+    async def close(self) -> None:
+        """Take the server down; calls in progress have a while to finish."""
+        await self._stack.aclose()
+
+    async def failed(self) -> None:
+        """Wait until a part of the running server breaks down, and raise its error."""
+        if self._failure is None:
+            raise NotReadyError("the server was not started")
+        await asyncio.shield(self._failure)
+
+    async def _start(self) -> None:
+        settings = self.settings
+        for notice in settings.notices:
+            self.log.warning(notice)
+        self._failure = asyncio.get_running_loop().create_future()
+        self._stack.callback(self._failure.cancel)
+        prepare_data_dir(settings.data_dir, self.log)
+        self._stack.callback(lock_data_dir(settings.data_dir))
+        store = await self._open_store()
+        catalog = await Catalog.load(
+            _plugins(settings),
+            _table,
+            _host(settings, self.clock, store),
+            SERVER_RULES,
+            names=_names,
+        )
+        self._stack.push_async_callback(catalog.close)
+        parts = await self._open_parts(store, catalog)
+        health = build_health(parts, settings)
+        bundles = parts.bundles
+        self._endpoints = Endpoints(
+            Doors(
+                trust_domain=settings.trust_domain,
+                address=settings.bind_address,
+                port=settings.bind_port,
+                socket_path=settings.socket_path,
+                admin_ids=settings.admin_ids,
+                identity=parts.identity.tls_identity,
+                bundles=lambda: bundles.all,
+            ),
+            build_services(parts, settings),
+            build_interceptors(parts, settings),
+            is_healthy=health.is_healthy,
+            clock=self.clock,
+            log=logs.get_logger("api"),
+        )
+        await self._endpoints.start()
+        self._stack.push_async_callback(self._endpoints.close, GRACE_S)
+        await health.check_costly()
+        await self._listen_for_probes(health)
+        self._start_loops(parts, health)
+        self.log.info(
+            "server is ready",
+            trust_domain=str(settings.trust_domain),
+            address=f"{settings.bind_address}:{self.port}",
+            socket=str(settings.socket_path),
+        )
+
+    async def _open_store(self) -> Datastore:
+        settings = self.settings
+        config = parse_datastore(settings.store.data, settings.file)
+        store = await open_datastore(config, clock=self.clock, log=logs.get_logger("sql"))
+        self._stack.push_async_callback(store.close)
+        first = await store.list_entries(EntryFilter(), Page(size=1))
+        for entry in first.entries:
+            if entry.spiffe_id.trust_domain != settings.trust_domain:
+                raise NotReadyError(
+                    f'the datastore belongs to trust domain "{entry.spiffe_id.trust_domain}", the '
+                    f'configuration is for "{settings.trust_domain}"; use another database or '
+                    "correct trust_domain"
+                )
+        nodes = await store.list_nodes(NodeFilter(), Page(size=1))
+        for node in nodes.nodes:
+            if node.agent_id.trust_domain != settings.trust_domain:
+                self.log.warning(
+                    "an attested node is of another trust domain", id=str(node.agent_id)
+                )
+        return store
+
+    async def _open_parts(self, store: Datastore, catalog: Catalog) -> Parts:
+        settings, clock = self.settings, self.clock
+        poll_s = settings.cache_reload_interval.total_seconds()
+        full_s = settings.full_cache_reload_interval.total_seconds()
+        log = logs.get_logger("cache")
+        bundles = Bundles(
+            store,
+            trust_domain=settings.trust_domain,
+            clock=clock,
+            log=log,
+            poll_s=poll_s,
+            full_reload_s=full_s,
+        )
+        await bundles.start()
+        self._stack.push_async_callback(bundles.close)
+        entries = EntryCache(
+            store,
+            trust_domain=settings.trust_domain,
+            clock=clock,
+            log=log,
+            poll_s=poll_s,
+            full_reload_s=full_s,
+        )
+        await entries.start()
+        self._stack.push_async_callback(entries.close)
+        nodes = NodeCache(store, clock=clock, log=log)
+        await nodes.start()
+        issuer = Issuer(_profile(settings), clock)
+        manager = await self._open_ca(store, bundles, issuer, catalog)
+        identity = ServerIdentity(
+            issuer,
+            settings.ca_key_type,
+            is_tainted=lambda authority_id: _is_tainted(bundles.own, authority_id),
+            clock=clock,
+            log=logs.get_logger("svid_rotator"),
+        )
+        await identity.renew()
+        self._manager, self._identity = manager, identity
+        admissions = Admissions(
+            store,
+            trust_domain=settings.trust_domain,
+            attestors={p.name: p.plugin for p in catalog.all(PluginKind.NODE_ATTESTOR)},
+            clock=clock,
+            log=logs.get_logger("admission"),
+        )
+        return Parts(
+            clock=clock,
+            store=store,
+            entries=entries,
+            bundles=bundles,
+            nodes=nodes,
+            issuer=issuer,
+            manager=manager,
+            identity=identity,
+            admissions=admissions,
+        )
+
+    async def _open_ca(
+        self, store: Datastore, bundles: Bundles, issuer: Issuer, catalog: Catalog
+    ) -> CaManager:
+        settings = self.settings
+        keys = catalog.one(PluginKind.KEY_MANAGER)
+        manager = CaManager(
+            CaSettings(
+                trust_domain=settings.trust_domain,
+                ca_ttl=settings.ca_ttl,
+                ca_key_type=settings.ca_key_type,
+                jwt_key_type=settings.jwt_key_type,
+                jwt_enabled=not settings.disable_jwt_svids,
+                keys_persist=keys.name != _FORGETFUL,
+                accept_lost_authorities=settings.accept_lost_authorities,
+            ),
+            keys=Keys(keys.plugin, keys.name),
+            store=store,
+            bundles=bundles,
+            issuer=issuer,
+            mark=AuthorityMark(settings.data_dir),
+            clock=self.clock,
+            log=logs.get_logger("ca_manager"),
+        )
+        await manager.start()
+        return manager
+
+    async def _listen_for_probes(self, health: Health) -> None:
+        where = self.settings.health
+        if where is None:
+            return
+        listener = HealthListener(
+            health,
+            address=where.bind_address,
+            port=where.bind_port,
+            live_path=where.live_path,
+            ready_path=where.ready_path,
+        )
+        await listener.start()
+        self._stack.push_async_callback(listener.close)
+        self._health_listener = listener
+
+    def _start_loops(self, parts: Parts, health: Health) -> None:
+        settings = self.settings
+        housekeeping = Housekeeping(
+            parts.store,
+            HousekeepingSettings(
+                nodes_after=settings.prune_attested_nodes_expired_for,
+                nodes_batch=settings.prune_attested_nodes_batch_size,
+                tofu_nodes=settings.prune_tofu_nodes,
+                changes_after=settings.prune_events_older_than,
+            ),
+            clock=self.clock,
+            log=logs.get_logger("housekeeping"),
+        )
+        loops: dict[str, Coroutine[Any, Any, None]] = {
+            "CA rotation": parts.manager.run(),
+            "server SVID rotation": parts.identity.run(),
+            "node cache": parts.nodes.run(),
+            "housekeeping": housekeeping.run(),
+            "health": health.run(),
+        }
+        tasks = Tasks(on_failure=self._broke_down)
+        self._stack.push_async_callback(tasks.close)
+        for name, loop in loops.items():
+            tasks.start(name, loop)
+
+    def _broke_down(self, name: str, error: BaseException) -> None:
+        self.log.error("a part of the server broke down", part=name, exc_info=error)
+        if self._failure is not None and not self._failure.done():
+            self._failure.set_exception(SpireHwError(f"{name} broke down: {error}"))
+
+
+def _profile(settings: ServerSettings) -> Profile:
+    subject = Subject(
+        country=settings.ca_subject.country,
+        organization=settings.ca_subject.organization,
+        common_name=settings.ca_subject.common_name,
+    )
+    return Profile(
+        trust_domain=settings.trust_domain,
+        x509_svid_ttl=settings.x509_svid_ttl,
+        jwt_svid_ttl=settings.jwt_svid_ttl,
+        agent_ttl=settings.agent_ttl,
+        jwt_issuer=settings.jwt_issuer,
+        ca_subject=subject.encode(),
+    )
+
+
+def _is_tainted(bundle: Bundle, authority_id: str) -> bool:
+    return any(r.tainted and r.authority_id == authority_id for r in bundle.x509_authorities)
+
+
+def prepare_data_dir(data_dir: Path, log: logs.Logger) -> None:
+    """Make the data directory, open to its owner alone.
+
+    Raises:
+        UnavailableError: it cannot be made, or is no directory.
+    """
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mode = data_dir.stat().st_mode & 0o777
+    except OSError as e:
+        raise UnavailableError(f"data_dir {data_dir} cannot be used: {e.strerror}") from e
+    if mode & 0o022:
+        log.warning("others may write to data_dir", data_dir=str(data_dir), mode=f"{mode:04o}")
+
+
+def lock_data_dir(data_dir: Path) -> Callable[[], None]:
+    """Make sure that no other server runs on a data directory.
+
+    Returns:
+        What lets go of it.
+
+    Raises:
+        UnavailableError: another process has it, or the lock file cannot be written.
+    """
+    path = data_dir / LOCK_FILE
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as e:
+        raise UnavailableError(f"cannot open {path}: {e.strerror}") from e
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        os.close(fd)
+        raise UnavailableError(
+            f"another server runs on data_dir {data_dir} (it holds {path}); stop it first"
+        ) from e
+    return lambda: os.close(fd)
+
+
+def _tighten_umask() -> None:
+    before = os.umask(_UMASK)
+    os.umask(before | _UMASK)
+    if before | _UMASK != before:
+        logs.get_logger("server").info(
+            "umask tightened", before=f"{before:04o}", now=f"{before | _UMASK:04o}"
+        )
+
+
+def _plugins(settings: ServerSettings) -> list[PluginConfig]:
+    """Return the configured plugins without `join_token`, which is part of the server."""
+    return [
+        p
+        for p in settings.plugins
+        if p.cmd or (p.kind, p.name) != (PluginKind.NODE_ATTESTOR, JOIN_TOKEN)
+    ]
+
+
+def _table(kind: PluginKind, name: str) -> Builder:
+    return builtin.lookup(kind, name, Side.SERVER)
+
+
+def _names(kind: PluginKind) -> list[str]:
+    return builtin.names(kind, Side.SERVER)
+
+
+def _host(settings: ServerSettings, clock: Clock, store: Datastore | None) -> HostInfo:
+    return HostInfo(
+        side=Side.SERVER,
+        trust_domain=settings.trust_domain,
+        data_dir=settings.data_dir,
+        log=logs.get_logger("catalog"),
+        clock=clock,
+        ek_list=store,
+    )
