@@ -195,6 +195,11 @@ class TokenError(DeviceError):
             kind=row.kind,
         )
 
+    @property
+    def is_pin_refusal(self) -> bool:
+        """Tell whether the token was given a PIN and did not take it."""
+        return self.cure is Cure.OPERATOR and self.code != 0
+
     def to_dict(self) -> dict[str, str | int]:
         """Return the fields that travel from a worker to its host."""
         return {

@@ -7,7 +7,7 @@ it and a full SoftHSM destroys the object it was to change.
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11 import MGF, Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass
 from pkcs11.constants import DEFAULT
@@ -16,8 +16,10 @@ from pkcs11.exceptions import PKCS11Error
 from spire_hw.errors import ErrorKind
 from spire_hw.pkcs11.errors import Cure, TokenError, ckr_of
 from spire_hw.pkcs11.keys import CKM_ECDSA, CKM_RSA_PKCS, CKM_RSA_PKCS_PSS
-from spire_hw.pkcs11.token import TokenSession
 from spire_hw.pkcs11.wire import SignItem, pack_bytes
+
+if TYPE_CHECKING:
+    from spire_hw.pkcs11.token import TokenSession
 
 _EVIDENCE: Final = {
     "LOCAL": Attribute.LOCAL,
@@ -242,7 +244,7 @@ class TokenObjects:
             return error
         return signature
 
-    def _private_key(self, cka_id: bytes) -> Any:  # noqa: ANN401 - classes made at run time
+    def _private_key(self, cka_id: bytes) -> Any:
         wanted = {Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.ID: cka_id}
         found = self._find(wanted)
         if len(found) == 1:
@@ -273,7 +275,7 @@ class TokenObjects:
         self._token.renew()
 
 
-def _read(item: Any, attribute: Attribute) -> object:  # noqa: ANN401 - as above
+def _read(item: Any, attribute: Attribute) -> object:
     # An attribute that cannot be read or decoded counts as not proven, see inventory.
     try:
         return item[attribute]
@@ -285,7 +287,7 @@ def _pack(value: object) -> str:
     return pack_bytes(bytes(value)) if isinstance(value, bytes | bytearray) else ""
 
 
-def _describe(item: Any, label: str, *, is_private: bool) -> dict[str, Any]:  # noqa: ANN401
+def _describe(item: Any, label: str, *, is_private: bool) -> dict[str, Any]:
     evidence: dict[str, bool | int | None] = {}
     if is_private:
         for name, attribute in _EVIDENCE.items():
@@ -304,7 +306,7 @@ def _describe(item: Any, label: str, *, is_private: bool) -> dict[str, Any]:  # 
     }
 
 
-def _material(item: Any) -> dict[str, Any] | None:  # noqa: ANN401 - as above
+def _material(item: Any) -> dict[str, Any] | None:
     kind = _read(item, Attribute.KEY_TYPE)
     if not isinstance(kind, int):
         return None

@@ -10,12 +10,14 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Callable
-from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from spire_hw.errors import ErrorKind
 from spire_hw.pkcs11.errors import Cure, TokenError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 _MAX_BYTES: Final = 256
 

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.aio.tasks import Tasks
 from spire_hw.errors import EncodingError, ErrorKind, LimitError, SpireHwError, UnavailableError
-from spire_hw.log import Logger
 from spire_hw.pkcs11.errors import Cure, TokenError
-from spire_hw.pkcs11.keys import SignRequest
-from spire_hw.pkcs11.process import Finish
 from spire_hw.pkcs11.seat import Opening, Seat, TokenFacts
 from spire_hw.pkcs11.wire import (
     MAX_BATCH,
@@ -31,6 +27,13 @@ from spire_hw.pkcs11.wire import (
     encode_items,
     encode_json,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from spire_hw.log import Logger
+    from spire_hw.pkcs11.keys import SignRequest
+    from spire_hw.pkcs11.process import Finish
 
 _DRAIN_S: Final = 5.0
 _ADMIN_WAIT_S: Final = 10.0
@@ -97,6 +100,11 @@ class Pool:
         if self._admin.facts is None:
             raise UnavailableError("token was never opened")
         return self._admin.facts
+
+    @property
+    def limits(self) -> Limits:
+        """Return the bounds."""
+        return self._limits
 
     @property
     def worker_pids(self) -> list[int]:

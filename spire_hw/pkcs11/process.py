@@ -156,6 +156,7 @@ class WorkerProcess(asyncio.Protocol):
         assert isinstance(transport, asyncio.WriteTransport)  # noqa: S101 - narrows for mypy
         self._transport = transport
 
+    @override
     def data_received(self, data: bytes) -> None:
         """Take bytes from the worker apart into answers."""
         self._buffer += data
@@ -248,7 +249,7 @@ def _spawn(launch: Launch, theirs: socket.socket) -> subprocess.Popen[bytes]:
     # A session of its own keeps the terminal's Ctrl-C away: the host ends its workers in order.
     return subprocess.Popen(  # noqa: S603 - our own interpreter and module
         [*launch.command, str(os.getpid())],
-        stdin=theirs,
+        stdin=theirs.fileno(),
         stdout=subprocess.DEVNULL,
         env=dict(launch.environment),
         cwd="/",

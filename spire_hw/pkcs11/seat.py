@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.aio.backoff import Backoff
 from spire_hw.errors import ErrorKind, SpireHwError
-from spire_hw.log import Logger
 from spire_hw.pkcs11.errors import Cure, TokenError
-from spire_hw.pkcs11.pin import PinGuard
 from spire_hw.pkcs11.process import Launch, WorkerProcess
 from spire_hw.pkcs11.wire import Kind, decode_json, encode_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from spire_hw.log import Logger
+    from spire_hw.pkcs11.pin import PinGuard
 
 _PING_EVERY_S: Final = 15.0
 _PING_LIMIT_S: Final = 10.0
@@ -78,9 +81,8 @@ class Opening:
             return worker, _facts(decode_json(answer))
         except BaseException as e:
             # Only what C_Login answered is held against the PIN: flags are asked before each try.
-            if isinstance(e, TokenError) and e.operation == "login" and e.cure is Cure.OPERATOR:
-                if e.code:
-                    self.guard.refuse(pin, e.message)
+            if isinstance(e, TokenError) and e.operation == "login" and e.is_pin_refusal:
+                self.guard.refuse(pin, e.message)
             worker.kill()
             raise
 

@@ -145,7 +145,7 @@ class TokenSession:
         Raises:
             TokenError: it is not; the worker must be replaced.
         """
-        state = _session_state(self._choice.module, self.session.handle)
+        state = _session_state(self._choice.module, self.session)
         if state not in _CKS_LOGGED_IN:
             raise self._lost("the session is not logged in")
 
@@ -172,7 +172,7 @@ def serial_of(token: Token) -> str:
     return token.serial.decode("ascii", "replace").strip("\0 ")
 
 
-def _load(module: str) -> Any:  # noqa: ANN401 - the binding's class is private
+def _load(module: str) -> Any:
     try:
         return pkcs11.lib(module)
     except PKCS11Error as e:
@@ -194,7 +194,7 @@ def _load(module: str) -> Any:  # noqa: ANN401 - the binding's class is private
         ) from e
 
 
-def _choose(library: Any, choice: TokenChoice) -> Token:  # noqa: ANN401 - as above
+def _choose(library: Any, choice: TokenChoice) -> Token:
     seen: list[Token] = []
     for slot in library.get_slots(token_present=True):
         try:
@@ -261,7 +261,7 @@ class _SessionInfo(ctypes.Structure):
     )
 
 
-def _session_state(module: str, handle: int) -> int:
+def _session_state(module: str, session: Session) -> int:
     """Return the CKS state of a session, -1 when the token does not know it.
 
     python-pkcs11 has no C_GetSessionInfo; the module is loaded, so its function list is asked.
@@ -275,6 +275,7 @@ def _session_state(module: str, handle: int) -> int:
         return -1
     function = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p)(address)
     info = _SessionInfo()
+    handle: int = getattr(session, "handle")  # noqa: B009 - missing in the binding's stubs
     if function(handle, ctypes.byref(info)) != 0:
         return -1
     return int(info.state)

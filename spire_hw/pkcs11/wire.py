@@ -11,14 +11,16 @@ import base64
 import binascii
 import json
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.errors import EncodingError
 from spire_hw.pkcs11.errors import TokenError
 from spire_hw.pkcs11.keys import SignRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 HEADER: Final = struct.Struct(">IBI")
 MAX_BODY: Final = 4 << 20

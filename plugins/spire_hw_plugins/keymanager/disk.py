@@ -15,7 +15,7 @@ import os
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Final, cast, TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Final
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
@@ -28,9 +28,9 @@ from spire_hw.plugin.info import HostInfo, Side
 from spire_hw_plugins.keymanager.software import SoftwareKey, SoftwareKeys
 
 if TYPE_CHECKING:
-    from spire_hw.config.hcl import Body
-    from spire_hw.key import PrivateKey
     from collections.abc import Mapping
+
+    from spire_hw.config.hcl import Body
 
 NAME: Final = "disk"
 _FILE_NAME: Final = "keys.json"
@@ -156,7 +156,7 @@ def _parse_key(key_id: str, text: object) -> SoftwareKey:
     if not isinstance(private_key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
         raise InvalidInputError(f'key "{key_id}" is neither an RSA nor an EC key')
     try:
-        return SoftwareKey.of(key_id, cast("PrivateKey", private_key))
+        return SoftwareKey.of(key_id, private_key)
     except InvalidInputError as e:
         raise InvalidInputError(f'key "{key_id}": {e.message}') from None
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Final, TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from spire_hw.config.schema import Model, decode, faults
 from spire_hw_plugins.keymanager.software import SoftwareKeys
 
 if TYPE_CHECKING:
     from spire_hw.config.hcl import Body
-    from spire_hw.plugin.info import HostInfo
     from spire_hw.errors import ConfigFault
+    from spire_hw.plugin.info import HostInfo
 
 NAME: Final = "memory"
 

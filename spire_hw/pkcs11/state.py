@@ -1,0 +1,174 @@
+"""The host's own note of which keys it had on which token.
+
+A token that went away lists nothing, without any error; without this note that would read as "no
+keys yet" and a server would make itself a new CA. No secret is in it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from spire_hw.errors import ErrorKind
+from spire_hw.key import spki_der
+from spire_hw.pkcs11.errors import Cure, TokenError
+from spire_hw.pkcs11.labels import Owner
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from spire_hw.pkcs11.inventory import Entry
+
+_MAX_BYTES: Final = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class KnownKey:
+    """A key as it was when it was last seen.
+
+    Attributes:
+        generation: its generation.
+        cka_id: its CKA_ID.
+        spki: its DER SubjectPublicKeyInfo.
+    """
+
+    generation: int
+    cka_id: bytes
+    spki: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What the note holds.
+
+    Attributes:
+        owner: whose keys.
+        token_label: label of the token.
+        token_serial: serial number of the token; empty before the first key.
+        keys: by key id, oldest first.
+        halves: CKA_ID in hex of halves of pairs, to when they were first seen (Unix seconds).
+    """
+
+    owner: Owner
+    token_label: str = ""
+    token_serial: str = ""
+    keys: dict[str, KnownKey] = field(default_factory=dict)
+    halves: dict[str, float] = field(default_factory=dict)
+
+    def with_entry(self, entry: Entry) -> State:
+        """Return the state with one key added or replaced, as the newest."""
+        keys = {key_id: known for key_id, known in self.keys.items() if key_id != entry.key_id}
+        keys[entry.key_id] = KnownKey(entry.generation, entry.cka_id, spki_der(entry.public_key))
+        return replace(self, keys=keys)
+
+
+class StateFile:
+    """Where the note is kept: one JSON file, replaced atomically."""
+
+    def __init__(self, directory: Path, owner: Owner) -> None:
+        self._owner = owner
+        name = owner.prefix.strip(":").replace(":", "-")
+        self.path = directory / f"pkcs11-{name}.json"
+
+    def load(self) -> State:
+        """Return the note; an empty one when there is no file.
+
+        Raises:
+            TokenError: FAILED_PRECONDITION, the file cannot be read or is not ours.
+        """
+        try:
+            with self.path.open("rb") as file:
+                content = file.read(_MAX_BYTES)
+        except FileNotFoundError:
+            return State(self._owner)
+        except OSError as e:
+            raise self._unusable(e.strerror or "cannot be read") from e
+        try:
+            state = _parse(json.loads(content))
+        except (ValueError, KeyError, TypeError, AttributeError, binascii.Error, RecursionError):
+            raise self._unusable("does not decode") from None
+        if state.owner != self._owner:
+            raise self._unusable(f'belongs to server "{state.owner.server}"')
+        return state
+
+    def save(self, state: State) -> None:
+        """Write the note and make it durable.
+
+        Raises:
+            TokenError: INTERNAL, it cannot be written; the old one is intact.
+        """
+        draft = self.path.with_name(f".{self.path.name}.new")
+        try:
+            draft.unlink(missing_ok=True)
+            handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(_encode(state))
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(self.path)
+            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as e:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+            raise TokenError(
+                f"key manifest {self.path} cannot be written: {e.strerror}",
+                reason="hsm.state_write",
+                operation="write manifest",
+            ) from e
+
+    def _unusable(self, reason: str) -> TokenError:
+        return TokenError(
+            f"key manifest {self.path} {reason}",
+            reason="hsm.state_read",
+            operation="read manifest",
+            cure=Cure.OPERATOR,
+            kind=ErrorKind.FAILED_PRECONDITION,
+        )
+
+
+def _encode(state: State) -> bytes:
+    fields = {
+        "version": 1,
+        "trust_domain": state.owner.trust_domain,
+        "server": state.owner.server,
+        "token": {"label": state.token_label, "serial": state.token_serial},
+        "keys": {
+            key_id: {
+                "generation": known.generation,
+                "cka_id": known.cka_id.hex(),
+                "public_key": base64.b64encode(known.spki).decode("ascii"),
+            }
+            for key_id, known in state.keys.items()
+        },
+        "halves": state.halves,
+    }
+    return json.dumps(fields, indent="\t").encode("utf-8")
+
+
+def _parse(fields: Any) -> State:
+    if fields["version"] != 1:
+        raise ValueError("unknown version")
+    keys = {
+        str(key_id): KnownKey(
+            int(known["generation"]),
+            bytes.fromhex(known["cka_id"]),
+            base64.b64decode(known["public_key"], validate=True),
+        )
+        for key_id, known in fields["keys"].items()
+    }
+    return State(
+        owner=Owner(str(fields["trust_domain"]), str(fields["server"])),
+        token_label=str(fields["token"]["label"]),
+        token_serial=str(fields["token"]["serial"]),
+        keys=keys,
+        halves={str(cka_id): float(seen) for cka_id, seen in fields["halves"].items()},
+    )
