@@ -3,18 +3,17 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import pytest
+from cryptography import x509
+
 from spire_hw.cli.run import ExitCode, run
-from spire_hw.key import fingerprint, spki_der
+from spire_hw.key import check_public_key, fingerprint, spki_der
 from spire_hw_agent.cli.tpm import group
 from spire_hw_sim.tpm_command import ENDORSEMENT
 from tests.integration.tpm.leaks import nothing_left_behind
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import pytest
-from cryptography import x509
-    from cryptography.x509 import Certificate
 
     from spire_hw_sim.swtpm import Swtpm
 
@@ -46,11 +45,9 @@ def test_the_hash_is_that_of_the_certified_key(
 ) -> None:
     run(group, "tpm", ["ek-hash", "-output", "json", "-tcti", tpm.tcti])
     shown = json.loads(capsys.readouterr().out)
-    certificate: Certificate = x509.load_der_x509_certificate(
-        bytes.fromhex(shown["certificate"]["der"])
-    )
-    key = certificate.public_key()
-    assert shown["ek_hash"] == fingerprint(spki_der(key))  # type: ignore[arg-type]
+    certificate = x509.load_der_x509_certificate(bytes.fromhex(shown["certificate"]["der"]))
+    key = check_public_key(certificate.public_key())
+    assert shown["ek_hash"] == fingerprint(spki_der(key))
 
 
 def test_a_tpm_without_certificate_has_a_hash(
