@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 from spire_hw import __version__
 from spire_hw.aio.tasks import Tasks
 from spire_hw.bundle.bundle import Bundle
-from spire_hw.catalog import AGENT_RULES, Catalog
+from spire_hw.catalog import AGENT_RULES, Catalog, check_plugins
 from spire_hw.clock import Clock, SystemClock
 from spire_hw.errors import SpireHwError
 from spire_hw.log import get_logger
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
 
+    from spire_hw.errors import ConfigFault
+    from spire_hw.plugin.info import Builder
     from spire_hw_agent.config import AgentSettings
 
 _STARTING = "the agent is starting: it has not synchronised with the server yet"
@@ -164,20 +166,12 @@ class Agent:
         )
 
     async def _plugins(self) -> Catalog:
-        host = HostInfo(
-            side=Side.AGENT,
-            trust_domain=self.settings.trust_domain,
-            data_dir=self.settings.data_dir,
-            log=get_logger("catalog"),
-            clock=self._clock,
-            join_token=self.settings.join_token,
-        )
         catalog = await Catalog.load(
             self.settings.plugins,
-            lambda kind, name: lookup(kind, name, Side.AGENT),
-            host,
+            _table,
+            _host(self.settings, self._clock),
             AGENT_RULES,
-            names=lambda kind: names(kind, Side.AGENT),
+            names=_names,
         )
         self._stack.push_async_callback(catalog.close)
         return catalog
@@ -257,6 +251,31 @@ class Agent:
         await self._stack.aclose()
         if self._ended is not None and not self._ended.done():
             self._ended.cancel()
+
+
+def _host(settings: AgentSettings, clock: Clock) -> HostInfo:
+    return HostInfo(
+        side=Side.AGENT,
+        trust_domain=settings.trust_domain,
+        data_dir=settings.data_dir,
+        log=get_logger("catalog"),
+        clock=clock,
+        join_token=settings.join_token,
+    )
+
+
+def _table(kind: PluginKind, name: str) -> Builder:
+    return lookup(kind, name, Side.AGENT)
+
+
+def _names(kind: PluginKind) -> list[str]:
+    return names(kind, Side.AGENT)
+
+
+async def check(settings: AgentSettings) -> list[ConfigFault]:
+    """Return the faults of all plugins' configurations; touches no network and no device."""
+    host = _host(settings, SystemClock())
+    return await check_plugins(settings.plugins, _table, host, AGENT_RULES, names=_names)
 
 
 async def run(settings: AgentSettings, *, on_ready: Callable[[], None] | None = None) -> None:
