@@ -396,11 +396,9 @@ def _make(config: PluginConfig, table: Table, host: HostInfo, names: Names | Non
         builder = table(config.kind, config.name)
     except NotFoundError as e:
         known = sorted(names(config.kind)) if names is not None else []
-        if not known:
+        if not known or any(name in e.message for name in known):
             raise
-        listed = f" (there are: {', '.join(known)})"
-        hint = nearest(config.name, known) or listed
-        raise NotFoundError(f"no built-in plugin has this name{hint}") from e
+        raise NotFoundError(f"{e.message}; there are {', '.join(known)}") from e
     except ImportError as e:
         raise UnavailableError(f"needs a library that is not installed: {e}") from e
     log = host.log.bind(plugin_type=config.kind.value, plugin_name=config.name)

@@ -1,1 +1,1 @@
-"""What the commands of both programs share."""
+"""What our command line programs share: Go's flag syntax, output, exit codes."""

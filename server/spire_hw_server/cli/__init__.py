@@ -1,1 +1,1 @@
-"""Commands of `spire-hw-server`."""
+"""The `spire-hw-server` command: one file for each noun."""

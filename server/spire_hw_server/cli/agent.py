@@ -1,0 +1,259 @@
+"""Attested agents."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, Final
+
+import click
+from google.protobuf import wrappers_pb2
+
+from spire_hw._pb import server_agent_pb2, types_pb2
+from spire_hw.cli.flags import DURATION, F, GoGroup, flag
+from spire_hw.cli.output import complain, count_of, epoch, go_time, table
+from spire_hw.cli.run import batch_code
+from spire_hw.clock import SystemClock
+from spire_hw.errors import SpireHwError
+from spire_hw_server.cli.connect import (
+    MATCH_NAMES,
+    Admin,
+    Session,
+    admin_flags,
+    id_message,
+    id_text,
+    selector_match,
+)
+
+_AGENT: Final = server_agent_pb2.DESCRIPTOR.services_by_name["Agent"]
+_LABEL_WIDTH: Final = 18
+_PAGE: Final = 1000
+
+
+@click.group("agent", cls=GoGroup)
+def group() -> None:
+    """Attested agents."""
+
+
+def _filter_flags(command: F) -> F:
+    for add in (
+        flag("attestationType", "Only agents attested this way, such as tpm.", default=""),
+        flag("banned", "Only banned agents, or with =false those that are not.", type=bool),
+        flag("canReattest", "Only agents that can (=false: cannot) attest again.", type=bool),
+        flag("expiresBefore", "Only agents whose SVID expires before this time.", default=""),
+        flag(
+            "matchSelectorsOn",
+            "How selectors are compared.",
+            type=click.Choice(MATCH_NAMES),
+            default="superset",
+        ),
+        flag("selector", "Only agents with this type:value selector.", repeated=True),
+    ):
+        command = add(command)
+    return command
+
+
+def _fill(
+    message: Any,
+    *,
+    attestation_type: str,
+    banned: bool | None,
+    can_reattest: bool | None,
+    expires_before: str,
+    match_selectors_on: str,
+    selector: tuple[str, ...],
+) -> None:
+    """Put the conditions of the flags into the filter of a list or count request."""
+    message.by_attestation_type = attestation_type
+    message.by_expires_before = expires_before
+    if banned is not None:
+        message.by_banned.CopyFrom(wrappers_pb2.BoolValue(value=banned))
+    if can_reattest is not None:
+        message.by_can_reattest.CopyFrom(wrappers_pb2.BoolValue(value=can_reattest))
+    if selector:
+        message.by_selector_match.CopyFrom(selector_match(selector, match_selectors_on))
+
+
+async def _list(
+    session: Session, request: server_agent_pb2.ListAgentsRequest
+) -> server_agent_pb2.ListAgentsResponse:
+    found = server_agent_pb2.ListAgentsResponse()
+    request.page_size = _PAGE
+    while True:
+        page = await session.call(_AGENT, "ListAgents", request)
+        found.agents.extend(page.agents)
+        request.page_token = page.next_page_token
+        if not request.page_token:
+            return found
+
+
+@group.command(
+    "list",
+    examples="""
+    spire-hw-server agent list
+    spire-hw-server agent list -attestationType tpm -banned=false
+    spire-hw-server agent list -selector tpm:pub_hash:2f0e...c41 -output json
+    """,
+)
+@_filter_flags
+@admin_flags
+def list_agents(admin: Admin, **conditions: Any) -> None:
+    """List attested agents."""
+    request = server_agent_pb2.ListAgentsRequest()
+    request.filter.SetInParent()
+    _fill(request.filter, **conditions)
+    answer = admin.run(lambda session: _list(session, request))
+
+    def pretty() -> None:
+        if not answer.agents:
+            click.echo("No attested agents found")
+            return
+        number = count_of(len(answer.agents), "attested agent", "attested agents")
+        click.echo(f"Found {number}:\n")
+        for agent in answer.agents:
+            click.echo(agent_text(agent))
+
+    admin.printer.message(answer, pretty)
+
+
+@group.command("count", examples="spire-hw-server agent count -attestationType tpm")
+@_filter_flags
+@admin_flags
+def count(admin: Admin, **conditions: Any) -> None:
+    """Count attested agents."""
+    request = server_agent_pb2.CountAgentsRequest()
+    request.filter.SetInParent()
+    _fill(request.filter, **conditions)
+    answer = admin.call(_AGENT, "CountAgents", request)
+    text = count_of(answer.count, "attested agent", "attested agents")
+    admin.printer.message(answer, lambda: click.echo(text))
+
+
+def _id_flag(command: F) -> F:
+    return flag("spiffeID", "SPIFFE ID of the agent.", default="")(command)
+
+
+@group.command(
+    "show",
+    examples="spire-hw-server agent show -spiffeID spiffe://example.org/spire/agent/tpm/2f0e...c41",
+)
+@_id_flag
+@admin_flags
+def show(admin: Admin, spiffe_id: str) -> None:
+    """Show one attested agent."""
+    request = server_agent_pb2.GetAgentRequest(id=id_message(spiffe_id))
+    agent = admin.call(_AGENT, "GetAgent", request)
+
+    def pretty() -> None:
+        click.echo("Found an attested agent given its SPIFFE ID\n")
+        click.echo(agent_text(agent))
+        rows = [("Selectors", f"{s.type}:{s.value}") for s in agent.selectors]
+        click.echo(table(rows, _LABEL_WIDTH), nl=False)
+
+    admin.printer.message(agent, pretty)
+
+
+@group.command(
+    "evict",
+    examples="spire-hw-server agent evict -spiffeID spiffe://example.org/spire/agent/tpm/2f0e...c41",
+)
+@_id_flag
+@admin_flags
+def evict(admin: Admin, spiffe_id: str) -> None:
+    """Forget an agent; it may attest again."""
+    request = server_agent_pb2.DeleteAgentRequest(id=id_message(spiffe_id))
+    answer = admin.call(_AGENT, "DeleteAgent", request)
+    admin.printer.message(answer, lambda: click.echo("Agent evicted successfully"))
+
+
+@group.command(
+    "ban",
+    examples="spire-hw-server agent ban -spiffeID spiffe://example.org/spire/agent/tpm/2f0e...c41",
+)
+@_id_flag
+@admin_flags
+def ban(admin: Admin, spiffe_id: str) -> None:
+    """Refuse an agent from now on; `agent evict` lets it attest again."""
+    request = server_agent_pb2.BanAgentRequest(id=id_message(spiffe_id))
+    answer = admin.call(_AGENT, "BanAgent", request)
+    admin.printer.message(answer, lambda: click.echo("Agent banned successfully"))
+
+
+@group.command(
+    "purge",
+    examples="""
+    spire-hw-server agent purge -dryRun
+    spire-hw-server agent purge -expiredFor 48h
+    """,
+)
+@flag("dryRun", "Print what would be purged and do nothing.", type=bool, default=False)
+@flag(
+    "expiredFor",
+    "How long the agent's SVID must have been expired.",
+    type=DURATION,
+    default=timedelta(hours=720),
+)
+@admin_flags
+@click.pass_context
+def purge(ctx: click.Context, /, admin: Admin, *, dry_run: bool, expired_for: timedelta) -> None:
+    """Forget agents that expired long ago and can attest again."""
+    before = SystemClock().now() - expired_for
+
+    async def work(session: Session) -> list[dict[str, Any]]:
+        request = server_agent_pb2.ListAgentsRequest(
+            filter={"by_can_reattest": wrappers_pb2.BoolValue(value=True)},
+            output_mask=types_pb2.AgentMask(x509svid_expires_at=True),
+        )
+        found = (await _list(session, request)).agents
+        old = [agent for agent in found if epoch(agent.x509svid_expires_at) < before]
+        return [await _purge_one(session, agent, dry_run=dry_run) for agent in old]
+
+    results = admin.run(work)
+    admin.printer.value(
+        {"expired_agents": results}, lambda: _print_purged(results, dry_run=dry_run)
+    )
+    failed = sum("error" in result for result in results)
+    ctx.exit(batch_code(len(results) - failed, failed))
+
+
+async def _purge_one(session: Session, agent: types_pb2.Agent, *, dry_run: bool) -> dict[str, Any]:
+    result: dict[str, Any] = {"agent_id": id_text(agent.id), "deleted": False}
+    if dry_run:
+        return result
+    try:
+        await session.call(_AGENT, "DeleteAgent", server_agent_pb2.DeleteAgentRequest(id=agent.id))
+        result["deleted"] = True
+    except SpireHwError as e:
+        result["error"] = e.message
+    return result
+
+
+def _print_purged(results: list[dict[str, Any]], *, dry_run: bool) -> None:
+    if not results:
+        click.echo("No agents to purge.")
+        return
+    click.echo(f"Found {count_of(len(results), 'expired agent', 'expired agents')}\n")
+    done = [r for r in results if r["deleted"] or dry_run]
+    failed = [r for r in results if "error" in r]
+    if done:
+        click.echo("Agents that can be purged:" if dry_run else "Agents purged:")
+        for result in done:
+            click.echo(table([("SPIFFE ID", result["agent_id"])], _LABEL_WIDTH), nl=False)
+    if failed:
+        complain("Agents not purged:")
+        for result in failed:
+            rows = [("SPIFFE ID", result["agent_id"]), ("Error", result["error"])]
+            complain(table(rows, _LABEL_WIDTH).rstrip("\n"))
+
+
+def agent_text(agent: types_pb2.Agent) -> str:
+    """Return the lines about an agent, in upstream's layout."""
+    rows = [
+        ("SPIFFE ID", id_text(agent.id)),
+        ("Attestation type", agent.attestation_type),
+        ("Expiration time", go_time(agent.x509svid_expires_at)),
+        ("Banned", "true") if agent.banned else ("Serial number", agent.x509svid_serial_number),
+        ("Can re-attest", "true" if agent.can_reattest else "false"),
+    ]
+    if agent.agent_version:
+        rows.append(("Agent version", agent.agent_version))
+    return table(rows, _LABEL_WIDTH)
