@@ -60,6 +60,8 @@ from spire_hw_sim.clock import SimClock
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Iterator
 
+    from sqlalchemy.engine import Engine
+
 TD = TrustDomain("example.org")
 OTHER = TrustDomain("other.test")
 THIRD = TrustDomain("third.test")
@@ -87,13 +89,21 @@ def database(
         yield DatastoreConfig(dialect, target, max_open_conns=8, max_idle_conns=8)
 
 
+@pytest.fixture(scope="module")
+def raw(database: DatastoreConfig) -> Iterator[Engine]:
+    """Give another way into the same database."""
+    engine = open_engine(database, database.connection_string).engine
+    yield engine
+    engine.dispose()
+
+
 @pytest.fixture
 def clock() -> SimClock:
     return SimClock(START)
 
 
 @pytest_asyncio.fixture
-async def opened(database: DatastoreConfig, clock: SimClock) -> AsyncIterator[Any]:
+async def opened(database: DatastoreConfig, raw: Engine, clock: SimClock) -> AsyncIterator[Any]:
     """Open as many stores over one empty database as a test asks for."""
     stores: list[Datastore] = []
 
@@ -103,13 +113,11 @@ async def opened(database: DatastoreConfig, clock: SimClock) -> AsyncIterator[An
         return store
 
     await one_more()
-    engine = open_engine(database, database.connection_string).engine
-    with engine.begin() as connection:
+    with raw.begin() as connection:
         for table in reversed(metadata.sorted_tables):
             if table is not counters:
                 connection.execute(delete(table))
         connection.execute(update(counters).values(value=0))
-    engine.dispose()
     yield one_more
     for store in stores:
         await store.close()
@@ -830,13 +838,11 @@ async def test_first_attestations_of_one_node_race_without_error(opened: Any) ->
 
 @pytest.mark.asyncio
 async def test_two_servers_opening_an_empty_database_migrate_it_once(
-    database: DatastoreConfig, clock: SimClock, opened: Any
+    raw: Engine, opened: Any
 ) -> None:
-    engine = open_engine(database, database.connection_string).engine
-    metadata.drop_all(engine)
-    with engine.begin() as connection:
+    metadata.drop_all(raw)
+    with raw.begin() as connection:
         connection.exec_driver_sql("DROP TABLE alembic_version")
-    engine.dispose()
     stores = await asyncio.gather(*(opened() for _ in range(3)))
     await stores[0].create_entry(make_entry())
     assert await stores[1].count_entries(EntryFilter()) == 1
@@ -844,12 +850,10 @@ async def test_two_servers_opening_an_empty_database_migrate_it_once(
 
 @pytest.mark.asyncio
 async def test_newer_schema_is_refused(
-    database: DatastoreConfig, clock: SimClock, store: Any
+    database: DatastoreConfig, raw: Engine, clock: SimClock, store: Any
 ) -> None:
-    engine = open_engine(database, database.connection_string).engine
-
     def set_revision(revision: str) -> None:
-        with engine.begin() as connection:
+        with raw.begin() as connection:
             connection.execute(text("UPDATE alembic_version SET version_num = :r"), {"r": revision})
 
     set_revision("9999")
@@ -858,7 +862,6 @@ async def test_newer_schema_is_refused(
             await open_datastore(database, clock=clock, log=LOG)
     finally:
         set_revision("0001")
-        engine.dispose()
 
 
 @pytest.mark.asyncio

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -43,8 +44,7 @@ def migrate(engine: Engine, *, allowed: bool) -> tuple[str, str]:
         NotReadyError: the schema is newer than this program, someone else's, or old and
             migration is not allowed.
     """
-    config = _config()
-    script = ScriptDirectory.from_config(config)
+    script = _script()
     head = script.get_current_head() or ""
     with engine.connect() as plain, _locked(write_options(plain)) as connection:
         before = _revision(connection)
@@ -56,6 +56,7 @@ def migrate(engine: Engine, *, allowed: bool) -> tuple[str, str]:
                 f"the database schema is {before or 'missing'}, this program needs {head}, and"
                 " disable_migration is set; migrate it or remove the setting"
             )
+        config = _config()
         config.attributes["connection"] = connection
         with _alembic:
             command.upgrade(config, "head")
@@ -67,6 +68,11 @@ def _config() -> Config:
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.set_main_option("path_separator", "os")
     return config
+
+
+@lru_cache(maxsize=1)
+def _script() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_config())
 
 
 def _revision(connection: Connection) -> str:
