@@ -87,6 +87,11 @@ class Swtpm:
         return f"swtpm:path={self._socket_path}"
 
     @property
+    def control_path(self) -> Path:
+        """Return the path of the control socket."""
+        return _control(self._socket_path)
+
+    @property
     def is_running(self) -> bool:
         """Tell whether the process is alive."""
         return self._process is not None and self._process.poll() is None

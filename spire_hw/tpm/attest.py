@@ -29,7 +29,7 @@ from tpm2_pytss.types import (
 
 from spire_hw.errors import InvalidInputError, NotReadyError, SpireHwError, UnavailableError
 from spire_hw.tpm import wire
-from spire_hw.tpm.device import NV_HANDLES, PERSISTENT_HANDLES, Capability
+from spire_hw.tpm.device import NV_HANDLES, PERSISTENT_HANDLES, Capability, Hierarchy
 from spire_hw.tpm.errors import STALE, Rc, TpmError
 from spire_hw.tpm.keys import KeyBlob, loaded_key, name_of_handle, public_from
 from spire_hw.tpm.public import (
@@ -324,17 +324,22 @@ def _ek_label(template: bytes) -> bytes:
 @contextlib.contextmanager
 def _primary(connection: Connection, label: bytes, template: bytes) -> Iterator[Any]:
     def make() -> Any:
-        made = connection.call(
-            connection.esys.create_primary,
-            TPM2B_SENSITIVE_CREATE(),
-            public_from(template),
-            ESYS_TR.ENDORSEMENT,
-        )
-        return made[0]
+        return _create_primary(connection, template)[0]
 
     with connection.cached(label, make) as handle:
         connection.remember(name_of_handle(connection, handle))
         yield handle
+
+
+def _create_primary(connection: Connection, template: bytes) -> Any:
+    with connection.authorised(Hierarchy.ENDORSEMENT) as session:
+        return connection.call(
+            connection.esys.create_primary,
+            TPM2B_SENSITIVE_CREATE(),
+            public_from(template),
+            ESYS_TR.ENDORSEMENT,
+            session1=session,
+        )
 
 
 @contextlib.contextmanager
@@ -417,19 +422,30 @@ def read_nv(connection: Connection, index: int) -> bytes:
         attributes, (size,) = struct.unpack_from(">I", raw, 8)[0], struct.unpack(">H", raw[-2:])
         if size > _MAX_NV_BYTES:
             raise NotReadyError(f"NV index 0x{index:08X} is too large: {size} bytes")
-        by_owner = not attributes & _NV_AUTH_READ and attributes & _NV_OWNER_READ
-        authority = ESYS_TR.OWNER if by_owner else handle
-        content = b""
-        while len(content) < size:
-            count = min(_NV_CHUNK, size - len(content))
-            part = connection.call(
-                esys.nv_read, handle, count, offset=len(content), auth_handle=authority
-            )
-            content += bytes(part)
-        return content
+        if not attributes & _NV_AUTH_READ and attributes & _NV_OWNER_READ:
+            with connection.authorised(Hierarchy.OWNER) as session:
+                return _read_chunks(connection, handle, size, ESYS_TR.OWNER, session)
+        return _read_chunks(connection, handle, size, handle, ESYS_TR.PASSWORD)
     finally:
         if not connection.is_lost:
             esys.tr_close(handle)
+
+
+def _read_chunks(
+    connection: Connection, index: Any, size: int, authority: Any, session: Any
+) -> bytes:
+    content = b""
+    while len(content) < size:
+        part = connection.call(
+            connection.esys.nv_read,
+            index,
+            min(_NV_CHUNK, size - len(content)),
+            offset=len(content),
+            auth_handle=authority,
+            session1=session,
+        )
+        content += bytes(part)
+    return content
 
 
 def create_attestation_key(connection: Connection) -> AttestationKey:
@@ -446,12 +462,7 @@ def create_attestation_key(connection: Connection) -> AttestationKey:
     made: list[AttestationKey] = []
 
     def make() -> Any:
-        handle, public, data, digest, ticket = connection.call(
-            esys.create_primary,
-            TPM2B_SENSITIVE_CREATE(),
-            public_from(_AK_TEMPLATE),
-            ESYS_TR.ENDORSEMENT,
-        )
+        handle, public, data, digest, ticket = _create_primary(connection, _AK_TEMPLATE)
         try:
             attest, signature = connection.call(
                 esys.certify_creation, handle, handle, b"", digest, _key_scheme(), ticket

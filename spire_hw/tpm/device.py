@@ -29,7 +29,8 @@ os.environ.setdefault("TSS2_LOG", "all+NONE")
 
 try:
     from tpm2_pytss import ESAPI, TSS2_Exception
-    from tpm2_pytss.constants import ESYS_TR, TPM2_CAP, TPM2_HR
+    from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_HR, TPM2_SE
+    from tpm2_pytss.types import TPMT_SYM_DEF
 except (ImportError, OSError) as e:
     raise UnavailableError(
         f"the TPM software stack is missing ({e}): install libtss2 and tpm2-pytss"
@@ -138,6 +139,7 @@ class Connection:
         self.is_lost = False
         self._loaded: list[Any] = []
         self._names = names
+        self._passwords = dict(passwords)
         self._contexts: OrderedDict[bytes, _Context] = OrderedDict()
         self._operation, self._deadline = "open", 0.0
         try:
@@ -210,6 +212,23 @@ class Connection:
                 self._contexts.popitem(last=False)
         with self.loaded(handle):
             yield handle
+
+    @contextlib.contextmanager
+    def authorised(self, hierarchy: Hierarchy) -> Iterator[Any]:
+        """Give the session that authorises use of a hierarchy.
+
+        Where a password is set it is proved by HMAC, so that it does not cross the bus.
+        """
+        if not self._passwords.get(hierarchy):
+            yield ESYS_TR.PASSWORD
+            return
+        none = ESYS_TR.NONE
+        cipher = TPMT_SYM_DEF(algorithm=TPM2_ALG.NULL)
+        session = self.call(
+            self.esys.start_auth_session, none, none, TPM2_SE.HMAC, cipher, TPM2_ALG.SHA256
+        )
+        with self.loaded(session):
+            yield session
 
     def forget(self, label: bytes) -> None:
         """Drop a saved context."""

@@ -24,7 +24,7 @@ from tpm2_pytss.types import (
 from spire_hw.errors import EncodingError, InvalidInputError, NotReadyError, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, check_digest, verify_digest
 from spire_hw.tpm import wire
-from spire_hw.tpm.device import PERSISTENT_HANDLES, Capability
+from spire_hw.tpm.device import PERSISTENT_HANDLES, Capability, Hierarchy
 from spire_hw.tpm.errors import STALE, TpmError
 from spire_hw.tpm.public import TpmPublic, parse_public
 
@@ -155,13 +155,15 @@ def storage(connection: Connection, wanted: bytes | None = None) -> Iterator[tup
 
 
 def _create_storage(connection: Connection) -> Any:
-    made = connection.call(
-        connection.esys.create_primary,
-        TPM2B_SENSITIVE_CREATE(),
-        public_from(_STORAGE_TEMPLATE),
-        ESYS_TR.OWNER,
-    )
-    return made[0]
+    with connection.authorised(Hierarchy.OWNER) as session:
+        made = connection.call(
+            connection.esys.create_primary,
+            TPM2B_SENSITIVE_CREATE(),
+            public_from(_STORAGE_TEMPLATE),
+            ESYS_TR.OWNER,
+            session1=session,
+        )
+        return made[0]
 
 
 def _find_persistent(connection: Connection, name: bytes) -> Any:

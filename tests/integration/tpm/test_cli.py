@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-import pytest
 from cryptography import x509
 
 from spire_hw.cli.run import ExitCode, run
@@ -14,6 +13,8 @@ from tests.integration.tpm.leaks import nothing_left_behind
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
     from spire_hw_sim.swtpm import Swtpm
 
