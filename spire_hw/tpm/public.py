@@ -251,6 +251,8 @@ def build_rsa_key(modulus: int, exponent: int, what: str) -> rsa.RSAPublicKey:
             modulus even, with a small factor, or made by the faulty generator of CVE-2017-15361.
     """
     bits = modulus.bit_length()
+    if modulus <= 0:
+        raise InvalidInputError(f"{what}: RSA modulus is not acceptable: it is not positive")
     if bits not in _RSA_BITS:
         raise InvalidInputError(f"{what}: RSA-{bits} is not supported")
     if exponent != _RSA_EXPONENT:

@@ -103,6 +103,11 @@ class TpmServer:
         self._settings: Settings | None = None
         self._open: set[str] = set()
 
+    @property
+    def open_exchanges(self) -> int:
+        """Return how many nodes are being attested at this moment."""
+        return len(self._open)
+
     def validate(self, config: Body) -> list[ConfigFault]:
         """Return the faults of a configuration without touching any file."""
         return find_faults(config, has_ek_list=self._host.ek_list is not None)

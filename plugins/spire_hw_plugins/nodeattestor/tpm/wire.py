@@ -473,7 +473,7 @@ def _split_pem(data: bytes) -> tuple[bytes | None, bytes | None]:
             raise InvalidInputError("ek: unexpected PEM block")
         if label in found:
             raise InvalidInputError("ek: expected one certificate and at most one public key")
-        found[label] = strictjson.decode64(re.sub(r"\r?\n", "", body), "EK", stage="ek")
+        found[label] = strictjson.decode64(re.sub(r"[\r\n]+", "", body), "EK", stage="ek")
         place = block.end()
     if not found:
         raise InvalidInputError("ek: no endorsement key in the request")
