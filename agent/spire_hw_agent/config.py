@@ -19,10 +19,8 @@ from spire_hw.catalog import AGENT_RULES, PluginConfig, check_counts, read_plugi
 from spire_hw.config.hcl import Body
 from spire_hw.config.host import (
     HealthChecks,
-    HealthSettings,
     LogKeys,
     Override,
-    health_settings,
     override,
     parse_socket_path,
     parse_trust_domain,
@@ -32,23 +30,12 @@ from spire_hw.config.schema import GoDuration, Model, at_least, check, parsed
 from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
 from spire_hw.key import KeyType
 from spire_hw.log import LogSettings  # noqa: TC001 - public field types stay real
-from spire_hw.spiffeid import SpiffeId, TrustDomain
+from spire_hw.spiffeid import TrustDomain  # noqa: TC001 - likewise
 
 DEFAULT_CONFIG: Final = Path("conf/agent/agent.conf")
 DEFAULT_SOCKET: Final = Path("/tmp/spire-agent/public/api.sock")  # noqa: S108 - upstream's default
-DEFAULT_ADMIN_SOCKET: Final = Path("/tmp/spire-agent/private/admin.sock")  # noqa: S108 - likewise
 _MAX_TOKEN_CHARS: Final = 1024
 _LEAST_AVAILABILITY: Final = timedelta(hours=24)
-
-
-@dataclass(frozen=True, slots=True)
-class SdsSettings:
-    """Names of the default resources for Envoy."""
-
-    default_svid_name: str = "default"
-    default_bundle_name: str = "ROOTCA"
-    default_all_bundles_name: str = "ALL"
-    disable_spiffe_cert_validation: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +44,10 @@ class AgentSettings:
 
     Attributes:
         socket_path: the Workload API's; None when that API is switched off.
-        admin_socket_path: None leaves the admin API off.
         join_token: given by flag, file or configuration; a secret, "" when there is none.
         trust_bundle_path: at most one bootstrap source is set; the URL may be asked over
             `trust_bundle_unix_socket`.
         insecure_bootstrap: trust the server of the first connection without proof.
-        rebootstrap_mode: whether the bootstrap source may be asked again once the stored bundle
-            no longer fits the server.
         plugins: in the order of the file, disabled ones too.
         notices: what the operator should hear at start.
         file: the file the settings come from.
@@ -74,7 +58,6 @@ class AgentSettings:
     server_port: int
     data_dir: Path
     socket_path: Path | None
-    admin_socket_path: Path | None
     log: LogSettings
     plugins: tuple[PluginConfig, ...]
     join_token: str = field(default="", repr=False)
@@ -83,31 +66,15 @@ class AgentSettings:
     trust_bundle_unix_socket: str = ""
     trust_bundle_format: Literal["pem", "spiffe"] = "pem"
     insecure_bootstrap: bool = False
-    rebootstrap_mode: Literal["never", "auto", "always"] = "never"
-    rebootstrap_delay: timedelta = timedelta(minutes=10)
     allow_unauthenticated_verifiers: bool = False
     allowed_foreign_jwt_claims: frozenset[str] = frozenset()
-    authorized_delegates: frozenset[SpiffeId] = frozenset()
     availability_target: timedelta | None = None
     workload_x509_svid_key_type: KeyType = KeyType.EC_P256
     x509_svid_cache_max_size: int = 1000
     jwt_svid_cache_max_size: int = 1000
     sync_interval: timedelta = timedelta(seconds=5)
-    log_selectors: bool = False
-    disable_sds_api: bool = False
-    sds: SdsSettings = SdsSettings()
-    health: HealthSettings | None = None
     notices: tuple[str, ...] = ()
     file: str = ""
-
-
-class SdsKeys(Model):
-    """`sds { }`."""
-
-    default_svid_name: str = "default"
-    default_bundle_name: str = "ROOTCA"
-    default_all_bundles_name: str = "ALL"
-    disable_spiffe_cert_validation: bool = False
 
 
 class ExperimentalKeys(Model):
@@ -145,32 +112,30 @@ class AgentKeys(LogKeys):
     """`agent { }`."""
 
     unsupported: ClassVar[Mapping[str, object]] = {
+        "admin_socket_path": "",
+        "authorized_delegates": [],
+        "disable_sds_api": True,
+        "log_selectors": False,
         "profiling_enabled": False,
         "profiling_freq": None,
         "profiling_names": None,
         "profiling_port": None,
+        "rebootstrap_delay": None,
+        "rebootstrap_mode": "never",
+        "sds": Body.empty(),
         "trust_bundle_spiffe_workload_api": None,
     }
 
-    admin_socket_path: str = ""
     allow_unauthenticated_verifiers: bool = False
     allowed_foreign_jwt_claims: list[str] = Field(default_factory=list)
-    authorized_delegates: list[Annotated[SpiffeId, parsed(SpiffeId.parse)]] = Field(
-        default_factory=list
-    )
     availability_target: Annotated[GoDuration, at_least(_LEAST_AVAILABILITY)] | None = None
     data_dir: Annotated[str, Field(min_length=1)] = "."
-    disable_sds_api: bool = False
     disable_workload_api: bool = False
     experimental: ExperimentalKeys = ExperimentalKeys()
     insecure_bootstrap: bool = False
     join_token: str = ""
     join_token_file: str = ""
     jwt_svid_cache_max_size: Annotated[int, Field(ge=0)] = 1000
-    log_selectors: bool = False
-    rebootstrap_delay: Annotated[GoDuration, at_least(timedelta())] = timedelta(minutes=10)
-    rebootstrap_mode: Literal["never", "auto", "always"] = "never"
-    sds: SdsKeys = SdsKeys()
     server_address: Annotated[str, Field(min_length=1)]
     server_port: Annotated[int, Field(ge=1, le=65535)]
     socket_path: Annotated[Path, parsed(parse_socket_path)] = DEFAULT_SOCKET
@@ -190,7 +155,7 @@ class AgentFile(Model):
 
     agent: AgentKeys
     plugins: Body
-    health_checks: HealthChecks | None = None
+    health_checks: HealthChecks = HealthChecks()
 
 
 def load_settings(
@@ -227,7 +192,11 @@ def build_settings(body: Body, overrides: Mapping[str, Override] | None = None) 
         faults += [*wrong, *check_counts(plugins, AGENT_RULES)]
     token = ""
     if raw is not None:
-        faults += [*_bootstrap_faults(raw.agent), *_socket_faults(raw.agent)]
+        faults += _bootstrap_faults(raw.agent)
+        if raw.health_checks.listener_enabled:
+            line = raw.health_checks.line("listener_enabled")
+            message = '"health_checks" are not supported by this release yet; switch them off'
+            faults.append(ConfigFault(line, message))
         try:
             token = _join_token(raw.agent)
         except InvalidInputError as e:
@@ -250,9 +219,6 @@ def _bootstrap_faults(keys: AgentKeys) -> Iterator[ConfigFault]:
             " or insecure_bootstrap"
         )
         yield ConfigFault(keys.line(""), message)
-    if keys.insecure_bootstrap and keys.rebootstrap_mode != "never":
-        message = f'"rebootstrap_mode" {keys.rebootstrap_mode} does not go with insecure_bootstrap'
-        yield ConfigFault(keys.line("rebootstrap_mode"), message)
     url, line = keys.trust_bundle_url, keys.line("trust_bundle_url")
     if keys.trust_bundle_unix_socket and not url:
         message = '"trust_bundle_unix_socket" needs trust_bundle_url'
@@ -261,21 +227,6 @@ def _bootstrap_faults(keys: AgentKeys) -> Iterator[ConfigFault]:
         yield ConfigFault(line, '"trust_bundle_url" must start with http:// over a unix socket')
     elif url and not keys.trust_bundle_unix_socket and not url.startswith("https://"):
         yield ConfigFault(line, '"trust_bundle_url" must start with https://')
-
-
-def _socket_faults(keys: AgentKeys) -> Iterator[ConfigFault]:
-    if not keys.admin_socket_path:
-        return
-    line = keys.line("admin_socket_path")
-    try:
-        admin = parse_socket_path(keys.admin_socket_path)
-    except InvalidInputError as e:
-        yield ConfigFault(line, f'"admin_socket_path": {e.message}')
-        return
-    public = Path(os.path.abspath(keys.socket_path)).parent  # noqa: PTH100 - must not follow links
-    if Path(os.path.abspath(admin)).is_relative_to(public):  # noqa: PTH100 - likewise
-        message = f'"admin_socket_path" must not be below {public}: workloads can reach that'
-        yield ConfigFault(line, message)
 
 
 def _join_token(keys: AgentKeys) -> str:
@@ -303,7 +254,6 @@ def _build(raw: AgentFile, plugins: list[PluginConfig], token: str, file: str) -
         server_port=keys.server_port,
         data_dir=Path(keys.data_dir),
         socket_path=None if keys.disable_workload_api else keys.socket_path,
-        admin_socket_path=Path(keys.admin_socket_path) if keys.admin_socket_path else None,
         log=keys.log_settings(),
         plugins=tuple(plugins),
         join_token=token,
@@ -312,25 +262,13 @@ def _build(raw: AgentFile, plugins: list[PluginConfig], token: str, file: str) -
         trust_bundle_unix_socket=keys.trust_bundle_unix_socket,
         trust_bundle_format=keys.trust_bundle_format,
         insecure_bootstrap=keys.insecure_bootstrap,
-        rebootstrap_mode=keys.rebootstrap_mode,
-        rebootstrap_delay=keys.rebootstrap_delay,
         allow_unauthenticated_verifiers=keys.allow_unauthenticated_verifiers,
         allowed_foreign_jwt_claims=frozenset(keys.allowed_foreign_jwt_claims),
-        authorized_delegates=frozenset(keys.authorized_delegates),
         availability_target=keys.availability_target,
         workload_x509_svid_key_type=keys.workload_x509_svid_key_type,
         x509_svid_cache_max_size=keys.x509_svid_cache_max_size or 1000,
         jwt_svid_cache_max_size=keys.jwt_svid_cache_max_size or 1000,
         sync_interval=keys.experimental.sync_interval,
-        log_selectors=keys.log_selectors,
-        disable_sds_api=keys.disable_sds_api,
-        sds=SdsSettings(
-            keys.sds.default_svid_name,
-            keys.sds.default_bundle_name,
-            keys.sds.default_all_bundles_name,
-            keys.sds.disable_spiffe_cert_validation,
-        ),
-        health=health_settings(raw.health_checks),
         file=file,
     )
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from spire_hw.bundle.bundle import Bundle
     from spire_hw.errors import ConfigFault
-    from spire_hw.plugin.info import Builder
+    from spire_hw.plugin.info import Builder, EkList
     from spire_hw_server.api.health import Health
     from spire_hw_server.config import ServerSettings
 
@@ -109,7 +109,7 @@ async def check_settings(
         parse_datastore(settings.store.data, settings.file)
     except ConfigError as e:
         faults += e.faults
-    host = _host(settings, clock or SystemClock(), None)
+    host = _host(settings, clock or SystemClock(), _UnopenedEkList())
     faults += await check_plugins(_plugins(settings), _table, host, SERVER_RULES, names=_names)
     return sorted(faults, key=lambda f: f.line)
 
@@ -457,7 +457,14 @@ def _names(kind: PluginKind) -> list[str]:
     return builtin.names(kind, Side.SERVER)
 
 
-def _host(settings: ServerSettings, clock: Clock, store: Datastore | None) -> HostInfo:
+class _UnopenedEkList:
+    """Stands for the store while a configuration is only checked: it is there, but not asked."""
+
+    async def is_ek_allowed(self, ek_hash: str) -> bool:
+        raise NotReadyError(f"the store is not open, cannot look for {ek_hash}")
+
+
+def _host(settings: ServerSettings, clock: Clock, store: EkList | None) -> HostInfo:
     return HostInfo(
         side=Side.SERVER,
         trust_domain=settings.trust_domain,

@@ -93,7 +93,6 @@ class ServerSettings:
     audit_log_enabled: bool = False
     ratelimit_attestation: bool = True
     ratelimit_signing: bool = True
-    max_attested_node_info_staleness: timedelta = timedelta()
     prune_attested_nodes_expired_for: timedelta | None = None
     prune_attested_nodes_batch_size: int = 1000
     prune_tofu_nodes: bool = False
@@ -155,6 +154,7 @@ class ServerKeys(LogKeys):
 
     unsupported: ClassVar[Mapping[str, object]] = {
         "federation": Body.empty(),
+        "max_attested_node_info_staleness": "0s",
         "profiling_enabled": False,
         "profiling_freq": None,
         "profiling_names": None,
@@ -177,7 +177,6 @@ class ServerKeys(LogKeys):
     experimental: ExperimentalKeys = ExperimentalKeys()
     jwt_issuer: str = ""
     jwt_key_type: KeyTypeName | None = None
-    max_attested_node_info_staleness: Annotated[GoDuration, at_least(timedelta())] = timedelta()
     prune_attested_nodes_batch_size: Annotated[int, Field(ge=1, le=100_000)] = 1000
     prune_attested_nodes_expired_for: Ttl | None = None
     prune_tofu_nodes: bool = False
@@ -290,7 +289,6 @@ def _build(
         audit_log_enabled=keys.audit_log_enabled,
         ratelimit_attestation=keys.ratelimit.attestation,
         ratelimit_signing=keys.ratelimit.signing,
-        max_attested_node_info_staleness=keys.max_attested_node_info_staleness,
         prune_attested_nodes_expired_for=keys.prune_attested_nodes_expired_for,
         prune_attested_nodes_batch_size=keys.prune_attested_nodes_batch_size,
         prune_tofu_nodes=keys.prune_tofu_nodes,

@@ -206,7 +206,8 @@ class _Reader:
         unsupported = {k.lower(): v for k, v in self._model.unsupported.items()}
         if key.lower() in unsupported:
             harmless = unsupported[key.lower()]
-            if harmless is not None and isinstance(item, Item) and item.value == harmless:
+            value = item.value if isinstance(item, Item) else item.body
+            if harmless is not None and value == harmless:
                 return
             self._fault(item.line, f'"{key}" is not supported by this release yet; remove it')
         elif self._model.tolerant:
