@@ -73,9 +73,16 @@ class Journal:
     x509: tuple[X509Record, ...] = ()
     jwt: tuple[JwtRecord, ...] = ()
 
-    def updated(self, x509: Slots[X509Record], jwt: Slots[JwtRecord]) -> Journal:
-        """Return the journal after the slots changed; the oldest records fall off the end."""
-        return Journal(_updated(self.x509, x509), _updated(self.jwt, jwt))
+    def updated(self, x509: Slots[X509Record], jwt: Slots[JwtRecord] | None) -> Journal:
+        """Return the journal after the slots changed; the oldest records fall off the end.
+
+        Args:
+            x509: the X.509 authorities.
+            jwt: the JWT keys; None leaves their records as they are.
+        """
+        return Journal(
+            _updated(self.x509, x509), self.jwt if jwt is None else _updated(self.jwt, jwt)
+        )
 
     def latest_end(self) -> datetime | None:
         """Return when the last authority of the journal ends, None for an empty one."""

@@ -377,7 +377,9 @@ class CaManager:
         active = self._x509.slots.active
         if active is None:
             return
-        journal = self._journal.updated(self._x509.slots, self._jwt.slots)
+        journal = self._journal.updated(
+            self._x509.slots, self._jwt.slots if self._settings.jwt_enabled else None
+        )
         if active.authority_id != self._row.active_x509_authority_id:
             ids = (active.authority_id, self._row.active_x509_authority_id)
             await asyncio.to_thread(self._mark.store, tuple(i for i in ids if i))

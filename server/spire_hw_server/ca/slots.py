@@ -85,6 +85,7 @@ R = TypeVar("R", bound=Record)
 
 _PREPARE_CAP = timedelta(days=30)
 _ACTIVATE_CAP = timedelta(days=7)
+_PROPAGATION_CAP = timedelta(minutes=1)
 
 
 def preparation_due(record: Record) -> datetime:
@@ -97,6 +98,11 @@ def activation_due(record: Record) -> datetime:
     """Return when the successor must take over: a sixth of the life left, at most 7 days."""
     life = record.not_after - record.issued_at
     return record.not_after - min(life / 6, _ACTIVATE_CAP)
+
+
+def propagation(record: Record) -> timedelta:
+    """Return how long a successor is published before it signs: a minute, less in a short life."""
+    return min((record.not_after - record.issued_at) / 12, _PROPAGATION_CAP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,13 +169,28 @@ class Slots(Generic[R]):
         return SlotName.A if self.next is None else self.next.slot
 
     def due(self, now: datetime) -> Step:
-        """Tell what has to be done at this time."""
+        """Tell what has to be done at this time.
+
+        A prepared authority waits until verifiers had time to hear of it, unless the active one
+        would end before.
+        """
         waiting = self.prepared
-        ready = waiting is not None and now < waiting.not_after
-        if self.active is None or now >= activation_due(self.active):
-            return Step.ACTIVATE if ready else Step.PREPARE_AND_ACTIVATE
-        if now >= preparation_due(self.active) and not ready:
+        if waiting is not None and now >= waiting.not_after:
+            waiting = None
+        if self.active is None or now >= self.active.not_after:
+            return Step.ACTIVATE if waiting is not None else Step.PREPARE_AND_ACTIVATE
+        heard_after = propagation(self.active)
+        if waiting is None:
+            if now < preparation_due(self.active):
+                return Step.REST
+            if self.active.not_after - now <= heard_after:
+                return Step.PREPARE_AND_ACTIVATE
             return Step.PREPARE
+        if now < activation_due(self.active):
+            return Step.REST
+        heard = now >= waiting.issued_at + heard_after
+        if heard or self.active.not_after - now <= heard_after:
+            return Step.ACTIVATE
         return Step.REST
 
     def prepare(self, record: R) -> Slots[R]:
