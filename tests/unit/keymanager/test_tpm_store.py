@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spire_hw.errors import InvalidInputError, NotReadyError
+from spire_hw.key import KeyType
+from spire_hw.tpm import wire
+from spire_hw.tpm.keys import KeyBlob
+from spire_hw_plugins.keymanager.tpm_store import (
+    StoredKey,
+    TpmKeyStore,
+    decode,
+    encode,
+    file_name,
+    made_now,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def blob() -> KeyBlob:
+    numbers = ec.generate_private_key(ec.SECP256R1()).public_key().public_numbers()
+    public = bytes.fromhex("0023000b00040472000000100010000300100020") + numbers.x.to_bytes(
+        32, "big"
+    )
+    public += b"\x00\x20" + numbers.y.to_bytes(32, "big")
+    return KeyBlob.parse(wire.sized(public), wire.sized(b"wrapped"))
+
+
+def stored(key_id: str, serial: int = 1) -> StoredKey:
+    return made_now(
+        key_id, serial, blob(), b"\x00\x0b" + bytes(32), datetime(2026, 1, 1, tzinfo=UTC)
+    )
+
+
+def test_keys_come_back_oldest_first(tmp_path: Path) -> None:
+    store = TpmKeyStore(tmp_path / "keys")
+    keys = [stored(key_id, serial) for serial, key_id in enumerate(["b", "a", "ü/..", "x" * 300])]
+    for key in reversed(keys):
+        store.put(key)
+    assert store.load() == (keys, [])
+    assert {key.key_type for key in keys} == {KeyType.EC_P256}
+
+
+def test_a_replaced_key_has_one_file(tmp_path: Path) -> None:
+    store = TpmKeyStore(tmp_path)
+    store.put(stored("a"))
+    second = stored("a", 2)
+    store.put(second)
+    assert store.load() == ([second], [])
+    assert [p.name for p in tmp_path.iterdir()] == ["a.tpmkey"]
+
+
+def test_a_draft_of_a_crash_is_passed_over_and_replaced(tmp_path: Path) -> None:
+    store = TpmKeyStore(tmp_path)
+    first = stored("a")
+    store.put(first)
+    (tmp_path / ".a.tpmkey.new").write_bytes(b"half")
+    assert store.load() == ([first], [])
+    second = stored("a", 2)
+    store.put(second)
+    assert store.load() == ([second], [])
+
+
+def test_a_draft_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
+    store = TpmKeyStore(tmp_path / "keys")
+    (tmp_path / "victim").write_bytes(b"untouched")
+    (tmp_path / "keys" / ".a.tpmkey.new").symlink_to(tmp_path / "victim")
+    store.put(stored("a"))
+    assert (tmp_path / "victim").read_bytes() == b"untouched"
+
+
+def test_a_file_in_place_of_the_directory_is_told(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_bytes(b"")
+    with pytest.raises(NotReadyError, match="key directory"):
+        TpmKeyStore(tmp_path / "keys")
+
+
+CHANGES: dict[str, Any] = {
+    "version": 2,
+    "key_id": "",
+    "serial": "x",
+    "storage_name": "zz",
+    "public": "AAAA",
+    "private": "!",
+    "created_at": None,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_wrong_or_missing_field_is_refused(name: str, missing: bool) -> None:
+    document = json.loads(encode(stored("a")))
+    if missing:
+        del document[name]
+    else:
+        document[name] = CHANGES[name]
+    with pytest.raises(InvalidInputError):
+        decode(json.dumps(document).encode())
+
+
+@given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+def test_any_content_is_read_or_refused(content: bytes) -> None:
+    with pytest.raises(InvalidInputError):
+        decode(content)
+
+
+@given(st.text(min_size=1, max_size=300))
+def test_every_id_has_a_file_name_of_its_own_in_the_directory(key_id: str) -> None:
+    name = file_name(key_id)
+    assert "/" not in name
+    assert len(name.encode()) <= 255
+    assert name != file_name(key_id + "x")
