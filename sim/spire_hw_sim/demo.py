@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 TRUST_DOMAIN = "demo.example"
 _LABEL = "spire-ca"
 _PCR = 7
+_BOOT = b"secure boot: on"
 _KEPT = "demo left running; press Ctrl-C, or end this process, to stop it"
 
 
@@ -98,7 +99,7 @@ class Demo:
         hsm = SoftHsm(self.directory / "hsm")
         pin = "".join(secrets.choice("0123456789") for _ in range(8))
         hsm.init_token(_LABEL, pin)
-        self.module = hsm.module_path
+        self.module = hsm.module
         self.pin_file = self.directory / "pin"
         self.pin_file.touch(mode=0o600)
         self.pin_file.write_text(pin)
@@ -129,12 +130,13 @@ class Demo:
 
     def measure(self, tpm: Swtpm) -> None:
         """Measure a boot: what firmware would extend, in small."""
-        tpm.extend_pcr(_PCR, b"secure boot: on")
+        for pcr in range(8):
+            tpm.extend_pcr(pcr, _BOOT)
 
     def start_server(self, hsm_env: dict[str, str], maker: Manufacturer) -> None:
         """Start the server; policy asks for one known value of one PCR."""
         self.port = _free_port()
-        expected = _expected_pcr(b"secure boot: on")
+        expected = _expected_pcr(_BOOT)
         conf = self.directory / "server.conf"
         conf.write_text(
             _SERVER_CONF.format(

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _MODULES = {
-    "spire-hw-server": "spire_hw_server.cli.main",
-    "spire-hw-agent": "spire_hw_agent.cli.main",
+    "spire-hw-server": "spire_hw_server",
+    "spire-hw-agent": "spire_hw_agent",
 }
 
 

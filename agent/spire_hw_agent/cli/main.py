@@ -44,7 +44,3 @@ root.add_command(tpm.group)
 def main() -> None:
     """Run the program and exit with its status."""
     sys.exit(run_program(root, PROGRAM))
-
-
-if __name__ == "__main__":
-    main()
