@@ -269,7 +269,7 @@ def verify_quote(
         raise AttestationError(faults.found)
     _check_head(faults, attest, ak_qualified_name, expected, "quote")
     try:
-        body = wire.parse_quote_body(attest.body, "quote")
+        body = wire.parse_quote_body(attest.body, "quote: structure")
     except EncodingError as e:
         raise AttestationError([Finding("quote_malformed", e.message), *faults.found]) from e
     _check_selection(faults, body.selections, selections)

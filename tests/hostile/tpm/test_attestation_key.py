@@ -51,6 +51,10 @@ def _ak(bend: Callable[[AkEvidence], AkEvidence]) -> Callable[[AttestationData],
     return lambda data: replace(data, ak=bend(data.ak))
 
 
+def _changed(**changes: bytes) -> Callable[[AttestationData], AttestationData]:
+    return lambda data: replace(data, ak=replace(data.ak, **changes))
+
+
 def _node(lab: Lab, ak: SoftKey) -> TpmNode:
     return lab.node(SoftTpm(ek=make_ek("L-2"), ak=ak))
 
@@ -227,10 +231,8 @@ async def test_changed_creation_data_is_refused(tmp_path: Path) -> None:
     lab = await Lab.make(tmp_path)
     node = lab.node()
     for bit in (0, 7, 100, 8 * 60):
-        error = await lab.refusal(
-            node,
-            data=_ak(lambda ak, n=bit: replace(ak, create_data=_flip_bit(ak.create_data, n))),
-        )
+        bent = _flip_bit(node.tpm.creation_data(), bit)
+        error = await lab.refusal(node, data=_changed(create_data=bent))
         assert _codes(error)[0] in {"creation_hash", "creation_malformed"}
 
 
@@ -402,11 +404,7 @@ async def test_random_qualified_name_is_refused(tmp_path: Path) -> None:
         attest = node.tpm.attest(wire.ST_CREATION, body, b"", signer=signer)
         error = await lab.refusal(
             node,
-            data=_ak(
-                lambda ak, a=attest: replace(
-                    ak, create_attestation=a, create_signature=node.tpm.sign(a)
-                )
-            ),
+            data=_changed(create_attestation=attest, create_signature=node.tpm.sign(attest)),
         )
         assert _codes(error) == ["ak_qualified_name"]
 

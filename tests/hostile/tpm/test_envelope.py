@@ -59,7 +59,7 @@ def _del(path: str) -> Callable[[bytes], bytes]:
     return _json(bend)
 
 
-ENVELOPES = {
+ENVELOPES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "1 empty payload": (lambda _: b"", "attestation data is missing"),
     "2 an answer first": (
         lambda _: b'{"Secret":"AAAA"}',
@@ -178,7 +178,7 @@ async def test_announcements_are_read_and_change_nothing(tmp_path: Path) -> None
     await lab.attest(node, payload=payload)
 
 
-ANSWERS = {
+ANSWERS: dict[str, tuple[Callable[[bytes, bytes], bytes], str]] = {
     "3 another first message": (lambda first, _: first, "expected a challenge response"),
     "6 nothing": (lambda _first, _answer: b"", "expected a challenge response"),
     "not JSON": (lambda _first, _answer: b"\x00\x01", "not UTF-8 JSON"),
@@ -390,7 +390,7 @@ async def test_node_cannot_choose_its_identity(tmp_path: Path) -> None:
     assert "unknown member" in error.message
 
 
-PEMS = {
+PEMS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "26 empty": (lambda _: b"", "EK is missing"),
     "26 not PEM": (lambda _: b"hello", "no endorsement key in the request"),
     "26 binary": (lambda _: b"\xff\xfe\x00", "no endorsement key in the request"),

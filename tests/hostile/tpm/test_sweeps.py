@@ -1,0 +1,134 @@
+"""Every cut and every flipped bit of what a TPM signs ends in a refusal of ours."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+import pytest
+
+from spire_hw.errors import AttestationError, SpireHwError
+from spire_hw.tpm import verify
+from spire_hw.tpm.public import TpmPublic, check_ak, parse_public
+from spire_hw.tpm.verify import Statement
+from spire_hw.tpm.wire import PcrSelection
+from spire_hw_sim.softtpm import SoftTpm, make_svid_key
+
+PCRS = PcrSelection("sha256", (0, 2, 4, 7))
+
+
+@dataclass(frozen=True)
+class _Good:
+    tpm: SoftTpm
+    ak: TpmPublic
+    expected: bytes
+    quote: Statement
+    certify: Statement
+    key: TpmPublic
+    creation: Statement
+    creation_data: bytes
+
+    def check_quote(self, statement: Statement) -> None:
+        verify.verify_quote(
+            self.ak,
+            self.tpm.ak.qualified_name,
+            expected=self.expected,
+            selections=(PCRS,),
+            statement=statement,
+            values=self.tpm.pcr_values(PCRS),
+        )
+
+    def check_certify(self, statement: Statement) -> None:
+        verify.verify_certify(
+            self.ak,
+            self.tpm.ak.qualified_name,
+            key=self.key,
+            expected=self.expected,
+            statement=statement,
+        )
+
+    def check_creation(self, statement: Statement) -> None:
+        verify.verify_creation(self.ak, self.creation_data, statement)
+
+
+@pytest.fixture(scope="module")
+def good() -> _Good:
+    tpm, key, expected = SoftTpm(), make_svid_key(), secrets.token_bytes(32)
+    data = tpm.creation_data()
+    made = _Good(
+        tpm=tpm,
+        ak=parse_public(tpm.ak.public),
+        expected=expected,
+        quote=Statement(*tpm.quote((PCRS,), expected)),
+        certify=Statement(*tpm.certify(key, expected)),
+        key=parse_public(key.public),
+        creation=Statement(*tpm.creation(data)),
+        creation_data=data,
+    )
+    made.check_quote(made.quote)
+    made.check_certify(made.certify)
+    made.check_creation(made.creation)
+    return made
+
+
+STATEMENTS = ["quote", "certify", "creation"]
+
+
+def _flips(data: bytes) -> list[bytes]:
+    return [
+        data[: n // 8] + bytes((data[n // 8] ^ 1 << n % 8,)) + data[n // 8 + 1 :]
+        for n in range(8 * len(data))
+    ]
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_every_cut_is_refused(good: _Good, name: str) -> None:
+    statement: Statement = getattr(good, name)
+    check = getattr(good, f"check_{name}")
+    for n in range(len(statement.attest)):
+        with pytest.raises(AttestationError):
+            check(Statement(statement.attest[:n], statement.signature))
+        resigned = statement.attest[:n]
+        with pytest.raises(AttestationError):
+            check(Statement(resigned, good.tpm.sign(resigned)))
+    for n in range(len(statement.signature)):
+        with pytest.raises(AttestationError):
+            check(Statement(statement.attest, statement.signature[:n]))
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_every_flipped_bit_is_refused(good: _Good, name: str) -> None:
+    statement: Statement = getattr(good, name)
+    check = getattr(good, f"check_{name}")
+    for bent in _flips(statement.attest):
+        with pytest.raises(AttestationError) as caught:
+            check(Statement(bent, statement.signature))
+        assert caught.value.findings[0].code in {f"{name}_signature", f"{name}_malformed"}
+    for bent in _flips(statement.signature):
+        with pytest.raises(AttestationError):
+            check(Statement(statement.attest, bent))
+
+
+def test_every_flipped_bit_of_the_ak_area_is_refused(good: _Good) -> None:
+    for bent in _flips(good.tpm.ak.public):
+        with pytest.raises(SpireHwError):
+            _prove(good, bent)
+    _prove(good, good.tpm.ak.public)
+
+
+def test_every_cut_of_the_ak_area_is_refused(good: _Good) -> None:
+    for n in range(len(good.tpm.ak.public)):
+        with pytest.raises(SpireHwError):
+            _prove(good, good.tpm.ak.public[:n])
+
+
+def _prove(good: _Good, area: bytes) -> None:
+    ak = parse_public(area)
+    check_ak(ak)
+    verify.verify_creation(ak, good.creation_data, good.creation)
+
+
+def test_every_flipped_bit_of_the_creation_data_is_refused(good: _Good) -> None:
+    for bent in _flips(good.creation_data):
+        with pytest.raises(AttestationError):
+            verify.verify_creation(good.ak, bent, good.creation)
