@@ -21,29 +21,7 @@ if TYPE_CHECKING:
     from spire_hw.bundle.bundle import Bundle
     from spire_hw.selector import Selector
     from spire_hw.spiffeid import SpiffeId, TrustDomain
-
-Selectors = frozenset["Selector"]
-
-
-@dataclass(frozen=True, slots=True)
-class AgentEntry:
-    """A registration entry as the agent needs it.
-
-    Attributes:
-        created_at: seconds since 1970, as the server said.
-        prefetch: whether its SVID is asked for before a workload wants it.
-        jwt_jti: tokens carry a unique id and are therefore never cached.
-    """
-
-    entry_id: str
-    spiffe_id: SpiffeId
-    selectors: Selectors
-    federates_with: tuple[TrustDomain, ...]
-    hint: str
-    revision: int
-    created_at: int
-    prefetch: bool = True
-    jwt_jti: bool = False
+    from spire_hw_agent.entry import AgentEntry, JwtToken, Selectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,15 +279,6 @@ def _unique_hints(entries: list[AgentEntry]) -> list[AgentEntry]:
             if (entry.created_at, entry.entry_id) < (holder.created_at, holder.entry_id):
                 oldest[entry.hint] = entry
     return [e for e in entries if not e.hint or oldest[e.hint] is e]
-
-
-@dataclass(frozen=True, slots=True)
-class JwtToken:
-    """A JWT-SVID and when it was issued and ends; the token is a secret."""
-
-    token: str = field(repr=False)
-    issued_at: datetime
-    expires_at: datetime
 
 
 class JwtCache:

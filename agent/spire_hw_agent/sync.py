@@ -15,7 +15,7 @@ from spire_hw.errors import DeniedError, ErrorKind, SpireHwError
 from spire_hw.key import KeyType, SoftwareSigner, generate_private_key, spki_der
 from spire_hw.svid.x509svid import parse_x509_svid
 from spire_hw.x509.csr import build_csr
-from spire_hw_agent.cache import AgentEntry, Cache, Svid
+from spire_hw_agent.cache import Cache, Svid
 
 if TYPE_CHECKING:
     from spire_hw.bundle.bundle import Bundle
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from spire_hw.key import PrivateKey
     from spire_hw.log import Logger
     from spire_hw.spiffeid import TrustDomain
+    from spire_hw_agent.entry import AgentEntry
     from spire_hw_agent.upstream import IssuedSvid, Upstream
 
 _BATCH = 500

@@ -25,7 +25,7 @@ from spire_hw.rpc.convert import bundle_from_pb, id_from_pb, selector_from_pb
 from spire_hw.rpc.status import item_error
 from spire_hw.spiffeid import SpiffeId, TrustDomain, server_id
 from spire_hw.transport.dialer import Dialer
-from spire_hw_agent.cache import AgentEntry, JwtToken
+from spire_hw_agent.entry import AgentEntry, JwtToken
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 
 _DER = serialization.Encoding.DER
+_MAX_TOKEN_CHARS = 64 << 10
 
 
 @click.group("api", cls=GoGroup)
@@ -198,7 +200,7 @@ def validate_jwt(workload: Workload, audience: str, svid: str) -> None:
     """Check a JWT-SVID."""
     if not audience or not svid:
         raise click.UsageError("-audience and -svid are required")
-    token = click.get_text_stream("stdin").read().strip() if svid == "-" else svid
+    token = sys.stdin.read(_MAX_TOKEN_CHARS).strip() if svid == "-" else svid
     request = workload_pb2.ValidateJWTSVIDRequest(audience=audience, svid=token)
     answer = workload.run(
         lambda session: session.call(
@@ -206,11 +208,11 @@ def validate_jwt(workload: Workload, audience: str, svid: str) -> None:
         )
     )
 
-    def pretty() -> None:
+    def show() -> None:
         claims = json.dumps(MessageToDict(answer.claims), sort_keys=True, separators=(",", ":"))
         click.echo(f"SVID is valid.\nSPIFFE ID : {answer.spiffe_id}\nClaims    : {claims}")
 
-    workload.printer.message(answer, pretty)
+    workload.printer.message(answer, show)
 
 
 # -- watch ---------------------------------------------------------------------

@@ -28,7 +28,8 @@ from spire_hw.rotation import should_rotate
 from spire_hw.spiffeid import SpiffeId
 from spire_hw.svid.jwtsvid import verify_jwt_svid
 from spire_hw.transport.peer import UnixPeer
-from spire_hw_agent.cache import AgentEntry, Cache, JwtCache, JwtToken, WorkloadUpdate
+from spire_hw_agent.cache import Cache, JwtCache, WorkloadUpdate
+from spire_hw_agent.entry import AgentEntry, JwtToken
 
 if TYPE_CHECKING:
     from spire_hw.bundle.bundle import Bundle
