@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 MAX_CERTIFICATE_BYTES: Final = 64 * 1024
+_WHAT: Final = "certificate"
+_VERSION: Final = 0xA0
+_NEGATIVE: Final = 0x80
 _MAX_PEM_BYTES: Final = 4 * 1024 * 1024
 
 
@@ -34,16 +37,33 @@ def load_certificate(data: bytes) -> x509.Certificate:
         EncodingError: not a certificate, or one whose extensions do not parse.
     """
     if len(data) > MAX_CERTIFICATE_BYTES:
-        raise EncodingError("certificate", f"is longer than {MAX_CERTIFICATE_BYTES} bytes")
+        raise EncodingError(_WHAT, f"is longer than {MAX_CERTIFICATE_BYTES} bytes")
+    _check_serial(data)
     try:
         certificate = x509.load_der_x509_certificate(data)
-        _ = certificate.extensions
-        _ = certificate.version
+        _read_all(certificate)
     except (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension) as e:
-        raise EncodingError("certificate", "does not parse as X.509 v3 DER") from e
+        raise EncodingError(_WHAT, "does not parse as X.509 DER") from e
     except (x509.InvalidVersion, x509.UnsupportedGeneralNameType) as e:
-        raise EncodingError("certificate", "has an unknown version or name form") from e
+        raise EncodingError(_WHAT, "has an unknown version or name form") from e
     return certificate
+
+
+def _check_serial(data: bytes) -> None:
+    body = der.Reader(data, _WHAT).enter(der.SEQUENCE).enter(der.SEQUENCE)
+    if body.next_tag() == _VERSION:
+        body.enter(_VERSION)
+    serial = body.content(der.INTEGER)
+    if not any(serial) or serial[0] >= _NEGATIVE:
+        raise EncodingError(_WHAT, "serial number is not positive")
+
+
+def _read_all(certificate: x509.Certificate) -> None:
+    """Touch what the library parses only when asked, so that nothing fails later."""
+    _ = certificate.version, certificate.serial_number
+    _ = certificate.subject, certificate.issuer
+    _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    _ = certificate.extensions
 
 
 def load_chain(chain: bytes) -> list[x509.Certificate]:
@@ -65,7 +85,7 @@ def public_key_of(certificate: x509.Certificate) -> PublicKey:
     try:
         key = certificate.public_key()
     except (ValueError, TypeError, UnsupportedAlgorithm) as e:
-        raise EncodingError("certificate", "has a public key that does not parse") from e
+        raise EncodingError(_WHAT, "has a public key that does not parse") from e
     return check_public_key(key)
 
 
@@ -112,7 +132,7 @@ def parse_pem(text: bytes) -> list[bytes]:
         raise EncodingError("PEM", f"is longer than {_MAX_PEM_BYTES} bytes")
     try:
         found = x509.load_pem_x509_certificates(text)
-    except ValueError as e:
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as e:
         raise EncodingError("PEM", "holds no certificate, or one that does not parse") from e
     encoded = [encode_der(certificate) for certificate in found]
     for data in encoded:

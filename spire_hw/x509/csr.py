@@ -122,36 +122,46 @@ def parse_csr(data: bytes, *, check_signature: bool = True) -> Csr:
     """
     if len(data) > MAX_CSR_BYTES:
         raise EncodingError(_WHAT, f"is longer than {MAX_CSR_BYTES} bytes")
-    try:
-        walked = _walk(data)
-    except EncodingError:
-        walked = None
-    if walked is None:
+    body, algorithm, signature = _frame(data)
+    ordinary = _walk(body)
+    scheme = _ECDSA.get(algorithm)
+    if ordinary is None or scheme is None:
         return _parse_unusual(data, check_signature=check_signature)
-    csr, key, body, algorithm, signature = walked
+    csr, key = ordinary
     if check_signature:
         try:
-            key.verify(signature, body, algorithm)
+            key.verify(signature, body, scheme)
         except InvalidSignature as e:
             raise VerificationError("signature of the CSR does not hold") from e
     return csr
 
 
-_Walked = tuple[Csr, ec.EllipticCurvePublicKey, bytes, ec.EllipticCurveSignatureAlgorithm, bytes]
-
-
-def _walk(data: bytes) -> _Walked | None:
-    """Read an ordinary request; None or EncodingError mean that it is not ordinary."""
+def _frame(data: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return body, algorithm identifier and signature."""
     outer = der.Reader(data, _WHAT)
     level = outer.enter(der.SEQUENCE)
     outer.finish()
     body = level.element(der.SEQUENCE)
-    algorithm = _ECDSA.get(level.element(der.SEQUENCE))
+    algorithm = level.element(der.SEQUENCE)
     signature = level.content(der.BIT_STRING)
     level.finish()
-    if algorithm is None or not signature or signature[0]:
+    if not signature or signature[0]:
+        raise EncodingError(_WHAT, "signature is not a whole number of bytes")
+    return body, algorithm, signature[1:]
+
+
+_Ordinary = tuple[Csr, ec.EllipticCurvePublicKey]
+
+
+def _walk(body: bytes) -> _Ordinary | None:
+    """Read the body of an ordinary request; None when it is not ordinary."""
+    try:
+        return _walk_strictly(body)
+    except EncodingError:
         return None
 
+
+def _walk_strictly(body: bytes) -> _Ordinary | None:
     parts = der.Reader(body, _WHAT).enter(der.SEQUENCE)
     version = parts.element(der.INTEGER)
     subject = parts.element(der.SEQUENCE)
@@ -165,8 +175,7 @@ def _walk(data: bytes) -> _Walked | None:
     names = _requested_names(attributes) if attributes else ((), ())
     if names is None:
         return None
-    csr = Csr(key, spki, names[0], names[1], subject)
-    return csr, key, body, algorithm, signature[1:]
+    return Csr(key, spki, names[0], names[1], subject), key
 
 
 @lru_cache(maxsize=64)
