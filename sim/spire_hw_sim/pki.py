@@ -1,23 +1,30 @@
-"""Throw-away authorities and SVIDs, made with the library's own rules in mind."""
+"""Throw-away authorities and SVIDs, right ones and wrong ones, made without the code under test."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
 from spire_hw.bundle.bundle import Bundle, X509Root
-from spire_hw.key import PrivateKey, Signer
+from spire_hw.clock import SystemClock
 from spire_hw.spiffeid import TrustDomain
 from spire_hw.transport.tls import TlsIdentity
 
+if TYPE_CHECKING:
+    from spire_hw.key import PrivateKey, PublicKey, Signer
+
 HOUR = timedelta(hours=1)
+_EKUS = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 
 
 def now() -> datetime:
-    return datetime.now(UTC).replace(microsecond=0)  # noqa: TID251 - real TLS checks real time
+    """Return the machine's time, in whole seconds."""
+    return SystemClock().now().replace(microsecond=0)
 
 
 def _usage(*, ca: bool) -> x509.KeyUsage:
@@ -35,7 +42,14 @@ def _usage(*, ca: bool) -> x509.KeyUsage:
 
 
 class Authority:
-    """A CA; `below` makes an intermediate of it."""
+    """A CA of a trust domain; `below` makes an intermediate of it.
+
+    Attributes:
+        trust_domain: whose it is.
+        parent: who signed it, None for a root.
+        key: its private key.
+        certificate: its certificate, `der` the same encoded.
+    """
 
     def __init__(self, trust_domain: str, parent: Authority | None = None) -> None:
         self.trust_domain = TrustDomain.parse(trust_domain)
@@ -73,37 +87,38 @@ class Authority:
         self.der = self.certificate.public_bytes(serialization.Encoding.DER)
 
     def below(self) -> Authority:
+        """Return a new intermediate."""
         return Authority(self.trust_domain.name, self)
 
     @property
     def chain(self) -> tuple[bytes, ...]:
+        """Return the DER certificates to send after a leaf, the root left out."""
         return () if self.parent is None else (self.der, *self.parent.chain)
 
     def bundle(self, *more: Authority) -> Bundle:
+        """Return a bundle with this authority and more of the same trust domain."""
         return Bundle(
             self.trust_domain, tuple(X509Root(authority.der) for authority in (self, *more))
         )
 
     def leaf(
         self,
-        public_key: object,
+        public_key: PublicKey,
         spiffe_id: str,
         *,
         start: datetime | None = None,
         end: datetime | None = None,
         uris: tuple[str, ...] | None = None,
         ca: bool = False,
-        usages: tuple[x509.ObjectIdentifier, ...] = (
-            ExtendedKeyUsageOID.SERVER_AUTH,
-            ExtendedKeyUsageOID.CLIENT_AUTH,
-        ),
+        usages: tuple[x509.ObjectIdentifier, ...] = _EKUS,
     ) -> bytes:
+        """Return a leaf, DER: a good one unless told otherwise."""
         names = [x509.UniformResourceIdentifier(uri) for uri in uris or (spiffe_id,)]
         builder = (
             x509.CertificateBuilder()
             .subject_name(x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "SPIRE")]))
             .issuer_name(self.name)
-            .public_key(public_key)  # type: ignore[arg-type]
+            .public_key(public_key)
             .serial_number(x509.random_serial_number())
             .not_valid_before(start or now() - HOUR)
             .not_valid_after(end or now() + HOUR)
@@ -122,13 +137,19 @@ class Authority:
         self,
         spiffe_id: str,
         *,
-        key: PrivateKey | None = None,
+        private_key: PrivateKey | None = None,
         signer: Signer | None = None,
         version: int = 0,
-        **leaf: object,
+        start: datetime | None = None,
+        end: datetime | None = None,
+        uris: tuple[str, ...] | None = None,
+        ca: bool = False,
     ) -> TlsIdentity:
-        if signer is None and key is None:
-            key = ec.generate_private_key(ec.SECP256R1())
-        public = signer.public_key if signer is not None else key.public_key()  # type: ignore[union-attr]
-        chain = (self.leaf(public, spiffe_id, **leaf), *self.chain)  # type: ignore[arg-type]
-        return TlsIdentity(chain, key if signer is None else None, signer, version)
+        """Return a TLS identity: with a new key unless a key or a signer is given."""
+        if signer is not None:
+            public_key = signer.public_key
+        else:
+            private_key = private_key or ec.generate_private_key(ec.SECP256R1())
+            public_key = private_key.public_key()
+        leaf = self.leaf(public_key, spiffe_id, start=start, end=end, uris=uris, ca=ca)
+        return TlsIdentity((leaf, *self.chain), private_key, signer, version)
