@@ -76,7 +76,7 @@ async def serve(kind: str, streams: int) -> None:
         await server.start()
         where = str(front.port) if isinstance(front, TcpFront) else front.address_text
         await _measure(kind, where, 1)
-        await _measure(kind, where, streams)
+        used = await _measure(kind, where, streams)
         await server.close(0)
     sys.stdout.write(f"stream_kib {used / streams / 1024:.1f} ({kind}, {streams} streams)\n")
 
