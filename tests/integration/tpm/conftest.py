@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Factory:
-    """A manufacturer and two different TPMs that left its factory."""
+    """A manufacturer, two TPMs that left its factory and one that nobody touched."""
 
     manufacturer: Manufacturer
     first: Swtpm
     second: Swtpm
+    bare: Swtpm
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,13 +41,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def factory(tmp_path_factory: pytest.TempPathFactory) -> Factory:
     manufacturer = Manufacturer()
-    made = []
-    for name in ("first", "second"):
-        tpm = Swtpm(tmp_path_factory.mktemp(name), banks=("sha256", "sha384"))
+    first, second = (
+        Swtpm(tmp_path_factory.mktemp(name), banks=("sha256", "sha384"))
+        for name in ("first", "second")
+    )
+    for tpm in (first, second):
         with tpm:
             manufacturer.equip(tpm, padding=7)
-        made.append(tpm)
-    return Factory(manufacturer, *made)
+    bare = Swtpm(tmp_path_factory.mktemp("bare"), persistent_ek=False)
+    return Factory(manufacturer, first, second, bare)
 
 
 def _copy(source: Swtpm, state_dir: Path) -> Iterator[Swtpm]:
@@ -67,9 +70,9 @@ def other_tpm(factory: Factory, tmp_path: Path) -> Iterator[Swtpm]:
 
 
 @pytest.fixture
-def bare_tpm(tmp_path: Path) -> Iterator[Swtpm]:
+def bare_tpm(factory: Factory, tmp_path: Path) -> Iterator[Swtpm]:
     """Give a TPM without certificates and without persistent keys."""
-    with Swtpm(tmp_path / "bare", persistent_ek=False) as tpm:
+    with Swtpm(tmp_path / "bare", clone_of=factory.bare) as tpm:
         yield tpm
 
 
