@@ -327,7 +327,6 @@ def _primary(connection: Connection, label: bytes, template: bytes) -> Iterator[
         return _create_primary(connection, template)[0]
 
     with connection.cached(label, make) as handle:
-        connection.remember(name_of_handle(connection, handle))
         yield handle
 
 

@@ -239,7 +239,10 @@ class Connection:
         self._contexts.clear()
 
     def remember(self, name: bytes) -> None:
-        """Note the Name of an object we made: a leftover of it may be flushed to gain a slot."""
+        """Note the Name of an object that only we make: leftovers may be flushed to gain a slot.
+
+        Not for standard keys (storage root, endorsement), which others load as well.
+        """
         self._names.add(name)
 
     def capability(self, kind: Capability, first: int = 0) -> list[tuple[int, ...]]:

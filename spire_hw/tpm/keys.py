@@ -150,7 +150,6 @@ def storage(connection: Connection, wanted: bytes | None = None) -> Iterator[tup
                 "TPM was cleared or replaced: its storage key is not the one the keys were made "
                 "under; they are lost and must be regenerated"
             )
-        connection.remember(name)
         yield handle, name
 
 

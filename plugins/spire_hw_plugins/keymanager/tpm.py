@@ -28,7 +28,7 @@ from spire_hw.tpm.info import read_identity
 from spire_hw_plugins.keymanager.tpm_store import StoredKey, TpmKeyStore, made_now
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
     from spire_hw.config.hcl import Body
     from spire_hw.key import KeyType, SignOptions
@@ -219,8 +219,7 @@ class TpmKeyManager:
         found, complaints = await asyncio.to_thread(store.load)
         for complaint in complaints:
             self._host.log.warning("TPM key file is not usable", reason=complaint)
-        names = {key.storage_name for key in found}
-        lost = await device.run("find storage primary", lambda c: _missing(c, names))
+        lost = await device.run("find storage primary", lambda c: _lost(c, found))
         for key in found:
             if key.storage_name in lost:
                 self._host.log.error(
@@ -249,9 +248,12 @@ class TpmKeyManager:
         return self._ready
 
 
-def _missing(connection: Connection, names: Iterable[bytes]) -> set[bytes]:
+def _lost(connection: Connection, found: Sequence[StoredKey]) -> set[bytes]:
+    """Return Names of storage primaries this TPM does not have any more."""
     lost = set()
-    for name in names:
+    for key in found:
+        connection.remember(key.blob.parsed.name)
+    for name in {key.storage_name for key in found}:
         try:
             with keys.storage(connection, name):
                 pass
