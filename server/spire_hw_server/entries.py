@@ -9,6 +9,7 @@ asked for and kept until a change concerns it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from typing_extensions import override
@@ -30,22 +31,18 @@ _K = TypeVar("_K")
 _V = TypeVar("_V")
 
 _LOAD_PAGE: Final = 5000
-_MANY_CHANGES: Final = 64
+_MANY_CHANGES: Final = 256
+_UNDATED: Final = datetime.min.replace(tzinfo=UTC)
 _NOTHING: Final[SelectorSet] = frozenset()
 
 
 class AuthorizedEntries(Mapping[str, "Entry"]):
-    """The entries one agent may have, by entry id, oldest first; never changes.
+    """The entries one agent may have, by entry id, oldest first; never changes."""
 
-    Attributes:
-        parents: IDs whose entries are in it.
-    """
+    __slots__ = ("_entries",)
 
-    __slots__ = ("_entries", "parents")
-
-    def __init__(self, entries: dict[str, Entry], parents: frozenset[SpiffeId]) -> None:
+    def __init__(self, entries: dict[str, Entry]) -> None:
         self._entries = entries
-        self.parents = parents
 
     @override
     def __getitem__(self, entry_id: str) -> Entry:
@@ -64,23 +61,26 @@ class AuthorizedEntries(Mapping[str, "Entry"]):
         return entry_id in self._entries
 
 
-def order_of(entry: Entry) -> tuple[float, str]:
+def order_of(entry: Entry) -> tuple[datetime, str]:
     """Return what entries are sorted by: age, then entry id."""
-    return (entry.created_at.timestamp() if entry.created_at else 0.0, entry.entry_id)
+    return (entry.created_at or _UNDATED, entry.entry_id)
 
 
 class EntryGraph:
-    """Entries and nodes in memory, without any I/O."""
+    """Entries and nodes in memory, without any I/O.
+
+    IDs are filed by their text, whose hash Python keeps.
+    """
 
     def __init__(self, trust_domain: TrustDomain) -> None:
-        self._server = server_id(trust_domain)
+        self._server = server_id(trust_domain).text
         self._entries: dict[str, Entry] = {}
-        self._below: dict[SpiffeId, dict[str, Entry]] = {}
-        self._having: dict[SpiffeId, dict[str, Entry]] = {}
+        self._below: dict[str, dict[str, Entry]] = {}
+        self._having: dict[str, dict[str, Entry]] = {}
         self._aliases: dict[Selector, dict[str, tuple[SelectorSet, Entry]]] = {}
         self._alias_keys: dict[str, Selector] = {}
-        self._nodes: dict[SpiffeId, SelectorSet | None] = {}
-        self._known: dict[SpiffeId, AuthorizedEntries] = {}
+        self._nodes: dict[str, SelectorSet | None] = {}
+        self._known: dict[str, AuthorizedEntries] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -91,11 +91,11 @@ class EntryGraph:
 
     def by_spiffe_id(self, spiffe_id: SpiffeId) -> tuple[Entry, ...]:
         """Return the entries with a SPIFFE ID, oldest first."""
-        return tuple(sorted(self._having.get(spiffe_id, {}).values(), key=order_of))
+        return tuple(sorted(self._having.get(spiffe_id.text, {}).values(), key=order_of))
 
     def selectors_of(self, agent_id: SpiffeId) -> SelectorSet:
         """Return the selectors of a node; none when it is unknown or banned."""
-        return self._nodes.get(agent_id) or _NOTHING
+        return self._nodes.get(agent_id.text) or _NOTHING
 
     def put_entry(self, entry: Entry) -> bool:
         """Add or replace an entry; tell whether that changed anything."""
@@ -105,9 +105,9 @@ class EntryGraph:
         if old is not None:
             self._unlink(old)
         self._entries[entry.entry_id] = entry
-        self._below.setdefault(entry.parent_id, {})[entry.entry_id] = entry
-        self._having.setdefault(entry.spiffe_id, {})[entry.entry_id] = entry
-        if entry.parent_id == self._server:
+        self._below.setdefault(entry.parent_id.text, {})[entry.entry_id] = entry
+        self._having.setdefault(entry.spiffe_id.text, {})[entry.entry_id] = entry
+        if entry.parent_id.text == self._server:
             self._link_alias(entry)
         self._forget(entry)
         return True
@@ -123,18 +123,19 @@ class EntryGraph:
     def put_node(self, agent_id: SpiffeId, selectors: Iterable[Selector] | None) -> bool:
         """Set the selectors of a node, None when it is banned; tell whether that changed."""
         new = None if selectors is None else frozenset(selectors)
-        if agent_id in self._nodes and self._nodes[agent_id] == new:
+        key = agent_id.text
+        if key in self._nodes and self._nodes[key] == new:
             return False
-        self._nodes[agent_id] = new
-        self._known.pop(agent_id, None)
+        self._nodes[key] = new
+        self._known.pop(key, None)
         return True
 
     def remove_node(self, agent_id: SpiffeId) -> bool:
         """Take a node out; tell whether it was there."""
-        self._known.pop(agent_id, None)
-        if agent_id not in self._nodes:
+        self._known.pop(agent_id.text, None)
+        if agent_id.text not in self._nodes:
             return False
-        del self._nodes[agent_id]
+        del self._nodes[agent_id.text]
         return True
 
     def forget_all(self) -> None:
@@ -143,33 +144,39 @@ class EntryGraph:
 
     def authorized(self, agent_id: SpiffeId) -> AuthorizedEntries:
         """Return what an agent may have; nothing when it is banned."""
-        known = self._known.get(agent_id)
+        key = agent_id.text
+        known = self._known.get(key)
         if known is not None:
             return known
-        selectors = self._nodes.get(agent_id, _NOTHING)
+        selectors = self._nodes.get(key, _NOTHING)
         if selectors is None:
-            return AuthorizedEntries({}, frozenset())
-        found = self._walk(agent_id, selectors)
-        if agent_id in self._nodes:
-            self._known[agent_id] = found
+            return AuthorizedEntries({})
+        found = self._walk(key, selectors)
+        if key in self._nodes:
+            self._known[key] = found
         return found
 
-    def _walk(self, agent_id: SpiffeId, selectors: SelectorSet) -> AuthorizedEntries:
+    def _walk(self, agent_id: str, selectors: SelectorSet) -> AuthorizedEntries:
+        """Go down from the agent and its aliases."""
         parents = {agent_id}
         for selector in selectors:
             for needed, alias in self._aliases.get(selector, {}).values():
                 if needed <= selectors:
-                    parents.add(alias.spiffe_id)
+                    parents.add(alias.spiffe_id.text)
         waiting = list(parents)
         found: list[Entry] = []
         while waiting:
-            for entry in self._below.get(waiting.pop(), {}).values():
-                found.append(entry)
-                if entry.spiffe_id not in parents:
-                    parents.add(entry.spiffe_id)
-                    waiting.append(entry.spiffe_id)
+            below = self._below.get(waiting.pop())
+            if below is None:
+                continue
+            found.extend(below.values())
+            for entry in below.values():
+                child = entry.spiffe_id.text
+                if child not in parents:
+                    parents.add(child)
+                    waiting.append(child)
         found.sort(key=order_of)
-        return AuthorizedEntries({e.entry_id: e for e in found}, frozenset(parents))
+        return AuthorizedEntries({e.entry_id: e for e in found})
 
     def _link_alias(self, entry: Entry) -> None:
         """File an alias under the one of its selectors that has the fewest so far."""
@@ -180,22 +187,32 @@ class EntryGraph:
 
     def _unlink(self, entry: Entry) -> None:
         del self._entries[entry.entry_id]
-        _drop(self._below, entry.parent_id, entry.entry_id)
-        _drop(self._having, entry.spiffe_id, entry.entry_id)
+        _drop(self._below, entry.parent_id.text, entry.entry_id)
+        _drop(self._having, entry.spiffe_id.text, entry.entry_id)
         key = self._alias_keys.pop(entry.entry_id, None)
         if key is not None:
             _drop(self._aliases, key, entry.entry_id)
         self._forget(entry)
 
     def _forget(self, entry: Entry) -> None:
-        """Forget the answers an entry has, had or may have a part in."""
-        if entry.parent_id == self._server:
-            needed = frozenset(entry.selectors)
-            concerned = [a for a in self._known if needed <= self.selectors_of(a)]
-        else:
-            concerned = [a for a, k in self._known.items() if entry.parent_id in k.parents]
-        for agent_id in concerned:
-            del self._known[agent_id]
+        """Forget the answers an entry has or may have a part in: go up to agents and aliases."""
+        needed: list[SelectorSet] = []
+        seen: set[str] = set()
+        waiting = [entry]
+        while waiting:
+            lower = waiting.pop()
+            parent = lower.parent_id.text
+            if parent == self._server:
+                needed.append(frozenset(lower.selectors))
+            elif parent not in seen:
+                seen.add(parent)
+                self._known.pop(parent, None)
+                waiting.extend(self._having.get(parent, {}).values())
+        if needed:
+            for agent_id in list(self._known):
+                selectors = self._nodes.get(agent_id) or _NOTHING
+                if any(s <= selectors for s in needed):
+                    del self._known[agent_id]
 
 
 def _drop(index: dict[_K, dict[str, _V]], key: _K, entry_id: str) -> None:
