@@ -35,7 +35,7 @@ _WHAT: Final = "CSR"
 _VERSION: Final = der.integer(0)
 _ATTRIBUTES: Final = 0xA0
 _URI, _DNS_NAME = 0x86, 0x82
-_BOOLEAN: Final = 0x01
+_TRUE: Final = b"\x01\x01\xff"
 _EXTENSION_REQUEST: Final = der.oid("1.2.840.113549.1.9.14")
 _SUBJECT_ALTERNATIVE_NAME: Final = der.oid("2.5.29.17")
 _NO_ATTRIBUTES: Final = der.encode(_ATTRIBUTES, b"")
@@ -138,16 +138,15 @@ def parse_csr(data: bytes, *, check_signature: bool = True) -> Csr:
 
 def _frame(data: bytes) -> tuple[bytes, bytes, bytes]:
     """Return body, algorithm identifier and signature."""
-    outer = der.Reader(data, _WHAT)
-    level = outer.enter(der.SEQUENCE)
-    outer.finish()
-    body = level.element(der.SEQUENCE)
-    algorithm = level.element(der.SEQUENCE)
-    signature = level.content(der.BIT_STRING)
-    level.finish()
-    if not signature or signature[0]:
-        raise EncodingError(_WHAT, "signature is not a whole number of bytes")
-    return body, algorithm, signature[1:]
+    at, end = der.step(data, 0, len(data), der.SEQUENCE, _WHAT)
+    _, body_end = der.step(data, at, end, der.SEQUENCE, _WHAT)
+    _, algorithm_end = der.step(data, body_end, end, der.SEQUENCE, _WHAT)
+    start, stop = der.step(data, algorithm_end, end, der.BIT_STRING, _WHAT)
+    if stop != end or end != len(data):
+        raise EncodingError(_WHAT, "has something after its end", stop)
+    if start == stop or data[start]:
+        raise EncodingError(_WHAT, "signature is not a whole number of bytes", start)
+    return data[at:body_end], data[body_end:algorithm_end], data[start + 1 : stop]
 
 
 _Ordinary = tuple[Csr, ec.EllipticCurvePublicKey]
@@ -162,17 +161,19 @@ def _walk(body: bytes) -> _Ordinary | None:
 
 
 def _walk_strictly(body: bytes) -> _Ordinary | None:
-    parts = der.Reader(body, _WHAT).enter(der.SEQUENCE)
-    version = parts.element(der.INTEGER)
-    subject = parts.element(der.SEQUENCE)
-    spki = parts.element(der.SEQUENCE)
-    attributes = parts.content(_ATTRIBUTES)
-    parts.finish()
+    at, end = der.step(body, 0, len(body), der.SEQUENCE, _WHAT)
+    if not body.startswith(_VERSION, at):
+        return None
+    subject_at = at + len(_VERSION)
+    _, spki_at = der.step(body, subject_at, end, der.SEQUENCE, _WHAT)
+    _, attributes_at = der.step(body, spki_at, end, der.SEQUENCE, _WHAT)
+    start, stop = der.step(body, attributes_at, end, _ATTRIBUTES, _WHAT)
+    subject, spki = body[subject_at:spki_at], body[spki_at:attributes_at]
     key = _ordinary_key(spki)
-    if version != _VERSION or key is None:
+    if key is None or stop != end:
         return None
     _check_subject(subject)
-    names = _requested_names(attributes) if attributes else ((), ())
+    names = _requested_names(body, start, stop) if start != stop else ((), ())
     if names is None:
         return None
     return Csr(key, spki, names[0], names[1], subject), key
@@ -199,45 +200,47 @@ def _ordinary_key(spki: bytes) -> ec.EllipticCurvePublicKey | None:
 _Names = tuple[tuple[str, ...], tuple[str, ...]]
 
 
-def _requested_names(attributes: bytes) -> _Names | None:
+def _requested_names(body: bytes, at: int, end: int) -> _Names | None:
     """Return the SANs when the only attribute is an extension request with ordinary names."""
-    level = der.Reader(attributes, _WHAT)
-    attribute = level.enter(der.SEQUENCE)
-    level.finish()
-    if attribute.element(der.OBJECT_IDENTIFIER) != _EXTENSION_REQUEST:
+    at, stop = der.step(body, at, end, der.SEQUENCE, _WHAT)
+    if stop != end or not body.startswith(_EXTENSION_REQUEST, at):
         return None
-    values = attribute.enter(der.SET)
-    attribute.finish()
-    extensions = values.enter(der.SEQUENCE)
-    values.finish()
-    seen = set()
+    at, stop = der.step(body, at + len(_EXTENSION_REQUEST), end, der.SET, _WHAT)
+    if stop != end:
+        return None
+    at, stop = der.step(body, at, end, der.SEQUENCE, _WHAT)
+    if stop != end:
+        return None
+    seen: set[bytes] = set()
     names: _Names | None = ((), ())
-    while extensions.more():
-        extension = extensions.enter(der.SEQUENCE)
-        kind = extension.element(der.OBJECT_IDENTIFIER)
-        if extension.next_tag() == _BOOLEAN and extension.content(_BOOLEAN) != b"\xff":
-            return None
-        value = extension.content(der.OCTET_STRING)
-        extension.finish()
-        if kind in seen:
+    while at < end:
+        kind_at, stop = der.step(body, at, end, der.SEQUENCE, _WHAT)
+        _, at = der.step(body, kind_at, stop, der.OBJECT_IDENTIFIER, _WHAT)
+        kind = body[kind_at:at]
+        if body.startswith(_TRUE, at):
+            at += len(_TRUE)
+        value, value_end = der.step(body, at, stop, der.OCTET_STRING, _WHAT)
+        if value_end != stop or kind in seen:
             return None
         seen.add(kind)
         if kind == _SUBJECT_ALTERNATIVE_NAME:
-            names = _general_names(value)
+            names = _general_names(body, value, stop)
+        at = stop
     return names
 
 
-def _general_names(value: bytes) -> _Names | None:
-    outer = der.Reader(value, _WHAT)
-    level = outer.enter(der.SEQUENCE)
-    outer.finish()
+def _general_names(body: bytes, at: int, end: int) -> _Names | None:
+    at, stop = der.step(body, at, end, der.SEQUENCE, _WHAT)
+    if stop != end:
+        return None
     uris: list[str] = []
     dns_names: list[str] = []
-    while level.more():
-        tag = level.next_tag()
+    while at < end:
+        tag = body[at]
         if tag not in {_URI, _DNS_NAME}:
             return None
-        content = level.content(tag)
+        start, at = der.step(body, at, end, tag, _WHAT)
+        content = body[start:at]
         if not content.isascii():
             return None
         (uris if tag == _URI else dns_names).append(content.decode("ascii"))

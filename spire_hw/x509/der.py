@@ -158,23 +158,39 @@ class Reader:
             raise EncodingError(self._what, "has something after its end", self._at)
 
     def _step(self, tag: int) -> tuple[int, int]:
-        data, at = self._data, self._at
-        if at + 2 > self._end or data[at] != tag:
-            raise EncodingError(self._what, f"expected DER tag 0x{tag:02x}", at)
-        length, start = data[at + 1], at + 2
-        if length >= _LONG_FORM:
-            count = length - _LONG_FORM
-            if not 1 <= count <= _MAX_LENGTH_BYTES or start + count > self._end:
-                raise EncodingError(self._what, "length is not DER", at)
-            length = int.from_bytes(data[start : start + count])
-            if length < _LONG_FORM or length.bit_length() <= 8 * (count - 1):
-                raise EncodingError(self._what, "length is not minimal", at)
-            start += count
-        end = start + length
-        if end > self._end:
-            raise EncodingError(self._what, "is cut short", at)
-        self._at = end
-        return start, end
+        start, stop = step(self._data, self._at, self._end, tag, self._what)
+        self._at = stop
+        return start, stop
+
+
+def step(data: bytes, at: int, end: int, tag: int, what: str) -> tuple[int, int]:
+    """Return where the content of the element at an offset starts and stops.
+
+    Args:
+        data: the bytes.
+        at: where the element starts.
+        end: where the level that holds it ends.
+        tag: what it has to be.
+        what: what data is, for errors.
+
+    Raises:
+        EncodingError: another tag, or a length that is not DER or does not fit.
+    """
+    if at + 2 > end or data[at] != tag:
+        raise EncodingError(what, f"expected DER tag 0x{tag:02x}", at)
+    length, start = data[at + 1], at + 2
+    if length >= _LONG_FORM:
+        count = length - _LONG_FORM
+        if not 1 <= count <= _MAX_LENGTH_BYTES or start + count > end:
+            raise EncodingError(what, "length is not DER", at)
+        length = int.from_bytes(data[start : start + count])
+        if length < _LONG_FORM or length.bit_length() <= 8 * (count - 1):
+            raise EncodingError(what, "length is not minimal", at)
+        start += count
+    stop = start + length
+    if stop > end:
+        raise EncodingError(what, "is cut short", at)
+    return start, stop
 
 
 def split(data: bytes, what: str) -> list[bytes]:

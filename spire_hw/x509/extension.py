@@ -101,6 +101,19 @@ def subject_alternative_name(
     return _extension(_SUBJECT_ALTERNATIVE_NAME, der.sequence(*names), critical=critical)
 
 
+# All of an extension with one URI but the URI: nearly every SVID is looked up here by its length.
+_URI_HEADS: Final = tuple(
+    (whole := subject_alternative_name(("x" * size,)))[: len(whole) - size] for size in range(256)
+)
+
+
+def uri_name(uri: str) -> bytes:
+    """Return the subject alternative name extension of one checked URI, not critical."""
+    if len(uri) < len(_URI_HEADS):
+        return _URI_HEADS[len(uri)] + uri.encode("ascii")
+    return subject_alternative_name((uri,))
+
+
 def extensions(*encoded: bytes) -> bytes:
     """Return the [3] element of a certificate body."""
     return der.encode(_EXTENSIONS, der.sequence(*encoded))

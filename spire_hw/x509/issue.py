@@ -93,9 +93,12 @@ async def issue_x509_svid(
         subject_der = svid_subject(dns_names[0] if dns_names else "")
     else:
         check_name(subject_der)
-    names = extension.subject_alternative_name(
-        (spiffe_id.text,), dns_names, critical=subject_der == EMPTY_NAME
-    )
+    if dns_names or subject_der == EMPTY_NAME:
+        names = extension.subject_alternative_name(
+            (spiffe_id.text,), dns_names, critical=subject_der == EMPTY_NAME
+        )
+    else:
+        names = extension.uri_name(spiffe_id.text)
     key_id = extension.subject_key_id(key_identifier(spki))
     extras = _extras(extra_extensions)
     body = der.sequence(
@@ -198,12 +201,14 @@ def _validity(not_before: datetime, not_after: datetime) -> bytes:
             f"certificate would end at {not_after.isoformat()}, before its start at "
             f"{not_before.isoformat()}"
         )
-    return der.sequence(
-        _time(not_before.replace(microsecond=0)), _time(not_after.replace(microsecond=0))
-    )
+    return _validity_of(not_before.replace(microsecond=0), not_after.replace(microsecond=0))
 
 
 @lru_cache(maxsize=256)
+def _validity_of(not_before: datetime, not_after: datetime) -> bytes:
+    return der.sequence(_time(not_before), _time(not_after))
+
+
 def _time(moment: datetime) -> bytes:
     if moment.tzinfo is None:
         raise InvalidInputError("times in certificates need a time zone")

@@ -228,6 +228,15 @@ async def test_malformed_parts_are_refused(make_authority: MakeAuthority) -> Non
             await _issue(authority, subject_der=subject)
 
 
+@pytest.mark.parametrize("size", [1, 90, 91, 92, 200, 230, 231, 232, 233, 234, 235, 236, 2000])
+@pytest.mark.asyncio
+async def test_ids_of_every_length_are_certified(make_authority: MakeAuthority, size: int) -> None:
+    spiffe_id = DOMAIN.member("x" * size)
+    leaf = await _issue(await make_authority(KeyType.EC_P256), spiffe_id=spiffe_id)
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert list(names) == [x509.UniformResourceIdentifier(str(spiffe_id))]
+
+
 def test_serials_are_positive_and_fit() -> None:
     drawn = {random_serial() for _ in range(200)}
     assert len(drawn) == 200
