@@ -214,13 +214,13 @@ class Connection:
             yield handle
 
     @contextlib.contextmanager
-    def authorised(self, hierarchy: Hierarchy) -> Iterator[Any]:
-        """Give the session that authorises use of a hierarchy.
+    def authorised(self, hierarchy: Hierarchy) -> Iterator[tuple[Any, Any]]:
+        """Give the handle of a hierarchy and the session that authorises its use.
 
         Where a password is set it is proved by HMAC, so that it does not cross the bus.
         """
         if not self._passwords.get(hierarchy):
-            yield ESYS_TR.PASSWORD
+            yield ESYS_TR(hierarchy.value), ESYS_TR.PASSWORD
             return
         none = ESYS_TR.NONE
         cipher = TPMT_SYM_DEF(algorithm=TPM2_ALG.NULL)
@@ -228,7 +228,7 @@ class Connection:
             self.esys.start_auth_session, none, none, TPM2_SE.HMAC, cipher, TPM2_ALG.SHA256
         )
         with self.loaded(session):
-            yield session
+            yield ESYS_TR(hierarchy.value), session
 
     def forget(self, label: bytes) -> None:
         """Drop a saved context."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import NotReadyError
-from spire_hw.tpm.attest import EkType, Endorsement, find_endorsement
 from spire_hw.tpm.device import Capability
+from spire_hw.tpm.endorsement import EkType, Endorsement, find_endorsement
 
 if TYPE_CHECKING:
     from spire_hw.tpm.device import Connection

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from cryptography.hazmat.primitives.asymmetric import utils
-from tpm2_pytss.constants import ESYS_TR
 from tpm2_pytss.types import (
     TPM2B_PRIVATE,
     TPM2B_PUBLIC,
@@ -153,16 +152,32 @@ def storage(connection: Connection, wanted: bytes | None = None) -> Iterator[tup
         yield handle, name
 
 
-def _create_storage(connection: Connection) -> Any:
-    with connection.authorised(Hierarchy.OWNER) as session:
-        made = connection.call(
+def create_primary(connection: Connection, hierarchy: Hierarchy, template: bytes) -> Any:
+    """Make a primary key; the caller unloads it.
+
+    Args:
+        connection: the TPM.
+        hierarchy: whose seed it comes from.
+        template: TPMT_PUBLIC.
+
+    Returns:
+        Handle, public area, creation data, its hash and ticket, as the library's types.
+
+    Raises:
+        TpmError: the TPM refused.
+    """
+    with connection.authorised(hierarchy) as (handle, session):
+        return connection.call(
             connection.esys.create_primary,
             TPM2B_SENSITIVE_CREATE(),
-            public_from(_STORAGE_TEMPLATE),
-            ESYS_TR.OWNER,
+            public_from(template),
+            handle,
             session1=session,
         )
-        return made[0]
+
+
+def _create_storage(connection: Connection) -> Any:
+    return create_primary(connection, Hierarchy.OWNER, _STORAGE_TEMPLATE)[0]
 
 
 def _find_persistent(connection: Connection, name: bytes) -> Any:

@@ -22,7 +22,7 @@ from spire_hw.log import get_logger
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw.plugin.nodeattestor import AttestationRequest, SvidKey
 from spire_hw.spiffeid import SpiffeId, TrustDomain
-from spire_hw.tpm.attest import EkType
+from spire_hw.tpm.endorsement import EkType
 from spire_hw_plugins.keymanager.tpm import TpmKeyManager
 from spire_hw_plugins.nodeattestor.tpm.agent import TpmAgentAttestor
 from spire_hw_plugins.nodeattestor.tpm.server import TpmServer

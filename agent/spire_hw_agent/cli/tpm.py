@@ -20,8 +20,8 @@ from spire_hw.tpm.ekcert import TpmModel, read_model
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from spire_hw.tpm.attest import Endorsement
     from spire_hw.tpm.device import Connection
+    from spire_hw.tpm.endorsement import Endorsement
     from spire_hw.tpm.info import TpmInfo
 
 T = TypeVar("T")
@@ -134,7 +134,7 @@ def info(chosen: Chosen) -> None:
 @_tpm_flags
 def ek_hash(chosen: Chosen, ek_type: str) -> None:
     """Print the hash by which a server enrols this TPM."""
-    from spire_hw.tpm.attest import EkType, find_endorsement  # noqa: PLC0415 - loads libtss2
+    from spire_hw.tpm.endorsement import EkType, find_endorsement  # noqa: PLC0415 - loads libtss2
 
     wanted = EkType(ek_type)
     found = chosen.run("find the endorsement key", lambda c: find_endorsement(c, wanted))

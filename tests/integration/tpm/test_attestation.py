@@ -17,8 +17,8 @@ from spire_hw.config.hcl import Body
 from spire_hw.errors import AttestationError, ErrorKind, InvalidInputError, SpireHwError
 from spire_hw.key import KeyType, fingerprint, spki_der
 from spire_hw.plugin.nodeattestor import AttestationRequest, AttestedIdentity, SvidKey
-from spire_hw.tpm.attest import EkType
 from spire_hw.tpm.device import Hierarchy
+from spire_hw.tpm.endorsement import EkType
 from spire_hw.tpm.errors import TpmError
 from spire_hw_plugins.keymanager.memory import build as build_memory
 from spire_hw_plugins.keymanager.tpm import TpmKeyManager

@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from spire_hw.errors import ErrorKind, SpireHwError, UnavailableError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions
-from spire_hw.tpm import attest, keys
+from spire_hw.tpm import attest, endorsement, keys
 from spire_hw.tpm.credential import Challenge, make_credential
 from spire_hw.tpm.device import Connection, Hierarchy, TpmDevice
 from spire_hw.tpm.errors import Rc, TpmError
@@ -89,7 +89,7 @@ async def test_a_refused_command_leaves_nothing_loaded(
     device: TpmDevice, bus: TpmBus, tpm: Swtpm, command: int
 ) -> None:
     blob = await new_key(device)
-    ek = await device.run("find EK", attest.find_endorsement)
+    ek = await device.run("find EK", endorsement.find_endorsement)
     ak = await device.run("make AK", attest.create_attestation_key)
     sealed = make_credential(ek.parsed, ak.name, bytes(32))
     answering(bus, command, Rc.LOCKOUT, -1)
@@ -109,7 +109,7 @@ async def test_a_refused_command_leaves_nothing_loaded(
     assert loaded(tpm) == []
 
 
-def _activate(connection: Connection, ek: attest.Endorsement, sealed: Challenge) -> bytes:
+def _activate(connection: Connection, ek: endorsement.Endorsement, sealed: Challenge) -> bytes:
     return attest.activate(connection, ek, sealed.id_object, sealed.encrypted_secret)
 
 
@@ -135,9 +135,9 @@ async def test_a_signature_that_was_altered_does_not_leave(
         await device.run("sign", lambda c: keys.sign(c, blob, DIGEST, OPTIONS))
 
 
-@pytest.mark.parametrize("ek_type", [attest.EkType.EC_P256, attest.EkType.RSA_2048])
+@pytest.mark.parametrize("ek_type", [endorsement.EkType.EC_P256, endorsement.EkType.RSA_2048])
 async def test_the_activation_secret_and_passwords_do_not_cross_the_bus(
-    device: TpmDevice, bus: TpmBus, tpm: Swtpm, ek_type: attest.EkType
+    device: TpmDevice, bus: TpmBus, tpm: Swtpm, ek_type: endorsement.EkType
 ) -> None:
     passwords = {Hierarchy.ENDORSEMENT: b"endorsement secret", Hierarchy.OWNER: b"owner secret"}
     tpm.commands.set_password(ENDORSEMENT, passwords[Hierarchy.ENDORSEMENT])
@@ -147,7 +147,7 @@ async def test_the_activation_secret_and_passwords_do_not_cross_the_bus(
     secret = secrets.token_bytes(32)
     with nothing_left_behind(tpm):
         await new_key(device)
-        ek = await device.run("find EK", lambda c: attest.find_endorsement(c, ek_type))
+        ek = await device.run("find EK", lambda c: endorsement.find_endorsement(c, ek_type))
         ak = await device.run("make AK", attest.create_attestation_key)
         sealed = make_credential(ek.parsed, ak.name, secret)
         assert await device.run("activate", lambda c: _activate(c, ek, sealed)) == secret

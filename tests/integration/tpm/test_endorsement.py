@@ -9,10 +9,10 @@ import pytest
 import pytest_asyncio
 
 from spire_hw.errors import NotReadyError
-from spire_hw.tpm import attest, wire
-from spire_hw.tpm.attest import EkType
+from spire_hw.tpm import attest, endorsement, wire
 from spire_hw.tpm.credential import make_credential
 from spire_hw.tpm.device import TpmDevice
+from spire_hw.tpm.endorsement import EkType
 from spire_hw.tpm.public import EK_TEMPLATES, check_ek, parse_public
 from spire_hw_sim.tpm_command import ENDORSEMENT
 from tests.integration.tpm.leaks import nothing_left_behind
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tests.integration.tpm.conftest import Factory
 
 pytestmark = pytest.mark.asyncio
-TEMPLATES = {template.label: attest.default_template(template) for template in EK_TEMPLATES}
+TEMPLATES = {template.label: endorsement.default_template(template) for template in EK_TEMPLATES}
 
 
 @pytest_asyncio.fixture
@@ -43,7 +43,7 @@ def equip(tpm: Swtpm, factory: Factory, template: bytes, index: int) -> bytes:
     return public
 
 
-async def activate(device: TpmDevice, ek: attest.Endorsement) -> None:
+async def activate(device: TpmDevice, ek: endorsement.Endorsement) -> None:
     ak = await device.run("make AK", attest.create_attestation_key)
     secret = secrets.token_bytes(32)
     sealed = make_credential(ek.parsed, ak.name, secret)
@@ -58,9 +58,9 @@ async def activate(device: TpmDevice, ek: attest.Endorsement) -> None:
 async def test_every_template_with_a_certificate_is_found_and_activates(
     device: TpmDevice, bare_tpm: Swtpm, factory: Factory, label: str
 ) -> None:
-    public = equip(bare_tpm, factory, TEMPLATES[label], attest._CERTIFICATES[label])
+    public = equip(bare_tpm, factory, TEMPLATES[label], endorsement._CERTIFICATES[label])
     with nothing_left_behind(bare_tpm):
-        ek = await device.run("find EK", attest.find_endorsement)
+        ek = await device.run("find EK", endorsement.find_endorsement)
         assert (ek.label, ek.parsed.raw) == (label, public)
         assert check_ek(ek.parsed).label == label
         await activate(device, ek)
@@ -70,10 +70,10 @@ async def test_a_small_certified_key_goes_before_a_large_one(
     device: TpmDevice, bare_tpm: Swtpm, factory: Factory
 ) -> None:
     for label in ("L-1", "H-3"):
-        equip(bare_tpm, factory, TEMPLATES[label], attest._CERTIFICATES[label])
-    assert (await device.run("find EK", attest.find_endorsement)).label == "L-1"
-    equip(bare_tpm, factory, TEMPLATES["L-2"], attest._CERTIFICATES["L-2"])
-    assert (await device.run("find EK", attest.find_endorsement)).label == "L-2"
+        equip(bare_tpm, factory, TEMPLATES[label], endorsement._CERTIFICATES[label])
+    assert (await device.run("find EK", endorsement.find_endorsement)).label == "L-1"
+    equip(bare_tpm, factory, TEMPLATES["L-2"], endorsement._CERTIFICATES["L-2"])
+    assert (await device.run("find EK", endorsement.find_endorsement)).label == "L-2"
 
 
 @pytest.mark.parametrize("nonce", [b"vendor nonce", bytes(range(32))])
@@ -83,10 +83,10 @@ async def test_a_vendors_nonce_is_taken_into_the_template(
     blank = wire.sized(bytes(32)) * 2
     template = TEMPLATES["L-2"].removesuffix(blank)
     template += wire.sized(nonce.ljust(32, b"\x00")) + wire.sized(bytes(32))
-    public = equip(bare_tpm, factory, template, attest._CERTIFICATES["L-2"])
-    bare_tpm.commands.nv_store(attest._NONCES["L-2"], nonce)
+    public = equip(bare_tpm, factory, template, endorsement._CERTIFICATES["L-2"])
+    bare_tpm.commands.nv_store(endorsement._NONCES["L-2"], nonce)
     with nothing_left_behind(bare_tpm):
-        ek = await device.run("find EK", attest.find_endorsement)
+        ek = await device.run("find EK", endorsement.find_endorsement)
         assert ek.parsed.raw == public
         await activate(device, ek)
 
@@ -95,42 +95,42 @@ async def test_a_vendors_own_template_is_used(
     device: TpmDevice, bare_tpm: Swtpm, factory: Factory
 ) -> None:
     template = TEMPLATES["L-2"][:-1] + b"\x01"
-    public = equip(bare_tpm, factory, template, attest._CERTIFICATES["L-2"])
-    bare_tpm.commands.nv_store(attest._OWN_TEMPLATES["L-2"], template)
-    ek = await device.run("find EK", attest.find_endorsement)
+    public = equip(bare_tpm, factory, template, endorsement._CERTIFICATES["L-2"])
+    bare_tpm.commands.nv_store(endorsement._OWN_TEMPLATES["L-2"], template)
+    ek = await device.run("find EK", endorsement.find_endorsement)
     assert ek.parsed.raw == public
 
 
 async def test_a_template_in_the_place_of_the_nonce_is_no_nonce(
     device: TpmDevice, bare_tpm: Swtpm, factory: Factory
 ) -> None:
-    public = equip(bare_tpm, factory, TEMPLATES["L-2"], attest._CERTIFICATES["L-2"])
-    bare_tpm.commands.nv_store(attest._NONCES["L-2"], TEMPLATES["L-2"])
-    assert (await device.run("find EK", attest.find_endorsement)).parsed.raw == public
+    public = equip(bare_tpm, factory, TEMPLATES["L-2"], endorsement._CERTIFICATES["L-2"])
+    bare_tpm.commands.nv_store(endorsement._NONCES["L-2"], TEMPLATES["L-2"])
+    assert (await device.run("find EK", endorsement.find_endorsement)).parsed.raw == public
 
 
 async def test_a_persistent_key_is_used_without_making_it_again(
     device: TpmDevice, bare_tpm: Swtpm, factory: Factory
 ) -> None:
-    public = equip(bare_tpm, factory, TEMPLATES["L-1"], attest._CERTIFICATES["L-1"])
+    public = equip(bare_tpm, factory, TEMPLATES["L-1"], endorsement._CERTIFICATES["L-1"])
     handle, _ = bare_tpm.commands.create_primary(ENDORSEMENT, TEMPLATES["L-1"])
     bare_tpm.commands.persist(handle, 0x81010005)
     bare_tpm.commands.flush(handle)
-    ek = await device.run("find EK", attest.find_endorsement)
+    ek = await device.run("find EK", endorsement.find_endorsement)
     assert (ek.handle, ek.parsed.raw) == (0x81010005, public)
     await activate(device, ek)
 
 
 async def test_an_empty_certificate_index_is_told(device: TpmDevice, bare_tpm: Swtpm) -> None:
-    bare_tpm.commands.nv_store(attest._CERTIFICATES["L-2"], b"\xff" * 700)
+    bare_tpm.commands.nv_store(endorsement._CERTIFICATES["L-2"], b"\xff" * 700)
     with pytest.raises(NotReadyError, match="0x01C0000A holds no certificate"):
-        await device.run("find EK", attest.find_endorsement)
+        await device.run("find EK", endorsement.find_endorsement)
 
 
 async def test_without_certificates_the_type_may_be_chosen(device: TpmDevice) -> None:
     labels = []
     for ek_type in EkType:
         wanted = ek_type
-        ek = await device.run("find EK", lambda c: attest.find_endorsement(c, wanted))  # noqa: B023
+        ek = await device.run("find EK", lambda c: endorsement.find_endorsement(c, wanted))  # noqa: B023
         labels.append((ek_type, ek.label))
     assert labels == [(EkType.AUTO, "L-2"), (EkType.EC_P256, "L-2"), (EkType.RSA_2048, "L-1")]

@@ -7,7 +7,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spire_hw.tpm.attest import (
+from spire_hw.tpm.endorsement import (
     cut_certificate,
     default_template,
     is_certificate_for,

@@ -20,8 +20,8 @@ from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError, NotRead
 from spire_hw.key import spki_der
 from spire_hw.plugin.keymanager import TpmKeys
 from spire_hw.tpm import attest, verify
-from spire_hw.tpm.attest import AttestationKey, EkType, Endorsement
 from spire_hw.tpm.device import Hierarchy, TpmDevice, load_password, shared
+from spire_hw.tpm.endorsement import EkType, Endorsement, find_endorsement
 from spire_hw.tpm.keys import KeyBlob
 from spire_hw_plugins.nodeattestor.tpm import wire
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from spire_hw.config.hcl import Body
     from spire_hw.plugin.info import HostInfo
     from spire_hw.plugin.nodeattestor import AgentExchange, SvidKey
+    from spire_hw.tpm.attest import AttestationKey
     from spire_hw.tpm.device import Connection
 
 NAME: Final = wire.NAME
@@ -152,7 +153,7 @@ class TpmAgentAttestor:
         await exchange.send(wire.encode_response(answer))
 
     def _identify(self, connection: Connection) -> _Node:
-        ek = attest.find_endorsement(connection, self._ek_type)
+        ek = find_endorsement(connection, self._ek_type)
         return _Node(ek, attest.create_attestation_key(connection))
 
     def _bind(self, svid_key: SvidKey | None) -> _BoundKey:
