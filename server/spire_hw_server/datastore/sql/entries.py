@@ -7,7 +7,7 @@ import uuid
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import ColumnElement, Row, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Row, bindparam, delete, func, insert, select, update
 
 from spire_hw.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from spire_hw.selector import Selector
@@ -52,6 +52,12 @@ _MAX_TTL_S: Final = 2**31 - 1
 _MAX_HINT: Final = 1024
 _MAX_JSON_BYTES: Final = 8 << 20
 _CHUNK: Final = 500
+# Statements of the hot paths are built once; building one takes longer than running it.
+_INSERT: Final = insert(entries)
+_INSERT_SELECTORS: Final = insert(entry_selectors)
+_BY_ID: Final = select(entries).where(entries.c.entry_id == bindparam("wanted"))
+_LOCK_BY_ID: Final = _BY_ID.with_for_update()
+_SIMILAR: Final = select(entries).where(entries.c.similar_digest == bindparam("wanted"))
 _OWN: Final = frozenset({"entry_id", "revision_number", "created_at"})
 _REPLACEABLE: Final = frozenset(f.name for f in fields(Entry)) - _OWN
 
@@ -78,7 +84,7 @@ def create(tx: Transaction, entry: Entry) -> Entry:
         "created_at": tx.now_s,
         "revision_number": 0,
     }
-    result = tx.connection.execute(insert(entries).values(values))
+    result = tx.connection.execute(_INSERT, values)
     number = new_row(result)
     _insert_selectors(tx, number, stored)
     _insert_federations(tx, number, stored)
@@ -260,14 +266,13 @@ def _conditions(where: EntryFilter) -> Iterator[ColumnElement[bool]]:
 def _row(tx: Transaction, entry_id: str, *, lock: bool = False) -> Row[Any] | None:
     if _ENTRY_ID.fullmatch(entry_id) is None:
         return None
-    query = select(entries).where(entries.c.entry_id == entry_id)
-    return tx.connection.execute(query.with_for_update() if lock else query).one_or_none()
+    query = _LOCK_BY_ID if lock else _BY_ID
+    return tx.connection.execute(query, {"wanted": entry_id}).one_or_none()
 
 
 def _similar(tx: Transaction, entry: Entry) -> Entry | None:
     digest = similar_digest(entry.spiffe_id.text, entry.parent_id.text, entry.selectors)
-    query = select(entries).where(entries.c.similar_digest == digest)
-    row = tx.connection.execute(query).one_or_none()
+    row = tx.connection.execute(_SIMILAR, {"wanted": digest}).one_or_none()
     return None if row is None else _entry(row)
 
 
@@ -282,7 +287,7 @@ def _check_federations(tx: Transaction, trust_domains: Collection[TrustDomain]) 
 
 def _insert_selectors(tx: Transaction, number: int, entry: Entry) -> None:
     rows = [{"entry_row": number, "digest": selector_digest(s)} for s in entry.selectors]
-    tx.connection.execute(insert(entry_selectors), rows)
+    tx.connection.execute(_INSERT_SELECTORS, rows)
 
 
 def _insert_federations(tx: Transaction, number: int, entry: Entry) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import bindparam, delete, insert, select, update
 
 from spire_hw_server.datastore.interface import Change, ChangeKind
 from spire_hw_server.datastore.sql.models import changes, counters
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
 _COUNTER = "change"
+_LAST = select(counters.c.value).where(counters.c.name == bindparam("counter"))
+_COUNT_UP = (
+    update(counters)
+    .where(counters.c.name == bindparam("counter"))
+    .values(value=counters.c.value + bindparam("made"))
+)
+_INSERT = insert(changes)
 
 
 def record(connection: Connection, made: Sequence[tuple[ChangeKind, str]], now_s: int) -> int:
@@ -26,15 +33,11 @@ def record(connection: Connection, made: Sequence[tuple[ChangeKind, str]], now_s
     unique = list(dict.fromkeys(made))
     if not unique:
         return 0
-    connection.execute(
-        update(counters)
-        .where(counters.c.name == _COUNTER)
-        .values(value=counters.c.value + len(unique))
-    )
+    connection.execute(_COUNT_UP, {"counter": _COUNTER, "made": len(unique)})
     last = last_change(connection)
     first = last - len(unique) + 1
     connection.execute(
-        insert(changes),
+        _INSERT,
         [
             {"event_id": first + i, "kind": kind.value, "key": key, "created_at": now_s}
             for i, (kind, key) in enumerate(unique)
@@ -45,7 +48,7 @@ def record(connection: Connection, made: Sequence[tuple[ChangeKind, str]], now_s
 
 def last_change(connection: Connection) -> int:
     """Return the number of the last change."""
-    value = connection.scalar(select(counters.c.value).where(counters.c.name == _COUNTER))
+    value = connection.scalar(_LAST, {"counter": _COUNTER})
     return int(value or 0)
 
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import ColumnElement, Row, and_, delete, func, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 
 from spire_hw.errors import DeniedError, DeniedReason, InvalidInputError, NotFoundError
 from spire_hw.selector import Selector
@@ -33,6 +44,9 @@ if TYPE_CHECKING:
 
     from spire_hw_server.datastore.sql.engine import Transaction
 
+_INSERT: Final = insert(nodes)
+_BY_ID: Final = select(nodes).where(nodes.c.agent_id == bindparam("wanted"))
+_LOCK_BY_ID: Final = _BY_ID.with_for_update()
 _CHUNK: Final = 500
 _MAX_VERSION: Final = 255
 _MAX_JSON_BYTES: Final = 8 << 20
@@ -55,7 +69,7 @@ def put(tx: Transaction, node: Node) -> Node:
     if row is not None and _node(row).banned:
         raise DeniedError(f'agent "{node.agent_id}" is banned', DeniedReason.AGENT_BANNED)
     if row is None:
-        result = tx.connection.execute(insert(nodes).values(_values(node)))
+        result = tx.connection.execute(_INSERT, _values(node))
         number = new_row(result)
     else:
         number = row.row_id
@@ -210,8 +224,8 @@ def _conditions(where: NodeFilter) -> Iterator[ColumnElement[bool]]:
 
 
 def _row(tx: Transaction, agent_id: SpiffeId, *, lock: bool = False) -> Row[Any] | None:
-    query = select(nodes).where(nodes.c.agent_id == agent_id.text)
-    return tx.connection.execute(query.with_for_update() if lock else query).one_or_none()
+    query = _LOCK_BY_ID if lock else _BY_ID
+    return tx.connection.execute(query, {"wanted": agent_id.text}).one_or_none()
 
 
 def _existing(tx: Transaction, agent_id: SpiffeId, *, lock: bool = False) -> Row[Any]:
