@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import pytest
+
+from spire_hw.errors import InvalidInputError, LimitError
+from spire_hw.tpm.wire import PcrSelection
+from spire_hw_plugins.nodeattestor.tpm.wire import (
+    AkEvidence,
+    AttestationData,
+    ChallengeMessage,
+    LogAnnouncement,
+    QuoteEvidence,
+    Response,
+    SignedStatement,
+    decode_attestation_data,
+    decode_challenge,
+    decode_response,
+    encode_attestation_data,
+    encode_challenge,
+    encode_response,
+)
+
+AK = AkEvidence(b"public", b"data", b"attest", b"signature")
+FULL = AttestationData(
+    ek_certificate=b"certificate",
+    ek_spki=b"key",
+    ak=AK,
+    ek_pub=b"ek",
+    ek_chain=(b"one", b"two"),
+    key_pub=b"svid key",
+    ak_parent_pub=b"parent",
+    log=LogAnnouncement(3, "0" * 64),
+    ima_entries=7,
+    boot_id="8e7ab9f4-71c5-4d0a-9d5d-6c1f9d0a3b11",
+)
+CHALLENGE = ChallengeMessage(
+    credential=b"\0\4blob",
+    secret=b"\0\3abc",
+    nonce=bytes(range(32)),
+    quote=(PcrSelection("sha256", (0, 7)), PcrSelection("sha384", (0,))),
+    want=("log", "ima"),
+    ima_from=4,
+    limits=(("log_bytes", 10), ("response_bytes", 20)),
+    expires_ms=1000,
+)
+RESPONSE = Response(
+    secret=bytes(32),
+    quotes=(QuoteEvidence(b"a", b"s", {"sha256": {0: bytes(32), 7: b"\x07" * 32}}),),
+    certify=SignedStatement(b"c", b"d"),
+    time=SignedStatement(b"t", b"u"),
+    log=b"log",
+    ima=b"ima",
+    ima_from=4,
+)
+
+
+def test_first_message_reads_back() -> None:
+    assert decode_attestation_data(encode_attestation_data(FULL)) == FULL
+    least = AttestationData(ek_certificate=None, ek_spki=b"key", ak=AK, ek_pub=b"ek")
+    assert decode_attestation_data(encode_attestation_data(least)) == least
+
+
+def test_first_message_has_the_shape_the_go_plugins_read() -> None:
+    value = json.loads(encode_attestation_data(FULL))
+    pem = base64.b64decode(value["EK"]).decode()
+    assert pem.index("BEGIN CERTIFICATE") < pem.index("BEGIN PUBLIC KEY")
+    assert list(value) == ["EK", "AK", "spire_hw"]
+    assert list(value["AK"]) == [
+        "Public",
+        "UseTCSDActivationFormat",
+        "CreateData",
+        "CreateAttestation",
+        "CreateSignature",
+    ]
+    assert value["spire_hw"]["v"] == 2
+
+
+def test_challenge_reads_back() -> None:
+    assert decode_challenge(encode_challenge(CHALLENGE)) == CHALLENGE
+    value = json.loads(encode_challenge(CHALLENGE))
+    assert list(value["EC"]) == ["Credential", "Secret"]
+
+
+def test_answer_reads_back() -> None:
+    assert decode_response(encode_response(RESPONSE)) == RESPONSE
+    least = Response(b"", ())
+    assert decode_response(encode_response(least)) == least
+
+
+def _bent(path: str, value: object) -> bytes:
+    message: dict[str, Any] = json.loads(encode_challenge(CHALLENGE))
+    *parents, last = path.split(".")
+    place = message
+    for parent in parents:
+        place = place[parent]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return json.dumps(message).encode()
+
+
+def _b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+CHALLENGES: list[tuple[str, object, str]] = [
+    ("EC", None, "challenge: credential is missing"),
+    ("spire_hw", None, "spire_hw is missing"),
+    ("spire_hw.v", 3, "dialect 3 is not supported"),
+    ("spire_hw.nonce", _b64(bytes(31)), "nonce must be 32 bytes"),
+    ("spire_hw.nonce", _b64(bytes(33)), "nonce must be 32 bytes"),
+    ("spire_hw.nonce", _b64(bytes(10_000)), "nonce must be 32 bytes"),
+    ("spire_hw.nonce", "", "nonce is missing"),
+    ("spire_hw.quote", [{"bank": "sha256", "pcrs": []}], "PCR request is malformed"),
+    ("spire_hw.quote", [{"bank": "sha256", "pcrs": [24]}], "PCR request is malformed"),
+    ("spire_hw.quote", [{"bank": "sha256", "pcrs": [-1]}], "a list of numbers"),
+    ("spire_hw.quote", [{"bank": "sha256", "pcrs": [True]}], "a list of numbers"),
+    ("spire_hw.quote", [{"bank": "sha256", "pcrs": [1, 1]}], "PCR request is malformed"),
+    ("spire_hw.quote", [{"bank": "sha256", "pcrs": [0] * 9000}], "PCR request is malformed"),
+    ("spire_hw.quote", [{"bank": "md5", "pcrs": [0]}], "PCR request is malformed"),
+    ("spire_hw.quote", [{}] * 5, "more than 4 entries"),
+    ("spire_hw.quote", [{"bank": "sha256", "pcrs": [0], "x": 1}], "unknown member"),
+    ("spire_hw.want", ["passwd"], "evidence asked for is not known"),
+    ("spire_hw.want", ["log", "log"], "evidence asked for is not known"),
+    ("spire_hw.limits", {"response_bytes": -1}, "out of range"),
+    ("spire_hw.limits", [], "limits must be an object"),
+    ("spire_hw.expires_ms", 2**64, "number not allowed|out of range"),
+    ("spire_hw.path", "/etc/shadow", "unknown member spire_hw.path"),
+    ("EC.Credential", _b64(b"\0\5blob"), "challenge: credential is malformed"),
+    ("EC.Credential", _b64(b"blob"), "challenge: credential is malformed"),
+    ("EC.Credential", _b64(b"\0\0"), "challenge: credential is malformed"),
+    ("EC.Secret", _b64(b"\x03\xe8" + bytes(1000)), "challenge: secret is malformed"),
+    ("EC.Secret", _b64(b"\0\2abc"), "challenge: secret is malformed"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "words"), CHALLENGES)
+def test_hostile_challenge_is_refused(path: str, value: object, words: str) -> None:
+    with pytest.raises(InvalidInputError, match=words):
+        decode_challenge(_bent(path, value))
+
+
+def test_challenge_without_optional_members_is_read() -> None:
+    message = json.loads(encode_challenge(CHALLENGE))
+    for name in ("want", "ima_from", "limits"):
+        del message["spire_hw"][name]
+    made = decode_challenge(json.dumps(message).encode())
+    assert (made.want, made.ima_from, made.limits) == ((), 0, ())
+
+
+def test_challenge_over_its_limit_is_refused() -> None:
+    with pytest.raises(LimitError):
+        decode_challenge(b" " * (64 * 1024 + 1))
