@@ -5,14 +5,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from spire_hw.errors import ChainError
 from spire_hw.x509.chain import UnknownAuthorityError, verify_chain
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric import ec
-
     from tests.unit.spire_hw.x509.conftest import Mint
 
 NOW = datetime(2026, 11, 1, 12, tzinfo=UTC)
@@ -57,6 +55,26 @@ def test_paths_with_and_without_intermediates(tree: Tree) -> None:
         tree.middle,
         tree.root,
     ]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        ec.generate_private_key(ec.SECP384R1()),
+        ec.generate_private_key(ec.SECP521R1()),
+        rsa.generate_private_key(65537, 2048),
+        rsa.generate_private_key(65537, 3072),
+    ],
+)
+def test_keys_of_other_kinds_at_every_place(
+    tree: Tree, mint: Mint, key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
+) -> None:
+    root = mint.certificate("other", key, "other", key)
+    leaf = mint.certificate("leaf", key, "other", key, ca=False)
+    assert verify_chain(leaf, [], [root], NOW) == [leaf, root]
+    middle = mint.certificate("between", key, "root", tree.root_key)
+    below = mint.certificate("leaf", tree.leaf_key, "between", key, ca=False)
+    assert verify_chain(below, [middle], [tree.root], NOW) == [below, middle, tree.root]
 
 
 def test_a_root_in_the_chain_and_an_intermediate_as_anchor_are_fine(tree: Tree) -> None:
