@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
     from datetime import datetime
 
-    from spire_hw.aio.watch import Watch
     from spire_hw.bundle.bundle import Bundle
     from spire_hw.selector import Selector
     from spire_hw.spiffeid import SpiffeId, TrustDomain
@@ -242,11 +241,29 @@ class Change:
     key: str
 
 
+class Signal(Protocol):
+    """The id of the last change made through one store object; a `Watch[int]` is one."""
+
+    @property
+    def value(self) -> int:
+        """Return the id, 0 before the first change."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Return how often it was set."""
+        ...
+
+    async def wait(self, seen: int) -> tuple[int, int]:
+        """Return (value, version) as soon as the version is past `seen`."""
+        ...
+
+
 class Datastore(Protocol):
     """Everything the server asks of its store."""
 
     @property
-    def changed(self) -> Watch[int]:
+    def changed(self) -> Signal:
         """Return the id of the last change made through this object; wakes local caches."""
         ...
 
