@@ -218,9 +218,7 @@ class ScriptedAgent:
         svid: types_pb2.X509SVID = response.svid
         return svid
 
-    async def batch_new(
-        self, channel: Channel, wanted: Sequence[tuple[str, bytes]]
-    ) -> list[Any]:
+    async def batch_new(self, channel: Channel, wanted: Sequence[tuple[str, bytes]]) -> list[Any]:
         """Ask for X509-SVIDs for (entry id, CSR) pairs and return the results."""
         request = server_svid_pb2.BatchNewX509SVIDRequest(
             params=[server_svid_pb2.NewX509SVIDParams(entry_id=i, csr=c) for i, c in wanted]
@@ -232,6 +230,15 @@ class ScriptedAgent:
             timeout_s=TIMEOUT_S,
         )
         return list(response.results)
+
+
+    async def workload(self, entry_id: str) -> ScriptedAgent:
+        """Return something that calls with the SVID of a workload's entry."""
+        caller = ScriptedAgent(self.port, self.bundle, self.clock)
+        async with await self.channel() as channel:
+            (result,) = await self.batch_new(channel, [(entry_id, await make_csr(caller.key))])
+        caller.take(result.svid)
+        return caller
 
 
 async def joined_agent(server: Server, operator: Operator) -> ScriptedAgent:

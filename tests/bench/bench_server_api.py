@@ -14,9 +14,11 @@ import asyncio
 import hashlib
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from cryptography.hazmat.primitives import hashes
@@ -24,6 +26,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 
 from spire_hw import log as logs
 from spire_hw._pb import server_svid_pb2
+from spire_hw.key import KeyType, generate_private_key
+from spire_hw_server.app import Server
 from spire_hw_sim.servers import (
     SVID,
     Operator,
@@ -32,10 +36,16 @@ from spire_hw_sim.servers import (
     make_csr,
     server_settings,
 )
-from spire_hw.key import KeyType, generate_private_key
-from spire_hw_server.app import Server, run
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 BATCH = 100
+
+
+def tell(line: str) -> None:
+    """Print one figure."""
+    sys.stdout.write(line + "\n")
 
 
 def openssl_pairs_per_s() -> float:
@@ -55,7 +65,7 @@ def openssl_pairs_per_s() -> float:
     return best
 
 
-def serve(directory: str, port_out: object) -> None:
+def serve(directory: str, port_out: Connection) -> None:
     """Run a server in this process until it is terminated."""
     logs.configure(logs.LogSettings(level=logs.Level.ERROR))
     more = "ratelimit { signing = false attestation = false }"
@@ -98,9 +108,9 @@ async def measure(directory: Path, pid: int, port: int, certificates: int, token
     spent = cpu_s(pid) - before
     rate = certificates / spent
     limit = openssl_pairs_per_s()
-    print(f"BatchNewX509SVID: {certificates} certificates, {spent:.2f} CPU s, {rate:.0f} per CPU s")
-    print(f"OpenSSL verify+sign: {limit:.0f} per CPU s")
-    print(f"x509_api_vs_openssl: {rate / limit:.3f}")
+    tell(f"BatchNewX509SVID: {certificates} certificates, {spent:.2f} CPU s, {rate:.0f} per CPU s")
+    tell(f"OpenSSL verify+sign: {limit:.0f} per CPU s")
+    tell(f"x509_api_vs_openssl: {rate / limit:.3f}")
 
     request = server_svid_pb2.NewJWTSVIDRequest(entry_id=ids[0], audience=["bench"])
 
@@ -114,7 +124,7 @@ async def measure(directory: Path, pid: int, port: int, certificates: int, token
     before = cpu_s(pid)
     await asyncio.gather(*(ask(tokens // 8) for _ in range(8)))
     spent = cpu_s(pid) - before
-    print(f"NewJWTSVID: {tokens} calls, {spent:.2f} CPU s, {tokens / spent:.0f} per CPU s")
+    tell(f"NewJWTSVID: {tokens} calls, {spent:.2f} CPU s, {tokens / spent:.0f} per CPU s")
     await channel.close()
     await operator.close()
 

@@ -238,12 +238,6 @@ class AgentService:
         )
         self._nodes.forget(admission.agent_id)
         await self._entries.refresh()
-        call.log.info(
-            "agent attested",
-            spiffe_id=str(admission.agent_id),
-            node_attestor_type=data.type,
-            can_reattest=admission.can_reattest,
-        )
         return pb.AttestAgentResponse.Result(
             svid=_svid_message(issued, admission.agent_id), reattestable=admission.can_reattest
         )

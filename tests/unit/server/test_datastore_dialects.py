@@ -3,10 +3,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import structlog
 
-from spire_hw.errors import InvalidInputError
+from spire_hw.errors import InvalidInputError, UnavailableError
 from spire_hw_server.datastore.config import DatastoreConfig
 from spire_hw_server.datastore.sql.dialects import open_engine, parse_mysql_dsn, sqlite_path
+from spire_hw_server.datastore.sql.store import open_datastore
+from spire_hw_sim.clock import SimClock
 
 
 @pytest.mark.parametrize(
@@ -92,3 +95,21 @@ def test_bad_libpq_string_is_refused_without_showing_it() -> None:
     with pytest.raises(InvalidInputError) as caught:
         open_engine(config, config.connection_string)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("driver", "kind", "target"),
+    [
+        ("psycopg", "postgres", "host=127.0.0.1 port=1 user=u password=secret dbname=d"),
+        ("pymysql", "mysql", "u:secret@tcp(127.0.0.1:1)/d"),
+    ],
+)
+@pytest.mark.asyncio
+async def test_database_that_is_away_is_unavailable(driver: str, kind: str, target: str) -> None:
+    pytest.importorskip(driver)
+    with pytest.raises(UnavailableError) as caught:
+        await open_datastore(
+            DatastoreConfig(kind, target), clock=SimClock(), log=structlog.get_logger()
+        )
+    assert "127.0.0.1" in caught.value.message
+    assert "secret" not in caught.value.message

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -19,6 +18,9 @@ from spire_hw_server.api.entry_message import (
     parse_update,
 )
 from spire_hw_server.datastore.interface import Entry, Match
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TD = TrustDomain("example.org")
 
@@ -168,9 +170,12 @@ def test_filters_are_read() -> None:
             by_spiffe_id=types_pb2.SPIFFEID(trust_domain="example.org", path="/web"),
             by_parent_id=types_pb2.SPIFFEID(trust_domain="example.org", path="/p"),
             by_selectors=types_pb2.SelectorMatch(
-                selectors=[types_pb2.Selector(type="a", value="b")], match=2
+                selectors=[types_pb2.Selector(type="a", value="b")],
+                match=types_pb2.SelectorMatch.MATCH_SUPERSET,
             ),
-            by_federates_with=types_pb2.FederatesWithMatch(trust_domains=["o.test"], match=3),
+            by_federates_with=types_pb2.FederatesWithMatch(
+                trust_domains=["o.test"], match=types_pb2.FederatesWithMatch.MATCH_ANY
+            ),
             by_hint={"value": ""},
             by_downstream={"value": True},
         ),

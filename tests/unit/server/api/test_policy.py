@@ -76,8 +76,10 @@ def test_only_attestation_and_the_bundle_are_open_to_anybody() -> None:
     [
         (
             CallerClass.AGENT,
-            "BatchNewX509SVID NewJWTSVID BatchNewWITSVID GetFederatedBundle GetAuthorizedEntries "
-            "SyncAuthorizedEntries RenewAgent PostStatus",
+            (
+                "BatchNewX509SVID NewJWTSVID BatchNewWITSVID GetFederatedBundle "
+                "GetAuthorizedEntries SyncAuthorizedEntries RenewAgent PostStatus"
+            ),
         ),
         (CallerClass.DOWNSTREAM, "NewDownstreamX509CA PublishJWTAuthority PublishWITAuthority"),
     ],

@@ -53,7 +53,8 @@ def test_nothing_there_means_prepare_and_activate() -> None:
 
 
 def test_a_life_runs_through_all_steps() -> None:
-    slots: Slots[JwtRecord] = Slots().prepare(record("one", SlotName.A))
+    empty: Slots[JwtRecord] = Slots()
+    slots = empty.prepare(record("one", SlotName.A))
     assert slots.due(START) is Step.ACTIVATE
     slots = slots.activate()
     assert slots.due(START + timedelta(hours=11)) is Step.REST
@@ -103,8 +104,9 @@ def test_prepare_refuses_the_slot_that_signs() -> None:
 
 
 def test_prepare_refuses_what_is_not_prepared() -> None:
+    empty: Slots[JwtRecord] = Slots()
     with pytest.raises(SpireHwError, match="ACTIVE"):
-        Slots().prepare(record("one", SlotName.A, Status.ACTIVE))
+        empty.prepare(record("one", SlotName.A, Status.ACTIVE))
 
 
 def test_activate_needs_something_prepared() -> None:
