@@ -65,7 +65,8 @@ def migrate(engine: Engine, *, allowed: bool) -> tuple[str, str]:
 
 def _config() -> Config:
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    location = str(Path(__file__).parent / "migrations")
+    config.set_main_option("script_location", location.replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     return config
 
