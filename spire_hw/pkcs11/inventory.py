@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.errors import EncodingError, ErrorKind
+from spire_hw.key import spki_der
 from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.pkcs11.keys import MECHANISM_NAMES, PublicMaterial, mechanisms_for
 from spire_hw.pkcs11.labels import Owner
-from spire_hw.pkcs11.wire import unpack_bytes
+from spire_hw.pkcs11.wire import SignKey, unpack_bytes
 
 if TYPE_CHECKING:
     from spire_hw.key import KeyType, PublicKey
+    from spire_hw.plugin.keymanager import KeyInfo
 
 Evidence = Mapping[str, bool | int | None]
 # What a private key has to prove (PKCS #11 v2.40 section 4.9): made here, never readable.
@@ -304,7 +306,7 @@ class Entry:
         key_type: its type.
         public_key: its public half.
         fingerprint: fingerprint of this instance.
-        cka_id: CKA_ID on the token.
+        sign_key: CKA_ID and public key, as workers need them.
         label: CKA_LABEL on the token.
         generation: its generation.
     """
@@ -313,6 +315,25 @@ class Entry:
     key_type: KeyType
     public_key: PublicKey
     fingerprint: str
-    cka_id: bytes
+    sign_key: SignKey
     label: str
     generation: int
+
+    @classmethod
+    def of(cls, info: KeyInfo, cka_id: bytes, label: str, generation: int) -> Entry:
+        """Build from the contract's view of a key and its place on the token."""
+        sign_key = SignKey(cka_id, spki_der(info.public_key))
+        return cls(
+            info.key_id,
+            info.key_type,
+            info.public_key,
+            info.fingerprint,
+            sign_key,
+            label,
+            generation,
+        )
+
+    @property
+    def cka_id(self) -> bytes:
+        """Return the CKA_ID on the token."""
+        return self.sign_key.cka_id

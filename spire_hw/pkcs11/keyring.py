@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.aio.tasks import Tasks
@@ -27,7 +26,6 @@ from spire_hw.key import (
     default_hash,
     key_type_of,
     parse_spki,
-    verify_digest,
 )
 from spire_hw.pkcs11.disposal import Disposal
 from spire_hw.pkcs11.errors import Cure, TokenError
@@ -44,14 +42,13 @@ from spire_hw.pkcs11.inventory import (
 from spire_hw.pkcs11.keys import (
     CKM_RSA_PKCS_PSS,
     MECHANISM_NAMES,
+    check_request,
     mechanisms_for,
     public_key_of,
-    sign_request,
-    signature_of,
 )
 from spire_hw.pkcs11.labels import APPLICATION, Owner, key_name
 from spire_hw.pkcs11.state import State, StateFile
-from spire_hw.pkcs11.wire import Kind, pack_bytes
+from spire_hw.pkcs11.wire import Kind, SignItem, pack_bytes
 from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo, KeySignature
 
 if TYPE_CHECKING:
@@ -173,9 +170,9 @@ class Keyring:
             InvalidInputError: `key id is required`.
             NotFoundError: there is none.
         """
-        _check_id(key_id)
         entry = self._entries.get(key_id)
         if entry is None:
+            _check_id(key_id)
             raise NotFoundError(f'key "{key_id}" not found')
         return entry
 
@@ -212,30 +209,30 @@ class Keyring:
             raise self._gone(entry)
         facts = self._pool.facts
         location = f'PKCS#11 token "{facts.label}" serial {facts.serial}, object {entry.label}'
-        return KeyEvidence(location, evidence_texts(pair.evidence))
+        attributes = evidence_texts(pair.evidence)
+        return KeyEvidence(location, {"CKA_ID": pair.cka_id.hex(), **attributes})
 
     async def _sign_with(self, entry: Entry, digest: bytes, options: SignOptions) -> KeySignature:
         self._check_health(entry)
-        request = sign_request(entry.key_type, digest, options)
+        check_request(entry.key_type, digest, options)
         if options.pss and CKM_RSA_PKCS_PSS not in self._pool.facts.mechanisms:
             raise InvalidInputError("token lacks CKM_RSA_PKCS_PSS")
-        finish = partial(_finish, entry, digest, options)
         try:
-            signature = await self._pool.sign(entry.cka_id, request, finish)
+            signature = await self._pool.sign(SignItem(entry.sign_key, digest, options))
         except TokenError as e:
             if options.pss and e.reason == "hsm.mechanism_param_invalid":
                 raise InvalidInputError(
                     f"salt length {options.salt_length} not supported by token"
                 ) from e
-            raise
-        except SpireHwError as e:
-            if e.kind is ErrorKind.INTERNAL:
+            if e.reason == "hsm.bad_signature":
                 self._bad_signatures[entry.cka_id] = self._bad_signatures.get(entry.cka_id, 0) + 1
                 self._log.error("hsm.bad_signature", key_id=entry.key_id, fp=entry.fingerprint)
             raise
         return KeySignature(signature, entry.fingerprint)
 
     def _check_health(self, entry: Entry) -> None:
+        if not self._bad_signatures and not self._vanished:
+            return
         if self._bad_signatures.get(entry.cka_id, 0) >= _QUARANTINE_AFTER:
             raise TokenError(
                 f'key "{entry.key_id}" is quarantined: its signatures did not verify',
@@ -371,9 +368,7 @@ class Keyring:
         if key_id not in self._policy.accept_weak_keys:
             check_evidence(f'key "{key_id}"', pair.evidence, key_type)
         info = KeyInfo.of(key_id, key_type, public_key)
-        entry = Entry(
-            key_id, key_type, public_key, info.fingerprint, pair.cka_id, pair.label, pair.generation
-        )
+        entry = Entry.of(info, pair.cka_id, pair.label, pair.generation)
         await self._prove(entry)
         return entry
 
@@ -392,16 +387,15 @@ class Keyring:
         """Have the key sign something that can be nothing else, and verify it."""
         options = SignOptions(default_hash(entry.public_key))
         digest = options.hash.digest(_CHECK + secrets.token_bytes(32))
-        request = sign_request(entry.key_type, digest, options)
-        finish = partial(_finish, entry, digest, options)
+        item = SignItem(entry.sign_key, digest, options)
         try:
-            await self._pool.sign(entry.cka_id, request, finish)
+            await self._pool.sign(item)
         except TokenError as e:
             if e.reason != "hsm.key_gone":
                 raise
             # A new object may be invisible to workers that were started before it was made.
             self._pool.recycle()
-            await self._pool.sign(entry.cka_id, request, finish)
+            await self._pool.sign(item)
 
     async def _claim(self, inventory: Inventory) -> None:
         """Say on the token which instance uses these keys from now on."""
@@ -466,7 +460,7 @@ class Keyring:
             public_key = described.public_key
             check_evidence(f'generated key "{key_id}"', described.evidence, key_type)
             info = KeyInfo.of(key_id, key_type, public_key)
-            entry = Entry(key_id, key_type, public_key, info.fingerprint, cka_id, label, generation)
+            entry = Entry.of(info, cka_id, label, generation)
             await self._prove(entry)
             keys = {} if inventory.manifest is None else dict(inventory.manifest.keys)
             if self._manifest_on_token and keys.get(name) != key_id:
@@ -545,12 +539,6 @@ def _check_id(key_id: str) -> None:
         raise InvalidInputError("key id is required")
     if len(key_id) > _MAX_ID or not key_id.isprintable():
         raise InvalidInputError(f"key id must be printable and at most {_MAX_ID} characters")
-
-
-def _finish(entry: Entry, digest: bytes, options: SignOptions, raw: bytes) -> bytes:
-    signature = signature_of(entry.key_type, raw)
-    verify_digest(entry.public_key, digest, signature, options)
-    return signature
 
 
 def info_of(entry: Entry) -> KeyInfo:

@@ -113,21 +113,31 @@ def sign_request(key_type: KeyType, digest: bytes, options: SignOptions) -> Sign
     Raises:
         InvalidInputError: digest length, PSS on an EC key, or a salt that does not fit.
     """
-    check_digest(digest, options)
+    check_request(key_type, digest, options)
     half = _HALF_BYTES.get(key_type)
     if half is not None:
-        if options.pss:
-            raise InvalidInputError("PSS options do not fit an EC key")
         return SignRequest(CKM_ECDSA, None, digest[:half])
     if not options.pss:
         return SignRequest(CKM_RSA_PKCS, None, _DIGEST_INFO[options.hash] + digest)
-    salt = options.salt_bytes
+    return SignRequest(CKM_RSA_PKCS_PSS, (*_PSS[options.hash], options.salt_bytes), digest)
+
+
+def check_request(key_type: KeyType, digest: bytes, options: SignOptions) -> None:
+    """Refuse what `sign_request` cannot turn into a signature.
+
+    Raises:
+        InvalidInputError: digest length, PSS on an EC key, or a salt that does not fit.
+    """
+    check_digest(digest, options)
+    if not options.pss:
+        return
+    if is_ec(key_type):
+        raise InvalidInputError("PSS options do not fit an EC key")
     longest = modulus_bits(key_type) // 8 - options.hash.digest_size - 2
-    if options.salt_length < -1 or salt > longest:
+    if options.salt_length < -1 or options.salt_bytes > longest:
         raise InvalidInputError(
             f"PSS salt length {options.salt_length} is out of range, at most {longest} fit"
         )
-    return SignRequest(CKM_RSA_PKCS_PSS, (*_PSS[options.hash], salt), digest)
 
 
 def signature_of(key_type: KeyType, raw: bytes) -> bytes:

@@ -15,8 +15,8 @@ from pkcs11.exceptions import PKCS11Error
 
 from spire_hw.errors import ErrorKind
 from spire_hw.pkcs11.errors import Cure, TokenError, ckr_of
-from spire_hw.pkcs11.keys import CKM_ECDSA, CKM_RSA_PKCS, CKM_RSA_PKCS_PSS
-from spire_hw.pkcs11.wire import SignItem, pack_bytes
+from spire_hw.pkcs11.keys import CKM_ECDSA, CKM_RSA_PKCS, CKM_RSA_PKCS_PSS, SignRequest
+from spire_hw.pkcs11.wire import pack_bytes
 
 if TYPE_CHECKING:
     from spire_hw.pkcs11.token import TokenSession
@@ -212,17 +212,16 @@ class TokenObjects:
             self._renew()
             raise error from e
 
-    def sign(self, item: SignItem) -> bytes | TokenError:
-        """Sign; a lost session or a stale handle is replaced once."""
-        result = self._sign_once(item)
+    def sign(self, cka_id: bytes, request: SignRequest) -> bytes | TokenError:
+        """Return the token's raw output; a lost session or a stale handle is replaced once."""
+        result = self._sign_once(cka_id, request)
         if isinstance(result, TokenError) and result.cure in {Cure.SESSION, Cure.KEY}:
-            return self._sign_once(item)
+            return self._sign_once(cka_id, request)
         return result
 
-    def _sign_once(self, item: SignItem) -> bytes | TokenError:
-        request = item.request
+    def _sign_once(self, cka_id: bytes, request: SignRequest) -> bytes | TokenError:
         try:
-            key = self._keys.get(item.key) or self._private_key(item.key)
+            key = self._keys.get(cka_id) or self._private_key(cka_id)
             param = None
             if request.pss is not None:
                 hash_mechanism, mgf, salt = request.pss
@@ -233,7 +232,7 @@ class TokenObjects:
         except TokenError as e:
             return e
         except AttributeError:
-            self._keys.pop(item.key, None)
+            self._keys.pop(cka_id, None)
             return self._refused("hsm.key_not_permitted", "key no longer permits signing")
         except _ODD as e:
             error = TokenError.of(e, "sign", self._token.device)

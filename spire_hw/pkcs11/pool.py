@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from spire_hw.log import Logger
-    from spire_hw.pkcs11.keys import SignRequest
-    from spire_hw.pkcs11.process import Finish
 
 _DRAIN_S: Final = 5.0
 _ADMIN_WAIT_S: Final = 10.0
@@ -65,8 +62,8 @@ class Limits:
 @dataclass(slots=True, eq=False)
 class _Job:
     item: SignItem
-    finish: Finish
     future: asyncio.Future[bytes]
+    deadline: float
     retried: bool = False
 
 
@@ -83,11 +80,13 @@ class Pool:
             Seat(f"sign-{n}", opening, turn, self._on_change, log) for n in range(limits.workers)
         ]
         self._tasks = Tasks(self._on_task_failure)
-        self._checkers = ThreadPoolExecutor(limits.workers, thread_name_prefix="hsm-check")
         self._queues: OrderedDict[bytes, deque[_Job]] = OrderedDict()
         self._queued = 0
         self._flushing = False
-        self._open_jobs: set[_Job] = set()
+        # In the order of their deadlines; one timer serves them all.
+        self._open_jobs: dict[_Job, None] = {}
+        self._sweeping: asyncio.TimerHandle | None = None
+        self._broken: TokenError | None = None
         self._closed = False
 
     @property
@@ -137,40 +136,33 @@ class Pool:
         except TimeoutError:
             raise seat.problem or self._no_worker("open token") from None
 
-    async def sign(self, key: bytes, request: SignRequest, finish: Finish) -> bytes:
-        """Sign with a key and return what `finish` makes of the token's output.
+    async def sign(self, item: SignItem) -> bytes:
+        """Have a worker sign and verify what it signed.
 
-        Args:
-            key: CKA_ID.
-            request: mechanism and data.
-            finish: turns raw output into a checked signature; runs in a thread.
+        Returns:
+            DER ECDSA-Sig-Value, or the RSA signature at modulus length.
 
         Raises:
             LimitError: the queue is full.
-            TokenError: the token failed; `DEADLINE_EXCEEDED` when it hung.
-            SpireHwError: what `finish` raises.
+            TokenError: the token failed; `DEADLINE_EXCEEDED` when it hung, reason
+                `hsm.bad_signature` when what it signed does not verify.
         """
         if self._closed:
             raise UnavailableError("pkcs11 key manager is closed")
-        self._check_usable()
+        if self._broken is not None:
+            raise self._broken
         if self._queued >= self._limits.queue:
             raise LimitError(f"signing queue full ({self._limits.queue})")
-        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        job = _Job(SignItem(key, request), finish, future)
-        self._open_jobs.add(job)
+        loop = asyncio.get_running_loop()
+        job = _Job(item, loop.create_future(), loop.time() + self._limits.wait_s)
+        self._open_jobs[job] = None
+        if self._sweeping is None:
+            self._sweeping = loop.call_at(job.deadline, self._sweep)
         self._push(job)
         try:
-            async with asyncio.timeout(self._limits.wait_s):
-                return await future
-        except TimeoutError as e:
-            raise TokenError(
-                f"no signature within {self._limits.wait_s:g} s",
-                reason="hsm.deadline",
-                operation="sign",
-                kind=ErrorKind.DEADLINE_EXCEEDED,
-            ) from e
+            return await job.future
         finally:
-            self._open_jobs.discard(job)
+            del self._open_jobs[job]
 
     async def ask(
         self, kind: Kind, fields: dict[str, Any], *, what: str, limit_s: float = 0.0
@@ -225,6 +217,8 @@ class Pool:
         if self._closed:
             return
         self._closed = True
+        if self._sweeping is not None:
+            self._sweeping.cancel()
         waiting = [job.future for job in self._open_jobs]
         if waiting and any(seat.is_ready for seat in self._seats):
             await asyncio.wait(waiting, timeout=_DRAIN_S)
@@ -235,15 +229,16 @@ class Pool:
         await asyncio.gather(*(w.close(_DRAIN_S) for w in workers if w is not None))
         await self._tasks.close()
         self._changed.set()
-        self._checkers.shutdown(wait=False, cancel_futures=True)
 
     def _on_change(self) -> None:
         self._changed.set()
+        self._broken = None
         if all(seat.is_broken for seat in self._seats):
             # Nobody is left to serve the queue: tell the callers now, not when they give up.
             problem = next((s.problem for s in self._seats if s.problem is not None), None)
+            self._broken = problem or self._no_worker("sign")
             for job in self._take(self._queued):
-                _settle(job.future, problem or self._no_worker("sign"))
+                _settle(job.future, self._broken)
         self._schedule()
 
     def _on_task_failure(self, name: str, error: BaseException) -> None:
@@ -258,12 +253,23 @@ class Pool:
             kind=ErrorKind.UNAVAILABLE,
         )
 
-    def _check_usable(self) -> None:
-        if all(seat.is_broken for seat in self._seats):
-            raise self._seats[0].problem or self._no_worker("sign")
+    def _sweep(self) -> None:
+        self._sweeping = None
+        loop = asyncio.get_running_loop()
+        for job in self._open_jobs:
+            if job.deadline > loop.time():
+                self._sweeping = loop.call_at(job.deadline, self._sweep)
+                return
+            late = TokenError(
+                f"no signature within {self._limits.wait_s:g} s",
+                reason="hsm.deadline",
+                operation="sign",
+                kind=ErrorKind.DEADLINE_EXCEEDED,
+            )
+            _settle(job.future, late)
 
     def _push(self, job: _Job, *, first: bool = False) -> None:
-        queue = self._queues.setdefault(job.item.key, deque())
+        queue = self._queues.setdefault(job.item.key.cka_id, deque())
         if first:
             queue.appendleft(job)
         else:
@@ -331,42 +337,16 @@ class Pool:
             except EncodingError as e:
                 results = [TokenError.of(e, "sign")] * len(batch)
                 self._discard(seat, None)
-        lost = next((r for r in results if isinstance(r, TokenError) and _is_lost(r)), None)
-        if lost is not None:
-            self._discard(seat, lost)
-        good: list[tuple[_Job, bytes]] = []
+        bad = next((r for r in results if isinstance(r, TokenError) and _is_fatal(r)), None)
+        if bad is not None:
+            # A token or worker that made one wrong signature is not asked again as it is.
+            self._discard(seat, bad)
         for job, result in zip(batch, results, strict=True):
             if isinstance(result, bytes):
-                good.append((job, result))
+                _settle(job.future, result)
             else:
                 self._failed(job, result)
         self._schedule()
-        if good and not self._closed:
-            self._check(seat, good)
-        elif good:
-            for job, _ in good:
-                _settle(job.future, UnavailableError("pkcs11 key manager is closed"))
-
-    def _check(self, seat: Seat, good: list[tuple[_Job, bytes]]) -> None:
-        finished = asyncio.get_running_loop().run_in_executor(self._checkers, _finish_all, good)
-        finished.add_done_callback(partial(self._checked, seat, [job for job, _ in good]))
-
-    def _checked(
-        self,
-        seat: Seat,
-        jobs: list[_Job],
-        finished: asyncio.Future[list[bytes | SpireHwError]],
-    ) -> None:
-        if finished.cancelled():
-            return
-        wrong = False
-        for job, result in zip(jobs, finished.result(), strict=True):
-            _settle(job.future, result)
-            wrong = wrong or not isinstance(result, bytes)
-        if wrong:
-            # A token or worker that made one wrong signature is not asked again as it is.
-            self._log.error("hsm.bad_signature", worker=seat.name)
-            self._discard(seat, None)
 
     def _failed(self, job: _Job, error: TokenError) -> None:
         if _is_lost(error) and not job.retried and not self._closed and not job.future.done():
@@ -384,6 +364,10 @@ def _is_lost(error: TokenError) -> bool:
     return error.cure in {Cure.RESTART, Cure.SESSION, Cure.KEY}
 
 
+def _is_fatal(error: TokenError) -> bool:
+    return _is_lost(error) or error.reason == "hsm.bad_signature"
+
+
 def _settle(future: asyncio.Future[bytes], result: bytes | SpireHwError) -> None:
     if future.done():
         return
@@ -391,15 +375,3 @@ def _settle(future: asyncio.Future[bytes], result: bytes | SpireHwError) -> None
         future.set_result(result)
     else:
         future.set_exception(result)
-
-
-def _finish_all(good: list[tuple[_Job, bytes]]) -> list[bytes | SpireHwError]:
-    results: list[bytes | SpireHwError] = []
-    for job, raw in good:
-        try:
-            results.append(job.finish(raw))
-        except SpireHwError as e:
-            results.append(e)
-        except Exception as e:  # noqa: BLE001 - one odd signature must not fail its neighbours
-            results.append(TokenError.of(e, "check signature"))
-    return results

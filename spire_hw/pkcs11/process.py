@@ -13,15 +13,17 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
 
 from spire_hw.errors import EncodingError, ErrorKind
 from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.pkcs11.wire import HEADER, Kind, decode_error, decode_header, encode_frame
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 _COMMAND: Final = (sys.executable, "-P", "-m", "spire_hw.pkcs11.worker")
 
@@ -256,7 +258,3 @@ def _spawn(launch: Launch, theirs: socket.socket) -> subprocess.Popen[bytes]:
         close_fds=True,
         start_new_session=True,
     )
-
-
-# Runs in the host after a worker's answer: turns raw output into a checked signature or raises.
-Finish = Callable[[bytes], bytes]

@@ -22,7 +22,7 @@ _PING_EVERY_S: Final = 15.0
 _PING_LIMIT_S: Final = 10.0
 _STEADY_S: Final = 60.0
 _BROKEN_AFTER: Final = 2
-MAX_DEPTH: Final = 2
+MAX_DEPTH: Final = 3
 _BATCH_TARGET_S: Final = 0.02
 _SMOOTHING: Final = 0.2
 

@@ -16,8 +16,8 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.errors import EncodingError
+from spire_hw.key import HashAlgorithm, SignOptions
 from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.keys import SignRequest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 HEADER: Final = struct.Struct(">IBI")
 MAX_BODY: Final = 4 << 20
 MAX_BATCH: Final = 64
-_ITEM: Final = struct.Struct(">BIIIHHH")
+_KEY: Final = struct.Struct(">HH")
+_ITEM: Final = struct.Struct(">BBBiH")
 _RESULT: Final = struct.Struct(">BH")
 
 
@@ -44,11 +45,25 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class SignItem:
-    """One signature wanted: CKA_ID of the key and what to put into C_Sign."""
+class SignKey:
+    """A key to sign with.
 
-    key: bytes
-    request: SignRequest
+    Attributes:
+        cka_id: its CKA_ID.
+        spki: DER SubjectPublicKeyInfo that its signatures are verified with.
+    """
+
+    cka_id: bytes
+    spki: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SignItem:
+    """One signature wanted; digest and options are those of `spire_hw.key.Signer.sign`."""
+
+    key: SignKey
+    digest: bytes
+    options: SignOptions
 
 
 def encode_frame(kind: Kind, number: int, body: bytes) -> bytes:
@@ -111,23 +126,22 @@ def unpack_bytes(value: object) -> bytes:
 
 
 def encode_items(items: Sequence[SignItem]) -> bytes:
-    """Return the body of a SIGN frame."""
-    parts = [bytes((len(items),))]
+    """Return the body of a SIGN frame: the keys, then the items that refer to them."""
+    keys: dict[SignKey, int] = {}
+    parts: list[bytes] = []
     for item in items:
-        pss = item.request.pss or (0, 0, 0)
-        parts.append(
+        options = item.options
+        place = keys.setdefault(item.key, len(keys))
+        parts += (
             _ITEM.pack(
-                1 if item.request.pss else 0,
-                item.request.mechanism,
-                pss[0],
-                pss[1],
-                pss[2],
-                len(item.key),
-                len(item.request.data),
-            )
+                place, options.hash.value, options.pss, options.salt_length, len(item.digest)
+            ),
+            item.digest,
         )
-        parts += (item.key, item.request.data)
-    return b"".join(parts)
+    table = [bytes((len(keys),))]
+    for key in keys:
+        table += (_KEY.pack(len(key.cka_id), len(key.spki)), key.cka_id, key.spki)
+    return b"".join((*table, bytes((len(items),)), *parts))
 
 
 def decode_items(body: bytes) -> list[SignItem]:
@@ -137,12 +151,18 @@ def decode_items(body: bytes) -> list[SignItem]:
         EncodingError: truncated, or more than `MAX_BATCH`.
     """
     reader = _Reader(body)
+    keys = []
+    for _ in range(reader.count()):
+        id_length, spki_length = _KEY.unpack(reader.take(_KEY.size))
+        keys.append(SignKey(reader.take(id_length), reader.take(spki_length)))
     items = []
     for _ in range(reader.count()):
-        has_pss, mechanism, *pss, key_length, data_length = _ITEM.unpack(reader.take(_ITEM.size))
-        key, data = reader.take(key_length), reader.take(data_length)
-        params = (pss[0], pss[1], pss[2]) if has_pss else None
-        items.append(SignItem(key, SignRequest(mechanism, params, data)))
+        place, hash_number, pss, salt, length = _ITEM.unpack(reader.take(_ITEM.size))
+        try:
+            options = SignOptions(HashAlgorithm(hash_number), bool(pss), salt)
+            items.append(SignItem(keys[place], reader.take(length), options))
+        except (ValueError, IndexError):
+            raise EncodingError("worker frame", "hash or key is unknown") from None
     reader.end()
     return items
 

@@ -15,17 +15,19 @@ import socket
 import sys
 from typing import Any, Final
 
-from spire_hw.errors import EncodingError, ErrorKind
+from spire_hw.errors import EncodingError, ErrorKind, InvalidInputError
+from spire_hw.pkcs11.checker import Batch, Checker, KnownKeys
 from spire_hw.pkcs11.errors import Cure, TokenError
+from spire_hw.pkcs11.keys import sign_request
 from spire_hw.pkcs11.wire import (
     HEADER,
     Kind,
+    SignItem,
     decode_header,
     decode_items,
     decode_json,
     encode_frame,
     encode_json,
-    encode_results,
     unpack_bytes,
 )
 
@@ -85,6 +87,7 @@ class Service:
     def __init__(self) -> None:
         self._token: Any = None
         self._objects: Any = None
+        self._keys = KnownKeys()
 
     def answer(self, kind: Kind, body: bytes) -> bytes:
         """Do what is asked and return the body of the answer.
@@ -96,9 +99,19 @@ class Service:
             return encode_json(self._open(decode_json(body)))
         if self._objects is None:
             raise TokenError("no token is open", reason="hsm.not_open", operation=kind.name.lower())
-        if kind is Kind.SIGN:
-            return encode_results([self._objects.sign(item) for item in decode_items(body)])
         return encode_json(self._control(kind, decode_json(body)))
+
+    def sign(self, item: SignItem) -> bytes | TokenError:
+        """Return the token's raw output for one item."""
+        if self._objects is None:
+            return TokenError("no token is open", reason="hsm.not_open", operation="sign")
+        try:
+            _, key_type = self._keys.get(item.key.spki)
+            request = sign_request(key_type, item.digest, item.options)
+        except InvalidInputError as e:
+            return TokenError(e.message, reason="hsm.odd", operation="sign", kind=e.kind)
+        result: bytes | TokenError = self._objects.sign(item.key.cka_id, request)
+        return result
 
     def _control(self, kind: Kind, fields: dict[str, Any]) -> dict[str, Any]:
         objects = self._objects
@@ -166,22 +179,34 @@ class Service:
 
 def serve(channel: Channel, service: Service) -> None:
     """Answer requests until the host goes or a request does not decode."""
-    while (request := channel.receive()) is not None:
-        kind, number, body = request
-        try:
-            answer = service.answer(kind, body)
-        except TokenError as e:
-            channel.send(Kind.FAILED, number, encode_json(dict(e.to_dict())))
-        except (EncodingError, KeyError, TypeError, ValueError):
-            # A host that talks nonsense, or an odd token: give up this process, not the host.
-            failure = TokenError(
-                f"{kind.name.lower()} met something it does not understand",
-                reason="hsm.odd",
-                operation=kind.name.lower(),
-            )
-            channel.send(Kind.FAILED, number, encode_json(dict(failure.to_dict())))
-        else:
-            channel.send(Kind.OK, number, answer)
+    checker = Checker(channel.send)
+    try:
+        while (request := channel.receive()) is not None:
+            kind, number, body = request
+            if kind is Kind.SIGN:
+                batch = Batch(number)
+                for item in decode_items(body):
+                    checker.add(batch, item, service.sign(item))
+                checker.end(batch)
+            else:
+                checker.answer(*_answer(service, kind, number, body))
+    finally:
+        checker.close()
+
+
+def _answer(service: Service, kind: Kind, number: int, body: bytes) -> tuple[Kind, int, bytes]:
+    try:
+        return Kind.OK, number, service.answer(kind, body)
+    except TokenError as e:
+        return Kind.FAILED, number, encode_json(dict(e.to_dict()))
+    except (EncodingError, KeyError, TypeError, ValueError):
+        # An odd token or a host that talks nonsense: answered, so that the host can decide.
+        failure = TokenError(
+            f"{kind.name.lower()} met something it does not understand",
+            reason="hsm.odd",
+            operation=kind.name.lower(),
+        )
+        return Kind.FAILED, number, encode_json(dict(failure.to_dict()))
 
 
 def main() -> None:

@@ -89,10 +89,10 @@ class Config(Model):
     sign_timeout: GoDuration = parse_duration("10s")
     generate_timeout: GoDuration = parse_duration("2m")
     profile: Literal["generic", "tpm2"] = "generic"
-    key_types: tuple[str, ...] = ()
+    key_types: list[str] = Field(default_factory=list)
     accept_token: str = ""
     accept_key_loss: bool = False
-    accept_weak_keys: tuple[str, ...] = ()
+    accept_weak_keys: list[str] = Field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
