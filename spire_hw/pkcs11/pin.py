@@ -47,17 +47,23 @@ class FilePin:
             handle = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as e:
             raise self._unusable(e.strerror or "cannot be opened") from e
-        with os.fdopen(handle, "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise self._unusable("is not a regular file")
-            if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-                mode = stat.S_IMODE(status.st_mode)
-                raise self._unusable(f"mode {mode:04o} lets others read it; use 0600")
-            if status.st_uid not in {0, os.geteuid()}:
-                raise self._unusable("belongs to another user")
-            content = file.read(_MAX_BYTES + 2)
+        try:
+            self._check(os.fstat(handle))
+            content = os.read(handle, _MAX_BYTES + 2)
+        except OSError as e:
+            raise self._unusable(e.strerror or "cannot be read") from e
+        finally:
+            os.close(handle)
         return _checked(content.removesuffix(b"\n"), self._unusable)
+
+    def _check(self, status: os.stat_result) -> None:
+        if not stat.S_ISREG(status.st_mode):
+            raise self._unusable("is not a regular file")
+        if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            mode = stat.S_IMODE(status.st_mode)
+            raise self._unusable(f"mode {mode:04o} lets others read it; use 0600")
+        if status.st_uid not in {0, os.geteuid()}:
+            raise self._unusable("belongs to another user")
 
     def _unusable(self, reason: str) -> TokenError:
         return _unusable(f"PIN file {self._path}: {reason}")

@@ -55,7 +55,7 @@ def raw_rate(hsm: SoftHsm, key_id: bytes, key_type: KeyType, processes: int) -> 
     arguments = ["bench", key_id.hex(), "RSA_PKCS" if rsa else "ECDSA", prefix + "11" * 32]
     started = []
     for _ in range(processes):
-        process = subprocess.Popen(  # noqa: S603
+        process = subprocess.Popen(
             [sys.executable, "-c", RAW, *arguments, str(SECONDS), "1234", hsm.module],
             env={**os.environ, **hsm.environment},
             stdin=subprocess.PIPE,
@@ -121,10 +121,10 @@ async def measure(workers: int, folder: Path) -> None:
             for _ in range(ROUNDS):
                 raw.append(await asyncio.to_thread(raw_rate, hsm, cka_id, key_type, workers))
                 managed.append(await managed_rate(manager, name))
-            print(
+            sys.stdout.write(
                 f"softhsm_sign_vs_raw {name} processes={workers} "
                 f"raw={max(raw):.0f}/s managed={max(managed):.0f}/s "
-                f"ratio={max(managed) / max(raw):.2f}"
+                f"ratio={max(managed) / max(raw):.2f}\n"
             )
     finally:
         await manager.close()
