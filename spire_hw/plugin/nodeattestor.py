@@ -101,7 +101,9 @@ class ServerNodeAttestor(Protocol):
 
         Raises:
             InvalidInputError: a message that does not parse.
-            AttestationError: evidence that does not hold.
-            DeniedError: the node is banned or not enrolled.
+            AttestationError: evidence that does not hold, or holds and is not trusted; its kind
+                (invalid argument, permission denied, deadline exceeded) tells which.
+            LimitError: a message too large, or too many exchanges at once.
+            DeniedError: the node is banned.
         """
         ...

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from spire_hw.config.hcl import parse
-from spire_hw.errors import ConfigError, InvalidInputError, NotReadyError
+from spire_hw.errors import AttestationError, ConfigError, InvalidInputError, NotReadyError
 from spire_hw.log import get_logger
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw.plugin.nodeattestor import AttestationRequest
@@ -224,3 +224,17 @@ async def test_policy_lets_listed_values_pass(tmp_path: Path) -> None:
     text = f'pcr_values {{ sha256 {{ "7" = ["{DIGEST}", "{value}"] }} }}\n'
     allowed = await Lab.make(tmp_path, text)
     await allowed.attest(allowed.node())
+
+
+@pytest.mark.asyncio
+async def test_refusal_is_logged_with_every_finding_and_the_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab = await Lab.make(tmp_path, 'ek_policy = "ca_or_hash"\n', ek_list=ListedEks())
+    node = Vendor.make("Stranger").equip(lab.node())
+    with pytest.raises(AttestationError):
+        await lab.attest(node)
+    logged = capsys.readouterr().out
+    assert "ek_untrusted" in logged
+    assert "ek_unlisted" in logged
+    assert node.ek_hash in logged

@@ -142,18 +142,22 @@ class TpmServer:
         settings = self._settings
         if settings is None:
             raise NotReadyError("attestor is not configured")
+        claimed: dict[str, str] = {}
         try:
-            return await self._attest(settings, request)
+            return await self._attest(settings, request, claimed)
         except AttestationError as e:
             codes = [finding.code for finding in e.findings]
-            self._log.warning(
-                "TPM attestation refused", codes=codes, findings=[f.message for f in e.findings]
-            )
+            findings = [finding.message for finding in e.findings]
+            self._log.warning("TPM attestation refused", codes=codes, findings=findings, **claimed)
             raise
 
-    async def _attest(self, settings: Settings, request: AttestationRequest) -> AttestedIdentity:
+    async def _attest(
+        self, settings: Settings, request: AttestationRequest, claimed: dict[str, str]
+    ) -> AttestedIdentity:
         data = wire.decode_attestation_data(request.payload)
-        ek = await self._check_ek(settings, data)
+        public, leaf = _read_ek(data)
+        claimed["ek_hash"] = hashlib.sha256(public.spki).hexdigest()
+        ek = await self._check_ek(settings, public, leaf, data.ek_chain)
         identity = agent_id(self._host.trust_domain, NAME, ek.hash)
         await request.admit(identity)
         with self._exclusively(ek.hash):
@@ -172,10 +176,15 @@ class TpmServer:
         )
         return AttestedIdentity(identity, _selectors(device, quotes), can_reattest=True)
 
-    async def _check_ek(self, settings: Settings, data: wire.AttestationData) -> _Endorsement:
-        public, leaf = _read_ek(data)
+    async def _check_ek(
+        self,
+        settings: Settings,
+        public: TpmPublic,
+        leaf: Certificate | None,
+        chain: tuple[bytes, ...],
+    ) -> _Endorsement:
         key_hash = hashlib.sha256(public.spki).hexdigest()
-        verified, denied = self._check_certificate(settings, leaf, data.ek_chain)
+        verified, denied = self._check_certificate(settings, leaf, chain)
         methods = ["ca"] if verified is not None else []
         if settings.use_hash and (settings.need_both or not methods):
             if await self._is_listed(settings, key_hash):
