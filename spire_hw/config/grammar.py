@@ -22,7 +22,7 @@ from lark.exceptions import (
 )
 from typing_extensions import override
 
-from spire_hw.config.hcl import (
+from spire_hw.config.tree import (
     MAX_CHARS,
     MAX_DEPTH,
     Block,

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
+from typing_extensions import override
 
 from spire_hw import log
 from spire_hw.errors import InvalidInputError, UnavailableError
@@ -124,6 +125,7 @@ def test_bytes_and_sizes() -> None:
 
 def test_a_value_that_cannot_be_shown_does_not_stop_the_caller() -> None:
     class Broken:
+        @override
         def __str__(self) -> str:
             raise ValueError("no")
 
@@ -211,6 +213,7 @@ def test_lost_lines_are_counted() -> None:
     class Flaky(io.StringIO):
         broken = True
 
+        @override
         def write(self, text: str) -> int:
             if self.broken:
                 raise OSError("disk full")
