@@ -7,7 +7,7 @@ dialer could not connect is told in place of grpcio's "socket closed".
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, NoReturn, Self, TypeVar
 
@@ -85,17 +85,17 @@ class Channel:
     ) -> None:
         await self.close()
 
-    async def close(self, grace_s: float | None = None) -> None:
-        """End it; calls in progress get `grace_s` seconds, then fail."""
+    async def close(self) -> None:
+        """End it; calls in progress fail."""
         self._closed = True
-        await self._channel.close(grace_s)
+        await self._channel.close(None)
         if self.dialer is not None:
             await self.dialer.close()
 
     async def unary(
         self,
         path: str,
-        request: Message,
+        request: Message | bytes,
         response_type: type[M],
         timeout_s: float | None = None,
         metadata: Metadata = _NO_METADATA,
@@ -104,7 +104,7 @@ class Channel:
 
         Args:
             path: `/package.Service/Method`.
-            request: the request.
+            request: the request; bytes when it is encoded already.
             response_type: what to decode the answer as.
             timeout_s: deadline, told to the server; None waits for ever.
             metadata: headers.
@@ -114,8 +114,8 @@ class Channel:
                 when it cannot be reached, DEADLINE_EXCEEDED.
         """
         try:
-            call: Any = self._channel.unary_unary(path)(
-                request.SerializeToString(), timeout=timeout_s, metadata=_headers(metadata)
+            call = self._channel.unary_unary(path)(
+                _encode(request), timeout=timeout_s, metadata=_headers(metadata)
             )
             raw = await call
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.CancelledError) as e:
@@ -125,11 +125,11 @@ class Channel:
     async def server_stream(
         self,
         path: str,
-        request: Message,
+        request: Message | bytes,
         response_type: type[M],
         timeout_s: float | None = None,
         metadata: Metadata = _NO_METADATA,
-    ) -> AsyncIterator[M]:
+    ) -> AsyncGenerator[M, None]:
         """Call a method with one request and iterate over its responses.
 
         Closing the iterator cancels the call. Arguments and errors as in `unary`.
@@ -137,7 +137,7 @@ class Channel:
         call: Any = None
         try:
             call = self._channel.unary_stream(path)(
-                request.SerializeToString(), timeout=timeout_s, metadata=_headers(metadata)
+                _encode(request), timeout=timeout_s, metadata=_headers(metadata)
             )
             async for raw in call:
                 yield _decode(response_type, raw)
@@ -215,14 +215,14 @@ class Bidi(Generic[M]):
     ) -> None:
         self._call.cancel()
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: Message | bytes) -> None:
         """Send one message.
 
         Raises:
             SpireHwError: the call has ended; the error is the server's, see `Channel.unary`.
         """
         try:
-            await self._call.write(message.SerializeToString())
+            await self._call.write(_encode(message))
         except asyncio.InvalidStateError:  # ended already: what it ended with says why
             await self._ended()
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.CancelledError) as e:
@@ -264,6 +264,10 @@ class Bidi(Generic[M]):
                 details=await self._call.details(),
             )
         )
+
+
+def _encode(message: Message | bytes) -> bytes:
+    return message if isinstance(message, bytes) else message.SerializeToString()
 
 
 def _headers(metadata: Metadata) -> tuple[tuple[str, str], ...]:

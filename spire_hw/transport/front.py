@@ -516,26 +516,14 @@ def _check_replaceable(path: Path) -> None:
 
 
 def _bind(path: Path, mode: int, backlog: int) -> socket.socket:
-    """Listen on a path with exact permissions from the first moment on.
-
-    Bound under another name in the same directory (through a descriptor, so that its length does
-    not matter), given its mode, then renamed into place.
-    """
+    """Listen on a path; nobody can connect before it has its permissions."""
+    path.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    name = f".{path.name}.{os.getpid()}"
     try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=directory)
-        listening.bind(f"/proc/self/fd/{directory}/{name}")
-        os.chmod(name, mode, dir_fd=directory)
+        listening.bind(str(path))
+        path.chmod(mode)
         listening.listen(backlog)
-        os.rename(name, path.name, src_dir_fd=directory, dst_dir_fd=directory)
     except OSError:
         listening.close()
-        with contextlib.suppress(OSError):
-            os.unlink(name, dir_fd=directory)
         raise
-    finally:
-        os.close(directory)
     return listening

@@ -35,6 +35,8 @@ SignDigest = Callable[[bytes], bytes]
 _OPENSSL_3: Final = (3, 0)
 _CTRL_SET_SIGALGS_LIST: Final = 98
 _CTRL_SET_CLIENT_SIGALGS_LIST: Final = 102
+_CTRL_MODE: Final = 33
+_MODE_NO_AUTO_CHAIN: Final = 8  # a leaf sent alone would get the root from the trust store
 _CTRL_SET_SESS_CACHE_MODE: Final = 44
 _CTRL_SET_MAX_CERT_LIST: Final = 51
 _SIGALGS: Final = {
@@ -268,7 +270,7 @@ def _detach(library: _OpenSsl, key: int) -> None:
 
 
 def harden(context: ssl.SSLContext, *, chain_bytes: int, depth: int) -> bool:
-    """Switch off the session cache and bound what a peer may send as its certificates.
+    """Switch off what Python cannot: session cache, automatic chains, long chains from peers.
 
     Returns False where this OpenSSL is out of reach; callers then refuse resumed sessions after
     the handshake, and chains are bounded by OpenSSL's own 100 KiB.
@@ -279,6 +281,7 @@ def harden(context: ssl.SSLContext, *, chain_bytes: int, depth: int) -> bool:
     except NotReadyError:
         return False
     library.SSL_CTX_ctrl(pointer, _CTRL_SET_SESS_CACHE_MODE, 0, None)
+    library.SSL_CTX_ctrl(pointer, _CTRL_MODE, _MODE_NO_AUTO_CHAIN, None)
     library.SSL_CTX_ctrl(pointer, _CTRL_SET_MAX_CERT_LIST, chain_bytes, None)
     library.SSL_CTX_set_verify_depth(pointer, depth)
     return True
