@@ -50,6 +50,9 @@ if TYPE_CHECKING:
 
 NAME: Final = "tpm"
 _MAX_OPEN: Final = 1024
+_DEFAULT_TIMEOUT_S: Final = 30.0
+# What the checks before and after the challenge may take on a busy server.
+_OWN_WORK_S: Final = 5.0
 T = TypeVar("T")
 
 
@@ -102,6 +105,18 @@ class TpmServer:
         self._log = host.log
         self._settings: Settings | None = None
         self._open: set[str] = set()
+
+    @property
+    def timeout_s(self) -> float:
+        """Return how long the host has to wait for a whole exchange."""
+        settings = self._settings
+        limit = _DEFAULT_TIMEOUT_S if settings is None else settings.timeout.total_seconds()
+        return limit + _OWN_WORK_S
+
+    @property
+    def max_message_bytes(self) -> int:
+        """Return the largest message the host has to pass on."""
+        return wire.MAX_RESPONSE_BYTES
 
     @property
     def open_exchanges(self) -> int:
