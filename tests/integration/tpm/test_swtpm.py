@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 from typing import TYPE_CHECKING
 
 from spire_hw_sim.swtpm import Swtpm
@@ -62,12 +63,14 @@ def test_stopping_twice_and_starting_twice_is_harmless(tpm: Swtpm) -> None:
 
 
 def test_the_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+    sockets = tempfile.TemporaryDirectory()
     parent = subprocess.Popen(  # noqa: S603 - our own program
         [sys.executable, "-c", CHILD, str(tmp_path / "tpm")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": sockets.name},
     )
-    with parent:
+    with sockets, parent:
         assert parent.stdout is not None
         child = os.pidfd_open(int(parent.stdout.readline()))
         parent.send_signal(signal.SIGKILL)
