@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 import pytest_asyncio
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 
 from spire_hw import log as logs
 from spire_hw._pb import (
@@ -21,6 +21,7 @@ from spire_hw._pb import (
     server_logger_pb2,
     types_pb2,
 )
+from spire_hw.config import hcl
 from spire_hw.errors import (
     AlreadyExistsError,
     DeniedError,
@@ -34,6 +35,7 @@ from spire_hw.key import KeyType, generate_private_key, spki_der
 from spire_hw.rpc import convert
 from spire_hw.spiffeid import TrustDomain
 from spire_hw_server.app import Server
+from spire_hw_server.config import build_settings
 from spire_hw_sim.pki import Authority
 from spire_hw_sim.servers import (
     BUNDLE,
@@ -43,6 +45,7 @@ from spire_hw_sim.servers import (
     ScriptedAgent,
     entry_message,
     joined_agent,
+    server_config,
     server_settings,
 )
 
@@ -403,7 +406,7 @@ async def test_health_over_the_socket(server: Server, operator: Operator, clock:
     named = health_pb2.HealthCheckRequest(service="x")
     with pytest.raises(InvalidInputError):
         await ask(operator, HEALTH + "Check", named, health_pb2.HealthCheckResponse)
-    server.identity._clock = _Later(clock)  # type: ignore[assignment]
+    server.identity._clock = _Later(clock)
     await clock.advance(timedelta(hours=2))
     assert await health(operator) == health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -421,10 +424,6 @@ class _Later:
 
 @pytest_asyncio.fixture
 async def probed(short_dir: Path) -> AsyncIterator[Server]:
-    from spire_hw.config import hcl  # noqa: PLC0415
-    from spire_hw_server.config import build_settings  # noqa: PLC0415
-    from spire_hw_sim.servers import server_config  # noqa: PLC0415
-
     text = server_config(short_dir, key_manager="memory") + (
         'health_checks { listener_enabled = true bind_address = "127.0.0.1" bind_port = "0"'
         ' live_path = "/l" ready_path = "/r" }'
@@ -437,6 +436,7 @@ async def probed(short_dir: Path) -> AsyncIterator[Server]:
 
 async def test_health_over_http(probed: Server) -> None:
     async with aiohttp.ClientSession() as session:
+        details: dict[str, Any] = {}
         for path in ("/l", "/r"):
             async with session.get(f"http://127.0.0.1:{probed.health_port}{path}") as answer:
                 assert answer.status == 200
