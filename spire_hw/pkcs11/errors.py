@@ -221,6 +221,6 @@ class TokenError(DeviceError):
         """
         code, kind = fields.get("code"), fields.get("kind")
         if not isinstance(code, int) or not isinstance(kind, int):
-            raise ValueError("error without code or kind")
+            raise ValueError("error without code or kind")  # noqa: TRY004 - one type for the caller
         texts = {n: str(fields.get(n, "")) for n in ("message", "reason", "operation", "device")}
         return cls(**texts, code=code, cure=Cure(str(fields.get("cure"))), kind=ErrorKind(kind))

@@ -124,9 +124,8 @@ class Keyring:
         self._check_mechanisms()
         self._state = await asyncio.to_thread(self._file.load)
         self._check_token()
-        inventory = await self._inventory()
+        inventory = await self._full_inventory()
         ids = self._ids(inventory)
-        self._check_losses(inventory, ids)
         entries = {}
         for name, pair in inventory.current.items():
             key_id = ids.get(name)
@@ -182,8 +181,7 @@ class Keyring:
         Raises:
             TokenError: the token is away, or shows fewer keys than there have to be.
         """
-        inventory = await self._inventory()
-        self._check_losses(inventory, self._ids(inventory))
+        await self._full_inventory()
         return list(self._entries.values())
 
     async def sign(self, key_id: str, digest: bytes, options: SignOptions) -> KeySignature:
@@ -312,6 +310,20 @@ class Keyring:
         )
         known = {key_name(key_id): k.cka_id for key_id, k in self._state.keys.items()}
         return read_listing(self._owner, listing, known)
+
+    async def _full_inventory(self) -> Inventory:
+        """Return an inventory that shows every key there has to be, asking a fresh worker too."""
+        inventory = await self._inventory()
+        try:
+            self._check_losses(inventory, self._ids(inventory))
+        except TokenError as e:
+            self._log.warning(e.reason, error=e.message)
+        else:
+            return inventory
+        self._pool.recycle_admin()
+        inventory = await self._inventory()
+        self._check_losses(inventory, self._ids(inventory))
+        return inventory
 
     def _ids(self, inventory: Inventory) -> dict[str, str]:
         """Return key ids by the key part of their labels."""

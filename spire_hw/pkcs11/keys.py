@@ -190,7 +190,7 @@ def _ec_key_of(material: PublicMaterial) -> PublicKey:
     raw_length = 2 * _HALF_BYTES[key_type] + 1
     if len(point) == raw_length + 2 and point[:2] == bytes((0x04, raw_length)):
         point = point[2:]
-    if len(point) != raw_length or point[0] != 0x04:
+    if len(point) != raw_length or point[0] != 0x04:  # noqa: PLR2004 - uncompressed point
         raise InvalidInputError("undecodable EC point")
     try:
         return ec.EllipticCurvePublicKey.from_encoded_point(_CURVES[key_type], point)

@@ -206,6 +206,11 @@ class Pool:
                 worker.kill(e)
             raise
 
+    def recycle_admin(self) -> None:
+        """Replace the admin worker: a library may go on showing what it saw when a token left."""
+        if self._admin.worker is not None:
+            self._admin.worker.kill()
+
     def recycle(self) -> None:
         """Replace the signing workers: some libraries never see objects made by another process."""
         for seat in self._seats:

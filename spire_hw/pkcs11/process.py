@@ -155,7 +155,7 @@ class WorkerProcess(asyncio.Protocol):
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the transport."""
-        assert isinstance(transport, asyncio.WriteTransport)
+        assert isinstance(transport, asyncio.WriteTransport)  # noqa: S101 - narrows the type
         self._transport = transport
 
     @override
@@ -249,7 +249,7 @@ class WorkerProcess(asyncio.Protocol):
 
 def _spawn(launch: Launch, theirs: socket.socket) -> subprocess.Popen[bytes]:
     # A session of its own keeps the terminal's Ctrl-C away: the host ends its workers in order.
-    return subprocess.Popen(
+    return subprocess.Popen(  # noqa: S603 - our own interpreter and module
         [*launch.command, str(os.getpid())],
         stdin=theirs.fileno(),
         stdout=subprocess.DEVNULL,

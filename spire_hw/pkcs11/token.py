@@ -275,7 +275,7 @@ def _session_state(module: str, session: Session) -> int:
         return -1
     function = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p)(address)
     info = _SessionInfo()
-    handle: int = getattr(session, "handle")
+    handle: int = session.handle  # type: ignore[attr-defined]  # missing in the stubs
     if function(handle, ctypes.byref(info)) != 0:
         return -1
     return int(info.state)

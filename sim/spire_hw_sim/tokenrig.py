@@ -1,0 +1,141 @@
+"""A token of its own with key managers on it, and the means to ill-treat both."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self
+
+from spire_hw.clock import SystemClock
+from spire_hw.config.hcl import Body
+from spire_hw.log import get_logger
+from spire_hw.plugin.info import HostInfo, Side
+from spire_hw.spiffeid import TrustDomain
+from spire_hw_plugins.keymanager import pkcs11
+from spire_hw_sim.softhsm import SoftHsm
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from spire_hw.clock import Clock
+
+PIN: Final = "secret-4321"
+SPY: Final = Path("/usr/lib/x86_64-linux-gnu/pkcs11/pkcs11-spy.so")
+_MEDDLER: Final = """
+import sys, pkcs11
+from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass
+from pkcs11.util.ec import encode_named_curve_parameters
+PRIVATE, PUBLIC, DATA = ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY, ObjectClass.DATA
+def find(**wanted):
+    return list(session.get_objects({Attribute[n]: v for n, v in wanted.items()}))
+def make(label, cka_id, **private):
+    curve = {Attribute.EC_PARAMS: encode_named_curve_parameters("secp256r1")}
+    return session.create_domain_parameters(KeyType.EC, curve, local=True).generate_keypair(
+        store=True, label=label, id=cka_id,
+        capabilities=MechanismFlag.SIGN | MechanismFlag.VERIFY,
+        private_template={Attribute[n]: v for n, v in private.items()})
+session = pkcs11.lib(sys.argv[1]).get_token(token_label="spire").open(rw=True, user_pin=sys.argv[2])
+exec(sys.stdin.read())
+session.close()
+"""
+
+
+class TokenRig:
+    """One SoftHSM token named `spire`; closes the key managers it made.
+
+    Attributes:
+        hsm: the store.
+        pin_file: where the key managers find the PIN.
+        clock: the key managers' clock.
+    """
+
+    def __init__(self, folder: Path, clock: Clock | None = None) -> None:
+        self.folder = folder
+        self.hsm = SoftHsm(folder / "hsm")
+        self.serial = self.hsm.init_token("spire", pin=PIN)
+        self.pin_file = folder / "pin"
+        self.clock = clock or SystemClock()
+        self.write_pin(PIN)
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the key managers."""
+        await self._stack.aclose()
+
+    def write_pin(self, pin: str) -> None:
+        """Put a PIN into the PIN file."""
+        self.pin_file.write_text(pin + "\n")
+        self.pin_file.chmod(0o600)
+
+    def config(self, **changes: object) -> Body:
+        """Return a configuration; None takes a setting out."""
+        values: dict[str, object] = {
+            "module_path": self.hsm.module,
+            "token_label": "spire",
+            "pin_file": str(self.pin_file),
+            "key_identifier_value": "server-1",
+            "start_timeout": "5s",
+            "environment": self.hsm.environment,
+        }
+        return Body.from_dict({k: v for k, v in {**values, **changes}.items() if v is not None})
+
+    def spied(self) -> dict[str, object]:
+        """Return settings that put OpenSC's tracer between key manager and token."""
+        environment = {
+            **self.hsm.environment,
+            "PKCS11SPY": self.hsm.module,
+            "PKCS11SPY_OUTPUT": str(self.folder / "spy.log"),
+        }
+        return {"module_path": str(SPY), "environment": environment}
+
+    def calls(self, name: str) -> int:
+        """Return how often a function of the token was called, over all workers."""
+        log = self.folder / "spy.log"
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        return sum(line.partition(": ")[2].strip() == name for line in lines)
+
+    def build(self, data: str = "data") -> pkcs11.Pkcs11KeyManager:
+        """Make a key manager with a data directory of that name."""
+        data_dir = self.folder / data
+        data_dir.mkdir(mode=0o700, exist_ok=True)
+        manager = pkcs11.build(
+            HostInfo(
+                side=Side.SERVER,
+                trust_domain=TrustDomain.parse("example.org"),
+                data_dir=data_dir,
+                log=get_logger("rig"),
+                clock=self.clock,
+            )
+        )
+        self._stack.push_async_callback(manager.close)
+        return manager
+
+    async def start(self, data: str = "data", **changes: object) -> pkcs11.Pkcs11KeyManager:
+        """Make and configure a key manager."""
+        manager = self.build(data)
+        await manager.configure(self.config(**changes))
+        return manager
+
+    def meddle(self, statements: str) -> str:
+        """Run statements over python-pkcs11 in another process, logged in; return what it prints."""
+        done = subprocess.run(
+            [sys.executable, "-c", _MEDDLER, self.hsm.module, PIN],
+            input=statements,
+            env={**os.environ, **self.hsm.environment},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return done.stdout

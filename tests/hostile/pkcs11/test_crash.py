@@ -1,0 +1,114 @@
+"""kill -9 at any moment: no stray worker, and one complete, signing pair for each key."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+import pytest_asyncio
+
+from spire_hw.key import HashAlgorithm, SignOptions
+from spire_hw.pkcs11.labels import Owner
+from spire_hw_sim.softhsm import SoftHsm
+from spire_hw_sim.tokenrig import TokenRig
+
+pytestmark = [
+    pytest.mark.hsm,
+    pytest.mark.skipif(SoftHsm.find_module() is None, reason="SoftHSM is not installed"),
+]
+ROUNDS = 12
+HOST = """
+import asyncio, json, sys
+from pathlib import Path
+from spire_hw.clock import SystemClock
+from spire_hw.config.hcl import Body
+from spire_hw.key import KeyType
+from spire_hw.log import get_logger
+from spire_hw.plugin.info import HostInfo, Side
+from spire_hw.spiffeid import TrustDomain
+from spire_hw_plugins.keymanager import pkcs11
+async def main():
+    folder, config = Path(sys.argv[1]), json.loads(sys.argv[2])
+    manager = pkcs11.build(HostInfo(side=Side.SERVER, trust_domain=TrustDomain.parse("example.org"),
+        data_dir=folder, log=get_logger("host"), clock=SystemClock()))
+    await manager.configure(Body.from_dict(config))
+    print(json.dumps(manager.worker_pids), flush=True)
+    while True:
+        await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+        print("generated", flush=True)
+asyncio.run(main())
+"""
+
+
+@pytest_asyncio.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[TokenRig]:
+    async with TokenRig(tmp_path) as made:
+        yield made
+
+
+def start_host(rig: TokenRig) -> tuple[subprocess.Popen[str], list[int]]:
+    import json
+
+    data = rig.folder / "data"
+    data.mkdir(mode=0o700, exist_ok=True)
+    config = {
+        "module_path": rig.hsm.module,
+        "token_label": "spire",
+        "pin_file": str(rig.pin_file),
+        "key_identifier_value": "server-1",
+        "environment": rig.hsm.environment,
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOST, str(data), json.dumps(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    line = ""
+    while not line.startswith("["):
+        line = process.stdout.readline()
+        assert line, "host did not start"
+    return process, json.loads(line)
+
+
+@pytest.mark.slow
+@pytest.mark.asyncio
+async def test_faults_60_to_62_kill_at_random_moments_leaves_one_signing_pair(
+    rig: TokenRig,
+) -> None:
+    moments = random.Random(7)
+    for _ in range(ROUNDS):
+        process, workers = await asyncio.to_thread(start_host, rig)
+        await asyncio.sleep(moments.uniform(0.005, 0.2))
+        process.kill()
+        await asyncio.to_thread(process.wait)
+        assert process.stdout is not None
+        process.stdout.close()
+        await asyncio.to_thread(
+            psutil.wait_procs, [psutil.Process(p) for p in workers if psutil.pid_exists(p)], 10
+        )
+        assert not any(psutil.pid_exists(p) for p in workers)
+    manager = await rig.start()
+    (key,) = await manager.get_public_keys()
+    made = await manager.sign_data(key.key_id, bytes(32), SignOptions(HashAlgorithm.SHA256))
+    assert made.fingerprint == key.fingerprint
+    assert manager._keyring is not None
+    await manager._keyring.disposal.wait_empty()
+    prefix = Owner("example.org", "server-1").prefix
+    shown = rig.meddle(
+        "from collections import Counter\n"
+        "ids = Counter(o[Attribute.ID] for o in find(CLASS=PRIVATE) + find(CLASS=PUBLIC)\n"
+        f"    if o[Attribute.LABEL].startswith({prefix!r}))\n"
+        "print(sum(n == 2 for n in ids.values()), len(ids), len(find(CLASS=DATA)))"
+    )
+    complete, everything, manifests = map(int, shown.split())
+    assert complete == 1
+    assert everything <= 1 + ROUNDS
+    assert manifests == 1

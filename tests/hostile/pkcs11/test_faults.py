@@ -1,0 +1,494 @@
+"""Faults of a token that this key manager can meet; numbers are those of the fault list."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import pytest_asyncio
+from spire_hw_plugins.keymanager.pkcs11 import Pkcs11KeyManager
+
+from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError
+from spire_hw.key import HashAlgorithm, KeyType, SignOptions, verify_digest
+from spire_hw.pkcs11.labels import Owner
+from spire_hw_sim.softhsm import SoftHsm
+from spire_hw_sim.tokenrig import PIN, SPY, TokenRig
+
+pytestmark = [
+    pytest.mark.hsm,
+    pytest.mark.skipif(SoftHsm.find_module() is None, reason="SoftHSM is not installed"),
+]
+needs_spy = pytest.mark.skipif(not SPY.exists(), reason="pkcs11-spy.so (opensc) is not installed")
+SHA256 = SignOptions(HashAlgorithm.SHA256)
+DIGEST = bytes(32)
+OWNER = Owner("example.org", "server-1")
+P256 = KeyType.EC_P256
+
+
+@pytest_asyncio.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[TokenRig]:
+    async with TokenRig(tmp_path) as made:
+        yield made
+
+
+async def settled(manager: Pkcs11KeyManager) -> None:
+    """Wait until replaced keys are gone from the token."""
+    assert manager._keyring is not None
+    await manager._keyring.disposal.wait_empty()
+
+
+async def eventually_signs(manager: Pkcs11KeyManager, key_id: str) -> None:
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                await manager.sign_data(key_id, DIGEST, SHA256)
+            except SpireHwError as e:
+                assert e.kind is ErrorKind.UNAVAILABLE
+                await asyncio.sleep(0.05)
+            else:
+                return
+
+
+def objects(rig: TokenRig) -> list[str]:
+    shown = rig.meddle(
+        "for o in find(CLASS=PRIVATE) + find(CLASS=PUBLIC):\n"
+        "    print(o[Attribute.CLASS].name, o[Attribute.LABEL])"
+    )
+    return sorted(shown.splitlines())
+
+
+@pytest.mark.asyncio
+async def test_faults_1_to_4_modules_that_are_none(rig: TokenRig, tmp_path: Path) -> None:
+    text = tmp_path / "text.so"
+    text.write_text("no library")
+    text.chmod(0o600)
+    writable = tmp_path / "writable.so"
+    writable.write_bytes(b"")
+    writable.chmod(0o666)
+    libz = next(Path("/usr/lib/x86_64-linux-gnu").glob("libz.so.1*"), text)
+    for path, words, kind in (
+        (str(tmp_path / "missing.so"), "not found", ErrorKind.FAILED_PRECONDITION),
+        (str(text), "not a shared library", ErrorKind.FAILED_PRECONDITION),
+        (str(libz), "not a", ErrorKind.FAILED_PRECONDITION),
+        ("libsofthsm2.so", "absolute", ErrorKind.INVALID_ARGUMENT),
+        (str(writable), "writable by others", ErrorKind.INVALID_ARGUMENT),
+        (str(tmp_path), "not a regular file", ErrorKind.INVALID_ARGUMENT),
+    ):
+        with pytest.raises(SpireHwError, match=words) as caught:
+            await rig.start(module_path=path)
+        assert caught.value.kind is kind
+
+
+@pytest.mark.asyncio
+async def test_fault_11_and_12_a_token_that_is_away_and_comes_back(rig: TokenRig) -> None:
+    rig.hsm.remove()
+    manager = rig.build()
+    with pytest.raises(SpireHwError, match="not present|initialise module") as caught:
+        await manager.configure(rig.config(start_timeout="1s"))
+    assert caught.value.kind is ErrorKind.UNAVAILABLE
+    async with asyncio.TaskGroup() as group:
+        configuring = group.create_task(manager.configure(rig.config(start_timeout="20s")))
+        await asyncio.wait({configuring}, timeout=1)
+        assert not configuring.done()
+        rig.hsm.put_back()
+    assert await manager.get_public_keys() == []
+
+
+@pytest.mark.asyncio
+async def test_fault_13_two_tokens_with_one_label_need_a_serial(rig: TokenRig) -> None:
+    other = rig.hsm.init_token("spire", pin=PIN)
+    with pytest.raises(SpireHwError, match="token_serial") as caught:
+        await rig.start()
+    assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
+    assert rig.serial in caught.value.message
+    assert other in caught.value.message
+    manager = await rig.start(token_serial=rig.serial)
+    await manager.generate_key("a", P256)
+
+
+@pytest.mark.asyncio
+async def test_fault_15_another_token_of_the_same_name_is_noticed(rig: TokenRig) -> None:
+    first = await rig.start()
+    await first.generate_key("a", P256)
+    await first.close()
+    rig.hsm.remove()
+    rig.hsm.token_dir.mkdir()
+    serial = rig.hsm.init_token("spire", pin=PIN)
+    with pytest.raises(SpireHwError, match="serial changed") as caught:
+        await rig.start()
+    assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
+    with pytest.raises(SpireHwError, match="manifest names 1 keys"):
+        await rig.start(accept_token=serial)
+    manager = await rig.start(accept_token=serial, accept_key_loss=True)
+    assert await manager.get_public_keys() == []
+
+
+@needs_spy
+@pytest.mark.asyncio
+async def test_faults_16_and_17_a_wrong_pin_is_sent_once(rig: TokenRig) -> None:
+    rig.write_pin("wrong-9999")
+    manager = rig.build()
+    for _ in range(3):
+        with pytest.raises(SpireHwError, match="PIN refused") as caught:
+            await manager.configure(rig.config(workers=3, **rig.spied()))
+        assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
+        assert "wrong-9999" not in repr(caught.value) + str(caught.value)
+    assert rig.calls("C_Login") == 1
+    rig.write_pin(PIN)
+    await manager.configure(rig.config(workers=3, **rig.spied()))
+    assert rig.calls("C_Login") == 1 + 4
+    await manager.generate_key("a", P256)
+    await manager.sign_data("a", DIGEST, SHA256)
+    assert rig.calls("C_SetAttributeValue") == 0
+
+
+@needs_spy
+@pytest.mark.asyncio
+async def test_fault_20_no_login_with_a_pin_file_that_is_unfit(rig: TokenRig) -> None:
+    rig.pin_file.chmod(0o644)
+    with pytest.raises(SpireHwError, match="mode 0644") as caught:
+        await rig.start(**rig.spied())
+    assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
+    assert rig.calls("C_Login") == 0
+
+
+@pytest.mark.asyncio
+async def test_the_pin_is_in_no_argument_environment_or_repr(
+    rig: TokenRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RIG_PIN", PIN)
+    manager = await rig.start(pin_file=None, pin_env="RIG_PIN")
+    assert "RIG_PIN" not in os.environ
+    for pid in manager.worker_pids:
+        process = psutil.Process(pid)
+        assert PIN not in " ".join(process.cmdline())
+        assert PIN not in " ".join(f"{k}={v}" for k, v in process.environ().items())
+    assert manager._pool is not None
+    assert PIN not in repr(vars(manager)) + repr(manager._pool._admin._opening)
+    os.kill(manager.worker_pids[1], signal.SIGKILL)
+    await manager.generate_key("a", P256)
+    await eventually_signs(manager, "a")
+
+
+@pytest.mark.asyncio
+async def test_workers_are_closed_to_debuggers_and_inherit_nothing(rig: TokenRig) -> None:
+    read_end, write_end = os.pipe()
+    os.set_inheritable(write_end, True)
+    try:
+        manager = await rig.start()
+        for pid in manager.worker_pids:
+            status = Path(f"/proc/{pid}/status").read_text()
+            assert "CoreDumping:\t0" in status
+            assert "0" == Path(f"/proc/{pid}/limits").read_text().split("core file size")[1].split()[0]
+            held = [os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")]
+            assert os.readlink(f"/proc/self/fd/{write_end}") not in held
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+@pytest.mark.asyncio
+async def test_faults_25_26_a_vanished_token_is_never_an_empty_list(rig: TokenRig) -> None:
+    manager = await rig.start()
+    for key_id in ("x509-CA-A", "JWT-Signer-A"):
+        await manager.generate_key(key_id, P256)
+    rig.hsm.remove()
+    with pytest.raises(SpireHwError) as caught:
+        await manager.get_public_keys()
+    assert caught.value.kind is ErrorKind.UNAVAILABLE
+    rig.hsm.put_back()
+    await eventually_signs(manager, "x509-CA-A")
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                listed = await manager.get_public_keys()
+            except SpireHwError:
+                await asyncio.sleep(0.1)
+            else:
+                break
+    assert {k.key_id for k in listed} == {"x509-CA-A", "JWT-Signer-A"}
+
+
+@pytest.mark.asyncio
+async def test_fault_26_a_restart_on_an_emptied_token_refuses(rig: TokenRig) -> None:
+    manager = await rig.start()
+    await manager.generate_key("a", P256)
+    await manager.close()
+    rig.meddle("for o in find(CLASS=PRIVATE) + find(CLASS=PUBLIC): o.destroy()")
+    with pytest.raises(SpireHwError, match="shows 0") as caught:
+        await rig.start()
+    assert caught.value.kind is ErrorKind.UNAVAILABLE
+    with pytest.raises(SpireHwError, match="shows 0"):
+        await rig.start("another-host")
+
+
+@pytest.mark.parametrize("gone", ["PRIVATE", "PUBLIC"])
+@pytest.mark.asyncio
+async def test_faults_27_28_a_key_that_lost_a_half(rig: TokenRig, gone: str) -> None:
+    manager = await rig.start()
+    made = await manager.generate_key("a", P256)
+    await manager.close()
+    rig.meddle(f"[o.destroy() for o in find(CLASS={gone})]")
+    if gone == "PRIVATE":
+        with pytest.raises(SpireHwError, match="missing: a"):
+            await rig.start()
+        return
+    again = await rig.start()
+    assert [k.fingerprint for k in await again.get_public_keys()] == [made.fingerprint]
+    await again.sign_data("a", DIGEST, SHA256)
+
+
+@pytest.mark.asyncio
+async def test_fault_30_leftover_generations_are_disposed_of(rig: TokenRig) -> None:
+    manager = await rig.start()
+    await manager.generate_key("a", P256)
+    await manager.close()
+    rig.meddle(f"make({OWNER.key_label('a', 7)!r}, b'7' * 16, EXTRACTABLE=False)")
+    again = await rig.start()
+    await settled(again)
+    assert objects(rig) == [f"{h} {OWNER.key_label('a', 7)}" for h in ("PRIVATE_KEY", "PUBLIC_KEY")]
+    await again.sign_data("a", DIGEST, SHA256)
+    await again.generate_key("a", P256)
+    await settled(again)
+    assert objects(rig) == [f"{h} {OWNER.key_label('a', 8)}" for h in ("PRIVATE_KEY", "PUBLIC_KEY")]
+
+
+@pytest.mark.asyncio
+async def test_fault_31_duplicates_are_left_to_the_operator(rig: TokenRig) -> None:
+    label = OWNER.key_label("a", 1)
+    rig.meddle(f"[make({label!r}, i * 16, EXTRACTABLE=False) for i in (b'1', b'2')]")
+    before = objects(rig)
+    with pytest.raises(SpireHwError, match="will not choose") as caught:
+        await rig.start()
+    assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
+    assert objects(rig) == before
+
+
+@pytest.mark.asyncio
+async def test_fault_32_a_public_half_of_another_key_is_found_out(rig: TokenRig) -> None:
+    label = OWNER.key_label("a", 1)
+    rig.meddle(
+        f"one, two = make({label!r}, b'1' * 16, EXTRACTABLE=False), make('x', b'2' * 16)\n"
+        "point = two[0][Attribute.EC_POINT]\n"
+        "one[0].destroy()\n"
+        "session.create_object({Attribute.CLASS: PUBLIC, Attribute.KEY_TYPE: KeyType.EC,"
+        " Attribute.TOKEN: True, Attribute.PRIVATE: False,"
+        f" Attribute.LABEL: {label!r}, Attribute.ID: b'1' * 16,"
+        " Attribute.EC_PARAMS: encode_named_curve_parameters('secp256r1'),"
+        " Attribute.EC_POINT: point})"
+    )
+    with pytest.raises(SpireHwError, match="does not verify"):
+        await rig.start()
+    assert len(objects(rig)) == 4
+
+
+@pytest.mark.asyncio
+async def test_fault_33_an_extractable_key_is_not_used(rig: TokenRig) -> None:
+    rig.meddle(f"make({OWNER.key_label('a', 1)!r}, b'1' * 16, EXTRACTABLE=True)")
+    with pytest.raises(SpireHwError, match="EXTRACTABLE") as caught:
+        await rig.start()
+    assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
+    assert len(objects(rig)) == 2
+    manager = await rig.start(accept_weak_keys=["a"])
+    await manager.sign_data("a", DIGEST, SHA256)
+
+
+@pytest.mark.asyncio
+async def test_fault_37_foreign_objects_are_neither_listed_nor_touched(rig: TokenRig) -> None:
+    other = Owner("example.org", "server-2").key_label("x509-CA-A", 1)
+    foreign = ("payroll", "", other, "sh1:", OWNER.prefix + "odd")
+    rig.meddle(f"[make(l, bytes([n]) * 16) for n, l in enumerate({foreign!r})]")
+    before = objects(rig)
+    manager = await rig.start()
+    assert await manager.get_public_keys() == []
+    await manager.generate_key("x509-CA-A", P256)
+    await manager.generate_key("x509-CA-A", P256)
+    await settled(manager)
+    mine = [f"{h} {OWNER.key_label('x509-CA-A', 2)}" for h in ("PRIVATE_KEY", "PUBLIC_KEY")]
+    assert objects(rig) == sorted(before + mine)
+
+
+@pytest.mark.asyncio
+async def test_fault_38_the_earlier_of_two_instances_stops_generating(rig: TokenRig) -> None:
+    first = await rig.start("one")
+    await first.generate_key("a", P256)
+    await rig.start("two")
+    with pytest.raises(SpireHwError, match="in use by another instance") as caught:
+        await first.generate_key("a", P256)
+    assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
+    await first.sign_data("a", DIGEST, SHA256)
+
+
+@pytest.mark.asyncio
+async def test_fault_40_a_key_deleted_behind_our_back(rig: TokenRig) -> None:
+    manager = await rig.start()
+    for key_id in ("a", "b"):
+        await manager.generate_key(key_id, P256)
+    rig.meddle(f"[o.destroy() for o in find(LABEL={OWNER.key_label('a', 1)!r})]")
+    for _ in range(2):
+        with pytest.raises(SpireHwError, match="vanished") as caught:
+            await manager.sign_data("a", DIGEST, SHA256)
+        assert caught.value.kind is ErrorKind.INTERNAL
+    await manager.sign_data("b", DIGEST, SHA256)
+    with pytest.raises(SpireHwError, match="missing: a"):
+        await manager.get_public_keys()
+
+
+@pytest.mark.asyncio
+async def test_fault_42_signing_switched_off_behind_our_back(rig: TokenRig) -> None:
+    manager = await rig.start()
+    await manager.generate_key("a", P256)
+    await manager.close()
+    rig.meddle("[o.__setitem__(Attribute.SIGN, False) for o in find(CLASS=PRIVATE)]")
+    with pytest.raises(SpireHwError) as caught:
+        await rig.start()
+    assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
+
+
+@pytest.mark.asyncio
+async def test_fault_48_a_full_queue_refuses_at_once_and_recovers(rig: TokenRig) -> None:
+    manager = await rig.start(queue=4)
+    info = await manager.generate_key("a", P256)
+    worker = manager.worker_pids[1]
+    os.kill(worker, signal.SIGSTOP)
+    calls = [asyncio.ensure_future(manager.sign_data("a", DIGEST, SHA256)) for _ in range(400)]  # noqa: TID251
+    done, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+    refused = [c.exception() for c in done]
+    assert refused
+    for error in refused:
+        assert isinstance(error, SpireHwError)
+        assert error.kind is ErrorKind.RESOURCE_EXHAUSTED
+    os.kill(worker, signal.SIGCONT)
+    for made in await asyncio.gather(*waiting, return_exceptions=True):
+        if isinstance(made, SpireHwError):
+            assert made.kind is ErrorKind.RESOURCE_EXHAUSTED
+            continue
+        assert not isinstance(made, BaseException)
+        verify_digest(info.public_key, DIGEST, made.signature, SHA256)
+
+
+@pytest.mark.asyncio
+async def test_fault_49_a_hung_worker_is_killed_and_replaced(rig: TokenRig) -> None:
+    manager = await rig.start(sign_timeout="1s")
+    await manager.generate_key("a", P256)
+    hung = manager.worker_pids[1]
+    os.kill(hung, signal.SIGSTOP)
+    with pytest.raises(SpireHwError, match="did not sign") as caught:
+        await manager.sign_data("a", DIGEST, SHA256)
+    assert caught.value.kind is ErrorKind.DEADLINE_EXCEEDED
+    await eventually_signs(manager, "a")
+    assert hung not in manager.worker_pids
+    assert not psutil.pid_exists(hung)
+
+
+@pytest.mark.asyncio
+async def test_fault_49_with_two_workers_the_other_one_goes_on(rig: TokenRig) -> None:
+    manager = await rig.start(sign_timeout="60s", workers=2)
+    await manager.generate_key("a", P256)
+    os.kill(manager.worker_pids[1], signal.SIGSTOP)
+    calls = [asyncio.ensure_future(manager.sign_data("a", DIGEST, SHA256)) for _ in range(8)]  # noqa: TID251
+    done, waiting = await asyncio.wait(calls, timeout=5)
+    assert done
+    os.kill(manager.worker_pids[1], signal.SIGCONT)
+    await asyncio.gather(*waiting)
+
+
+@pytest.mark.asyncio
+async def test_fault_79_a_killed_worker_costs_no_signature(rig: TokenRig) -> None:
+    manager = await rig.start()
+    info = await manager.generate_key("a", P256)
+    made: list[Any] = []
+
+    async def sign() -> None:
+        made.append(await manager.sign_data("a", DIGEST, SHA256))
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(200):
+            group.create_task(sign())
+            if number == 100:
+                await asyncio.sleep(0)
+                os.kill(manager.worker_pids[1], signal.SIGKILL)
+    assert len(made) == 200
+    for one in made:
+        verify_digest(info.public_key, DIGEST, one.signature, SHA256)
+
+
+@pytest.mark.asyncio
+async def test_fault_79_a_killed_admin_worker_is_replaced(rig: TokenRig) -> None:
+    manager = await rig.start()
+    await manager.generate_key("a", P256)
+    os.kill(manager.worker_pids[0], signal.SIGKILL)
+    assert len(await manager.get_public_keys()) == 1
+    await manager.generate_key("a", P256)
+
+
+@pytest.mark.asyncio
+async def test_fault_55_salts_at_their_limits(rig: TokenRig) -> None:
+    manager = await rig.start()
+    await manager.generate_key("r", KeyType.RSA_2048)
+    for salt in (1, 20, 222):
+        options = SignOptions(HashAlgorithm.SHA256, pss=True, salt_length=salt)
+        await manager.sign_data("r", DIGEST, options)
+    for salt in (223, -2):
+        options = SignOptions(HashAlgorithm.SHA256, pss=True, salt_length=salt)
+        with pytest.raises(InvalidInputError, match="salt"):
+            await manager.sign_data("r", DIGEST, options)
+
+
+@pytest.mark.asyncio
+async def test_fault_58_signing_goes_on_while_a_key_is_generated(rig: TokenRig) -> None:
+    manager = await rig.start()
+    await manager.generate_key("a", P256)
+    generating = asyncio.ensure_future(manager.generate_key("r", KeyType.RSA_4096))  # noqa: TID251
+    signed = 0
+    while not generating.done() and signed < 50:
+        await manager.sign_data("a", DIGEST, SHA256)
+        signed += 1
+    assert signed == 50 or generating.done()
+    await generating
+
+
+@pytest.mark.asyncio
+async def test_fault_63_a_caller_that_gave_up_finds_its_key_when_it_asks_again(
+    rig: TokenRig,
+) -> None:
+    manager = await rig.start()
+    old = await manager.generate_key("r", P256)
+    assert manager._keyring is not None
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await manager.generate_key("r", KeyType.RSA_2048)
+    assert (await manager.get_public_key("r")).fingerprint == old.fingerprint
+    made = await manager.generate_key("r", KeyType.RSA_2048)
+    await settled(manager)
+    assert (await manager.get_public_key("r")).fingerprint == made.fingerprint
+    label = OWNER.key_label("r", 2)
+    assert objects(rig) == [f"PRIVATE_KEY {label}", f"PUBLIC_KEY {label}"]
+
+
+@pytest.mark.asyncio
+async def test_fault_80_a_bad_new_configuration_leaves_the_old_one_serving(rig: TokenRig) -> None:
+    manager = await rig.start()
+    made = await manager.generate_key("a", P256)
+    for changes in ({"token_label": "nope", "start_timeout": "1s"}, {"module_path": "/nope.so"}):
+        with pytest.raises(SpireHwError):
+            await manager.configure(rig.config(**changes))
+    assert [k.fingerprint for k in await manager.get_public_keys()] == [made.fingerprint]
+    await manager.generate_key("a", P256)
+
+
+@pytest.mark.asyncio
+async def test_fault_81_closing_leaves_no_worker(rig: TokenRig) -> None:
+    manager = await rig.start(workers=2)
+    await manager.generate_key("a", P256)
+    pids = manager.worker_pids
+    assert len(pids) == 3
+    await manager.close()
+    assert not any(psutil.pid_exists(pid) for pid in pids)
