@@ -6,6 +6,8 @@ afterwards. The server is known by its SPIFFE ID alone, never by host name.
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeVar
@@ -28,7 +30,8 @@ from spire_hw.transport.dialer import Dialer
 from spire_hw_agent.entry import AgentEntry, JwtToken
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from spire_hw.bundle.bundle import Bundle
     from spire_hw.clock import Clock
@@ -105,14 +108,14 @@ class Upstream:
         self._bundle = bundle
         self._clock = clock
         self._log = log
-        self._channel: Channel | None = None
+        self._connection: _Connection | None = None
         self._known: dict[str, AgentEntry] = {}
 
     async def use_identity(self, identity: TlsIdentity | None) -> None:
         """Make later calls with this identity, over a new connection."""
         known = self._bundle()
-        old = self._channel
-        self._channel = await connect(
+        old = self._connection
+        channel = await connect(
             Dialer(
                 self._address,
                 self._port,
@@ -123,21 +126,23 @@ class Upstream:
                 log=self._log,
             )
         )
+        self._connection = _Connection(channel)
         if old is not None:
-            await old.close(_GRACE_S)
+            await old.retire()
 
     async def close(self) -> None:
         """End the connection."""
-        if self._channel is not None:
-            await self._channel.close()
+        if self._connection is not None:
+            await self._connection.channel.close()
 
     async def _call(self, path: str, request: Message, response_type: type[M]) -> M:
-        return await self._use().unary(path, request, response_type, timeout_s=_TIMEOUT_S)
+        with self._use() as channel:
+            return await channel.unary(path, request, response_type, timeout_s=_TIMEOUT_S)
 
-    def _use(self) -> Channel:
-        if self._channel is None:
+    def _use(self) -> AbstractContextManager[Channel]:
+        if self._connection is None:
             raise UnavailableError("not connected to the server")
-        return self._channel
+        return self._connection.use()
 
     # -- node attestation and the agent's own SVID ------------------------------
 
@@ -149,14 +154,15 @@ class Upstream:
         Raises:
             SpireHwError: the server refused, or the attestor failed.
         """
-        async with self._use().bidi(
-            _AGENT + "AttestAgent",
-            server_agent_pb2.AttestAgentResponse,
-            timeout_s=_ATTEST_TIMEOUT_S,
-        ) as stream:
-            exchange = _Exchange(attestor, csr, stream)
-            await drive(exchange)
-            result = await exchange.result()
+        with self._use() as channel:
+            async with channel.bidi(
+                _AGENT + "AttestAgent",
+                server_agent_pb2.AttestAgentResponse,
+                timeout_s=_ATTEST_TIMEOUT_S,
+            ) as stream:
+                exchange = _Exchange(attestor, csr, stream)
+                await drive(exchange)
+                result = await exchange.result()
         return IssuedAgentSvid(tuple(result.svid.cert_chain), result.reattestable)
 
     async def renew(self, csr: bytes) -> IssuedAgentSvid:
@@ -212,17 +218,18 @@ class Upstream:
             SpireHwError: the server is away, or its answer breaks a rule.
         """
         entries: dict[str, AgentEntry] = {}
-        async with self._use().bidi(
-            _ENTRY + "SyncAuthorizedEntries",
-            server_entry_pb2.SyncAuthorizedEntriesResponse,
-            timeout_s=_TIMEOUT_S,
-        ) as stream:
-            await stream.send(server_entry_pb2.SyncAuthorizedEntriesRequest(output_mask=_MASK))
-            changed = await self._collect(stream, entries)
-            if changed:
-                await stream.send(server_entry_pb2.SyncAuthorizedEntriesRequest(ids=changed))
-                await self._collect(stream, entries)
-            await stream.done_sending()
+        with self._use() as channel:
+            async with channel.bidi(
+                _ENTRY + "SyncAuthorizedEntries",
+                server_entry_pb2.SyncAuthorizedEntriesResponse,
+                timeout_s=_TIMEOUT_S,
+            ) as stream:
+                await stream.send(server_entry_pb2.SyncAuthorizedEntriesRequest(output_mask=_MASK))
+                changed = await self._collect(stream, entries)
+                if changed:
+                    await stream.send(server_entry_pb2.SyncAuthorizedEntriesRequest(ids=changed))
+                    await self._collect(stream, entries)
+                await stream.done_sending()
         self._known = entries
         return list(entries.values())
 
@@ -281,6 +288,35 @@ class Upstream:
         if id_from_pb(svid.id) != entry.spiffe_id:
             raise SpireHwError("server sent a JWT-SVID for another SPIFFE ID")
         return JwtToken(svid.token, _time(svid.issued_at), _time(svid.expires_at))
+
+
+class _Connection:
+    """A channel that lets the calls on it finish before it goes."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self._calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextmanager
+    def use(self) -> Iterator[Channel]:
+        """Hold the channel for one call."""
+        self._calls += 1
+        self._idle.clear()
+        try:
+            yield self.channel
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self._idle.set()
+
+    async def retire(self) -> None:
+        """Wait a while for the calls in progress, then close."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_GRACE_S):
+                await self._idle.wait()
+        await self.channel.close()
 
 
 class _Exchange:
