@@ -6,8 +6,10 @@ Everything is real but the hardware: swtpm stands in for the node's TPM, SoftHSM
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spire_hw.errors import SpireHwError
 from spire_hw_sim.manufacturer import EkKind, Manufacturer
 from spire_hw_sim.programs import Program, ProgramError, run
 from spire_hw_sim.softhsm import SoftHsm
@@ -32,7 +35,6 @@ TRUST_DOMAIN = "demo.example"
 _LABEL = "spire-ca"
 _PCR = 7
 _BOOT = b"secure boot: on"
-_KEPT = "demo left running; press Ctrl-C, or end this process, to stop it"
 
 
 class DemoError(Exception):
@@ -94,6 +96,12 @@ class Demo:
         self.refuse_key_outside_tpm(node)
         self.refuse_changed_pcr(node)
 
+    def bring_back(self) -> None:
+        """Boot the node as it should be again and start its agent."""
+        self.node.reset()
+        self.measure(self.node)
+        self.run_agent(self.node)
+
     def make_token(self) -> dict[str, str]:
         """Initialise a PKCS#11 token with a random PIN in a private file."""
         hsm = SoftHsm(self.directory / "hsm")
@@ -113,7 +121,7 @@ class Demo:
     def make_node(self) -> tuple[Manufacturer, Swtpm]:
         """Power on a machine with a TPM whose maker certified its endorsement key."""
         maker = Manufacturer("Demo TPM Works")
-        node = self.power_on("node1", maker)
+        node = self.node = self.power_on("node1", maker)
         self.roots = maker.write_roots(self.directory / "tpm-makers.pem")
         self.measure(node)
         info = run("spire-hw-agent", "tpm", "info", "-tcti", node.tcti)
@@ -222,11 +230,8 @@ class Demo:
         return conf
 
     def start_agent(self, node: Swtpm) -> Program:
-        """Start the agent and wait until it attested."""
-        conf = self.agent_conf("node1", node, _KEY_IN_TPM)
-        agent = Program("spire-hw-agent", ["run", "-config", conf], self.directory / "node1.log")
-        self.stack.callback(agent.stop)
-        agent.wait_until_healthy("-socketPath", self.agent_socket("node1"))
+        """Start the agent and show what it proved."""
+        agent = self.run_agent(node)
         listed = self.server("agent", "list")
         self.agent_id = _value(listed, "SPIFFE ID")
         self.say(
@@ -235,8 +240,17 @@ class Demo:
             "",
             f"key:tpm says that the agent's own key was proved to live in this TPM; "
             f"pcr:sha256:{_PCR} was quoted by it.",
-            f"No private key is on the node's disk: {_files(self.directory / 'node1')}",
+            "No key in clear is on the node's disk; the .tpmkey file is wrapped for this TPM alone:",
+            f"  {_files(self.directory / 'node1')}",
         )
+        return agent
+
+    def run_agent(self, node: Swtpm) -> Program:
+        """Start the node's agent and wait until it attested."""
+        conf = self.agent_conf("node1", node, _KEY_IN_TPM)
+        agent = Program("spire-hw-agent", ["run", "-config", conf], self.directory / "node1.log")
+        self.stack.callback(agent.stop)
+        agent.wait_until_healthy("-socketPath", self.agent_socket("node1"))
         return agent
 
     def create_entry(self) -> None:
@@ -304,10 +318,10 @@ class Demo:
         status = agent.wait_for_exit()
         if status == 0:
             raise DemoError(f"agent {name!r} ended without an error")
-        errors = [line for line in agent.log_text().splitlines() if "level=error" in line]
-        if not errors:
+        reasons = re.findall(r'level=error .* error="([^"]*)"', agent.log_text())
+        if not reasons:
             raise DemoError(f"agent {name!r} ended with status {status} and no reason")
-        return errors[-1]
+        return f"the server said: {reasons[-1]}\nand the agent ended with status {status}"
 
 
 def play(*, keep: bool = False) -> int:
@@ -317,35 +331,43 @@ def play(*, keep: bool = False) -> int:
     print(f"spire-hw demo in {directory}, on loopback only")
     try:
         demo.play()
-    except (DemoError, ProgramError, OSError, subprocess.SubprocessError) as e:
+    except KeyboardInterrupt:
+        demo.stack.close()
+        shutil.rmtree(directory, ignore_errors=True)
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    except (DemoError, ProgramError, SpireHwError, OSError, subprocess.SubprocessError) as e:
         print(f"\nThe demo failed at step {demo.step + 1}: {e}", file=sys.stderr)
         print(f"Logs are in {directory}", file=sys.stderr)
         demo.stack.close()
         return 1
     print(f"\n{_bold('Done')} in {time.monotonic() - demo.started:.0f} s.")
-    if keep:
-        _stay(demo)
-    demo.stack.close()
+    try:
+        if keep:
+            _stay(demo)
+    finally:
+        demo.stack.close()
     shutil.rmtree(directory, ignore_errors=True)
     return 0
 
 
 def _stay(demo: Demo) -> None:
-    program = f"{sys.executable} -m"
+    demo.bring_back()
+    programs = Path(sys.executable).parent
     print(
         textwrap.dedent(f"""
-        The server still runs. Talk to it:
-          spire-hw-server entry show -socketPath {demo.server_socket}
-          spire-hw-server agent list -socketPath {demo.server_socket}
-          {program} spire_hw_server.cli.main run --help
-        Logs and configuration are in {demo.directory}.
-        {_KEPT}""")
+        Server, node and agent are up again. Talk to them, from another terminal:
+
+          {programs}/spire-hw-server entry show -socketPath {demo.server_socket}
+          {programs}/spire-hw-server agent list -socketPath {demo.server_socket}
+          {programs}/spire-hw-agent api fetch x509 -socketPath {demo.agent_socket("node1")}
+          export SPIFFE_ENDPOINT_SOCKET=unix://{demo.agent_socket("node1")}
+
+        Logs and configuration are in {demo.directory}. Ctrl-C stops everything and removes it."""),
+        flush=True,
     )
-    try:
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        print("stopping")
+    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    print("Stopping.")
 
 
 def _expected_pcr(event: bytes) -> str:

@@ -122,9 +122,9 @@ class TokenRig:
         self._stack.push_async_callback(manager.close)
         return manager
 
-    async def start(self, data: str = "data", **changes: object) -> pkcs11.Pkcs11KeyManager:
+    async def start(self, data_name: str = "data", /, **changes: object) -> pkcs11.Pkcs11KeyManager:
         """Make and configure a key manager."""
-        manager = self.build(data)
+        manager = self.build(data_name)
         await manager.configure(self.config(**changes))
         return manager
 
