@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from spire_hw import log as logs
 from spire_hw.aio.tasks import Tasks
-from spire_hw.catalog import SERVER_RULES, Catalog, PluginConfig, check_plugins
+from spire_hw.catalog import SERVER_RULES, Catalog, PluginConfig, Table, check_plugins
 from spire_hw.clock import Clock, SystemClock
 from spire_hw.errors import ConfigError, NotReadyError, SpireHwError, UnavailableError
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
@@ -117,9 +117,23 @@ async def check_settings(
 class Server:
     """One server: build it from settings, `start`, `close`."""
 
-    def __init__(self, settings: ServerSettings, *, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        *,
+        clock: Clock | None = None,
+        table: Table | None = None,
+    ) -> None:
+        """Describe it.
+
+        Args:
+            settings: from server.conf.
+            clock: its time.
+            table: where plugins are found; the built-in ones by default.
+        """
         self.settings = settings
         self.clock = clock or SystemClock()
+        self._table = table or _table
         self.log = logs.get_logger("server")
         self._stack = AsyncExitStack()
         self._failure: asyncio.Future[None] | None = None
@@ -185,7 +199,7 @@ class Server:
         store = await self._open_store()
         catalog = await Catalog.load(
             _plugins(settings),
-            _table,
+            self._table,
             _host(settings, self.clock, store),
             SERVER_RULES,
             names=_names,
