@@ -5,13 +5,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 readonly VENV=.venv
+readonly STAMP=$VENV/.spire-hw-setup
 readonly PACKAGES=(
   ca-certificates gcc g++ libc6-dev make openssl pkg-config procps python3 python3-dev python3-venv
   swtpm swtpm-tools tpm2-tools libtss2-dev
   softhsm2 opensc p11-kit
 )
 
-say() { printf '\033[1m==>\033[0m %s\n' "$*"; }
+say() { printf '==> %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
 missing_packages() {
@@ -19,22 +20,25 @@ missing_packages() {
   for name in "${PACKAGES[@]}"; do
     dpkg-query -W -f '${Status}' "$name" 2>/dev/null | grep -q '^install ok installed$' || echo "$name"
   done
-  # The swtpm TCTI is part of libtss2 on old releases and a package of its own on newer ones.
-  if ! ls /usr/lib/*/libtss2-tcti-swtpm.so.0 >/dev/null 2>&1; then
-    apt-cache search --names-only '^libtss2-tcti-swtpm0' 2>/dev/null | cut -d' ' -f1 | head -n 1 | grep . ||
-      echo libtss2-tcti-swtpm0
+  # The TCTI for swtpm has another package name on each release.
+  if ! compgen -G '/usr/lib/*/libtss2-tcti-swtpm.so.0*' >/dev/null; then
+    { apt-cache search --names-only '^libtss2-tcti-swtpm0' 2>/dev/null || true; } |
+      awk 'NR == 1 {print $1} END {if (NR == 0) print "libtss2-tcti-swtpm0"}'
   fi
 }
 
 install_packages() {
-  command -v apt-get >/dev/null || fail "apt-get is not here: this script knows Debian and Ubuntu only.
-  Install by hand: ${PACKAGES[*]}"
-  local missing
+  local -a missing as_root=()
+  if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
+    fail "this script knows Debian and Ubuntu only. Install what these packages hold by hand:
+  ${PACKAGES[*]}"
+  fi
   mapfile -t missing < <(missing_packages)
   [ ${#missing[@]} -eq 0 ] && return
-  local -a as_root=()
   if [ "$(id -u)" -ne 0 ]; then
-    command -v sudo >/dev/null || fail "not root and no sudo. Ask an administrator for: ${missing[*]}"
+    command -v sudo >/dev/null ||
+      fail "system packages are missing, and this is neither root nor is there sudo. As root:
+  apt-get install ${missing[*]}"
     as_root=(sudo)
   fi
   say "installing system packages: ${missing[*]}"
@@ -46,7 +50,7 @@ install_packages() {
   Is there a network, and are the package sources right (apt-get update)?"
 }
 
-# The first Python from 3.11 on, the distribution's own first: its ssl module uses the system's OpenSSL.
+# The distribution's own Python first: its ssl module uses the system's OpenSSL.
 find_python() {
   local candidate
   for candidate in ${PYTHON:-} /usr/bin/python3 python3.13 python3.12 python3.11 python3; do
@@ -58,27 +62,47 @@ find_python() {
   fail "Python 3.11 or newer with venv is needed; set PYTHON to its path"
 }
 
-make_venv() {
-  local python stamp wanted
-  stamp=$VENV/.spire-hw-setup
-  wanted=$(cat pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)
-  if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
-    return
-  fi
-  python=$(find_python)
-  say "making $VENV with $("$python" --version)"
-  [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV"
-  "$VENV/bin/python" -m pip install -q --disable-pip-version-check -e '.[dev]' ||
-    fail "Python packages could not be installed. Is the package index reachable?"
-  # The simulator is a development tool: it is not in the wheel, so it has no entry point there.
-  cat > "$VENV/bin/spire-hw-sim" <<LAUNCHER
-#!/bin/sh
-exec "\$(dirname "\$0")/python" -m spire_hw_sim "\$@"
-LAUNCHER
-  chmod 755 "$VENV/bin/spire-hw-sim"
-  printf '%s' "$wanted" > "$stamp"
+# What .venv depends on: the place, the interpreter, and what is to be installed.
+fingerprint() {
+  "$1" - <<'PYTHON'
+import hashlib, os, sys, tomllib
+
+with open("pyproject.toml", "rb") as file:
+    held = tomllib.load(file)
+parts = [os.getcwd(), sys.version, held["build-system"], held["project"], held["tool"]["hatch"]]
+print(hashlib.sha256(repr(parts).encode()).hexdigest())
+PYTHON
 }
 
+# A moved checkout or an upgraded Python leaves a .venv whose scripts point nowhere.
+venv_works() {
+  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 && "$VENV/bin/pip" --version >/dev/null 2>&1
+}
+
+make_venv() {
+  local python wanted
+  python=$(find_python)
+  wanted=$(fingerprint "$python")
+  if [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$wanted" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
+    return
+  fi
+  say "installing Python packages into $VENV with $("$python" --version); this takes a minute or two"
+  venv_works || "$python" -m venv --clear "$VENV"
+  "$VENV/bin/python" -m pip install -q --disable-pip-version-check -e '.[dev]' ||
+    fail "Python packages could not be installed. Is the package index reachable?
+  Behind a mirror, set PIP_INDEX_URL; what is wanted stands in pyproject.toml."
+  # The simulator is a development tool: it is not in the wheel, so it has no entry point there.
+  cat > "$VENV/bin/spire-hw-sim" <<'LAUNCHER'
+#!/bin/sh
+exec "$(dirname "$0")/python" -m spire_hw_sim "$@"
+LAUNCHER
+  chmod 755 "$VENV/bin/spire-hw-sim"
+  printf '%s' "$wanted" > "$STAMP"
+}
+
+# Two makes at once would install into each other.
+exec 9< scripts/setup.sh
+flock 9
 install_packages
 make_venv
 say "set up: $("$VENV/bin/python" --version), $(swtpm --version 2>/dev/null | head -n 1 | cut -d, -f1)"
