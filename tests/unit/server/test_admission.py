@@ -160,7 +160,9 @@ async def test_unknown_attestor_is_a_failed_precondition(admissions: Any) -> Non
         await admit(admissions(), "nope")
 
 
-@pytest.mark.parametrize("spki", [b"", b"\x30\x00", SPKI + b"\0"])
+@pytest.mark.parametrize(
+    "spki", [b"", b"\x30\x00", SPKI + b"\0"], ids=["empty", "bare_sequence", "one_byte_more"]
+)
 @pytest.mark.asyncio
 async def test_unusable_key_is_refused_before_a_token_is_spent(
     admissions: Any, store: Datastore, clock: SimClock, spki: bytes
