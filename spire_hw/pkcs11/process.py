@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
@@ -37,7 +37,7 @@ class Launch:
         command: program and arguments; the host's process id is added.
     """
 
-    environment: Mapping[str, str]
+    environment: Mapping[str, str] = field(repr=False)
     command: Sequence[str] = _COMMAND
 
 

@@ -55,7 +55,7 @@ def raw_rate(hsm: SoftHsm, key_id: bytes, key_type: KeyType, processes: int) -> 
     arguments = ["bench", key_id.hex(), "RSA_PKCS" if rsa else "ECDSA", prefix + "11" * 32]
     started = []
     for _ in range(processes):
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-c", RAW, *arguments, str(SECONDS), "1234", hsm.module],
             env={**os.environ, **hsm.environment},
             stdin=subprocess.PIPE,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
@@ -17,6 +17,10 @@ from spire_hw.key import HashAlgorithm, SignOptions
 from spire_hw.pkcs11.labels import Owner
 from spire_hw_sim.softhsm import SoftHsm
 from spire_hw_sim.tokenrig import TokenRig
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
 
 pytestmark = [
     pytest.mark.hsm,
@@ -53,8 +57,6 @@ async def rig(tmp_path: Path) -> AsyncIterator[TokenRig]:
 
 
 def start_host(rig: TokenRig) -> tuple[subprocess.Popen[str], list[int]]:
-    import json
-
     data = rig.folder / "data"
     data.mkdir(mode=0o700, exist_ok=True)
     config = {
@@ -64,7 +66,7 @@ def start_host(rig: TokenRig) -> tuple[subprocess.Popen[str], list[int]]:
         "key_identifier_value": "server-1",
         "environment": rig.hsm.environment,
     }
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # noqa: S603
         [sys.executable, "-c", HOST, str(data), json.dumps(config)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -83,7 +85,7 @@ def start_host(rig: TokenRig) -> tuple[subprocess.Popen[str], list[int]]:
 async def test_faults_60_to_62_kill_at_random_moments_leaves_one_signing_pair(
     rig: TokenRig,
 ) -> None:
-    moments = random.Random(7)
+    moments = random.Random(7)  # noqa: S311 - moments, not secrets
     for _ in range(ROUNDS):
         process, workers = await asyncio.to_thread(start_host, rig)
         await asyncio.sleep(moments.uniform(0.005, 0.2))
