@@ -203,7 +203,7 @@ class RateLimiter:
 
 
 class CallerRate:
-    """A rate limit for TCP callers by IP address; callers on unix sockets are exempt."""
+    """A rate limit for TCP callers by address (IPv6: by /64); callers on unix sockets are exempt."""
 
     def __init__(self, limiter: RateLimiter) -> None:
         self._limiter = limiter
@@ -211,7 +211,7 @@ class CallerRate:
     async def take(self, call: Call, count: int = 1) -> None:
         """Wait until the caller may have `count` more; see `RateLimiter.take`."""
         if isinstance(call.peer, TcpPeer):
-            await self._limiter.take(call.peer.address, count, call.deadline_s)
+            await self._limiter.take(call.peer.source, count, call.deadline_s)
 
 
 class RateLimit(Guard):

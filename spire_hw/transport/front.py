@@ -31,7 +31,7 @@ from spire_hw.errors import (
     VerificationError,
 )
 from spire_hw.log import Logger, get_logger
-from spire_hw.transport.peer import TcpPeer, UnixPeer
+from spire_hw.transport.peer import TcpPeer, UnixPeer, source_of
 from spire_hw.transport.process import Process, peer_credentials
 from spire_hw.transport.relay import PREFACE, Callers, Half
 from spire_hw.transport.tls import (
@@ -56,6 +56,9 @@ _EXHAUSTED_PAUSE_S: Final = 0.2
 _REAP_INTERVAL_S: Final = 5.0
 _FDS_PER_CONNECTION: Final = 4
 _FDS_FOR_THE_REST: Final = 256
+_CLOSE_S: Final = 5.0
+_MIN_CONNECTIONS: Final = 16
+_SHARES: Final = 4
 _MAX_UNIX_PATH: Final = 107
 _MINUTE_S: Final = 60
 
@@ -66,7 +69,8 @@ class FrontLimits:
 
     Attributes:
         max_connections: at once; lowered to what the process's descriptor limit has room for.
-        max_per_caller: at once from one IP address, or from one user on a unix socket.
+        max_per_caller: at once from one IP address (IPv6: one /64), or from one user on a unix
+            socket; a fourth of all at most where max_connections was lowered.
         handshake_s: for TLS, from accept to the last message.
         first_byte_s: from there to the HTTP/2 preface.
         max_age_s: after this a connection is cut, None for never. A backstop: the inner server
@@ -109,6 +113,7 @@ class Front(ABC):
         self._tasks = Tasks(self._task_failed)
         self._emptied: asyncio.Future[None] | None = None
         self._max_connections = limits.max_connections
+        self._max_per_caller = limits.max_per_caller
 
     @property
     def connections(self) -> int:
@@ -126,8 +131,10 @@ class Front(ABC):
             raise NotReadyError("this front was started before")
         self._callers = callers
         soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        room = max(16, (soft - _FDS_FOR_THE_REST) // _FDS_PER_CONNECTION)
-        self._max_connections = min(self.limits.max_connections, room)
+        room = max(_MIN_CONNECTIONS, (soft - _FDS_FOR_THE_REST) // _FDS_PER_CONNECTION)
+        if room < self.limits.max_connections:
+            self._max_connections = room
+            self._max_per_caller = min(self.limits.max_per_caller, room // _SHARES)
         try:
             self._sockets = await self._listen()
         except OSError as e:
@@ -171,7 +178,9 @@ class Front(ABC):
                 lease.outer.abort()
         if self._leases:
             self._emptied = asyncio.get_running_loop().create_future()
-            await self._emptied
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_S):
+                    await self._emptied
 
     def _task_failed(self, name: str, error: BaseException) -> None:
         self.log.error("Front task failed", task=name, error=str(error), exc_info=error)
@@ -203,14 +212,16 @@ class Front(ABC):
             connection.close()
             return
         held = self._per_caller.get(key, 0)
-        if len(self._leases) >= self._max_connections or held >= self.limits.max_per_caller:
+        if len(self._leases) >= self._max_connections or held >= self._max_per_caller:
             self.log.debug("Too many connections", caller=str(key), open=len(self._leases))
             connection.close()
             return
         lease = _Lease(key, accepted_at=asyncio.get_running_loop().time())
         self._leases[lease] = None
         self._per_caller[key] = held + 1
-        self._tasks.start("connection", self._serve(connection, address, lease))
+        task = self._tasks.spawn("connection", self._serve(connection, address, lease))
+        # Not a `finally`: a task that is cancelled before its first step never gets to one.
+        task.add_done_callback(lambda done: self._settle(done, connection, lease))
 
     def _release(self, lease: _Lease) -> None:
         if self._leases.pop(lease, lease) is lease:
@@ -226,22 +237,27 @@ class Front(ABC):
         if not self._leases and self._emptied is not None and not self._emptied.done():
             self._emptied.set_result(None)
 
-    async def _serve(self, connection: socket.socket, address: object, lease: _Lease) -> None:
-        done = False
+    async def _serve(self, connection: socket.socket, address: object, lease: _Lease) -> bool:
+        """Prove and attach; tell whether that worked."""
         try:
             await self._prove(connection, address, lease)
-            done = True
         except VerificationError as e:
             self.log.info("Caller refused", caller=str(lease.key), reason=e.message)
         except (SpireHwError, TimeoutError, OSError) as e:
             self.log.debug("Connection dropped", caller=str(lease.key), reason=str(e) or "too slow")
-        finally:
-            if not done:
-                if lease.outer is not None and lease.outer.transport is not None:
-                    lease.outer.abort()
-                else:
-                    connection.close()
-                    self._release(lease)
+        else:
+            return True
+        return False
+
+    def _settle(self, done: asyncio.Task[bool], connection: socket.socket, lease: _Lease) -> None:
+        """Close what did not get through."""
+        if not done.cancelled() and done.exception() is None and done.result():
+            return
+        if lease.outer is not None and lease.outer.transport is not None:
+            lease.outer.abort()
+        else:
+            connection.close()
+            self._release(lease)
 
     async def _attach(self, outer: Half, peer: TcpPeer | UnixPeer) -> None:
         if self._callers is None:
@@ -347,7 +363,7 @@ class TcpFront(Front):
     @override
     def _caller_key(self, connection: socket.socket, address: object) -> object:
         _keep_alive(connection)
-        return _ip(address)[0]
+        return source_of(_ip(address)[0])
 
     def _context(self) -> tuple[TlsContext, Mapping[TrustDomain, Bundle]]:
         identity, bundles = self._identity(), self._bundles()

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     from cryptography import x509
 
     from spire_hw.spiffeid import SpiffeId
+
+_IPV6_SITE_BITS: Final = 64
+
+
+def source_of(address: str) -> str:
+    """Return what callers at an IP address are counted by.
+
+    That is the address itself, for IPv6 its /64: a single machine has all of them. Text that is
+    no address stands for itself.
+    """
+    if ":" not in address:
+        return address
+    try:
+        network = ipaddress.IPv6Network((address.partition("%")[0], _IPV6_SITE_BITS), strict=False)
+    except ValueError:
+        return address
+    return str(network)
 
 
 class CallerProcess(Protocol):
@@ -50,6 +68,11 @@ class TcpPeer:
     port: int
     spiffe_id: SpiffeId | None
     chain: tuple[x509.Certificate, ...]
+
+    @property
+    def source(self) -> str:
+        """Return what limits by address count this caller by; see `source_of`."""
+        return source_of(self.address)
 
 
 @dataclass(frozen=True, slots=True)

@@ -372,12 +372,12 @@ class TlsHalf(Half):
             failed = UnavailableError(f"the TLS key could not sign: {cause}")
             failed.__cause__ = cause
             return failed
-        refused: VerificationError
+        refused: SpireHwError
         if isinstance(error, ssl.SSLCertVerificationError):
             kind = UnknownAuthorityError if error.verify_code in _UNKNOWN else ChainError
             refused = kind(f"certificate refused: {error.verify_message}")
         else:
-            refused = VerificationError(f"TLS handshake failed: {_reason(error)}")
+            refused = UnavailableError(f"TLS handshake failed: {_reason(error)}")
         refused.__cause__ = error
         return refused
 

@@ -22,7 +22,7 @@ from spire_hw_sim.echo import TIMEOUT_S, Echo, echo_world, say
 if TYPE_CHECKING:
     from pathlib import Path
 
-EXECUTABLE = os.path.realpath(sys.executable)  # noqa: PTH109
+EXECUTABLE = os.path.realpath(sys.executable)
 HOLD = """
 import asyncio, sys
 from google.protobuf.wrappers_pb2 import StringValue
@@ -106,7 +106,7 @@ async def test_modes_are_as_asked_whatever_the_umask(tmp_path: Path, bits: int) 
 
 @pytest.mark.asyncio
 async def test_an_existing_directory_keeps_its_mode(tmp_path: Path) -> None:
-    os.chmod(tmp_path, 0o750)  # noqa: PTH101
+    os.chmod(tmp_path, 0o750)  # noqa: PTH101, S103
     server = RpcServer([])
     server.add_front(UnixFront(tmp_path / "s", 0o600, directory_mode=0o755))
     await server.start()
