@@ -488,8 +488,10 @@ def configure(
         root.removeHandler(handler)
     root.addHandler(_Bridge(_OUTPUT))
     root.setLevel(logging.NOTSET)
-    for chatty in ("asyncio", "aiohttp", "grpc", "alembic", "sqlalchemy"):
+    for chatty in ("asyncio", "aiohttp", "grpc", "alembic"):
         logging.getLogger(chatty).setLevel(logging.INFO)
+    # At INFO SQLAlchemy tells every statement; `log_sql` asks for that.
+    logging.getLogger("sqlalchemy").setLevel(logging.WARNING)
     return _OUTPUT
 
 
