@@ -132,6 +132,7 @@ class Admissions:
         challenge: Challenge,
         *,
         caller: str = "",
+        source: str = "",
     ) -> Admission:
         """Run one attestation.
 
@@ -141,16 +142,20 @@ class Admissions:
             csr_spki: DER public key of the CSR, whose own signature has been verified.
             challenge: sends a challenge and returns the answer.
             caller: address, for the audit record.
+            source: what open exchanges are counted by, "" for a caller that is not counted.
 
         Raises:
             NotReadyError: no attestor of that type.
             InvalidInputError: unusable key or message; join token unknown, used or expired.
+            LimitError: a message too large, or too many exchanges at once.
             DeniedError: the node is banned.
             PluginError: the attestor refused.
             SpireHwError: DEADLINE_EXCEEDED; INTERNAL for an attestor that gave a wrong answer.
         """
         try:
-            return await self._within_time(attestation_type, payload, csr_spki, challenge)
+            return await self._within_time(
+                attestation_type, payload, csr_spki, challenge, source
+            )
         except SpireHwError as e:
             self._record_refusal(e, attestation_type, csr_spki, caller)
             raise
@@ -192,7 +197,12 @@ class Admissions:
         return stored
 
     async def _within_time(
-        self, attestation_type: str, payload: bytes, csr_spki: bytes, challenge: Challenge
+        self,
+        attestation_type: str,
+        payload: bytes,
+        csr_spki: bytes,
+        challenge: Challenge,
+        source: str,
     ) -> Admission:
         attestor = self._attestors.get(attestation_type)
         if attestor is None and attestation_type != JOIN_TOKEN:
@@ -208,9 +218,10 @@ class Admissions:
                     identity = await self._take_token(payload)
                 else:
                     exchange = _Exchange(challenge, self._refuse_banned, max_bytes)
-                    identity = await self._ask(
-                        attestation_type, attestor, exchange, payload, csr_spki
+                    request = AttestationRequest(
+                        payload, exchange.challenge, csr_spki, exchange.admit, source
                     )
+                    identity = await self._ask(attestation_type, attestor, exchange, request)
                 return await self._checked(attestation_type, identity, csr_spki)
         except TimeoutError as e:
             raise SpireHwError(
@@ -230,13 +241,9 @@ class Admissions:
         name: str,
         attestor: ServerNodeAttestor,
         exchange: _Exchange,
-        payload: bytes,
-        csr_spki: bytes,
+        request: AttestationRequest,
     ) -> AttestedIdentity:
         """Run the attestor; its errors get its name in front, those of the exchange do not."""
-        request = AttestationRequest(
-            payload=payload, challenge=exchange.challenge, csr_spki=csr_spki, admit=exchange.admit
-        )
         prefix = f"nodeattestor({name})"
         try:
             return await attestor.attest(request)
@@ -391,7 +398,7 @@ def _wrong_answer(name: str, reason: str) -> PluginError:
 
 def _check_size(what: str, data: bytes, limit: int) -> None:
     if len(data) > limit:
-        raise InvalidInputError(f"{what} is larger than {limit} bytes")
+        raise LimitError(f"{what} is {len(data)} bytes, limit {limit}")
 
 
 def _reasons(error: BaseException | None) -> list[str]:

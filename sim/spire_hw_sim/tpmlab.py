@@ -104,6 +104,7 @@ class Lab:
         payload: bytes | None = None,
         answer: Callable[[bytes], Awaitable[bytes]] | None = None,
         csr_spki: bytes | None = None,
+        source: str = "",
     ) -> AttestedIdentity:
         """Let a node attest; what it says may be replaced."""
 
@@ -118,7 +119,7 @@ class Lab:
 
         first = node.payload() if payload is None else payload
         spki = node.spki if csr_spki is None else csr_spki
-        return await self.server.attest(AttestationRequest(first, challenge, spki, admit))
+        return await self.server.attest(AttestationRequest(first, challenge, spki, admit, source))
 
     async def refusal(
         self,

@@ -85,12 +85,15 @@ class AttestationRequest:
         challenge: one round trip to the agent.
         csr_spki: DER SubjectPublicKeyInfo of the CSR, None under a host that cannot tell.
         admit: early ban check.
+        source: where the exchange comes from, to be counted by: an IP address, or the network it
+            is in; "" when the host cannot tell.
     """
 
     payload: bytes
     challenge: Challenge
     csr_spki: bytes | None
     admit: Admit
+    source: str = ""
 
 
 class ServerNodeAttestor(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
@@ -20,6 +21,7 @@ from spire_hw.errors import (
     DeniedReason,
     ErrorKind,
     InvalidInputError,
+    LimitError,
     SpireHwError,
 )
 from spire_hw.rpc import convert
@@ -40,7 +42,7 @@ from spire_hw_server.api.entry_message import parse_selector_match
 from spire_hw_server.datastore.interface import Datastore, Entry, JoinToken, Node, NodeFilter
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from spire_hw.clock import Clock
     from spire_hw.rpc.service import Call
@@ -53,7 +55,8 @@ if TYPE_CHECKING:
 
 JOIN_TOKEN: Final = "join_token"  # noqa: S105 - the attestor's name
 MAX_VERSION: Final = 255
-_MAX_PAYLOAD: Final = 1024 * 1024
+# How long an attestation stream may stay silent before its first message.
+_FIRST_MESSAGE_S: Final = 10.0
 _TIME: Final = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}) [+-]\d\d", re.ASCII)
 
 
@@ -82,6 +85,7 @@ class AgentService:
         self._limits = limits
         self._audit = audit
         self._clock = clock
+        self._issuing: set[SpiffeId] = set()
 
     async def count_agents(
         self, request: pb.CountAgentsRequest, call: Call
@@ -170,6 +174,8 @@ class AgentService:
         await self._limits.post_status(call)
         if len(request.agent_version) > MAX_VERSION:
             raise InvalidInputError(f"agent version is longer than {MAX_VERSION} characters")
+        if not request.agent_version.isprintable():
+            raise InvalidInputError("agent version has characters that cannot be shown")
         node = caller_node(call)
         if request.agent_version != node.agent_version:
             await self._store.set_node_version(node.agent_id, request.agent_version)
@@ -229,18 +235,35 @@ class AgentService:
         data, csr = _checked_params(params)
         self._audit.note(call, agent_node_attestor_type=data.type)
         admission = await self._admissions.admit(
-            data.type, data.payload, csr.spki, challenge, caller=_address(call)
+            data.type,
+            data.payload,
+            csr.spki,
+            challenge,
+            caller=_address(call),
+            source=_source(call),
         )
         self._audit.note(call, spiffe_id=str(admission.agent_id))
-        issued = await self._issuer.agent_svid(csr.spki, admission.agent_id)
-        await self._admissions.store(
-            admission, serial_number=str(issued.serial), expires_at=issued.not_after
-        )
+        with self._alone(admission.agent_id):
+            issued = await self._issuer.agent_svid(csr.spki, admission.agent_id)
+            await self._admissions.store(
+                admission, serial_number=str(issued.serial), expires_at=issued.not_after
+            )
         self._nodes.forget(admission.agent_id)
         await self._entries.refresh()
         return pb.AttestAgentResponse.Result(
             svid=_svid_message(issued, admission.agent_id), reattestable=admission.can_reattest
         )
+
+    @contextmanager
+    def _alone(self, agent_id: SpiffeId) -> Iterator[None]:
+        """Issue to one of several that proved to be the same node at the same time."""
+        if agent_id in self._issuing:
+            raise LimitError("this node is attesting already")
+        self._issuing.add(agent_id)
+        try:
+            yield
+        finally:
+            self._issuing.discard(agent_id)
 
 
 class _Attestation:
@@ -257,7 +280,7 @@ class _Attestation:
     async def run(self) -> None:
         """Attest; the outbox ends with None whatever happens."""
         try:
-            first = await anext(self._requests, None)
+            first = await self._first()
             if first is None:
                 raise InvalidInputError("stream was closed before the first message")
             if first.WhichOneof("step") != "params":
@@ -266,6 +289,16 @@ class _Attestation:
             await self.outbox.put(pb.AttestAgentResponse(result=result))
         finally:
             await self.outbox.put(None)
+
+    async def _first(self) -> pb.AttestAgentRequest | None:
+        try:
+            async with asyncio.timeout(_FIRST_MESSAGE_S):
+                return await anext(self._requests, None)
+        except TimeoutError as e:
+            raise SpireHwError(
+                f"no attestation data within {_FIRST_MESSAGE_S:g} s",
+                kind=ErrorKind.DEADLINE_EXCEEDED,
+            ) from e
 
     async def _challenge(self, challenge: bytes) -> bytes:
         await self.outbox.put(pb.AttestAgentResponse(challenge=challenge))
@@ -304,6 +337,10 @@ def _csr(data: bytes) -> Csr:
 
 def _address(call: Call) -> str:
     return call.peer.address if isinstance(call.peer, TcpPeer) else ""
+
+
+def _source(call: Call) -> str:
+    return call.peer.source if isinstance(call.peer, TcpPeer) else ""
 
 
 def _svid_message(issued: IssuedX509, spiffe_id: SpiffeId) -> types_pb2.X509SVID:

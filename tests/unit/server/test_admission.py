@@ -16,6 +16,7 @@ from spire_hw.errors import (
     ErrorKind,
     Finding,
     InvalidInputError,
+    LimitError,
     NotReadyError,
     PluginError,
     SpireHwError,
@@ -396,10 +397,14 @@ async def test_attestor_that_crashes_is_contained(admissions: Any) -> None:
     ]
 
 
-@pytest.mark.parametrize("payload", [b"", b"x" * 65537])
+@pytest.mark.parametrize(
+    ("payload", "refusal"), [(b"", InvalidInputError), (b"x" * 65537, LimitError)]
+)
 @pytest.mark.asyncio
-async def test_payload_is_bounded(admissions: Any, payload: bytes) -> None:
-    with pytest.raises(InvalidInputError):
+async def test_payload_is_bounded(
+    admissions: Any, payload: bytes, refusal: type[SpireHwError]
+) -> None:
+    with pytest.raises(refusal):
         await admit(admissions(answering(identity())), payload=payload)
 
 
@@ -417,7 +422,7 @@ async def test_attestor_may_ask_for_larger_messages_up_to_a_bound(admissions: An
 
     await admit(admissions(Generous(script)), challenge=one_mebibyte)
     for attestor, challenge in ((Generous(script), more), (Scripted(script), one_mebibyte)):
-        with pytest.raises(InvalidInputError):
+        with pytest.raises(LimitError):
             await admit(admissions(attestor), challenge=challenge)
 
 

@@ -12,7 +12,6 @@ import asyncio
 import hashlib
 import hmac
 import secrets
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -35,9 +34,10 @@ from spire_hw.tpm.public import check_ak, check_ek, check_svid_key, parse_public
 from spire_hw.tpm.verify import NO_CSR, Quote, Statement, qualifier
 from spire_hw_plugins.nodeattestor.tpm import wire
 from spire_hw_plugins.nodeattestor.tpm.config import build_settings, find_faults
+from spire_hw_plugins.nodeattestor.tpm.exchanges import MAX_OPEN, Exchanges
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from spire_hw.config.hcl import Body
     from spire_hw.errors import ConfigFault
@@ -47,9 +47,10 @@ if TYPE_CHECKING:
     from spire_hw.tpm.public import TpmPublic
     from spire_hw.tpm.wire import PcrSelection
     from spire_hw_plugins.nodeattestor.tpm.config import Settings
+    from spire_hw_plugins.nodeattestor.tpm.exchanges import Place
 
 NAME: Final = "tpm"
-_MAX_OPEN: Final = 1024
+_MAX_OPEN: Final = MAX_OPEN
 _DEFAULT_TIMEOUT_S: Final = 30.0
 # What the checks before and after the challenge may take on a busy server.
 _OWN_WORK_S: Final = 5.0
@@ -104,7 +105,7 @@ class TpmServer:
         self._host = host
         self._log = host.log
         self._settings: Settings | None = None
-        self._open: set[str] = set()
+        self._open = Exchanges(host.clock, max_open=_MAX_OPEN)
 
     @property
     def timeout_s(self) -> float:
@@ -120,7 +121,7 @@ class TpmServer:
 
     @property
     def open_exchanges(self) -> int:
-        """Return how many nodes are being attested at this moment."""
+        """Return how many attestations are open at this moment."""
         return len(self._open)
 
     def validate(self, config: Body) -> list[ConfigFault]:
@@ -175,12 +176,13 @@ class TpmServer:
         ek = await self._check_ek(settings, public, leaf, data.ek_chain)
         identity = agent_id(self._host.trust_domain, NAME, ek.hash)
         await request.admit(identity)
-        with self._exclusively(ek.hash):
+        with self._open.hold(ek.hash, request.source) as place:
             ak, creation = _check_ak(settings, data, ek.public, request.csr_spki)
             key = _check_key(settings, data, request.csr_spki)
             device = _Device(ek, ak, creation, key)
             drawn, message = _draw(settings, device, request.csr_spki)
-            response = wire.decode_response(await self._ask(settings, request, message))
+            answer = await self._ask(settings, request, message, place)
+            response = wire.decode_response(answer)
             quotes = _check_response(settings, device, drawn, response)
         self._log.info(
             "TPM attested",
@@ -241,20 +243,9 @@ class TpmServer:
         listed = self._host.ek_list
         return listed is not None and await listed.is_ek_allowed(key_hash)
 
-    @contextmanager
-    def _exclusively(self, key_hash: str) -> Iterator[None]:
-        """Hold the one exchange an endorsement key may have open."""
-        if key_hash in self._open:
-            raise LimitError("envelope: this node is attesting already")
-        if len(self._open) >= _MAX_OPEN:
-            raise LimitError("envelope: too many attestations in progress")
-        self._open.add(key_hash)
-        try:
-            yield
-        finally:
-            self._open.discard(key_hash)
-
-    async def _ask(self, settings: Settings, request: AttestationRequest, message: bytes) -> bytes:
+    async def _ask(
+        self, settings: Settings, request: AttestationRequest, message: bytes, place: Place
+    ) -> bytes:
         """Send the challenge and return the answer, if it comes in time."""
         limit_s = settings.timeout.total_seconds()
         clock = self._host.clock
@@ -262,14 +253,19 @@ class TpmServer:
         answer: bytes | SpireHwError | None = None
         try:
             async with asyncio.TaskGroup() as group:
-                timer = group.create_task(self._expire(limit_s))
+                watchers = (
+                    group.create_task(self._expire(limit_s)),
+                    group.create_task(place.given_away()),
+                )
                 try:
                     answer = await request.challenge(message)
                 except SpireHwError as e:
                     answer = e
-                timer.cancel()
-        except* _ExpiredError:
+                for watcher in watchers:
+                    watcher.cancel()
+        except* (_ExpiredError, LimitError):
             answer = None
+        place.check()
         if isinstance(answer, SpireHwError):
             raise answer
         if answer is None or clock.monotonic() - start > limit_s:
