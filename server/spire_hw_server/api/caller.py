@@ -129,7 +129,7 @@ def classify(
         raise denied(method)
     if certificate is None or now >= certificate.not_after:
         raise _without_certificate(method, allowed, certificate)
-    found = _by_right(allowed, certificate.spiffe_id, lookups)
+    found = _by_right(allowed, certificate.spiffe_id, lookups, now)
     if found is not None:
         return found
     if CallerClass.AGENT not in allowed:
@@ -161,13 +161,16 @@ def _without_certificate(
 
 
 def _by_right(
-    allowed: frozenset[CallerClass], spiffe_id: SpiffeId, lookups: Lookups
+    allowed: frozenset[CallerClass], spiffe_id: SpiffeId, lookups: Lookups, now: datetime
 ) -> Caller | None:
     if CallerClass.ADMIN in allowed and spiffe_id in lookups.admin_ids:
         return Caller(CallerClass.ADMIN, "config", spiffe_id)
     if not allowed & {CallerClass.ADMIN, CallerClass.DOWNSTREAM}:
         return None
-    entries = tuple(lookups.entries(spiffe_id))
+    # Expired entries are deleted every few minutes; their rights end with them, not then.
+    entries = tuple(
+        e for e in lookups.entries(spiffe_id) if e.expires_at is None or now < e.expires_at
+    )
     if CallerClass.ADMIN in allowed:
         rights = tuple(e for e in entries if e.admin)
         if rights:
