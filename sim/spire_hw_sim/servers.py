@@ -42,13 +42,16 @@ BUNDLE: Final = "/spire.api.server.bundle.v1.Bundle/"
 LOCAL_AUTHORITY: Final = "/spire.api.server.localauthority.v1.LocalAuthority/"
 
 
-def server_config(directory: Path, *, key_manager: str = "disk", more: str = "") -> str:
+def server_config(
+    directory: Path, *, key_manager: str = "disk", more: str = "", plugins: str = ""
+) -> str:
     """Return a server.conf whose files are all below a directory.
 
     Args:
         directory: short enough for a socket path.
         key_manager: `disk` or `memory`.
         more: further keys of the server section.
+        plugins: further plugin blocks.
     """
     data = directory / "data"
     keys = f'keys_path = "{data}/keys.json"' if key_manager == "disk" else ""
@@ -67,6 +70,7 @@ plugins {{
   }}
   KeyManager "{key_manager}" {{ plugin_data {{ {keys} }} }}
   NodeAttestor "join_token" {{ plugin_data {{}} }}
+  {plugins}
 }}
 """
 
