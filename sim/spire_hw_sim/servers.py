@@ -235,7 +235,6 @@ class ScriptedAgent:
         )
         return list(response.results)
 
-
     async def workload(self, entry_id: str) -> ScriptedAgent:
         """Return something that calls with the SVID of a workload's entry."""
         caller = ScriptedAgent(self.port, self.bundle, self.clock)

@@ -179,19 +179,14 @@ class Slots(Generic[R]):
             waiting = None
         if self.active is None or now >= self.active.not_after:
             return Step.ACTIVATE if waiting is not None else Step.PREPARE_AND_ACTIVATE
-        heard_after = propagation(self.active)
+        in_a_hurry = self.active.not_after - now <= propagation(self.active)
         if waiting is None:
             if now < preparation_due(self.active):
                 return Step.REST
-            if self.active.not_after - now <= heard_after:
-                return Step.PREPARE_AND_ACTIVATE
-            return Step.PREPARE
-        if now < activation_due(self.active):
-            return Step.REST
-        heard = now >= waiting.issued_at + heard_after
-        if heard or self.active.not_after - now <= heard_after:
-            return Step.ACTIVATE
-        return Step.REST
+            return Step.PREPARE_AND_ACTIVATE if in_a_hurry else Step.PREPARE
+        heard = now >= waiting.issued_at + propagation(self.active)
+        due = now >= activation_due(self.active) and (heard or in_a_hurry)
+        return Step.ACTIVATE if due else Step.REST
 
     def prepare(self, record: R) -> Slots[R]:
         """Put a new authority into the free slot.
