@@ -14,6 +14,7 @@ from spire_hw.aio.tasks import Tasks
 from spire_hw.catalog import SERVER_RULES, Catalog, PluginConfig, Table, check_plugins
 from spire_hw.clock import Clock, SystemClock
 from spire_hw.errors import ConfigError, NotReadyError, SpireHwError, UnavailableError
+from spire_hw.hardening import check_directory, harden
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
 from spire_hw.plugin.keymanager import Keys
 from spire_hw.x509.name import Subject
@@ -74,6 +75,7 @@ async def run(
         SpireHwError: it could not start, or a part of it broke down.
     """
     _tighten_umask()
+    harden()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -410,13 +412,17 @@ def prepare_data_dir(data_dir: Path, log: logs.Logger) -> None:
     """Make the data directory, open to its owner alone.
 
     Raises:
-        UnavailableError: it cannot be made, or is no directory.
+        UnavailableError: it cannot be made, is no directory, or was made by another user where
+            everybody may make one.
     """
     try:
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         mode = data_dir.stat().st_mode & 0o777
+        remark = check_directory(data_dir)
     except OSError as e:
         raise UnavailableError(f"data_dir {data_dir} cannot be used: {e.strerror}") from e
+    if remark is not None:
+        log.warning("data_dir is not safe from other users", remark=remark)
     if mode & 0o022:
         log.warning("others may write to data_dir", data_dir=str(data_dir), mode=f"{mode:04o}")
 

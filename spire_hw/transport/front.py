@@ -30,6 +30,7 @@ from spire_hw.errors import (
     UnavailableError,
     VerificationError,
 )
+from spire_hw.hardening import check_directory
 from spire_hw.log import Logger, get_logger
 from spire_hw.transport.peer import TcpPeer, UnixPeer, source_of
 from spire_hw.transport.process import Process, peer_credentials
@@ -474,6 +475,11 @@ class UnixFront(Front):
             self.path.parent.parent.mkdir(parents=True, exist_ok=True)
             self.path.parent.mkdir(mode=0o700)
             self.path.parent.chmod(self._directory_mode)
+        remark = check_directory(self.path.parent)
+        if remark is not None:
+            self.log.warning(
+                "Socket is not safe from other users", path=str(self.path), remark=remark
+            )
         _check_replaceable(self.path)
         listening = _bind(self.path, self.mode, self.limits.backlog)
         found = self.path.stat(follow_symlinks=False)

@@ -13,6 +13,7 @@ from spire_hw import log
 from spire_hw.cli.flags import F, GoCommand, flag
 from spire_hw.cli.output import complain
 from spire_hw.errors import ConfigError, SpireHwError
+from spire_hw.hardening import harden
 from spire_hw_agent import app
 from spire_hw_agent.config import DEFAULT_CONFIG, AgentSettings, load_settings
 
@@ -88,6 +89,7 @@ def run(config: str, *, expand_env: bool, **given: Any) -> None:
     """Run the agent in the foreground; SIGTERM stops it."""
     settings = _load(config, expand_env=expand_env, given=given)
     os.umask(os.umask(0o077) | 0o027)
+    harden()
     log.configure(settings.log)
     logger = log.get_logger("agent")
     for notice in settings.notices:
