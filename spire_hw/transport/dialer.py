@@ -7,6 +7,7 @@ byte of it is relayed. Device keys sign in a thread; the loop never waits for th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import socket
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from spire_hw.spiffeid import SpiffeId
 
 _BACKLOG: Final = 64
+_CLOSE_S: Final = 5.0
 _NO_CHAIN: Final[tuple[bytes, ...]] = ()
 
 
@@ -104,6 +106,7 @@ class Dialer:
         self._directory: PrivateDirectory | None = None
         self._server: asyncio.Server | None = None
         self._built: tuple[object, TlsContext] | None = None
+        self._emptied: asyncio.Future[None] | None = None
         self._closed = False
 
     @property
@@ -151,6 +154,11 @@ class Dialer:
         await self._tasks.close()
         for half in list(self._open):
             half.abort()
+        if self._open:
+            self._emptied = asyncio.get_running_loop().create_future()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_S):
+                    await self._emptied
         if self._directory is not None:
             self._directory.remove()
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -159,11 +167,19 @@ class Dialer:
         self._log.error("Dialer task failed", task=name, error=str(error), exc_info=error)
 
     def _arrived(self, inbound: Half) -> None:
-        self._tasks.start("dial", self._serve(inbound))
+        self._open.add(inbound)
+        inbound.on_end = lambda: self._gone(inbound)
+        if self._closed:
+            inbound.abort()
+        else:
+            self._tasks.start("dial", self._serve(inbound))
+
+    def _gone(self, half: Half) -> None:
+        self._open.discard(half)
+        if not self._open and self._emptied is not None and not self._emptied.done():
+            self._emptied.set_result(None)
 
     async def _serve(self, inbound: Half) -> None:
-        self._open.add(inbound)
-        inbound.on_end = lambda: self._open.discard(inbound)
         try:
             await inbound.begun()
             outbound = await self._connect()
@@ -174,12 +190,16 @@ class Dialer:
         except BaseException:
             inbound.abort()
             raise
-        self.last_error = None
+        if outbound.transport is None or outbound.transport.is_closing():
+            self._failed(UnavailableError("the server ended the connection at once"))
+            inbound.abort()
+            return
         self._open.add(outbound)
         outbound.on_end = lambda: self._ended(outbound)
         if inbound.transport is None or inbound.transport.is_closing():
             outbound.abort()
             return
+        self.last_error = None
         inbound.join(outbound)
 
     def _failed(self, error: SpireHwError) -> None:
@@ -189,7 +209,7 @@ class Dialer:
         )
 
     def _ended(self, outbound: TlsHalf) -> None:
-        self._open.discard(outbound)
+        self._gone(outbound)
         if outbound.failure is not None:
             self._failed(UnavailableError(f"the server ended the connection: {outbound.failure}"))
 
