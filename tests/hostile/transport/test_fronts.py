@@ -82,7 +82,7 @@ JUNK = [
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("junk", JUNK, ids=["http1", "zeros", "noise", "preface_cut"])
+@pytest.mark.parametrize("junk", JUNK, ids=["http1", "zeros", "noise", "preface_misspelt"])
 async def test_junk_ends_the_connection(world: EchoWorld, junk: bytes) -> None:
     for connect in (
         tcp(world),
