@@ -17,10 +17,10 @@ from spire_hw.errors import ConfigError, NotReadyError, SpireHwError, Unavailabl
 from spire_hw.hardening import check_directory, harden
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
 from spire_hw.plugin.keymanager import Keys
+from spire_hw.rpc.probes import HealthListener
 from spire_hw.x509.name import Subject
 from spire_hw_plugins import builtin
 from spire_hw_server.admission import JOIN_TOKEN, Admissions
-from spire_hw_server.api.health import HealthListener
 from spire_hw_server.api.listen import Doors, Endpoints
 from spire_hw_server.api.nodes import NodeCache
 from spire_hw_server.api.services import (
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from spire_hw.bundle.bundle import Bundle
     from spire_hw.errors import ConfigFault
     from spire_hw.plugin.info import Builder, EkList
-    from spire_hw_server.api.health import Health
+    from spire_hw.rpc.probes import Health
     from spire_hw_server.config import ServerSettings
 
 GRACE_S: Final = 10.0

@@ -9,13 +9,13 @@ from spire_hw import log as logs
 from spire_hw.errors import NotReadyError, UnavailableError
 from spire_hw.key import generate_private_key, spki_der
 from spire_hw.rpc.interceptors import Guard, Interceptor, RequestId
+from spire_hw.rpc.probes import Health
 from spire_hw_server.api.agent import AgentService
 from spire_hw_server.api.audit import Audit
 from spire_hw_server.api.authorize import Authorizer
 from spire_hw_server.api.bundle import BundleService
 from spire_hw_server.api.debug import DebugService
 from spire_hw_server.api.entry import EntryService
-from spire_hw_server.api.health import Health
 from spire_hw_server.api.limits import Limits
 from spire_hw_server.api.localauthority import LocalAuthorityService
 from spire_hw_server.api.logger import LoggerService

@@ -14,9 +14,9 @@ from spire_hw.aio.tasks import Tasks
 from spire_hw.errors import NotFoundError, NotReadyError, SpireHwError, UnavailableError
 from spire_hw.key import KeyType, SoftwareSigner, generate_private_key
 from spire_hw.log import get_logger
+from spire_hw.rpc.probes import Health, HealthListener
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId, TrustDomain
-from spire_hw_server.api.health import Health, HealthListener
 from spire_hw_server.api.nodes import NodeCache
 from spire_hw_server.ca.authority import Issuer
 from spire_hw_server.ca.identity import ServerIdentity

@@ -1,4 +1,4 @@
-"""Is the server able to do its work: the checks, and the HTTP probes that answer with them."""
+"""Is this process able to do its work: its checks, and the HTTP probes that answer with them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
-from aiohttp import web
-
 from spire_hw.errors import SpireHwError, UnavailableError
 
 if TYPE_CHECKING:
+    from aiohttp import web
+
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
 
@@ -21,18 +21,29 @@ _FIRST_INTERVAL_S: Final = 1.0
 _INTERVAL_S: Final = 60.0
 
 
+_NO_CHECKS: Final[Mapping[str, Check]] = {}
+
+
 class Health:
-    """Runs checks: quick ones whenever somebody asks, costly ones once a minute."""
+    """Runs checks: quick ones whenever somebody asks, costly ones once a minute.
+
+    Args:
+        quick: what a process must be able to do to be alive.
+        waiting: quick as well, but a restart would not help when they fail.
+        costly: what else it must be able to do to be ready.
+    """
 
     def __init__(
         self,
         *,
-        quick: Mapping[str, Check],
-        costly: Mapping[str, Check],
+        quick: Mapping[str, Check] = _NO_CHECKS,
+        waiting: Mapping[str, Check] = _NO_CHECKS,
+        costly: Mapping[str, Check] = _NO_CHECKS,
         clock: Clock,
         log: Logger,
     ) -> None:
         self._quick = quick
+        self._waiting = waiting
         self._costly = costly
         self._clock = clock
         self._log = log
@@ -40,7 +51,7 @@ class Health:
 
     async def faults(self) -> dict[str, str]:
         """Return what is wrong by the name of its check; "" where all is well."""
-        return {**self._faults, **await self._run(self._quick)}
+        return {**self._faults, **await self._run({**self._quick, **self._waiting})}
 
     async def is_healthy(self) -> bool:
         """Tell whether every check holds."""
@@ -86,15 +97,14 @@ class HealthListener:
         self._health = health
         self._address = address
         self._port = port
-        application = web.Application()
-        application.router.add_get(live_path, self._live)
-        application.router.add_get(ready_path, self._ready)
-        self._runner = web.AppRunner(application, access_log=None)
+        self._live_path = live_path
+        self._ready_path = ready_path
+        self._runner: web.AppRunner | None = None
 
     @property
     def port(self) -> int:
         """Return the port, the real one once started."""
-        addresses = self._runner.addresses
+        addresses = self._runner.addresses if self._runner is not None else ()
         return int(addresses[0][1]) if addresses else self._port
 
     async def start(self) -> None:
@@ -103,11 +113,17 @@ class HealthListener:
         Raises:
             UnavailableError: the address is taken.
         """
-        await self._runner.setup()
+        from aiohttp import web  # noqa: PLC0415 - 9 MiB that processes without probes do not need
+
+        application = web.Application()
+        application.router.add_get(self._live_path, self._live)
+        application.router.add_get(self._ready_path, self._ready)
+        self._runner = runner = web.AppRunner(application, access_log=None)
+        await runner.setup()
         try:
-            await web.TCPSite(self._runner, self._address, self._port).start()
+            await web.TCPSite(runner, self._address, self._port).start()
         except OSError as e:
-            await self._runner.cleanup()
+            await runner.cleanup()
             raise UnavailableError(
                 f"cannot listen for health checks on {self._address}:{self._port}: "
                 f"{e.strerror or e}"
@@ -115,7 +131,8 @@ class HealthListener:
 
     async def close(self) -> None:
         """Stop listening."""
-        await self._runner.cleanup()
+        if self._runner is not None:
+            await self._runner.cleanup()
 
     async def _live(self, request: web.Request) -> web.Response:
         del request
@@ -126,6 +143,8 @@ class HealthListener:
         return await self._answer(healthy=await self._health.is_healthy())
 
     async def _answer(self, *, healthy: bool) -> web.Response:
+        from aiohttp import web  # noqa: PLC0415 - loaded by `start`
+
         details = {n: {"err": f} if f else {} for n, f in (await self._health.faults()).items()}
         return web.Response(
             status=200 if healthy else 500,
