@@ -279,6 +279,14 @@ class EntryCache:
         """
         await self._follower.refresh()
 
+    async def refresh_own(self) -> None:
+        """Catch up with what was written through this server's store before the call; cheaper.
+
+        Raises:
+            SpireHwError: the store cannot be read.
+        """
+        await self._follower.refresh_own()
+
     async def close(self) -> None:
         """Stop following."""
         await self._follower.close()
@@ -323,9 +331,10 @@ class EntryCache:
     async def apply(self, changes: Sequence[Change]) -> None:
         """Read what changed; called by the follower."""
         entry_ids = {c.key for c in changes if c.kind is ChangeKind.ENTRY}
-        agent_ids = {SpiffeId(c.key) for c in changes if c.kind is ChangeKind.NODE}
+        left = {SpiffeId(c.key): c.node for c in changes if c.kind is ChangeKind.NODE}
+        unknown = [agent_id for agent_id, node in left.items() if node is None]
         entries = await self._datastore.get_entries(entry_ids) if entry_ids else {}
-        nodes = await self._datastore.get_nodes(agent_ids) if agent_ids else {}
+        nodes = left | (await self._datastore.get_nodes(unknown) if unknown else {})
         graph = self._graph
         if len(entry_ids) > _MANY_CHANGES:
             graph.forget_all()
@@ -336,8 +345,7 @@ class EntryCache:
                 changed |= graph.remove_entry(entry_id)
             else:
                 changed |= graph.put_entry(entry)
-        for agent_id in agent_ids:
-            node = nodes.get(agent_id)
+        for agent_id, node in nodes.items():
             if node is None:
                 changed |= graph.remove_node(agent_id)
             else:

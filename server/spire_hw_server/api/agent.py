@@ -249,7 +249,7 @@ class AgentService:
                 admission, serial_number=str(issued.serial), expires_at=issued.not_after
             )
         self._nodes.forget(admission.agent_id)
-        await self._entries.refresh()
+        await self._entries.refresh_own()
         return pb.AttestAgentResponse.Result(
             svid=_svid_message(issued, admission.agent_id), reattestable=admission.can_reattest
         )

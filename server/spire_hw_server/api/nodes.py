@@ -93,7 +93,9 @@ class NodeCache:
     async def _catch_up(self) -> None:
         noticed = self._store.changed.version
         while True:
-            changes = await self._store.list_changes(self._seen, _CHANGES)
+            changes = self._store.recent_changes(self._seen)
+            if not changes:
+                changes = await self._store.list_changes(self._seen, _CHANGES)
             if changes and changes[0].event_id != self._seen + 1:
                 self._nodes.clear()
             for change in changes:

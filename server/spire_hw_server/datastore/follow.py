@@ -95,6 +95,24 @@ class Follower:
             while await self._step():
                 pass
 
+    async def refresh_own(self) -> None:
+        """Catch up with what was written through this store object before the call.
+
+        From memory where nothing was written elsewhere meanwhile.
+
+        Raises:
+            SpireHwError: the store cannot be read.
+        """
+        wanted = self._datastore.changed.value
+        async with self._lock:
+            while self._after < wanted:
+                changes = self._datastore.recent_changes(self._after)
+                if changes:
+                    await self._cache.apply(changes)
+                    self._after = changes[-1].event_id
+                elif not await self._step():
+                    break
+
     async def close(self) -> None:
         """Stop following."""
         await self._tasks.close()
@@ -115,7 +133,7 @@ class Follower:
             return False
         await self._cache.apply(changes)
         self._after = changes[-1].event_id
-        return True
+        return len(changes) == _PAGE
 
     async def _load(self) -> None:
         mark = await self._datastore.last_change()
@@ -134,7 +152,7 @@ class Follower:
         while True:
             _, seen = await changed.wait(seen)
             if changed.value > self._after:
-                await self._try(self.refresh)
+                await self._try(self.refresh_own)
 
     async def _try(self, work: Callable[[], Awaitable[None]]) -> None:
         try:

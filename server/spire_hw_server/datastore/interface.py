@@ -234,11 +234,13 @@ class Change:
         event_id: grows by exactly one from change to change, in the order they became visible.
         kind: what it is about.
         key: entry id, agent ID or trust domain name.
+        node: the node as this change left it, None when only asking the store can tell.
     """
 
     event_id: int
     kind: ChangeKind
     key: str
+    node: Node | None = None
 
 
 class Signal(Protocol):
@@ -265,6 +267,14 @@ class Datastore(Protocol):
     @property
     def changed(self) -> Signal:
         """Return the id of the last change made through this object; wakes local caches."""
+        ...
+
+    def recent_changes(self, after: int) -> Sequence[Change]:
+        """Return changes made through this object that follow a number without a gap.
+
+        From memory, so empty when the next change is too old or was made by another server:
+        `list_changes` knows those.
+        """
         ...
 
     async def create_entry(self, entry: Entry) -> Entry:

@@ -152,7 +152,9 @@ def _open_sqlite(config: DatastoreConfig, path: Path) -> Opened:
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
         writes = connection.get_execution_options().get(_WRITE_OPTION, False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        driver = connection.connection.driver_connection
+        if driver is not None:
+            driver.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return Opened(engine, readers, one_writer=True)
 

@@ -27,14 +27,14 @@ from spire_hw_server.datastore.sql.dialects import Opened, open_engine, write_op
 from spire_hw_server.datastore.sql.schema import migrate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from sqlalchemy.engine import Connection
 
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw_server.datastore.config import DatastoreConfig
-    from spire_hw_server.datastore.interface import ChangeKind
+    from spire_hw_server.datastore.interface import Change, ChangeKind, Node
 
 T = TypeVar("T")
 
@@ -50,16 +50,16 @@ class Transaction:
     def __init__(self, connection: Connection, now: datetime) -> None:
         self.connection = connection
         self.now = now
-        self.changes: list[tuple[ChangeKind, str]] = []
+        self.changes: dict[tuple[ChangeKind, str], Node | None] = {}
 
     @property
     def now_s(self) -> int:
         """Return the time in seconds since 1970."""
         return int(self.now.timestamp())
 
-    def changed(self, kind: ChangeKind, key: str) -> None:
-        """Note something other servers' caches have to look at."""
-        self.changes.append((kind, key))
+    def changed(self, kind: ChangeKind, key: str, node: Node | None = None) -> None:
+        """Note something caches have to look at; a node as it is now spares our own the look."""
+        self.changes[kind, key] = node
 
 
 class Database:
@@ -80,6 +80,7 @@ class Database:
         )
         self._closed = False
         self.changed: Watch[int] = Watch(0)
+        self.recent = events.Recent()
 
     async def read(self, function: Callable[[Transaction], T], *, stale: bool = False) -> T:
         """Run a transaction that only reads.
@@ -96,15 +97,16 @@ class Database:
         loop = asyncio.get_running_loop()
 
         def work() -> T:
-            result, last = self._attempts(self._opened, function, True)
-            if last:
-                loop.call_soon_threadsafe(self._announce, last)
+            result, changes = self._attempts(self._opened, function, True)
+            if changes:
+                loop.call_soon_threadsafe(self._announce, changes)
             return result
 
         return await self._run(self._writers, work)
 
-    def _announce(self, last: int) -> None:
-        self.changed.set(max(last, self.changed.value))
+    def _announce(self, changes: Sequence[Change]) -> None:
+        self.recent.add(changes)
+        self.changed.set(max(changes[-1].event_id, self.changed.value))
 
     async def _run(self, executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         if self._closed:
@@ -113,7 +115,7 @@ class Database:
 
     def _attempts(
         self, opened: Opened, function: Callable[[Transaction], T], writes: bool
-    ) -> tuple[T, int]:
+    ) -> tuple[T, list[Change]]:
         last: Exception
         for _ in range(_TRIES):
             try:
@@ -139,15 +141,15 @@ class Database:
 
     def _once(
         self, opened: Opened, function: Callable[[Transaction], T], writes: bool
-    ) -> tuple[T, int]:
+    ) -> tuple[T, list[Change]]:
         with opened.engine.connect() as connection:
             if writes:
                 write_options(connection)
             with connection.begin():
                 transaction = Transaction(connection, self._clock.now().astimezone(UTC))
                 result = function(transaction)
-                last = events.record(connection, transaction.changes, transaction.now_s)
-        return result, last
+                changes = events.record(connection, transaction.changes, transaction.now_s)
+        return result, changes
 
     async def close(self) -> None:
         """Wait for what runs and close every connection."""

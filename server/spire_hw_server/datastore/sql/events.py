@@ -14,11 +14,14 @@ from spire_hw_server.datastore.interface import Change, ChangeKind
 from spire_hw_server.datastore.sql.models import changes, counters
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sqlalchemy.engine import Connection
 
+    from spire_hw_server.datastore.interface import Node
+
 _COUNTER = "change"
+_REMEMBERED = 1024
 _LAST = select(counters.c.value).where(counters.c.name == bindparam("counter"))
 _COUNT_UP = (
     update(counters)
@@ -26,24 +29,62 @@ _COUNT_UP = (
     .values(value=counters.c.value + bindparam("made"))
 )
 _INSERT = insert(changes)
+_AFTER = (
+    select(changes.c.event_id, changes.c.kind, changes.c.key)
+    .where(changes.c.event_id > bindparam("after"))
+    .order_by(changes.c.event_id)
+    .limit(bindparam("wanted"))
+)
 
 
-def record(connection: Connection, made: Sequence[tuple[ChangeKind, str]], now_s: int) -> int:
-    """Store changes as the last thing of a transaction; return the last number, 0 for none."""
-    unique = list(dict.fromkeys(made))
-    if not unique:
-        return 0
-    connection.execute(_COUNT_UP, {"counter": _COUNTER, "made": len(unique)})
-    last = last_change(connection)
-    first = last - len(unique) + 1
+def record(
+    connection: Connection, made: Mapping[tuple[ChangeKind, str], Node | None], now_s: int
+) -> list[Change]:
+    """Store changes as the last thing of a transaction; return them with their numbers.
+
+    Args:
+        connection: in the transaction.
+        made: kind and key, with the node as it is now where that is known.
+        now_s: seconds since 1970.
+    """
+    if not made:
+        return []
+    connection.execute(_COUNT_UP, {"counter": _COUNTER, "made": len(made)})
+    first = last_change(connection) - len(made) + 1
+    numbered = [
+        Change(number, kind, key, node)
+        for number, ((kind, key), node) in enumerate(made.items(), first)
+    ]
     connection.execute(
         _INSERT,
         [
-            {"event_id": first + i, "kind": kind.value, "key": key, "created_at": now_s}
-            for i, (kind, key) in enumerate(unique)
+            {"event_id": c.event_id, "kind": c.kind.value, "key": c.key, "created_at": now_s}
+            for c in numbered
         ],
     )
-    return last
+    return numbered
+
+
+class Recent:
+    """The last changes made here, as long as their numbers have no gap; on one event loop."""
+
+    def __init__(self, limit: int = _REMEMBERED) -> None:
+        self._changes: list[Change] = []
+        self._limit = limit
+
+    def add(self, changes: Sequence[Change]) -> None:
+        """Remember changes; what went before is forgotten where the numbers do not go on."""
+        if self._changes and changes[0].event_id != self._changes[-1].event_id + 1:
+            self._changes.clear()
+        self._changes += changes
+        if len(self._changes) > 2 * self._limit:
+            del self._changes[: -self._limit]
+
+    def since(self, after: int) -> list[Change]:
+        """Return the changes from the one after a number on; empty when that one is not here."""
+        if not self._changes or after + 1 < self._changes[0].event_id:
+            return []
+        return self._changes[after + 1 - self._changes[0].event_id :]
 
 
 def last_change(connection: Connection) -> int:
@@ -54,12 +95,7 @@ def last_change(connection: Connection) -> int:
 
 def list_changes(connection: Connection, after: int, limit: int) -> list[Change]:
     """Return at most `limit` changes with numbers above `after`."""
-    rows = connection.execute(
-        select(changes.c.event_id, changes.c.kind, changes.c.key)
-        .where(changes.c.event_id > after)
-        .order_by(changes.c.event_id)
-        .limit(limit)
-    )
+    rows = connection.execute(_AFTER, {"after": after, "wanted": limit})
     return [Change(row.event_id, ChangeKind(row.kind), row.key) for row in rows]
 
 

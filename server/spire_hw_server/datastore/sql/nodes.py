@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from spire_hw_server.datastore.sql.engine import Transaction
 
 _INSERT: Final = insert(nodes)
+_INSERT_SELECTORS: Final = insert(node_selectors)
 _BY_ID: Final = select(nodes).where(nodes.c.agent_id == bindparam("wanted"))
 _LOCK_BY_ID: Final = _BY_ID.with_for_update()
 _CHUNK: Final = 500
@@ -79,10 +80,10 @@ def put(tx: Transaction, node: Node) -> Node:
         tx.connection.execute(delete(node_selectors).where(node_selectors.c.node_row == number))
     if selectors:
         tx.connection.execute(
-            insert(node_selectors),
+            _INSERT_SELECTORS,
             [{"node_row": number, "digest": selector_digest(s)} for s in selectors],
         )
-    tx.changed(ChangeKind.NODE, node.agent_id.text)
+    tx.changed(ChangeKind.NODE, node.agent_id.text, node)
     return node
 
 
@@ -196,8 +197,9 @@ def _delete_alias(tx: Transaction, agent_id: SpiffeId) -> None:
 
 def _set(tx: Transaction, row: Row[Any], **values: object) -> Node:
     tx.connection.execute(update(nodes).where(nodes.c.row_id == row.row_id).values(values))
-    tx.changed(ChangeKind.NODE, row.agent_id)
-    return get(tx, SpiffeId(row.agent_id))
+    node = get(tx, SpiffeId(row.agent_id))
+    tx.changed(ChangeKind.NODE, row.agent_id, node)
+    return node
 
 
 def _check_version(version: str) -> None:

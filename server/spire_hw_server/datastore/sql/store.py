@@ -69,6 +69,10 @@ class SqlDatastore(Datastore):
         return self._database.changed
 
     @override
+    def recent_changes(self, after: int) -> Sequence[Change]:
+        return self._database.recent.since(after)
+
+    @override
     async def create_entry(self, entry: Entry) -> Entry:
         return await self._database.write(lambda tx: entries.create(tx, entry))
 
