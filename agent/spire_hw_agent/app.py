@@ -13,16 +13,18 @@ from spire_hw.aio.tasks import Tasks
 from spire_hw.bundle.bundle import Bundle
 from spire_hw.catalog import AGENT_RULES, Catalog, check_plugins
 from spire_hw.clock import Clock, SystemClock
-from spire_hw.errors import SpireHwError
+from spire_hw.errors import NotReadyError, SpireHwError, UnavailableError
 from spire_hw.log import get_logger
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
 from spire_hw.plugin.keymanager import Keys
 from spire_hw.rotation import draw_jitter, rotation_due_at
-from spire_hw_agent.cache import Cache, JwtCache
-from spire_hw_agent.enroll import Enroller, bootstrap_bundle
+from spire_hw.rpc.probes import Health, HealthListener
+from spire_hw_agent.cache import Cache
+from spire_hw_agent.enroll import Enroller
 from spire_hw_agent.identity import AgentIdentity
 from spire_hw_agent.storage import Storage
 from spire_hw_agent.sync import Synchroniser
+from spire_hw_agent.trust import Trust
 from spire_hw_agent.upstream import Upstream
 from spire_hw_agent.workload.api import WorkloadApi
 from spire_hw_agent.workload.attest import Attestors
@@ -56,10 +58,11 @@ class Agent:
         self._ended: asyncio.Future[None] | None = None
         self._synchronised = False
         self.is_started = False
-        self._bundle: Bundle | None = None
         self._random = random.SystemRandom()
+        self._health_listener: HealthListener | None = None
         self.cache: Cache
         self.identity: AgentIdentity
+        self._sync: Synchroniser
 
     async def __aenter__(self) -> Self:
         try:
@@ -72,6 +75,11 @@ class Agent:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    @property
+    def health_port(self) -> int:
+        """Return the port of the health probes, 0 without them."""
+        return 0 if self._health_listener is None else self._health_listener.port
+
     async def start(self) -> None:
         """Enrol, open the Workload API and keep everything up to date in the background.
 
@@ -80,40 +88,46 @@ class Agent:
         Raises:
             SpireHwError: configuration, device, or a refusal by the server.
         """
-        settings = self.settings
+        settings, clock = self.settings, self._clock
         self._ended = asyncio.get_running_loop().create_future()
         storage = Storage(settings.data_dir)
         self._stack.callback(storage.close)
         catalog = await self._plugins()
-        upstream = self._upstream()
+        trust = Trust(settings, storage, clock=clock, log=get_logger("attestor"))
+        upstream = self._upstream(trust)
         self._stack.push_async_callback(upstream.close)
         tasks = Tasks(self._failed)
         self._stack.push_async_callback(tasks.close)
 
-        self._bundle = await bootstrap_bundle(settings, storage, self.log)
-        unknown = Bundle(settings.trust_domain)
-        self.cache = Cache(self._bundle or unknown, max_svids=settings.x509_svid_cache_max_size)
-        self.identity = self._identity(catalog, upstream, storage)
-        synchroniser = self._synchroniser(upstream, storage)
+        self.cache = Cache(
+            trust.bundle or Bundle(settings.trust_domain),
+            max_svids=settings.x509_svid_cache_max_size,
+            max_tokens=settings.jwt_svid_cache_max_size,
+        )
+        self.identity = self._identity(catalog, upstream, trust, storage)
+        self._sync = self._synchroniser(upstream, trust)
         await self._serve(catalog, upstream)
+        await self._listen_for_probes()
         await self.identity.start()
         tasks.start("identity", self.identity.run())
-        tasks.start("entries", synchroniser.run_entries())
-        tasks.start("svids", synchroniser.run_svids())
+        tasks.start("entries", self._sync.run_entries())
+        tasks.start("svids", self._sync.run_svids())
         tasks.start("status", self._post_status(upstream))
         self.is_started = True
 
-    def _upstream(self) -> Upstream:
+    def _upstream(self, trust: Trust) -> Upstream:
         return Upstream(
             self.settings.server_address,
             self.settings.server_port,
             self.settings.trust_domain,
-            lambda: self._bundle,
+            trust,
             clock=self._clock,
             log=get_logger("upstream"),
         )
 
-    def _identity(self, catalog: Catalog, upstream: Upstream, storage: Storage) -> AgentIdentity:
+    def _identity(
+        self, catalog: Catalog, upstream: Upstream, trust: Trust, storage: Storage
+    ) -> AgentIdentity:
         key_manager = catalog.one(PluginKind.KEY_MANAGER)
         attestor = catalog.one(PluginKind.NODE_ATTESTOR)
         enroller = Enroller(
@@ -122,6 +136,7 @@ class Agent:
             attestor_name=attestor.name,
             attestor=attestor.plugin,
             upstream=upstream,
+            trust=trust,
             storage=storage,
             clock=self._clock,
             log=get_logger("attestor"),
@@ -130,32 +145,35 @@ class Agent:
         return AgentIdentity(
             enroller,
             upstream,
+            trust,
             storage,
             clock=self._clock,
             log=get_logger("manager"),
             on_end=self._end,
-            on_lost=self.cache.drop_svids,
+            on_lost=self.cache.revoke,
+            on_new=self._on_new_identity,
+            on_new_trust=self.cache.reissue,
         )
 
-    def _synchroniser(self, upstream: Upstream, storage: Storage) -> Synchroniser:
-        async def on_bundle(bundle: Bundle) -> None:
-            self._synchronised = True
-            if bundle != self._bundle:
-                self._bundle = bundle
-                roots = tuple(root.der for root in bundle.x509_authorities)
-                await asyncio.to_thread(storage.store_bundle, roots)
-
+    def _synchroniser(self, upstream: Upstream, trust: Trust) -> Synchroniser:
         return Synchroniser(
             upstream,
+            trust,
             self.cache,
             clock=self._clock,
             log=get_logger("manager"),
             interval_s=self.settings.sync_interval.total_seconds(),
             key_type=self.settings.workload_x509_svid_key_type,
             renew_at=self._renew_at,
-            on_bundle=on_bundle,
+            on_synchronised=self._on_synchronised,
             on_denied=self.identity.denied,
         )
+
+    def _on_new_identity(self) -> None:
+        self._sync.wake()
+
+    def _on_synchronised(self) -> None:
+        self._synchronised = True
 
     def _renew_at(self, not_before: datetime, not_after: datetime) -> datetime:
         return rotation_due_at(
@@ -185,10 +203,10 @@ class Agent:
         attestors = Attestors(
             [(p.name, p.plugin) for p in catalog.all(PluginKind.WORKLOAD_ATTESTOR)],
             get_logger("workload_attestor"),
+            log_selectors=self.settings.log_selectors,
         )
         api = WorkloadApi(
             self.cache,
-            JwtCache(max_tokens=self.settings.jwt_svid_cache_max_size),
             attestors,
             clock=self._clock,
             ready=self.why_not_ready,
@@ -209,6 +227,37 @@ class Agent:
             address=str(path),
             network="unix",
         )
+
+    async def _listen_for_probes(self) -> None:
+        where = self.settings.health
+        if where is None:
+            return
+        log = get_logger("health")
+        health = Health(
+            waiting={"agent": self._check_synchronised, "agent.svid": self._check_identity},
+            clock=self._clock,
+            log=log,
+        )
+        listener = HealthListener(
+            health,
+            address=where.bind_address,
+            port=where.bind_port,
+            live_path=where.live_path,
+            ready_path=where.ready_path,
+        )
+        await listener.start()
+        self._stack.push_async_callback(listener.close)
+        self._health_listener = listener
+        log.info("Serving health checks", address=f"{where.bind_address}:{listener.port}")
+
+    async def _check_synchronised(self) -> None:
+        why_not = self.why_not_ready()
+        if why_not is not None:
+            raise UnavailableError(why_not)
+
+    async def _check_identity(self) -> None:
+        if not self.identity.is_alive():
+            raise NotReadyError("the agent has no SVID that is alive")
 
     def why_not_ready(self) -> str | None:
         """Return why workloads cannot be served yet, None when they can."""
@@ -294,13 +343,13 @@ async def run(settings: AgentSettings, *, on_ready: Callable[[], None] | None = 
         if on_ready is not None:
             on_ready()
         await agent.wait()
+        agent.log.info("Agent stops")
     except asyncio.CancelledError:
-        agent.log.info("Stopped before the agent was up")
+        agent.log.info("Agent stops before it was up")
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
         await agent.close()
-        agent.log.info("Agent stopped gracefully")
 
 
 def _interrupt(agent: Agent, starting: asyncio.Task[None] | None) -> None:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from spire_hw_agent.entry import AgentEntry, JwtToken, Selectors
 
 
+_JWT_MARGIN = timedelta(seconds=1)
+
+
 @dataclass(frozen=True, slots=True)
 class Svid:
     """An X509-SVID with its key, as a workload gets it.
@@ -33,6 +36,7 @@ class Svid:
         private_key: DER PKCS#8; a secret.
         renew_at: when its successor is asked for.
         revision: revision of the entry it was issued for.
+        authority_id: of the root it chains to.
     """
 
     spiffe_id: SpiffeId
@@ -41,6 +45,7 @@ class Svid:
     not_after: datetime
     renew_at: datetime
     revision: int
+    authority_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +58,18 @@ class Identity:
 
 @dataclass(frozen=True)
 class WorkloadUpdate:
-    """Everything a workload with certain selectors may have; compared by identity.
+    """Everything a workload with certain selectors may have.
 
     Attributes:
-        identities: in the order of their entry ids; the first is the default.
+        granted: whether any entry matches; without one there is nothing for this workload.
+        identities: in the order of their entry ids, the first is the default; None while SVIDs
+            are missing and there is nothing to show.
         bundle: own trust domain.
         federated: bundles of the trust domains its entries federate with.
     """
 
-    identities: tuple[Identity, ...]
+    granted: bool
+    identities: tuple[Identity, ...] | None
     bundle: Bundle
     federated: Mapping[TrustDomain, Bundle]
     # Answers encoded once for all streams of the group, by method.
@@ -71,7 +79,7 @@ class WorkloadUpdate:
 @dataclass(slots=True)
 class _Group:
     selectors: Selectors
-    updates: Watch[WorkloadUpdate | None]
+    updates: Watch[WorkloadUpdate]
     readers: int = 0
 
 
@@ -81,10 +89,16 @@ class Cache:
     Args:
         bundle: the own trust domain's bundle.
         max_svids: how many SVIDs are kept for entries without an open stream.
+        max_tokens: how many JWT-SVIDs are kept.
+
+    Attributes:
+        tokens: JWT-SVIDs of the entries.
+        demand: set whenever SVIDs may be missing.
     """
 
-    def __init__(self, bundle: Bundle, *, max_svids: int = 1000) -> None:
+    def __init__(self, bundle: Bundle, *, max_svids: int = 1000, max_tokens: int = 1000) -> None:
         self._bundle = bundle
+        self._tainted: frozenset[str] = frozenset()
         self._federated: dict[TrustDomain, Bundle] = {}
         self._entries: dict[str, AgentEntry] = {}
         self._by_first_selector: dict[Selector, set[str]] = {}
@@ -92,6 +106,7 @@ class Cache:
         self._groups: dict[Selectors, _Group] = {}
         self._used: OrderedDict[str, None] = OrderedDict()
         self._max_svids = max_svids
+        self.tokens = JwtCache(max_tokens=max_tokens)
         self.demand = Watch(0)
 
     @property
@@ -129,7 +144,11 @@ class Cache:
             del self._svids[entry_id]
         for entry_id in [i for i in self._used if i not in fresh]:
             del self._used[entry_id]
+        self.tokens.keep(fresh)
         self._refresh_groups()
+        self._ask()
+
+    def _ask(self) -> None:
         self.demand.set(self.demand.value + 1)
 
     def _still_fits(self, entry_id: str) -> bool:
@@ -142,6 +161,7 @@ class Cache:
             return
         self._bundle = bundle
         self._federated = dict(federated)
+        self._tainted = frozenset(r.authority_id for r in bundle.x509_authorities if r.tainted)
         self._refresh_groups()
 
     def put_svids(self, svids: Mapping[str, Svid]) -> None:
@@ -151,25 +171,42 @@ class Cache:
                 self._svids[entry_id] = svid
         self._refresh_groups()
 
-    def drop_svids(self) -> None:
-        """Forget every SVID: the agent lost its own identity."""
+    def reissue(self) -> None:
+        """Forget every SVID and token, so that all are issued anew: the authorities changed."""
         self._svids.clear()
+        self.tokens.clear()
         self._refresh_groups()
+        self._ask()
+
+    def revoke(self) -> None:
+        """Forget everything that was granted: the agent lost its own identity."""
+        self.set_entries(())
+        self.tokens.clear()
 
     # -- what is due ----------------------------------------------------------
 
     def due(self, now: datetime) -> list[AgentEntry]:
         """Return the entries that need a new SVID, those with an open stream first."""
-        self._expire(now)
+        self.expire(now)
         wanted = self._wanted()
         self._trim(wanted)
         return [e for e in wanted if self._is_due(e, now)]
 
     def _is_due(self, entry: AgentEntry, now: datetime) -> bool:
         svid = self._svids.get(entry.entry_id)
-        return svid is None or svid.revision != entry.revision or now >= svid.renew_at
+        return (
+            svid is None
+            or svid.revision != entry.revision
+            or now >= svid.renew_at
+            or self.is_tainted(svid)
+        )
 
-    def _expire(self, now: datetime) -> None:
+    def is_tainted(self, svid: Svid) -> bool:
+        """Tell whether an SVID chains to an authority that is being withdrawn."""
+        return svid.authority_id in self._tainted
+
+    def expire(self, now: datetime) -> None:
+        """Drop the SVIDs that have ended."""
         gone = [i for i, s in self._svids.items() if s.not_after <= now]
         for entry_id in gone:
             del self._svids[entry_id]
@@ -211,12 +248,11 @@ class Cache:
         return _unique_hints(sorted(found, key=lambda e: e.entry_id))
 
     @contextmanager
-    def subscribe(self, selectors: Selectors) -> Iterator[Watch[WorkloadUpdate | None]]:
+    def subscribe(self, selectors: Selectors) -> Iterator[Watch[WorkloadUpdate]]:
         """Follow what a workload with these selectors may have.
 
         Yields:
-            A watch of the latest update: None until all matching entries have SVIDs, an update
-            without identities when nothing matches.
+            A watch of the latest update.
         """
         group = self._groups.get(selectors)
         if group is None:
@@ -226,8 +262,8 @@ class Cache:
         for entry in self.matching(selectors):
             self._used[entry.entry_id] = None
             self._used.move_to_end(entry.entry_id)
-        if group.updates.value is None:
-            self.demand.set(self.demand.value + 1)
+        if group.updates.value.identities is None:
+            self._ask()
         try:
             yield group.updates
         finally:
@@ -242,32 +278,34 @@ class Cache:
             if new != old:
                 group.updates.set(new)
 
-    def _update_for(
-        self, selectors: Selectors, old: WorkloadUpdate | None
-    ) -> WorkloadUpdate | None:
+    def _update_for(self, selectors: Selectors, old: WorkloadUpdate | None) -> WorkloadUpdate:
         entries = self.matching(selectors)
-        identities = []
-        for entry in entries:
-            svid = self._svids.get(entry.entry_id)
-            if svid is None:
-                # Incomplete answers are never sent: keep the last complete one while it holds.
-                return old if old is not None and self._holds(old, entries) else None
-            identities.append(Identity(entry, svid))
-        federated = {
+        return WorkloadUpdate(
+            bool(entries),
+            self._identities(entries, old),
+            self._bundle,
+            self.federated_of(entries),
+        )
+
+    def _identities(
+        self, entries: list[AgentEntry], old: WorkloadUpdate | None
+    ) -> tuple[Identity, ...] | None:
+        """Return all identities; while some lack an SVID, those that were shown before."""
+        svids = self._svids
+        ready = tuple(Identity(e, svids[e.entry_id]) for e in entries if e.entry_id in svids)
+        if len(ready) == len(entries):
+            return ready
+        shown = {i.entry.entry_id for i in (old.identities or ())} if old is not None else set()
+        return tuple(i for i in ready if i.entry.entry_id in shown) or None
+
+    def federated_of(self, entries: Iterable[AgentEntry]) -> dict[TrustDomain, Bundle]:
+        """Return the bundles of the trust domains that entries federate with."""
+        return {
             td: self._federated[td]
             for entry in entries
             for td in entry.federates_with
             if td in self._federated
         }
-        return WorkloadUpdate(tuple(identities), self._bundle, federated)
-
-    def _holds(self, old: WorkloadUpdate, entries: list[AgentEntry]) -> bool:
-        """Tell whether every identity of an older update is still granted and alive."""
-        granted = {e.entry_id: e.spiffe_id for e in entries}
-        return bool(old.identities) and all(
-            granted.get(i.entry.entry_id) == i.svid.spiffe_id and i.entry.entry_id in self._svids
-            for i in old.identities
-        )
 
 
 def _unique_hints(entries: list[AgentEntry]) -> list[AgentEntry]:
@@ -285,20 +323,23 @@ class JwtCache:
     """JWT-SVIDs by entry and exact set of audiences, least recently used first out."""
 
     def __init__(self, *, max_tokens: int = 1000) -> None:
-        self._tokens: OrderedDict[tuple[str, str, tuple[str, ...]], JwtToken] = OrderedDict()
+        self._tokens: OrderedDict[tuple[str, tuple[str, ...]], tuple[int, JwtToken]] = OrderedDict()
         self._max_tokens = max_tokens
 
     @staticmethod
-    def _key(entry: AgentEntry, audience: Iterable[str]) -> tuple[str, str, tuple[str, ...]]:
-        return entry.entry_id, str(entry.spiffe_id), tuple(sorted(set(audience)))
+    def _key(entry: AgentEntry, audience: Iterable[str]) -> tuple[str, tuple[str, ...]]:
+        return entry.entry_id, tuple(sorted(set(audience)))
+
+    def __len__(self) -> int:
+        return len(self._tokens)
 
     def get(self, entry: AgentEntry, audience: Iterable[str], now: datetime) -> JwtToken | None:
-        """Return a token that has not ended yet, or None."""
+        """Return a token of this revision of the entry that has not ended yet, or None."""
         key = self._key(entry, audience)
-        token = self._tokens.get(key)
+        revision, token = self._tokens.get(key, (None, None))
         if token is None:
             return None
-        if token.expires_at <= now + timedelta(seconds=1):
+        if revision != entry.revision or token.expires_at <= now + _JWT_MARGIN:
             del self._tokens[key]
             return None
         self._tokens.move_to_end(key)
@@ -307,10 +348,17 @@ class JwtCache:
     def put(self, entry: AgentEntry, audience: Iterable[str], token: JwtToken) -> None:
         """Keep a token; the least recently used one makes room."""
         key = self._key(entry, audience)
-        self._tokens[key] = token
+        self._tokens[key] = (entry.revision, token)
         self._tokens.move_to_end(key)
         while len(self._tokens) > self._max_tokens:
             self._tokens.popitem(last=False)
+
+    def keep(self, entries: Mapping[str, AgentEntry]) -> None:
+        """Forget the tokens of entries that are gone or have changed."""
+        for key, (revision, _) in list(self._tokens.items()):
+            entry = entries.get(key[0])
+            if entry is None or entry.revision != revision:
+                del self._tokens[key]
 
     def clear(self) -> None:
         """Forget every token."""

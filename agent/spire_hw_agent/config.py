@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, ClassVar, Final, Literal
 
@@ -19,8 +20,10 @@ from spire_hw.catalog import AGENT_RULES, PluginConfig, check_counts, read_plugi
 from spire_hw.config.hcl import Body
 from spire_hw.config.host import (
     HealthChecks,
+    HealthSettings,
     LogKeys,
     Override,
+    health_settings,
     override,
     parse_socket_path,
     parse_trust_domain,
@@ -30,12 +33,24 @@ from spire_hw.config.schema import GoDuration, Model, at_least, check, parsed
 from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
 from spire_hw.key import KeyType
 from spire_hw.log import LogSettings  # noqa: TC001 - public field types stay real
+from spire_hw.plugin.info import PluginKind
 from spire_hw.spiffeid import TrustDomain  # noqa: TC001 - likewise
 
 DEFAULT_CONFIG: Final = Path("conf/agent/agent.conf")
 DEFAULT_SOCKET: Final = Path("/tmp/spire-agent/public/api.sock")  # noqa: S108 - upstream's default
 _MAX_TOKEN_CHARS: Final = 1024
 _LEAST_AVAILABILITY: Final = timedelta(hours=24)
+_REBOOTSTRAP_DELAY: Final = timedelta(minutes=10)
+# Node attestors that can do it once only.
+_ONCE: Final = frozenset({"join_token"})
+
+
+class RebootstrapMode(Enum):
+    """What to do when the server can no longer be verified by the bundle."""
+
+    NEVER = "never"
+    AUTO = "auto"
+    ALWAYS = "always"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +63,9 @@ class AgentSettings:
         trust_bundle_path: at most one bootstrap source is set; the URL may be asked over
             `trust_bundle_unix_socket`.
         insecure_bootstrap: trust the server of the first connection without proof.
+        rebootstrap_mode: NEVER when the node attestor could not attest again.
+        rebootstrap_delay: how long a mismatch has to last first.
+        health: where probes are answered over HTTP, None for nowhere.
         plugins: in the order of the file, disabled ones too.
         notices: what the operator should hear at start.
         file: the file the settings come from.
@@ -66,6 +84,10 @@ class AgentSettings:
     trust_bundle_unix_socket: str = ""
     trust_bundle_format: Literal["pem", "spiffe"] = "pem"
     insecure_bootstrap: bool = False
+    rebootstrap_mode: RebootstrapMode = RebootstrapMode.NEVER
+    rebootstrap_delay: timedelta = _REBOOTSTRAP_DELAY
+    health: HealthSettings | None = None
+    log_selectors: bool = False
     allow_unauthenticated_verifiers: bool = False
     allowed_foreign_jwt_claims: frozenset[str] = frozenset()
     availability_target: timedelta | None = None
@@ -115,13 +137,10 @@ class AgentKeys(LogKeys):
         "admin_socket_path": "",
         "authorized_delegates": [],
         "disable_sds_api": True,
-        "log_selectors": False,
         "profiling_enabled": False,
         "profiling_freq": None,
         "profiling_names": None,
         "profiling_port": None,
-        "rebootstrap_delay": None,
-        "rebootstrap_mode": "never",
         "sds": Body.empty(),
         "trust_bundle_spiffe_workload_api": None,
     }
@@ -136,6 +155,9 @@ class AgentKeys(LogKeys):
     join_token: str = ""
     join_token_file: str = ""
     jwt_svid_cache_max_size: Annotated[int, Field(ge=0)] = 1000
+    log_selectors: bool = False
+    rebootstrap_delay: Annotated[GoDuration, at_least(timedelta(0))] = _REBOOTSTRAP_DELAY
+    rebootstrap_mode: Literal["never", "auto", "always"] = "never"
     server_address: Annotated[str, Field(min_length=1)]
     server_port: Annotated[int, Field(ge=1, le=65535)]
     socket_path: Annotated[Path, parsed(parse_socket_path)] = DEFAULT_SOCKET
@@ -193,10 +215,9 @@ def build_settings(body: Body, overrides: Mapping[str, Override] | None = None) 
     token = ""
     if raw is not None:
         faults += _bootstrap_faults(raw.agent)
-        if raw.health_checks.listener_enabled:
-            line = raw.health_checks.line("listener_enabled")
-            message = '"health_checks" are not supported by this release yet; switch them off'
-            faults.append(ConfigFault(line, message))
+        if raw.agent.rebootstrap_mode == "always" and _attests_once(plugins):
+            message = '"rebootstrap_mode" cannot be always: join_token attests only once'
+            faults.append(ConfigFault(raw.agent.line("rebootstrap_mode"), message))
         try:
             token = _join_token(raw.agent)
         except InvalidInputError as e:
@@ -204,7 +225,19 @@ def build_settings(body: Body, overrides: Mapping[str, Override] | None = None) 
     if raw is None or faults:
         raise ConfigError(body.file or "configuration", sorted(faults, key=lambda f: f.line))
     settings = _build(raw, plugins, token, body.file)
-    return replace(settings, notices=tuple(_notices(raw.agent)))
+    return replace(settings, notices=tuple(_notices(raw.agent, plugins)))
+
+
+def _attests_once(plugins: list[PluginConfig]) -> bool:
+    return any(
+        p.kind is PluginKind.NODE_ATTESTOR and p.enabled and p.name in _ONCE for p in plugins
+    )
+
+
+def _rebootstrap_mode(keys: AgentKeys, plugins: list[PluginConfig]) -> RebootstrapMode:
+    return (
+        RebootstrapMode.NEVER if _attests_once(plugins) else RebootstrapMode(keys.rebootstrap_mode)
+    )
 
 
 def _bootstrap_faults(keys: AgentKeys) -> Iterator[ConfigFault]:
@@ -262,6 +295,10 @@ def _build(raw: AgentFile, plugins: list[PluginConfig], token: str, file: str) -
         trust_bundle_unix_socket=keys.trust_bundle_unix_socket,
         trust_bundle_format=keys.trust_bundle_format,
         insecure_bootstrap=keys.insecure_bootstrap,
+        rebootstrap_mode=_rebootstrap_mode(keys, plugins),
+        rebootstrap_delay=keys.rebootstrap_delay,
+        health=health_settings(raw.health_checks),
+        log_selectors=keys.log_selectors,
         allow_unauthenticated_verifiers=keys.allow_unauthenticated_verifiers,
         allowed_foreign_jwt_claims=frozenset(keys.allowed_foreign_jwt_claims),
         availability_target=keys.availability_target,
@@ -273,7 +310,9 @@ def _build(raw: AgentFile, plugins: list[PluginConfig], token: str, file: str) -
     )
 
 
-def _notices(keys: AgentKeys) -> Iterator[str]:
+def _notices(keys: AgentKeys, plugins: list[PluginConfig]) -> Iterator[str]:
+    if keys.rebootstrap_mode == "auto" and _attests_once(plugins):
+        yield "rebootstrap_mode auto has no effect: join_token attests only once"
     for key in keys.experimental.ignored():
         yield f"experimental.{key} is unknown and ignored"
     if keys.experimental.given("use_sync_authorized_entries"):

@@ -1,4 +1,4 @@
-"""How a node gets its first SVID, and every SVID after it: bootstrap, attest, renew.
+"""How a node gets its SVID: load the stored one, attest, renew; what the server says is checked.
 
 Each function makes one try; when to try again is `spire_hw_agent.identity`'s business.
 """
@@ -7,44 +7,33 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from http import HTTPStatus
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final
 
-import aiohttp
-
-from spire_hw.bundle.bundle import Bundle, X509Root
-from spire_hw.bundle.document import parse_document, parse_pem
-from spire_hw.errors import (
-    EncodingError,
-    InvalidInputError,
-    NotFoundError,
-    NotReadyError,
-    SpireHwError,
-    UnavailableError,
-)
+from spire_hw.errors import SpireHwError, VerificationError
 from spire_hw.key import KeyType, spki_der
 from spire_hw.plugin.nodeattestor import SvidKey
 from spire_hw.spiffeid import SpiffeId, TrustDomain, check_agent_id
 from spire_hw.svid.x509svid import parse_x509_svid, verify_x509_svid
+from spire_hw.x509.certificate import issuing_authority_id
 from spire_hw.x509.csr import build_csr
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
+    from datetime import datetime
 
+    from spire_hw.bundle.bundle import Bundle
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw.plugin.keymanager import Keys, ManagedSigner
     from spire_hw.plugin.nodeattestor import AgentExchange, AgentNodeAttestor
-    from spire_hw_agent.config import AgentSettings
+    from spire_hw.svid.x509svid import X509Svid
     from spire_hw_agent.storage import Storage
+    from spire_hw_agent.trust import Trust
     from spire_hw_agent.upstream import IssuedAgentSvid, Upstream
 
-_KEY_IDS = ("agent-svid-A", "agent-svid-B")
-_MAX_BUNDLE_BYTES = 4 << 20
-_FETCH_TIMEOUT_S = 30.0
-_SKEW = timedelta(seconds=1)
+_KEY_IDS: Final = ("agent-svid-A", "agent-svid-B")
+_SKEW: Final = timedelta(seconds=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +43,7 @@ class AgentSvid:
     Attributes:
         chain: DER, leaf first.
         renew_at: when its successor is asked for.
+        authority_id: of the root it chains to.
     """
 
     spiffe_id: SpiffeId
@@ -62,6 +52,7 @@ class AgentSvid:
     not_after: datetime
     signer: ManagedSigner
     reattestable: bool
+    authority_id: str
 
 
 class Enroller:
@@ -75,6 +66,7 @@ class Enroller:
         attestor_name: str,
         attestor: AgentNodeAttestor,
         upstream: Upstream,
+        trust: Trust,
         storage: Storage,
         clock: Clock,
         log: Logger,
@@ -86,6 +78,7 @@ class Enroller:
         self._attestor_name = attestor_name
         self._attestor = attestor
         self._upstream = upstream
+        self._trust = trust
         self._storage = storage
         self._clock = clock
         self._log = log
@@ -93,7 +86,7 @@ class Enroller:
     async def load(self) -> AgentSvid | None:
         """Return the stored SVID when it is alive and its key is at hand."""
         data = self._storage.load()
-        if not data.svid:
+        if not data.svid or self._trust.bundle is None:
             return None
         try:
             svid = parse_x509_svid(data.svid)
@@ -107,14 +100,7 @@ class Enroller:
         wanted = spki_der(svid.public_key)
         for signer in await self._keys.list():
             if signer.info.key_id in _KEY_IDS and spki_der(signer.public_key) == wanted:
-                return AgentSvid(
-                    svid.spiffe_id,
-                    data.svid,
-                    self._renew_at(svid.not_before, svid.not_after),
-                    svid.not_after,
-                    signer,
-                    data.reattestable,
-                )
+                return self._made(svid, signer, reattestable=data.reattestable)
         self._log.warning("The key of the stored agent SVID is gone, the agent attests again")
         return None
 
@@ -123,8 +109,10 @@ class Enroller:
 
         Raises:
             DeniedError: the server does not want this node.
+            VerificationError: the server's answer does not hold; nothing was stored.
             SpireHwError: anything else that went wrong.
         """
+        trusted = await self._trust.for_attestation()
         signer = await self._next_key(current)
         csr = await build_csr(signer, spiffe_id=None)
         svid_key = SvidKey(self._keys.manager, signer.info.key_id, signer.public_key)
@@ -132,14 +120,14 @@ class Enroller:
         async def drive(exchange: AgentExchange) -> None:
             await self._attestor.aid_attestation(exchange, svid_key)
 
-        issued = await self._upstream.attest(self._attestor_name, csr, drive)
-        return await self._accept(issued, signer)
+        issued, bundle = await self._upstream.attest(self._attestor_name, csr, drive, trusted)
+        return await self._accept(issued, bundle, signer)
 
     async def renew(self, current: AgentSvid) -> AgentSvid:
-        """Renew an SVID without attestation, stored."""
+        """Renew an SVID without attestation, stored; errors as in `attest`."""
         signer = await self._next_key(current)
         issued = await self._upstream.renew(await build_csr(signer, spiffe_id=None))
-        return await self._accept(issued, signer)
+        return await self._accept(issued, await self._upstream.get_bundle(), signer)
 
     async def _next_key(self, current: AgentSvid | None) -> ManagedSigner:
         """Make a key in the slot that the current SVID does not need."""
@@ -147,108 +135,39 @@ class Enroller:
         key_id = next(k for k in _KEY_IDS if k != used)
         return await self._keys.generate(key_id, KeyType.EC_P256)
 
-    async def _accept(self, issued: IssuedAgentSvid, signer: ManagedSigner) -> AgentSvid:
+    async def _accept(
+        self, issued: IssuedAgentSvid, bundle: Bundle, signer: ManagedSigner
+    ) -> AgentSvid:
         """Check what the server issued against the bundle it publishes, then store both."""
-        bundle = await self._upstream.get_bundle()
-        svid = parse_x509_svid(issued.chain)
-        check_agent_id(svid.spiffe_id, self._trust_domain)
-        verify_x509_svid(svid.chain, {bundle.trust_domain: bundle}, self._clock.now())
-        if spki_der(svid.public_key) != spki_der(signer.public_key):
-            raise SpireHwError("server issued an SVID for another key")
-        roots = tuple(root.der for root in bundle.x509_authorities)
-        await asyncio.to_thread(self._storage.store_bundle, roots)
+        try:
+            svid = self._check(issued, bundle, signer)
+        except SpireHwError as e:
+            raise VerificationError(f"result: {e.message}") from e
+        await self._trust.accept(bundle)
         await asyncio.to_thread(
             self._storage.store_svid, issued.chain, reattestable=issued.reattestable
         )
+        return self._made(svid, signer, reattestable=issued.reattestable)
+
+    def _check(self, issued: IssuedAgentSvid, bundle: Bundle, signer: ManagedSigner) -> X509Svid:
+        now = self._clock.now()
+        svid = parse_x509_svid(issued.chain)
+        check_agent_id(svid.spiffe_id, self._trust_domain)
+        if spki_der(svid.public_key) != spki_der(signer.public_key):
+            raise VerificationError("certificate is not for our key")
+        if svid.not_after <= now + _SKEW:
+            raise VerificationError(f"certificate has expired at {svid.not_after.isoformat()}")
+        # A clock that is slow must not keep the node out: validity begins when it was issued.
+        verify_x509_svid(svid, {bundle.trust_domain: bundle}, max(now, svid.not_before))
+        return svid
+
+    def _made(self, svid: X509Svid, signer: ManagedSigner, *, reattestable: bool) -> AgentSvid:
         return AgentSvid(
             svid.spiffe_id,
-            issued.chain,
+            svid.chain,
             self._renew_at(svid.not_before, svid.not_after),
             svid.not_after,
             signer,
-            issued.reattestable,
+            reattestable,
+            issuing_authority_id(svid.certificates),
         )
-
-
-async def bootstrap_bundle(settings: AgentSettings, storage: Storage, log: Logger) -> Bundle | None:
-    """Return the bundle to trust the server by: the stored one, else the configured source's.
-
-    Returns:
-        None when insecure bootstrap was asked for.
-
-    Raises:
-        NotReadyError: no source, or what it gives is no bundle.
-        UnavailableError: the URL cannot be fetched.
-    """
-    stored = storage.load().bundle
-    if stored:
-        return Bundle(settings.trust_domain, tuple(X509Root(der) for der in stored))
-    if settings.trust_bundle_path is not None:
-        raw = _read(settings.trust_bundle_path)
-        return _parse(settings, raw, str(settings.trust_bundle_path))
-    if settings.trust_bundle_url:
-        raw = await _fetch(settings.trust_bundle_url, settings.trust_bundle_unix_socket)
-        return _parse(settings, raw, settings.trust_bundle_url)
-    if settings.insecure_bootstrap:
-        log.warning(
-            "INSECURE BOOTSTRAP: the server is trusted without proof on this first connection; "
-            "anyone in between can take over this node. Use trust_bundle_path or trust_bundle_url."
-        )
-        return None
-    raise NotReadyError(
-        "no trust bundle: set trust_bundle_path or trust_bundle_url "
-        "(`spire-hw-server bundle show` prints the bundle)"
-    )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as f:
-            raw = f.read(_MAX_BUNDLE_BYTES + 1)
-    except FileNotFoundError as e:
-        raise NotFoundError(f"trust bundle {path} does not exist") from e
-    except OSError as e:
-        raise NotReadyError(f"trust bundle {path} cannot be read: {e.strerror}") from e
-    return _sized(raw, str(path))
-
-
-async def _fetch(url: str, unix_socket: str) -> bytes:
-    connector: Callable[[], aiohttp.BaseConnector] = aiohttp.TCPConnector
-    if unix_socket:
-
-        def connector() -> aiohttp.BaseConnector:
-            return aiohttp.UnixConnector(unix_socket)
-
-    timeout = aiohttp.ClientTimeout(total=_FETCH_TIMEOUT_S)
-    try:
-        async with (
-            aiohttp.ClientSession(connector=connector(), timeout=timeout) as session,
-            # A redirect could leave https: the operator named the place, nobody else does.
-            session.get(url, allow_redirects=False) as answer,
-        ):
-            if answer.status != HTTPStatus.OK:
-                raise UnavailableError(f"trust bundle {url}: the server answers {answer.status}")
-            raw = bytearray()
-            async for chunk in answer.content.iter_chunked(1 << 16):
-                raw += chunk
-                _sized(raw, url)
-            return bytes(raw)
-    except (aiohttp.ClientError, TimeoutError, OSError) as e:
-        raise UnavailableError(f"trust bundle {url} cannot be fetched: {e}") from e
-
-
-def _sized(raw: bytes | bytearray, source: str) -> bytes:
-    if len(raw) > _MAX_BUNDLE_BYTES:
-        raise InvalidInputError(f"trust bundle {source} is larger than 4 MiB")
-    return bytes(raw)
-
-
-def _parse(settings: AgentSettings, raw: bytes, source: str) -> Bundle:
-    parse = parse_document if settings.trust_bundle_format == "spiffe" else parse_pem
-    try:
-        bundle = parse(settings.trust_domain, raw)
-    except EncodingError as e:
-        raise InvalidInputError(f"trust bundle {source}: {e.message}") from e
-    if not bundle.x509_authorities:
-        raise InvalidInputError(f"trust bundle {source} holds no X.509 authority")
-    return bundle

@@ -37,8 +37,9 @@ class AgentEntry:
 
 @dataclass(frozen=True, slots=True)
 class JwtToken:
-    """A JWT-SVID and when it was issued and ends; the token is a secret."""
+    """A JWT-SVID, when it was issued and ends, and the key that signed it; the token is a secret."""
 
     token: str = field(repr=False)
     issued_at: datetime
     expires_at: datetime
+    kid: str

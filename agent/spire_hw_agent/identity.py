@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from spire_hw.aio.alarm import Alarm
 from spire_hw.aio.backoff import Backoff
-from spire_hw.errors import DeniedError, DeniedReason, ErrorKind, SpireHwError
+from spire_hw.errors import (
+    DeniedError,
+    DeniedReason,
+    ErrorKind,
+    SpireHwError,
+    VerificationError,
+)
 from spire_hw.transport.tls import TlsIdentity
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw_agent.enroll import AgentSvid, Enroller
     from spire_hw_agent.storage import Storage
+    from spire_hw_agent.trust import Trust
     from spire_hw_agent.upstream import Upstream
 
-_CHECK_INTERVAL_S = 5.0
-_MAX_BACKOFF_S = 60.0
+_CHECK_INTERVAL_S: Final = 5.0
+_FIRST_BACKOFF_S: Final = 1.0
+_MAX_BACKOFF_S: Final = 60.0
 
-# Trying again cannot help before somebody changes something.
-_FINAL = frozenset(
+# What the server says about this node: trying again cannot help before somebody changes something.
+_FINAL: Final = frozenset(
     {ErrorKind.PERMISSION_DENIED, ErrorKind.INVALID_ARGUMENT, ErrorKind.UNAUTHENTICATED}
 )
+
+
+def is_final(error: SpireHwError) -> bool:
+    """Tell whether a failed attestation is a verdict on this node.
+
+    An answer of the server that does not hold is none: the next one may.
+    """
+    return error.kind in _FINAL and not isinstance(error, VerificationError)
 
 
 class AgentIdentity:
@@ -33,40 +50,49 @@ class AgentIdentity:
     Args:
         on_end: told the reason when the agent must stop: banned, or not able to come back.
         on_lost: told when the identity is gone and what was issued under it must go too.
+        on_new: told after every new SVID.
+        on_new_trust: told when the server is known by other authorities than before.
     """
 
     def __init__(
         self,
         enroller: Enroller,
         upstream: Upstream,
+        trust: Trust,
         storage: Storage,
         *,
         clock: Clock,
         log: Logger,
         on_end: Callable[[SpireHwError], None],
         on_lost: Callable[[], None],
+        on_new: Callable[[], None],
+        on_new_trust: Callable[[], None],
     ) -> None:
         self._enroller = enroller
         self._upstream = upstream
+        self._trust = trust
         self._storage = storage
         self._clock = clock
         self._log = log
         self._on_end = on_end
         self._on_lost = on_lost
+        self._on_new = on_new
+        self._on_new_trust = on_new_trust
         self._current: AgentSvid | None = None
-        self._version = 0
+        self._tainted_too = ""
+        self._alarm = Alarm(clock)
         self._lock = asyncio.Lock()
 
     @property
     def current(self) -> AgentSvid | None:
-        """Return the SVID in use, None before enrolment."""
+        """Return the SVID in use, None while there is none."""
         return self._current
 
     def is_alive(self) -> bool:
         """Tell whether the agent holds an SVID that has not expired."""
         return self._current is not None and self._clock.now() < self._current.not_after
 
-    async def start(self) -> AgentSvid:
+    async def start(self) -> None:
         """Take up the stored SVID or enrol, trying again while the server is away.
 
         Raises:
@@ -75,30 +101,27 @@ class AgentIdentity:
         stored = await self._enroller.load()
         if stored is not None:
             await self._use(stored)
-            return stored
-        await self._upstream.use_identity(None)
-        svid = await self._retry("attest", lambda: self._enroller.attest(None))
-        await self._use(svid)
-        return svid
-
-    async def _retry(self, what: str, attempt: Callable[[], Awaitable[AgentSvid]]) -> AgentSvid:
-        backoff = Backoff(1.0, _MAX_BACKOFF_S)
+            return
+        backoff = Backoff(_FIRST_BACKOFF_S, _MAX_BACKOFF_S)
         while True:
             try:
-                return await attempt()
+                await self._use(await self._enroller.attest(None))
             except SpireHwError as e:
-                if e.kind in _FINAL:
+                if is_final(e):
                     raise
                 wait = backoff.next_s()
                 self._log.warning(
-                    f"Failed to {what}, trying again", error=e.message, retry_in_s=round(wait, 1)
+                    "Failed to attest, trying again", error=e.message, retry_in_s=round(wait, 1)
                 )
+            else:
+                return
             await self._clock.sleep(wait)
 
     async def _use(self, svid: AgentSvid) -> None:
-        self._version += 1
         await self._upstream.use_identity(
-            TlsIdentity(chain_der=svid.chain, signer=svid.signer, version=self._version)
+            TlsIdentity(
+                chain_der=svid.chain, signer=svid.signer, version=self._upstream.version + 1
+            )
         )
         self._current = svid
         self._log.info(
@@ -108,43 +131,81 @@ class AgentIdentity:
             key_id=svid.signer.info.key_id,
             reattestable=svid.reattestable,
         )
+        self._on_new()
 
     async def run(self) -> None:
-        """Renew when due, for ever."""
+        """Renew when due, for ever; ends when the node was refused."""
         backoff = Backoff(_CHECK_INTERVAL_S, _MAX_BACKOFF_S)
         while True:
             wait = _CHECK_INTERVAL_S
             try:
                 await self.renew_if_due()
                 backoff.reset()
-            except DeniedError as e:
-                await self.denied(e)
-                wait = backoff.next_s()
             except SpireHwError as e:
+                if self._is_end(e):
+                    return
                 self._log.error("Failed to renew the agent SVID", error=e.message)
-                self._end_if_lost(e)
                 wait = backoff.next_s()
-            await self._clock.sleep(wait)
+            await self._alarm.sleep(wait)
 
     async def renew_if_due(self) -> None:
-        """Renew or attest again when half of the SVID's life is over.
+        """Renew or attest again when half of the SVID's life is over, or there is none.
 
         Raises:
             SpireHwError: it was due and failed.
         """
         async with self._lock:
             svid = self._current
-            if svid is None:
+            if svid is None or self._trust.is_rebootstrap_due():
                 await self._attest_again()
-            elif self._clock.now() >= svid.renew_at:
-                if svid.reattestable:
-                    await self._attest_again()
-                else:
-                    await self._use(await self._enroller.renew(svid))
+            elif not self._is_due(svid):
+                return
+            elif svid.reattestable:
+                await self._attest_again()
+            else:
+                await self._use(await self._enroller.renew(svid))
+            self._note_taint()
 
-    def _end_if_lost(self, error: SpireHwError) -> None:
-        """An expired SVID that cannot be had by attesting again is the end."""
+    def _is_due(self, svid: AgentSvid) -> bool:
+        is_tainted = (
+            svid.authority_id in self._trust.tainted() and svid.authority_id != self._tainted_too
+        )
+        return is_tainted or self._clock.now() >= svid.renew_at
+
+    def _note_taint(self) -> None:
+        """A server that goes on signing with a tainted authority is not asked over and over."""
         svid = self._current
+        if svid is not None and svid.authority_id in self._trust.tainted():
+            self._tainted_too = svid.authority_id
+            self._log.warning("The server still signs with a tainted authority")
+
+    async def _attest_again(self) -> None:
+        before = self._trust.bundle
+        await self._use(await self._enroller.attest(self._current))
+        after = self._trust.bundle
+        if before is not None and after is not None:
+            known = {root.der for root in before.x509_authorities}
+            if known.isdisjoint(root.der for root in after.x509_authorities):
+                self._log.warning("The server is known by other authorities from now on")
+                self._on_new_trust()
+
+    def _is_end(self, error: SpireHwError) -> bool:
+        """End the agent when nothing it can do by itself brings its identity back."""
+        svid = self._current
+        if isinstance(error, DeniedError) and error.reason is DeniedReason.AGENT_BANNED:
+            self._lose(error)
+            return True
+        if is_final(error) and (svid is None or svid.reattestable):
+            self._lose(
+                DeniedError(
+                    f"this node lost its identity and the server does not let it attest again "
+                    f"({error.message}); enrol the node again, e.g. with a new join token"
+                )
+            )
+            return True
+        if isinstance(error, DeniedError) and error.reason is not None:
+            self._forget(error.reason)
+            return False
         if svid is not None and not svid.reattestable and not self.is_alive():
             self._on_end(
                 SpireHwError(
@@ -153,45 +214,42 @@ class AgentIdentity:
                     kind=error.kind,
                 )
             )
+            return True
+        return False
 
-    async def _attest_again(self) -> None:
-        # Attestation needs no client certificate; a dead one would only be in its way.
-        await self._upstream.use_identity(None)
-        try:
-            svid = await self._enroller.attest(self._current)
-        except DeniedError as e:
-            # The server decided about this node, not about a call: that is final.
-            self._lose(e)
-            raise SpireHwError(e.message, kind=e.kind) from e
-        except SpireHwError:
-            if self._current is not None and self.is_alive():
-                await self._use(self._current)
-            raise
-        await self._use(svid)
+    async def denied(self, error: DeniedError, version: int) -> None:
+        """React to the server's verdict on this agent, whichever call brought it.
 
-    async def denied(self, error: DeniedError) -> None:
-        """React to the server's verdict on this agent, whichever call brought it."""
-        if error.reason is None:
-            self._log.error("The server refused a call", error=error.message)
+        Args:
+            error: the verdict.
+            version: `Upstream.version` when the call was made: verdicts on earlier SVIDs are late.
+        """
+        if error.reason is None or version != self._upstream.version:
             return
         if error.reason is DeniedReason.AGENT_BANNED:
             self._lose(error)
             return
         async with self._lock:
-            svid = self._current
-            self._log.warning("The server wants this agent to attest again", reason=error.reason)
-            await asyncio.to_thread(self._storage.drop_svid)
-            self._current = None
-            try:
-                await self._upstream.use_identity(None)
-                await self._use(await self._enroller.attest(svid))
-            except SpireHwError as e:
-                self._log.error("Failed to attest again", error=e.message)
-                if e.kind in _FINAL or e.kind is ErrorKind.FAILED_PRECONDITION:
-                    self._lose(e)
+            if version != self._upstream.version:
+                return
+            self._forget(error.reason)
+            await self._upstream.use_identity(None)
+
+    def _forget(self, reason: DeniedReason) -> None:
+        """Drop the SVID and have the other loop attest again."""
+        self._log.warning("The server wants this agent to attest again", reason=reason.name)
+        self._drop()
+        self._alarm.ring()
+
+    def _drop(self) -> None:
+        self._current = None
+        try:
+            self._storage.drop_svid()
+        except SpireHwError as e:
+            self._log.error("The agent SVID cannot be removed", error=e.message)
 
     def _lose(self, error: SpireHwError) -> None:
-        self._storage.drop_svid()
-        self._current = None
+        self._log.error("The server refused this node for good", error=error.message)
+        self._drop()
         self._on_lost()
         self._on_end(error)

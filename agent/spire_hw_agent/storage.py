@@ -12,10 +12,13 @@ import fcntl
 import json
 import os
 import ssl
+import threading
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from spire_hw.errors import EncodingError, NotReadyError, SpireHwError
+from spire_hw.errors import InvalidInputError, NotReadyError, SpireHwError
+from spire_hw.hardening import check_directory
+from spire_hw.x509.certificate import load_certificate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +46,7 @@ class AgentData:
 
 
 class Storage:
-    """The agent's data directory, held by one process at a time.
+    """The agent's data directory, held by one process at a time; its methods may run in threads.
 
     Raises:
         NotReadyError: the directory cannot be used or another agent holds it.
@@ -53,6 +56,7 @@ class Storage:
         self.directory = directory
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            check_directory(directory)
             self._lock_fd = os.open(
                 directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
             )
@@ -66,6 +70,7 @@ class Storage:
                 f"data directory {directory} is in use by another agent; stop it or set data_dir"
             ) from e
         self._data: AgentData | None = None
+        self._mutex = threading.RLock()
 
     def close(self) -> None:
         """Let another process have the directory."""
@@ -75,11 +80,12 @@ class Storage:
         """Return what is stored; an absent file is an empty one.
 
         Raises:
-            EncodingError: the file is damaged; the message names it.
+            NotReadyError: the file is damaged or cannot be read; the message names it.
         """
-        if self._data is None:
-            self._data = self._read()
-        return self._data
+        with self._mutex:
+            if self._data is None:
+                self._data = self._read()
+            return self._data
 
     def _read(self) -> AgentData:
         path = self.directory / _FILE
@@ -95,31 +101,30 @@ class Storage:
             document = _document(raw)
             return AgentData(
                 svid=_chain(document.pop("svid", None)),
-                bundle=_chain(document.pop("bundle", None)),
+                bundle=_usable(_chain(document.pop("bundle", None))),
                 reattestable=document.pop("reattestable", False) is True,
                 other=document,
             )
         except (ValueError, TypeError, RecursionError) as e:
-            raise EncodingError(
-                str(path), f"{e}; remove the file to make the agent enrol again"
+            raise NotReadyError(
+                f"{path} is damaged: {e}; remove the file to make the agent enrol again"
             ) from e
 
     def store_bundle(self, bundle: tuple[bytes, ...]) -> None:
         """Replace the bundle."""
-        self._write(replace(self.load(), bundle=bundle))
+        with self._mutex:
+            self._write(replace(self.load(), bundle=bundle))
 
     def store_svid(self, svid: tuple[bytes, ...], *, reattestable: bool) -> None:
         """Replace the agent's SVID."""
-        self._write(replace(self.load(), svid=svid, reattestable=reattestable))
+        with self._mutex:
+            self._write(replace(self.load(), svid=svid, reattestable=reattestable))
 
     def drop_svid(self) -> None:
         """Forget the agent's SVID."""
-        if self.load().svid:
-            self._write(replace(self.load(), svid=(), reattestable=False))
-
-    def drop_bundle(self) -> None:
-        """Forget the bundle, so that the next start bootstraps anew."""
-        self._write(replace(self.load(), bundle=()))
+        with self._mutex:
+            if self.load().svid:
+                self._write(replace(self.load(), svid=(), reattestable=False))
 
     def _write(self, data: AgentData) -> None:
         if data == self._data:
@@ -139,7 +144,8 @@ class Storage:
 
 def _replace(path: Path, content: bytes) -> None:
     """Replace a file so that a crash leaves the old or the new content, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # One name: the directory is locked, and what a killed agent left behind is written over.
+    temporary = path.with_name(f".{path.name}.new")
     fd = os.open(
         temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
     )
@@ -182,3 +188,13 @@ def _chain(value: object) -> tuple[bytes, ...]:
         return tuple(ssl.PEM_cert_to_DER_cert(pem.strip()) for pem in pems)
     except (binascii.Error, UnicodeDecodeError) as e:
         raise ValueError("a certificate is not base64 of PEM text") from e
+
+
+def _usable(chain: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    """Return certificates that parse; a bundle with others would lock the agent out."""
+    for der in chain:
+        try:
+            load_certificate(der)
+        except InvalidInputError as e:
+            raise ValueError(f"a certificate does not parse: {e.message}") from e
+    return chain

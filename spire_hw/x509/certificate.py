@@ -18,7 +18,7 @@ from spire_hw.key import PublicKey, check_public_key, spki_der
 from spire_hw.x509 import der
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 MAX_CERTIFICATE_BYTES: Final = 64 * 1024
 _WHAT: Final = "certificate"
@@ -108,6 +108,21 @@ def subject_key_id(certificate: x509.Certificate) -> bytes:
         ).value.digest
     except x509.ExtensionNotFound:
         return key_identifier(spki_der(public_key_of(certificate)))
+
+
+def issuing_authority_id(chain: Sequence[x509.Certificate]) -> str:
+    """Return the lower-case hex key identifier of the root a chain leads to, "" when it is not said.
+
+    Args:
+        chain: leaf first, root left out.
+
+    Spec: RFC 5280 section 4.2.1.1.
+    """
+    try:
+        extension = chain[-1].extensions.get_extension_for_class(x509.AuthorityKeyIdentifier)
+    except x509.ExtensionNotFound:
+        return ""
+    return (extension.value.key_identifier or b"").hex()
 
 
 def encode_der(certificate: x509.Certificate) -> bytes:

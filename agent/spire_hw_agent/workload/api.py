@@ -8,7 +8,16 @@ but for a JWT-SVID that is not cached.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +37,6 @@ from spire_hw.rotation import should_rotate
 from spire_hw.spiffeid import SpiffeId
 from spire_hw.svid.jwtsvid import verify_jwt_svid
 from spire_hw.transport.peer import UnixPeer
-from spire_hw_agent.cache import Cache, JwtCache, WorkloadUpdate
 from spire_hw_agent.entry import AgentEntry, JwtToken
 
 if TYPE_CHECKING:
@@ -38,6 +46,7 @@ if TYPE_CHECKING:
     from spire_hw.selector import Selector
     from spire_hw.spiffeid import TrustDomain
     from spire_hw.transport.peer import CallerProcess
+    from spire_hw_agent.cache import Cache, WorkloadUpdate
     from spire_hw_agent.workload.attest import Attestors
 
 NewJwtSvid = Callable[[AgentEntry, Sequence[str]], Awaitable[JwtToken]]
@@ -60,7 +69,6 @@ class WorkloadApi:
     def __init__(
         self,
         cache: Cache,
-        tokens: JwtCache,
         attestors: Attestors,
         *,
         clock: Clock,
@@ -70,7 +78,6 @@ class WorkloadApi:
         foreign_claims: Collection[str] = (),
     ) -> None:
         self._cache = cache
-        self._tokens = tokens
         self._attestors = attestors
         self._clock = clock
         self._ready = ready
@@ -82,8 +89,18 @@ class WorkloadApi:
         self, request: workload_pb2.X509SVIDRequest, call: Call
     ) -> AsyncIterator[bytes]:
         """Stream the caller's X509-SVIDs, keys and bundles."""
-        async for update in self._updates(call):
-            yield _encoded(update, "x509_svid", _x509_svid_response)
+        self._cache.expire(self._clock.now())
+        last: bytes | None = None
+        async with aclosing(self._updates(call)) as updates:
+            async for update in updates:
+                if not update.granted:
+                    raise _no_identity()
+                if update.identities is None:
+                    continue
+                answer = _encoded(update, "x509_svid", _x509_svid_response)
+                if answer != last:
+                    last = answer
+                    yield answer
 
     async def fetch_x509_bundles(
         self, request: workload_pb2.X509BundlesRequest, call: Call
@@ -111,7 +128,7 @@ class WorkloadApi:
         _, selectors = await self._caller(call)
         entries = [e for e in self._cache.matching(selectors) if wanted in {None, e.spiffe_id}]
         if not entries:
-            raise DeniedError("no identity issued")
+            raise _no_identity()
         response = workload_pb2.JWTSVIDResponse()
         for entry in entries:
             token = await self._token(entry, audience)
@@ -177,15 +194,11 @@ class WorkloadApi:
         process = call.peer.process
         return process, await self._attestors.attest(process)
 
-    async def _updates(self, call: Call) -> AsyncIterator[WorkloadUpdate]:
-        """Yield every complete state of the caller's identities, the first at once."""
+    async def _updates(self, call: Call) -> AsyncGenerator[WorkloadUpdate, None]:
+        """Yield every state of what the caller may have, the first at once."""
         process, selectors = await self._caller(call)
         with self._cache.subscribe(selectors) as watch:
             async for update in watch:
-                if update is None:
-                    continue
-                if not update.identities:
-                    raise DeniedError("no identity issued")
                 if not process.alive():
                     raise SpireHwError(
                         "the calling process has ended", kind=ErrorKind.UNAUTHENTICATED
@@ -196,35 +209,28 @@ class WorkloadApi:
         self, call: Call, name: str, build: Callable[[WorkloadUpdate], bytes]
     ) -> AsyncIterator[bytes]:
         last: bytes | None = None
-        _, selectors = await self._caller(call)
-        with self._cache.subscribe(selectors) as watch:
-            async for update in watch:
+        async with aclosing(self._updates(call)) as updates:
+            async for update in updates:
                 # Bundles need no SVID: the matching entries alone give the right to them.
-                granted = bool(self._cache.matching(selectors))
-                if not granted and not self._open_bundles:
-                    raise DeniedError("no identity issued")
-                state = update or WorkloadUpdate(
-                    (), self._cache.bundle, self._federated_for(selectors)
-                )
-                answer = _encoded(state, name, build)
+                if not update.granted and not self._open_bundles:
+                    raise _no_identity()
+                answer = _encoded(update, name, build)
                 if answer != last:
                     last = answer
                     yield answer
 
-    def _federated_for(self, selectors: frozenset[Selector]) -> dict[TrustDomain, Bundle]:
-        known = self._cache.bundles()
-        domains = {td for e in self._cache.matching(selectors) for td in e.federates_with}
-        return {td: known[td] for td in domains if td in known}
-
     def _bundles_for(self, selectors: frozenset[Selector]) -> dict[TrustDomain, Bundle]:
-        if not self._open_bundles and not self._cache.matching(selectors):
-            raise DeniedError("no identity issued")
+        entries = self._cache.matching(selectors)
+        if not entries and not self._open_bundles:
+            raise _no_identity()
         own = self._cache.bundle
-        return {own.trust_domain: own, **self._federated_for(selectors)}
+        return {own.trust_domain: own, **self._cache.federated_of(entries)}
 
     async def _token(self, entry: AgentEntry, audience: Sequence[str]) -> str:
-        now = self._clock.now()
-        cached = None if entry.jwt_jti else self._tokens.get(entry, audience, now)
+        now, tokens = self._clock.now(), self._cache.tokens
+        cached = None if entry.jwt_jti else tokens.get(entry, audience, now)
+        if cached is not None and self._is_withdrawn(cached):
+            cached = None
         if cached is not None and not should_rotate(now, cached.issued_at, cached.expires_at):
             return cached.token
         try:
@@ -233,9 +239,19 @@ class WorkloadApi:
             if cached is not None:
                 return cached.token
             raise UnavailableError(f"JWT-SVID cannot be fetched: {e.message}") from e
+        if self._cache.entries.get(entry.entry_id) != entry:
+            raise UnavailableError("the identity changed while its JWT-SVID was being issued")
         if not entry.jwt_jti:
-            self._tokens.put(entry, audience, fresh)
+            tokens.put(entry, audience, fresh)
         return fresh.token
+
+    def _is_withdrawn(self, token: JwtToken) -> bool:
+        authority = self._cache.bundle.jwt_key(token.kid)
+        return authority is not None and authority.tainted
+
+
+def _no_identity() -> DeniedError:
+    return DeniedError("no identity issued")
 
 
 def _encoded(update: WorkloadUpdate, name: str, build: Callable[[WorkloadUpdate], bytes]) -> bytes:
@@ -256,11 +272,11 @@ def _x509_svid_response(update: WorkloadUpdate) -> bytes:
                 bundle=bundle,
                 hint=i.entry.hint,
             )
-            for i in update.identities
+            for i in update.identities or ()
         ],
         federated_bundles={str(td.id): _der(b) for td, b in update.federated.items()},
     )
-    return response.SerializeToString()
+    return response.SerializeToString(deterministic=True)
 
 
 def _x509_bundles_response(update: WorkloadUpdate) -> bytes:

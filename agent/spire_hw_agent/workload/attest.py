@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError, UnavailableError
+from spire_hw.errors import ErrorKind, SpireHwError, UnavailableError
 from spire_hw.selector import Selector
 
 if TYPE_CHECKING:
@@ -19,18 +19,29 @@ _TIMEOUT_S = 10.0
 
 
 class Attestors:
-    """All configured workload attestors, by name."""
+    """All configured workload attestors, by name.
 
-    def __init__(self, attestors: Sequence[tuple[str, WorkloadAttestor]], log: Logger) -> None:
+    Args:
+        log_selectors: note what was found at every call; it may tell about people.
+    """
+
+    def __init__(
+        self,
+        attestors: Sequence[tuple[str, WorkloadAttestor]],
+        log: Logger,
+        *,
+        log_selectors: bool = False,
+    ) -> None:
         self._attestors = tuple(attestors)
         self._log = log
+        self._log_selectors = log_selectors
 
     async def attest(self, process: CallerProcess) -> frozenset[Selector]:
         """Return the selectors of a process.
 
         Raises:
             UnavailableError: every attestor failed.
-            SpireHwError: UNAUTHENTICATED, the process ended meanwhile.
+            SpireHwError: UNAUTHENTICATED, the process ended meanwhile or is not who connected.
         """
         results = await asyncio.gather(*(self._one(n, a, process) for n, a in self._attestors))
         if not process.alive():
@@ -38,7 +49,14 @@ class Attestors:
         found = [r for r in results if r is not None]
         if not found:
             raise UnavailableError("workload attestation failed")
-        return frozenset(s for selectors in found for s in selectors)
+        selectors = frozenset(s for selectors in found for s in selectors)
+        if self._log_selectors:
+            self._log.info(
+                "PID attested to have selectors",
+                pid=process.pid,
+                selectors=[str(s) for s in sorted(selectors)],
+            )
+        return selectors
 
     async def _one(
         self, name: str, attestor: WorkloadAttestor, process: CallerProcess
@@ -47,7 +65,9 @@ class Attestors:
             async with asyncio.timeout(_TIMEOUT_S):
                 values = await attestor.attest(process)
             return [Selector(type=name, value=value) for value in values]
-        except (SpireHwError, InvalidInputError, TimeoutError) as e:
+        except (SpireHwError, TimeoutError) as e:
+            if isinstance(e, SpireHwError) and e.kind is ErrorKind.UNAUTHENTICATED:
+                raise
             self._log.error(
                 "Failed to collect all selectors for PID",
                 plugin_name=name,

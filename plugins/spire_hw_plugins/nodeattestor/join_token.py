@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from spire_hw.config.schema import Model, faults
-from spire_hw.errors import ConfigFault, NotReadyError
+from spire_hw.errors import ConfigFault, InvalidInputError
 
 if TYPE_CHECKING:
     from spire_hw.config.hcl import Body
@@ -40,11 +40,11 @@ class JoinTokenAttestor:
         """Send the token.
 
         Raises:
-            NotReadyError: the agent has no token.
+            InvalidInputError: the agent has no token; trying again does not help.
         """
         token = self._host.join_token
         if not token:
-            raise NotReadyError(
+            raise InvalidInputError(
                 "join token was not provided: start the agent once with -joinToken or "
                 "-joinTokenFile (`spire-hw-server token generate` makes one)"
             )

@@ -12,6 +12,7 @@ import grp
 import hashlib
 import os
 import pwd
+import threading
 from typing import TYPE_CHECKING
 
 from spire_hw.config.schema import Model, decode, faults
@@ -59,24 +60,14 @@ class UnixAttestor:
     async def attest(self, process: CallerProcess) -> list[str]:
         """Return selector values; see `WorkloadAttestor.attest`."""
         try:
-            values = self._owner(process)
+            # User databases may be a network away.
+            values = await asyncio.to_thread(_owner, process)
             if self._config.discover_workload_path:
                 values += await self._program(process)
         except (OSError, ValueError) as e:
             raise SpireHwError(
                 f"process {process.pid} cannot be read: {e}", kind=ErrorKind.INTERNAL
             ) from e
-        return values
-
-    def _owner(self, process: CallerProcess) -> list[str]:
-        status = _status(process.read_file("status", _STATUS_LIMIT))
-        uid = int(status["Uid"].split()[_EFFECTIVE])
-        gid = int(status["Gid"].split()[_EFFECTIVE])
-        values = [f"uid:{uid}", *_named("user", _user(uid))]
-        values += [f"gid:{gid}", *_named("group", _group(gid))]
-        for extra in status.get("Groups", "").split():
-            values.append(f"supplementary_gid:{int(extra)}")
-            values += _named("supplementary_group", _group(int(extra)))
         return values
 
     async def _program(self, process: CallerProcess) -> list[str]:
@@ -86,27 +77,49 @@ class UnixAttestor:
         if limit < 0:
             return values
         fd = process.open_file("exe")
-        try:
-            stat = os.fstat(fd)
-            if limit and stat.st_size > limit:
-                self._log.warning(
-                    "Workload is larger than workload_size_limit, its digest is left out",
-                    path=path,
-                    size=stat.st_size,
-                    workload_size_limit=limit,
-                )
-                return values
-            digest = await asyncio.to_thread(_sha256, fd)
-        finally:
+        size = os.fstat(fd).st_size
+        if limit and size > limit:
             os.close(fd)
+            self._log.warning(
+                "Workload is larger than workload_size_limit, its digest is left out",
+                path=path,
+                size=size,
+                workload_size_limit=limit,
+            )
+            return values
+        stop = threading.Event()
+        try:
+            digest = await asyncio.to_thread(_sha256, fd, stop)
+        finally:
+            stop.set()  # whoever gave up waiting leaves no thread reading on
         return [*values, f"sha256:{digest}"]
 
     async def close(self) -> None:
         """Nothing to release."""
 
 
+def _owner(process: CallerProcess) -> list[str]:
+    status = _status(process.read_file("status", _STATUS_LIMIT))
+    uid = int(status["Uid"].split()[_EFFECTIVE])
+    gid = int(status["Gid"].split()[_EFFECTIVE])
+    if (uid, gid) != (process.uid, process.gid):
+        # It connected as somebody else: a program that runs as another user took its place, while
+        # whoever holds the other end of the connection reads the answers.
+        raise SpireHwError(
+            f"process {process.pid} has changed its user or group since it connected",
+            kind=ErrorKind.UNAUTHENTICATED,
+        )
+    values = [f"uid:{uid}", *_named("user", _user(uid))]
+    values += [f"gid:{gid}", *_named("group", _group(gid))]
+    for extra in status.get("Groups", "").split():
+        values.append(f"supplementary_gid:{int(extra)}")
+        values += _named("supplementary_group", _group(int(extra)))
+    return values
+
+
 def _status(text: bytes) -> dict[str, str]:
-    lines = text.decode("utf-8", "replace").splitlines()
+    # Nothing but a newline ends a line here: a process chooses its own name.
+    lines = text.decode("utf-8", "replace").split("\n")
     pairs = (line.partition(":") for line in lines)
     found = {name: value.strip() for name, _, value in pairs}
     if "Uid" not in found or "Gid" not in found:
@@ -132,12 +145,12 @@ def _group(gid: int) -> str | None:
         return None
 
 
-def _sha256(fd: int) -> str:
+def _sha256(fd: int, stop: threading.Event) -> str:
+    """Return the digest of a file and close it."""
     digest = hashlib.sha256()
-    offset = 0
-    while chunk := os.pread(fd, _CHUNK, offset):
-        digest.update(chunk)
-        offset += len(chunk)
+    with os.fdopen(fd, "rb", buffering=0) as file:
+        while (chunk := file.read(_CHUNK)) and not stop.is_set():
+            digest.update(chunk)
     return digest.hexdigest()
 
 
