@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 import click
 from cryptography.hazmat.primitives import serialization
 from google.protobuf.json_format import MessageToDict
+from typing_extensions import override
 
 from spire_hw._pb import workload_pb2
+from spire_hw.aio.backoff import Backoff
 from spire_hw.cli.flags import GoGroup, flag
 from spire_hw.cli.output import complain, count_of
-from spire_hw.errors import SpireHwError
+from spire_hw.errors import ErrorKind, SpireHwError
 from spire_hw.x509.certificate import encode_pem, load_chain
 from spire_hw_agent.cli.connect import Workload, workload_flags
 
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 
 _DER = serialization.Encoding.DER
 _MAX_TOKEN_CHARS = 64 << 10
+_WATCH_FIRST_S = 0.5
+_WATCH_CAP_S = 15.0
+# A caller without an identity may get one; one that asks wrongly will always do so.
+_WATCH_FINAL = frozenset({ErrorKind.INVALID_ARGUMENT, ErrorKind.UNIMPLEMENTED})
 
 
 @click.group("api", cls=GoGroup)
@@ -38,7 +44,17 @@ def group() -> None:
     """The Workload API, by hand."""
 
 
-@group.group("fetch", cls=GoGroup)
+class _Fetch(GoGroup):
+    """Without a subcommand it is `fetch x509`, as upstream's is."""
+
+    @override
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0].startswith("-") and args[0].lstrip("-") not in {"h", "help"}):
+            args = ["x509", *args]
+        return super().parse_args(ctx, args)
+
+
+@group.group("fetch", cls=_Fetch)
 def fetch() -> None:
     """Fetch SVIDs for this process."""
 
@@ -224,11 +240,23 @@ def watch(workload: Workload) -> None:
     """Print every update of this process's X.509-SVIDs until interrupted."""
 
     async def follow(session: Session) -> None:
-        complain("Watching for updates; Ctrl-C ends it.")
         stream = session.stream(
             "FetchX509SVID", workload_pb2.X509SVIDRequest(), workload_pb2.X509SVIDResponse
         )
         async for answer in stream:
+            backoff.reset()
             workload.printer.message(answer, functools.partial(_print_x509, answer))
 
-    workload.run(follow)
+    backoff = Backoff(_WATCH_FIRST_S, _WATCH_CAP_S)
+    complain("Watching for updates; Ctrl-C ends it.")
+    while True:
+        try:
+            workload.run(follow)
+            why = "the agent ended the stream"
+        except SpireHwError as e:
+            if e.kind in _WATCH_FINAL:
+                raise
+            why = e.message
+        wait_s = backoff.next_s()
+        complain(f"{why}; trying again in {wait_s:.1f} s")
+        time.sleep(wait_s)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-import stat
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
@@ -16,14 +14,16 @@ from google.protobuf.message_factory import GetMessageClass
 from spire_hw._pb import types_pb2
 from spire_hw.cli.flags import F, flag
 from spire_hw.cli.output import Printer, output_flags
-from spire_hw.errors import DeniedError, InvalidInputError, UnavailableError
+from spire_hw.cli.socket import check_socket, find_socket
+from spire_hw.errors import InvalidInputError
 from spire_hw.rpc.client import Channel, connect_unix
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId
 from spire_hw_server.config import DEFAULT_SOCKET
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
     from google.protobuf.descriptor import ServiceDescriptor
     from google.protobuf.message import Message
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TEMPLATE_VARIABLE: Final = "SPIRE_SERVER_PRIVATE_SOCKET_TEMPLATE"
 _TIMEOUT_S: Final = 30.0
+_PROGRAM: Final = "spire-hw-server"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class Admin:
         """Connect, do the work, disconnect."""
 
         async def connected() -> T:
-            check_socket(self.socket_path)
+            check_socket(self.socket_path, _PROGRAM)
             async with connect_unix(self.socket_path) as channel:
                 return await work(Session(channel))
 
@@ -81,7 +82,9 @@ def admin_flags(command: F) -> F:
         *args: Any, socket_path: str, instance: str, output: str, field: str, **kwargs: Any
     ) -> Any:
         printer = Printer(as_json=output == "json", field=field)
-        path = find_socket(socket_path, instance, os.environ)
+        path = find_socket(
+            socket_path, instance, os.environ, variable=TEMPLATE_VARIABLE, default=DEFAULT_SOCKET
+        )
         return command(Admin(path, printer), *args, **kwargs)
 
     wrapped = output_flags(inner)
@@ -90,46 +93,6 @@ def admin_flags(command: F) -> F:
     )
     where = f"Path of the server's admin socket [default: {DEFAULT_SOCKET}]."
     return flag("socketPath", where, default="")(wrapped)  # type: ignore[return-value]
-
-
-def find_socket(socket_path: str, instance: str, environ: Mapping[str, str]) -> Path:
-    """Return the socket that -socketPath or -instance name.
-
-    Raises:
-        UsageError: both are given, or there is no template for the instance.
-    """
-    if not instance:
-        return Path(socket_path) if socket_path else DEFAULT_SOCKET
-    if socket_path:
-        raise click.UsageError("give -socketPath or -instance, not both")
-    template = environ.get(TEMPLATE_VARIABLE, "")
-    if "%i" not in template:
-        raise click.UsageError(f"-instance needs a path with %i in {TEMPLATE_VARIABLE}")
-    return Path(template.replace("%i", instance))
-
-
-def check_socket(path: Path) -> None:
-    """Say in words why a socket cannot be used, before gRPC says it in codes.
-
-    Raises:
-        UnavailableError: there is none.
-        DeniedError: this user may not use it.
-    """
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError as e:
-        raise UnavailableError(
-            f"no server socket at {path}; is the server running? Start it with"
-            " `spire-hw-server run`, or name its socket with -socketPath"
-        ) from e
-    except PermissionError as e:
-        raise DeniedError(f"this user may not reach {path}; run as the server's user") from e
-    except OSError as e:
-        raise UnavailableError(f"{path}: {e.strerror}") from e
-    if not stat.S_ISSOCK(mode):
-        raise UnavailableError(f"{path} is not a socket; name the server's with -socketPath")
-    if not os.access(path, os.W_OK):
-        raise DeniedError(f"this user may not use {path}; run as the server's user")
 
 
 def id_message(text: str, what: str = "SPIFFE ID") -> types_pb2.SPIFFEID:

@@ -268,7 +268,7 @@ def test_health(cli: Cli, tmp_path: Path) -> None:
     assert verbose.out.startswith("Checking ")
     away = cli("healthcheck", where=str(tmp_path / "none.sock"))
     assert away.code == ExitCode.UNREACHABLE
-    assert "is the server running?" in away.err
+    assert "is spire-hw-server running?" in away.err
 
 
 def test_errors_are_json_when_json_was_asked_for(cli: Cli, tmp_path: Path) -> None:

@@ -8,7 +8,12 @@ import pytest
 from spire_hw.config.hcl import parse
 from spire_hw.errors import ConfigError
 from spire_hw.key import KeyType
-from spire_hw_agent.config import AgentSettings, build_settings, load_settings
+from spire_hw_agent.config import (
+    AgentSettings,
+    RebootstrapMode,
+    build_settings,
+    load_settings,
+)
 
 SAMPLE = Path(__file__).parents[3] / "agent" / "agent.conf"
 PLUGINS = 'plugins { KeyManager "disk" {} NodeAttestor "join_token" {} WorkloadAttestor "unix" {} }'
@@ -89,7 +94,6 @@ def test_the_workload_api_can_be_switched_off() -> None:
         'admin_socket_path = "/x/admin.sock"',
         'authorized_delegates = ["spiffe://example.org/x"]',
         'sds { default_svid_name = "x" }',
-        'rebootstrap_mode = "auto"',
         "profiling_enabled = true",
         "experimental { broker { x = 1 } }",
     ],
@@ -99,10 +103,27 @@ def test_keys_not_supported_yet_are_refused_by_name(keys: str) -> None:
     assert "is not supported by this release yet" in message
 
 
-def test_an_enabled_health_listener_is_refused_and_a_disabled_one_passes() -> None:
-    message = refused("insecure_bootstrap = true", "health_checks { listener_enabled = true }")
-    assert "not supported by this release yet" in message
-    settings(rest="health_checks { listener_enabled = false }")
+def test_health_listener() -> None:
+    on = settings(rest='health_checks { listener_enabled = true bind_port = "8088" }')
+    assert on.health is not None
+    assert (on.health.bind_port, on.health.live_path) == (8088, "/live")
+    assert settings(rest="health_checks { listener_enabled = false }").health is None
+
+
+def test_rebootstrap_needs_an_attestor_that_can_attest_again() -> None:
+    assert settings().rebootstrap_mode is RebootstrapMode.NEVER
+    assert "join_token attests only once" in refused(
+        'insecure_bootstrap = true\nrebootstrap_mode = "always"'
+    )
+    auto = settings('insecure_bootstrap = true\nrebootstrap_mode = "auto"')
+    assert auto.rebootstrap_mode is RebootstrapMode.NEVER
+    assert any("no effect" in notice for notice in auto.notices)
+    assert "must be one of" in refused('insecure_bootstrap = true\nrebootstrap_mode = "x"')
+    plugins = PLUGINS.replace("join_token", "tpm")
+    keys = 'insecure_bootstrap = true rebootstrap_mode = "always" rebootstrap_delay = "3m"'
+    made = build_settings(parse(f"agent {{ {BASE}\n{keys} }}\n{plugins}", "a.conf"))
+    assert made.rebootstrap_mode is RebootstrapMode.ALWAYS
+    assert made.rebootstrap_delay == timedelta(minutes=3)
 
 
 def test_all_faults_come_at_once() -> None:
