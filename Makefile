@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types rooms proto proto-check tests coverage bench clean
+.PHONY: help setup demo test lint types rooms proto proto-check tests test-lowest coverage bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,8 +34,12 @@ proto-check: setup ## fail when spire_hw/_pb is not what proto/ says
 tests: setup ## the tests alone (ARGS="-k name" narrows them)
 	@$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
-coverage: setup ## tests with line coverage of the security core
-	@$(PY) -m pytest -n 2 --dist loadgroup --cov --cov-report=term --cov-report=json:build/coverage.json $(ARGS)
+test-lowest: setup ## the tests with the lowest releases of libraries that pyproject.toml admits
+	@scripts/lowest.sh $(ARGS)
+
+coverage: setup ## tests with line coverage; fails when a room of the security core is below 90 %
+	@$(PY) -m pytest -n 2 --dist loadgroup --cov --cov-report= --cov-report=json:build/coverage.json $(ARGS)
+	@$(PY) scripts/coverage_floor.py build/coverage.json
 
 bench: setup ## speed, as ratios; writes build/bench.json
 	@$(PY) -m tests.bench
