@@ -1,0 +1,169 @@
+"""Sample configurations, and every configuration the documentation shows, are valid."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from spire_hw.clock import SystemClock
+from spire_hw.config import hcl
+from spire_hw.config.hcl import Block, Body
+from spire_hw.log import get_logger
+from spire_hw.plugin.info import HostInfo, PluginKind, Side
+from spire_hw.spiffeid import TrustDomain
+from spire_hw_agent import app as agent_app
+from spire_hw_agent import config as agent_config
+from spire_hw_plugins import builtin
+from spire_hw_plugins.keymanager import disk, pkcs11, tpm
+from spire_hw_plugins.nodeattestor.tpm import agent as tpm_agent
+from spire_hw_plugins.nodeattestor.tpm import config as tpm_server
+from spire_hw_plugins.workloadattestor import unix
+from spire_hw_server import app as server_app
+from spire_hw_server import config as server_config
+from spire_hw_server.datastore.config import RawDatastoreConfig, parse_datastore
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[2]
+SERVER_CONF, AGENT_CONF = ROOT / "server" / "server.conf", ROOT / "agent" / "agent.conf"
+KINDS = {kind.value: kind for kind in PluginKind}
+_FENCE = re.compile(r"^```hcl\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+class NoEks:
+    async def is_ek_allowed(self, ek_hash: str) -> bool:
+        return False
+
+
+def fences() -> Iterator[tuple[str, str]]:
+    for file in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md")]:
+        for n, text in enumerate(_FENCE.findall(file.read_text()), 1):
+            yield f"{file.relative_to(ROOT)}:{n}", text
+
+
+FENCES = list(fences())
+
+
+@pytest.mark.asyncio
+async def test_the_sample_of_the_server_is_valid_with_its_plugins() -> None:
+    settings = server_config.load_settings(SERVER_CONF)
+    assert await server_app.check_settings(settings) == []
+    assert settings.notices == ()
+
+
+@pytest.mark.asyncio
+async def test_the_sample_of_the_agent_is_valid_with_its_plugins() -> None:
+    settings = agent_config.load_settings(AGENT_CONF)
+    assert await agent_app.check(settings) == []
+    assert settings.notices == ()
+
+
+@pytest.mark.parametrize("text", [t for _, t in FENCES], ids=[name for name, _ in FENCES])
+def test_shown_configuration_is_valid(text: str) -> None:
+    body = hcl.parse(text)
+    assert body.items
+    for item in body.items:
+        assert isinstance(item, Block), "a fence holds whole blocks"
+        check_block(item)
+
+
+def check_block(block: Block) -> None:
+    key = block.keys[0]
+    if key == "plugins":
+        for inner in block.body.items:
+            assert isinstance(inner, Block)
+            check_block(inner)
+    elif key in {"server", "health_checks"}:
+        on_top_of(SERVER_CONF, block, server_config.build_settings)
+    elif key == "agent":
+        on_top_of(AGENT_CONF, block, agent_config.build_settings)
+    else:
+        check_plugin(block)
+
+
+def on_top_of(sample: Path, block: Block, build: object) -> None:
+    """Read a part of a file as if it stood in the sample, where its keys win."""
+    assert callable(build)
+    given = {item.key for item in block.body.items if not isinstance(item, Block)}
+    items: list[object] = []
+    for item in hcl.parse(sample.read_text()).items:
+        if isinstance(item, Block) and item.keys == block.keys:
+            kept = tuple(
+                i for i in item.body.items if isinstance(i, Block) or not excluded(i.key, given)
+            )
+            items.append(Block(item.keys, Body((*kept, *block.body.items))))
+        else:
+            items.append(item)
+    if not any(isinstance(i, Block) and i.keys == block.keys for i in items):
+        items.append(block)
+    build(Body(tuple(items)))  # type: ignore[arg-type]
+
+
+def excluded(key: str, given: set[str]) -> bool:
+    first_contact = {"trust_bundle_path", "trust_bundle_url", "insecure_bootstrap"}
+    return key in given or (key in first_contact and bool(given & first_contact))
+
+
+def check_plugin(block: Block) -> None:
+    kind, name = block.keys
+    (data,) = [b.body for b in block.body.blocks("plugin_data")] or [Body.empty()]
+    if kind == "DataStore":
+        parse_datastore(data)
+        return
+    found = []
+    for side in Side:
+        if (KINDS[kind], name, side) not in builtin.TABLE:
+            continue
+        host = HostInfo(
+            side=side,
+            trust_domain=TrustDomain.parse("example.org"),
+            data_dir=Path("/nonexistent"),
+            log=get_logger("test"),
+            clock=SystemClock(),
+            ek_list=NoEks() if side is Side.SERVER else None,
+        )
+        found.append(builtin.lookup(KINDS[kind], name, side)(host).validate(data))
+    assert [] in found or (kind, name) == ("NodeAttestor", "join_token"), found
+
+
+def keys_of(*models: type[object]) -> set[str]:
+    return {key for model in models for key in model.model_fields}  # type: ignore[attr-defined]
+
+
+def test_every_key_of_both_files_is_documented() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    server = keys_of(server_config.ServerKeys, server_config.ExperimentalKeys)
+    agent = keys_of(agent_config.AgentKeys, agent_config.ExperimentalKeys)
+    refused = {
+        key
+        for model in (
+            server_config.ServerKeys,
+            server_config.ExperimentalKeys,
+            server_config.ServerFile,
+            agent_config.AgentKeys,
+            agent_config.ExperimentalKeys,
+            agent_config.AgentFile,
+        )
+        for key in model.unsupported
+    }
+    missing = {key for key in server | agent | refused if f"`{key}`" not in text}
+    assert not missing
+
+
+def test_every_key_of_every_plugin_is_documented() -> None:
+    pages = {
+        "server_keymanager_pkcs11": (pkcs11.Config,),
+        "keymanager_disk": (disk.ServerConfig, disk.AgentConfig),
+        "agent_keymanager_tpm": (tpm.Config,),
+        "nodeattestor_tpm": (tpm_server.ServerConfig, tpm_agent.Config),
+        "workloadattestor_unix": (unix.Config,),
+        "datastore_sql": (RawDatastoreConfig,),
+    }
+    for page, models in pages.items():
+        text = (ROOT / "docs" / "plugins" / f"{page}.md").read_text()
+        missing = {key for key in keys_of(*models) if f"`{key}`" not in text}
+        assert not missing, page
