@@ -80,7 +80,7 @@ venv_works() {
 }
 
 make_venv() {
-  local python wanted
+  local python said wanted
   python=$(find_python)
   wanted=$(fingerprint "$python")
   if [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$wanted" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
@@ -88,9 +88,11 @@ make_venv() {
   fi
   say "installing Python packages into $VENV with $("$python" --version); this takes a minute or two"
   venv_works || "$python" -m venv --clear "$VENV"
-  "$VENV/bin/python" -m pip install -q --disable-pip-version-check -e '.[dev]' ||
+  if ! said=$("$VENV/bin/python" -m pip install -q --disable-pip-version-check --retries 2 -e '.[dev]' 2>&1); then
+    printf '%s\n' "$said" | { grep -iE 'error|no matching|failed' || true; } | sort -u | tail -n 8 >&2
     fail "Python packages could not be installed. Is the package index reachable?
   Behind a mirror, set PIP_INDEX_URL; what is wanted stands in pyproject.toml."
+  fi
   # The simulator is a development tool: it is not in the wheel, so it has no entry point there.
   cat > "$VENV/bin/spire-hw-sim" <<'LAUNCHER'
 #!/bin/sh
