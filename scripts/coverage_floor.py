@@ -48,7 +48,9 @@ def main(report: Path) -> int:
         mark = "" if share >= FLOOR else "  below the floor"
         sys.stdout.write(f"{room:<26} {share:6.1f} %  of {lines} lines{mark}\n")
         if mark:
-            worst = sorted(held.items(), key=lambda item: item[1]["covered_lines"] - item[1]["num_statements"])
+            worst = sorted(
+                held.items(), key=lambda item: item[1]["covered_lines"] - item[1]["num_statements"]
+            )
             names = ", ".join(f"{n} ({s['percent_covered']:.0f} %)" for n, s in worst[:3])
             low.append(f"{room}: {share:.1f} % is below {FLOOR:g} %; see {names}")
     for line in low:

@@ -88,8 +88,8 @@ make_venv() {
   fi
   say "installing Python packages into $VENV with $("$python" --version); this takes a minute or two"
   venv_works || "$python" -m venv --clear "$VENV"
-  if ! said=$("$VENV/bin/python" -m pip install -q --disable-pip-version-check --retries 2 -e '.[dev]' 2>&1); then
-    printf '%s\n' "$said" | { grep -iE 'error|no matching|failed' || true; } | sort -u | tail -n 8 >&2
+  if ! said=$(PIP_RETRIES=${PIP_RETRIES:-2} "$VENV/bin/python" -m pip install -q --disable-pip-version-check -e '.[dev]' 2>&1); then
+    printf '%s\n' "$said" | { grep -E 'ERROR|WARNING: Retrying|No matching' || true; } | tail -n 4 >&2
     fail "Python packages could not be installed. Is the package index reachable?
   Behind a mirror, set PIP_INDEX_URL; what is wanted stands in pyproject.toml."
   fi
