@@ -63,8 +63,13 @@ class RpcLimits:
     max_calls: int | None = None
 
 
+# Strangers may connect here: what one connection can hold is small.
 TCP_RPC_LIMITS: Final = RpcLimits(
-    max_connection_age_s=180.0, max_connection_idle_s=120.0, keepalive_s=60.0
+    max_streams=100,
+    max_header_bytes=8 * 1024,
+    max_connection_age_s=180.0,
+    max_connection_idle_s=120.0,
+    keepalive_s=60.0,
 )
 
 

@@ -25,6 +25,7 @@ from spire_hw.errors import (
     VerificationError,
 )
 from spire_hw.log import Logger, get_logger
+from spire_hw.transport.headers import HeaderWatch
 from spire_hw.transport.process import is_own_process
 from spire_hw.transport.relay import Half, PrivateDirectory
 from spire_hw.transport.tls import (
@@ -267,6 +268,8 @@ class Dialer:
         self, connection: socket.socket, context: TlsContext, bundle: Bundle | None
     ) -> TlsHalf:
         outbound = TlsHalf(context, server_side=False, pool=self._pool)
+        if self._alpn == "h2":
+            outbound.watch = HeaderWatch()
         try:
             loop = asyncio.get_running_loop()
             async with asyncio.timeout(self._handshake_s):

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Final, cast
 
 from typing_extensions import override
 
-from spire_hw.errors import InvalidInputError, SpireHwError, UnavailableError
+from spire_hw.errors import InvalidInputError, LimitError, SpireHwError, UnavailableError
+from spire_hw.transport.headers import HeaderWatch
 from spire_hw.transport.process import is_own_process
 
 if TYPE_CHECKING:
@@ -83,9 +84,12 @@ class Half(asyncio.BufferedProtocol):
 
     HTTP/2 never half-closes, so the end of one half is the end of both. Each half holds no more
     than its transport's write buffer; past its mark the other half stops reading.
+
+    Attributes:
+        watch: bounds the header blocks the peer sends; a connection that goes beyond is cut.
     """
 
-    __slots__ = ("_gate", "_linger", "_view", "on_end", "other", "transport")
+    __slots__ = ("_gate", "_linger", "_view", "on_end", "other", "transport", "watch")
 
     def __init__(
         self, on_end: Callable[[], None] | None = None, *, begins: bytes | None = None
@@ -101,6 +105,7 @@ class Half(asyncio.BufferedProtocol):
         self.other: Half | None = None
         self.on_end = on_end
         self._gate = None if begins is None else _Gate(begins)
+        self.watch = HeaderWatch(len(begins)) if begins else None
         self._linger: asyncio.TimerHandle | None = None
         self._view = _scratch.view
 
@@ -165,12 +170,18 @@ class Half(asyncio.BufferedProtocol):
 
     def _pass_on_early(self) -> None:
         gate, self._gate = self._gate, None
-        if gate is not None and gate.data and self.other is not None:
-            self.other.send(bytes(gate.data))
+        if gate is not None and gate.data:
+            self.received(bytes(gate.data))
 
     def received(self, data: bytes) -> None:
         """Take plain bytes from the peer."""
         if self.other is not None:
+            if self.watch is not None:
+                try:
+                    self.watch.check(data)
+                except (LimitError, InvalidInputError):
+                    self.abort()
+                    return
             self.other.send(data)
         elif self._gate is not None and self._gate.push(data):
             self.pause()
