@@ -156,7 +156,7 @@ def test_every_key_of_both_files_is_documented() -> None:
 
 def test_every_key_of_every_plugin_is_documented() -> None:
     pages = {
-        "server_keymanager_pkcs11": (pkcs11.Config,),
+        "keymanager_pkcs11": (pkcs11.Config,),
         "keymanager_disk": (disk.ServerConfig, disk.AgentConfig),
         "agent_keymanager_tpm": (tpm.Config,),
         "nodeattestor_tpm": (tpm_server.ServerConfig, tpm_agent.Config),
