@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
+from cryptography import x509
 from google.protobuf import empty_pb2
 
 from spire_hw._pb import server_agent_pb2 as pb
@@ -323,7 +324,9 @@ def _checked_params(
         raise InvalidInputError("malformed param: missing attestation data type")
     if not params.data.payload:
         raise InvalidInputError("malformed param: missing attestation data payload")
-    return params.data, _csr(params.params.csr)
+    csr = _csr(params.params.csr)
+    _check_bare(params.params.csr)
+    return params.data, csr
 
 
 def _csr(data: bytes) -> Csr:
@@ -333,6 +336,16 @@ def _csr(data: bytes) -> Csr:
         return parse_csr(data)
     except SpireHwError as e:
         raise InvalidInputError(f"malformed CSR: {e.message}") from e
+
+
+def _check_bare(csr: bytes) -> None:
+    """Refuse a request for anything but a certificate for its key: who it is for is proved."""
+    try:
+        asked_for = bool(x509.load_der_x509_csr(csr).extensions)
+    except (ValueError, TypeError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        asked_for = True
+    if asked_for:
+        raise InvalidInputError("csr: names and extensions are not accepted here")
 
 
 def _address(call: Call) -> str:

@@ -1,0 +1,430 @@
+"""AttestAgent abused over real sockets: what the host itself has to refuse.
+
+Rows of the list of hostile attestations that are not the attestor's: 7, 9, 22 and 23, 92 to 94,
+96, 136 to 139, 206; and streams that do not keep to their shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Self
+
+import pytest
+import pytest_asyncio
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.x509.oid import NameOID
+
+from spire_hw._pb import server_agent_pb2 as pb
+from spire_hw._pb import types_pb2
+from spire_hw.aio.tasks import Tasks
+from spire_hw.config import hcl
+from spire_hw.errors import ErrorKind, LimitError, SpireHwError
+from spire_hw_plugins.nodeattestor.tpm.wire import decode_challenge, encode_response
+from spire_hw_server.api import agent as agent_api
+from spire_hw_server.app import Server
+from spire_hw_server.config import build_settings
+from spire_hw_sim.servers import (
+    AGENT,
+    TIMEOUT_S,
+    Operator,
+    ScriptedAgent,
+    make_csr,
+    server_config,
+)
+from spire_hw_sim.softtpm import SoftTpm, make_ek
+from spire_hw_sim.tpmnode import TpmNode, Vendor
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from spire_hw_sim.clock import SimClock
+
+pytestmark = pytest.mark.asyncio
+
+NO_LIMITS = "ratelimit { attestation = false signing = false }"
+METHOD = AGENT + "AttestAgent"
+IA, RE = ErrorKind.INVALID_ARGUMENT, ErrorKind.RESOURCE_EXHAUSTED
+
+
+@dataclass
+class Site:
+    """A server that attests by TPM, and nodes of a manufacturer it trusts."""
+
+    server: Server
+    operator: Operator
+    vendor: Vendor
+
+    @classmethod
+    async def open(cls, directory: Path, clock: SimClock) -> Self:
+        vendor = Vendor.make()
+        (directory / "roots.der").write_bytes(vendor.root.certificate)
+        plugin = f"""
+          NodeAttestor "tpm" {{ plugin_data {{
+            endorsement_ca_path = "{directory}/roots.der" ek_policy = "ca"
+            pcrs = {{ sha256 = [0, 2, 4, 7] }}
+          }} }}
+          KeyManager "memory" """
+        text = server_config(directory, key_manager="memory", more=NO_LIMITS)
+        text = text.replace('KeyManager "memory"', plugin)
+        server = Server(build_settings(hcl.parse(text, "server.conf")), clock=clock)
+        await server.start()
+        return cls(server, Operator(server.settings.socket_path), vendor)
+
+    async def close(self) -> None:
+        await self.operator.close()
+        await self.server.close()
+
+    def node(self, number: int = 0) -> TpmNode:
+        return self.vendor.equip(TpmNode(SoftTpm(ek=make_ek("L-2", number))))
+
+    async def channel(self) -> Any:
+        stranger = ScriptedAgent(self.server.port, await self.operator.bundle(), self.server.clock)
+        return await stranger.channel()
+
+    async def agents(self) -> int:
+        answer = await self.operator.channel.unary(
+            AGENT + "CountAgents",
+            pb.CountAgentsRequest(),
+            pb.CountAgentsResponse,
+            timeout_s=TIMEOUT_S,
+        )
+        return int(answer.count)
+
+    async def attest(self, node: TpmNode) -> pb.AttestAgentResponse.Result:
+        """Attest honestly."""
+        async with await self.channel() as channel, stream_on(channel) as call:
+            await call.send(first(await params(node)))
+            challenge = await received(call)
+            await call.send(answer(node.answer(challenge.challenge)))
+            return (await received(call)).result
+
+    async def refusal(self, *messages: pb.AttestAgentRequest) -> SpireHwError:
+        """Send messages, and return what the exchange ends in; nothing is stored for it."""
+        before = await self.agents()
+        with pytest.raises(SpireHwError) as caught:  # noqa: PT012 - any step may be the one
+            async with await self.channel() as channel, stream_on(channel) as call:
+                for message in messages:
+                    await call.send(message)
+                await call.done_sending()
+                while await call.receive() is not None:
+                    pass
+        assert await self.agents() == before
+        return caught.value
+
+
+def stream_on(channel: Any) -> Any:
+    return channel.bidi(METHOD, pb.AttestAgentResponse, timeout_s=TIMEOUT_S)
+
+
+async def received(call: Any) -> pb.AttestAgentResponse:
+    message = await call.receive()
+    assert isinstance(message, pb.AttestAgentResponse)
+    return message
+
+
+async def params(node: TpmNode, **more: Any) -> pb.AttestAgentRequest.Params:
+    assert node.key is not None
+    csr = more.pop("csr", None) or await make_csr(node.key.private)
+    data = types_pb2.AttestationData(type="tpm", payload=node.payload())
+    for name, value in more.items():
+        setattr(data, name, value)
+    return pb.AttestAgentRequest.Params(data=data, params=pb.AgentX509SVIDParams(csr=csr))
+
+
+def first(message: pb.AttestAgentRequest.Params) -> pb.AttestAgentRequest:
+    return pb.AttestAgentRequest(params=message)
+
+
+def answer(data: bytes) -> pb.AttestAgentRequest:
+    return pb.AttestAgentRequest(challenge_response=data)
+
+
+@pytest_asyncio.fixture
+async def site(short_dir: Path, clock: SimClock) -> AsyncIterator[Site]:
+    site = await Site.open(short_dir, clock)
+    yield site
+    await site.close()
+
+
+# -- shape of the stream --------------------------------------------------------------
+
+
+async def test_messages_out_of_order_are_refused(site: Site) -> None:
+    node = site.node()
+    good = await params(node)
+    no_csr = pb.AttestAgentRequest.Params(data=good.data)
+    no_data = pb.AttestAgentRequest.Params(params=good.params)
+    for messages in (
+        (),
+        (answer(b"x"),),
+        (pb.AttestAgentRequest(),),
+        (first(no_csr),),
+        (first(no_data),),
+        (first(await params(node, payload=b"")),),
+        (first(await params(node, type="")),),
+        (first(good),),
+        (first(good), first(good)),
+        (first(good), pb.AttestAgentRequest()),
+        (first(good), answer(b"")),
+        (first(good), answer(b"x"), answer(b"x")),
+    ):
+        error = await site.refusal(*messages)
+        assert error.kind is IA, (messages, error)
+    await site.attest(node)
+    assert await site.agents() == 1
+
+
+async def test_a_right_answer_after_a_wrong_one_is_not_read(site: Site) -> None:
+    node = site.node()
+    with pytest.raises(SpireHwError) as caught:  # noqa: PT012 - any step may be the one
+        async with await site.channel() as channel, stream_on(channel) as call:
+            await call.send(first(await params(node)))
+            challenge = (await received(call)).challenge
+            response = node.respond(decode_challenge(challenge))
+            bad = replace(response, secret=bytes(32))
+            await call.send(answer(encode_response(bad)))
+            await call.send(answer(encode_response(response)))
+            await call.receive()
+    assert caught.value.kind is IA
+    assert caught.value.message.startswith("nodeattestor(tpm): challenge: secret does not match")
+    assert await site.agents() == 0
+    await site.attest(node)
+
+
+async def test_a_stream_that_says_nothing_is_ended(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_api, "_FIRST_MESSAGE_S", 0.05)
+    async with await site.channel() as channel:
+        with pytest.raises(SpireHwError) as caught:
+            async with stream_on(channel) as call:
+                await call.receive()
+        assert caught.value.kind is ErrorKind.DEADLINE_EXCEEDED
+    monkeypatch.setattr(agent_api, "_FIRST_MESSAGE_S", 10.0)
+    await site.attest(site.node())
+
+
+async def test_streams_dropped_at_any_point_leave_nothing(site: Site) -> None:
+    node = site.node()
+    message = first(await params(node))
+    for steps in range(3):
+        async with await site.channel() as channel, stream_on(channel) as call:
+            if steps > 0:
+                await call.send(message)
+            if steps > 1:
+                await received(call)
+        # A dropped stream gives its place back: the node is let in at once.
+    await _eventually_attests(site, node)
+    assert await site.agents() == 1
+
+
+async def _eventually_attests(site: Site, node: TpmNode) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while True:
+            try:
+                await site.attest(node)
+            except LimitError:
+                await asyncio.sleep(0.02)
+            else:
+                return
+
+
+# -- rows the host answers for -----------------------------------------------------------
+
+
+async def test_row_7_and_8_messages_beyond_the_limits(site: Site) -> None:
+    node = site.node()
+    for size in ((64 << 10) + 1, (1 << 20) + 1, 5 << 20):
+        error = await site.refusal(first(await params(node, payload=b"x" * size)))
+        assert error.kind is RE, size
+    error = await site.refusal(first(await params(node)), answer(b"x" * ((1 << 20) + 1)))
+    assert error.kind is RE
+    await site.attest(node)
+
+
+@pytest.mark.parametrize("name", ["tpm_devid", "x\0y", "../tpm", "TPM", "tpm\n", "t" * 10_000])
+async def test_row_9_types_nobody_configured(site: Site, name: str) -> None:
+    error = await site.refusal(first(await params(site.node(), type=name)))
+    assert error.kind is ErrorKind.FAILED_PRECONDITION
+    assert len(error.message) < 200
+    assert error.message.isprintable()
+
+
+async def test_row_23_no_way_back_to_evidence_without_a_quote(site: Site) -> None:
+    node = site.node()
+    await site.attest(node)
+    plain = node.payload().replace(b'"spire_hw"', b'"other"')
+    error = await site.refusal(first(await params(node, payload=plain)))
+    assert error.kind in {IA, ErrorKind.PERMISSION_DENIED}
+    await site.attest(node)
+
+
+async def test_row_92_and_93_an_answer_is_worth_nothing_on_another_stream(site: Site) -> None:
+    node = site.node()
+    async with await site.channel() as channel, stream_on(channel) as call:
+        await call.send(first(await params(node)))
+        old = answer(node.answer((await received(call)).challenge))
+        await call.send(old)
+        await received(call)
+    message = first(await params(node))
+    error = await site.refusal(message, old)
+    assert "secret does not match" in error.message
+    assert (await site.refusal(old)).kind is IA
+
+
+async def test_row_94_a_restart_makes_open_challenges_worthless(
+    site: Site, short_dir: Path, clock: SimClock
+) -> None:
+    node = site.node()
+    async with await site.channel() as channel, stream_on(channel) as call:
+        await call.send(first(await params(node)))
+        challenge = (await received(call)).challenge
+        old = answer(node.answer(challenge))
+        await site.close()
+        with pytest.raises(SpireHwError) as caught:  # noqa: PT012 - either may notice
+            await call.send(old)
+            await call.receive()
+    assert caught.value.kind is ErrorKind.UNAVAILABLE
+    again = await Site.open(short_dir, clock)
+    site.server, site.operator = again.server, again.operator
+    (short_dir / "roots.der").write_bytes(site.vendor.root.certificate)
+    error = await site.refusal(first(await params(node)), old)
+    assert error.kind in {IA, ErrorKind.PERMISSION_DENIED}
+
+
+async def test_row_96_guessing_is_limited_to_a_trickle(short_dir: Path, clock: SimClock) -> None:
+    del clock
+    text = server_config(short_dir, key_manager="memory")
+    server = Server(build_settings(hcl.parse(text, "server.conf")))
+    await server.start()
+    operator = Operator(server.settings.socket_path)
+    stranger = ScriptedAgent(server.port, await operator.bundle())
+    tasks = Tasks(on_failure=lambda name, error: None)
+    kinds = []
+    try:
+        guesses = [tasks.spawn("guess", stranger.attest(f"guess-{n}")) for n in range(160)]
+        done, waiting = await asyncio.wait(guesses, timeout=4)
+        for guess in done:
+            error = guess.exception()
+            assert isinstance(error, SpireHwError)
+            kinds.append(error.kind)
+        assert len(waiting) + kinds.count(IA) < len(guesses)
+        assert kinds.count(IA) < 10
+        assert RE in kinds
+    finally:
+        await tasks.close()
+        await operator.close()
+        await server.close()
+
+
+def csr_of(key: Any, *extensions: x509.ExtensionType, algorithm: Any = None) -> bytes:
+    builder = x509.CertificateSigningRequestBuilder().subject_name(
+        x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "x")])
+    )
+    for extension in extensions:
+        builder = builder.add_extension(extension, critical=False)
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        algorithm = algorithm or hashes.SHA256()
+    return builder.sign(key, algorithm).public_bytes(serialization.Encoding.DER)
+
+
+KEY = ec.generate_private_key(ec.SECP256R1())
+
+
+def uri(text: str) -> x509.ExtensionType:
+    return x509.SubjectAlternativeName([x509.UniformResourceIdentifier(text)])
+
+
+def broken_signature() -> bytes:
+    sound = bytearray(csr_of(KEY))
+    sound[-1] ^= 1
+    return bytes(sound)
+
+
+SOUND = csr_of(KEY)
+REQUESTS = {
+    "136 broken signature": broken_signature(),
+    "137 PEM": b"-----BEGIN CERTIFICATE REQUEST-----\n",
+    "137 cut": SOUND[:-3],
+    "137 trailing": SOUND + b"\0",
+    "137 64 KiB of attributes": csr_of(
+        KEY, x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3.4"), b"x" * 65_536)
+    ),
+    "138 another agent": csr_of(KEY, uri("spiffe://example.org/spire/agent/tpm/other")),
+    "138 the server": csr_of(KEY, uri("spiffe://example.org/spire/server")),
+    "138 DNS name": csr_of(KEY, x509.SubjectAlternativeName([x509.DNSName("example.org")])),
+    "138 CA true": csr_of(KEY, x509.BasicConstraints(ca=True, path_length=None)),
+    "139 RSA-1024": csr_of(rsa.generate_private_key(65_537, 1024)),  # noqa: S505 - it is to be refused
+    "139 RSA exponent 3": csr_of(rsa.generate_private_key(3, 2048)),
+    "139 P-224": csr_of(ec.generate_private_key(ec.SECP224R1())),
+    "139 secp256k1": csr_of(ec.generate_private_key(ec.SECP256K1())),
+    "139 Ed25519": csr_of(ed25519.Ed25519PrivateKey.generate()),
+    "SHA-1": SOUND.replace(bytes.fromhex("06082a8648ce3d040302"), bytes.fromhex("06082a8648ce3d040301")),
+    "empty sequence": b"\x30\x00",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", REQUESTS)
+async def test_rows_136_to_139_requests_that_are_refused(site: Site, row: str) -> None:
+    node = site.node()
+    error = await site.refusal(first(await params(node, csr=REQUESTS[row])))
+    assert error.kind is IA
+    token = await site.operator.token()
+    stranger = ScriptedAgent(site.server.port, await site.operator.bundle(), site.server.clock)
+    spent = pb.AttestAgentRequest.Params(
+        data=types_pb2.AttestationData(type="join_token", payload=token.encode()),
+        params=pb.AgentX509SVIDParams(csr=REQUESTS[row]),
+    )
+    assert (await site.refusal(first(spent))).kind is IA
+    await stranger.attest(token)  # a bad request did not spend it
+
+
+# -- several at once ---------------------------------------------------------------------
+
+
+async def test_two_good_exchanges_of_one_node_have_one_winner(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = site.node()
+    issuing, go_on = asyncio.Event(), asyncio.Event()
+    issuer = site.server.manager._issuer
+    plain = issuer.agent_svid
+
+    async def slow(*arguments: Any) -> Any:
+        issuing.set()
+        await go_on.wait()
+        return await plain(*arguments)
+
+    monkeypatch.setattr(issuer, "agent_svid", slow)
+    tasks = Tasks(on_failure=lambda name, error: None)
+    winner = tasks.spawn("winner", site.attest(node))
+    await asyncio.wait_for(issuing.wait(), TIMEOUT_S)
+    with pytest.raises(LimitError, match="attesting already"):
+        await site.attest(node)
+    go_on.set()
+    assert (await winner).reattestable
+    assert await site.agents() == 1
+    await tasks.close()
+
+
+async def test_a_thief_of_the_certificate_next_door_holds_the_node_off_for_seconds_only(
+    site: Site, clock: SimClock
+) -> None:
+    node, thief = site.node(), site.node()
+    thief.tpm, thief.certificate = SoftTpm(ek=node.tpm.ek), node.certificate
+    thief.chain = node.chain
+    async with await site.channel() as channel, stream_on(channel) as call:
+        await call.send(first(await params(thief)))
+        await received(call)
+        with pytest.raises(LimitError):
+            await site.attest(node)
+        await clock.advance(timedelta(seconds=10))
+        await site.attest(node)
+        with pytest.raises(LimitError):
+            await call.receive()
+    assert await site.agents() == 1
