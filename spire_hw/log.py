@@ -22,14 +22,25 @@ import threading
 import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
-import structlog
-from structlog.typing import FilteringBoundLogger
 from typing_extensions import override
 
 from spire_hw.clock import Clock, SystemClock
 from spire_hw.errors import InvalidInputError, UnavailableError
+
+_RICH: Final = "rich"
+if _RICH not in sys.modules:
+    # structlog takes rich along wherever it is installed: 5 MiB for tracebacks we do not draw.
+    sys.modules[_RICH] = None  # type: ignore[assignment]
+    import structlog
+    from structlog.typing import FilteringBoundLogger
+
+    del sys.modules[_RICH]
+else:
+    import structlog
+    from structlog.typing import FilteringBoundLogger
 
 if TYPE_CHECKING:
     import asyncio
@@ -325,6 +336,8 @@ def _unclashed(key: str) -> str:
 def _quoted(text: str) -> str:
     if _BARE.fullmatch(text):
         return text
+    if text.isprintable() and '"' not in text and "\\" not in text:
+        return f'"{text}"'
     return '"' + "".join(map(_go_char, text)) + '"'
 
 
@@ -389,8 +402,11 @@ _HIDDEN: Final = re.compile(
     r"|(?<=pin-value=)[^&\s;]+",
     re.DOTALL,
 )
+# What every match of the pattern holds; most texts hold none of it.
+_HIDDEN_SIGNS: Final = ("eyJ", "-----BEGIN ", "pin-value=")
 
 
+@lru_cache(maxsize=1024)
 def is_secret_key(key: str) -> bool:
     """Tell whether values under this key are withheld: its last word or two name a secret.
 
@@ -400,6 +416,7 @@ def is_secret_key(key: str) -> bool:
     return bool(words) and (words[-1] in _SECRET_WORDS or " ".join(words[-2:]) in _SECRET_PAIRS)
 
 
+@lru_cache(maxsize=1024)
 def _clean_key(key: str) -> str:
     return _KEY.sub("_", key)[:128] or "_"
 
@@ -433,11 +450,13 @@ def _text(value: Any) -> str:
         text = f"<{type(value).__name__} that cannot be shown: {type(e).__name__}>"
     if len(text) > _MAX_CHARS:
         text = text[:_MAX_CHARS] + "..."
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def _hide(text: str) -> str:
-    return _HIDDEN.sub(REDACTED, text)
+    if any(sign in text for sign in _HIDDEN_SIGNS):
+        return _HIDDEN.sub(REDACTED, text)
+    return text
 
 
 # --- the process's output ---------------------------------------------------------------------
