@@ -8,7 +8,7 @@ import signal
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Self
 
-from spire_hw import __version__
+from spire_hw import __version__, memory
 from spire_hw.aio.tasks import Tasks
 from spire_hw.bundle.bundle import Bundle
 from spire_hw.catalog import AGENT_RULES, Catalog, check_plugins
@@ -333,6 +333,7 @@ async def run(settings: AgentSettings, *, on_ready: Callable[[], None] | None = 
     Raises:
         SpireHwError: it could not start, or cannot go on.
     """
+    memory.limit_arenas()
     agent = Agent(settings)
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
@@ -340,6 +341,7 @@ async def run(settings: AgentSettings, *, on_ready: Callable[[], None] | None = 
         loop.add_signal_handler(number, _interrupt, agent, task)
     try:
         await agent.start()
+        memory.settle()
         if on_ready is not None:
             on_ready()
         await agent.wait()

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Final
 
 from spire_hw import log as logs
+from spire_hw import memory
 from spire_hw.aio.tasks import Tasks
 from spire_hw.catalog import SERVER_RULES, Catalog, PluginConfig, Table, check_plugins
 from spire_hw.clock import Clock, SystemClock
@@ -76,6 +77,7 @@ async def run(
     """
     _tighten_umask()
     harden()
+    memory.limit_arenas()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -89,6 +91,7 @@ async def run(
         if not starting.done():
             return
         await starting
+        memory.settle()
         if on_ready is not None:
             on_ready()
         failing = tasks.spawn("failure", server.failed())
