@@ -68,8 +68,22 @@ def to_dict(message: Message) -> dict[str, Any]:
 
 
 def dump(value: object) -> str:
-    """Return one line of JSON with sorted keys."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    """Return one line of JSON with sorted keys; what could steer a terminal is escaped."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else _json_escape(c) for c in text)
+
+
+def shown(text: str) -> str:
+    """Return text from elsewhere as it may be written to a terminal: one line, nothing hidden."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _json_escape(char: str) -> str:
+    return json.dumps(char)[1:-1]
 
 
 def pick(value: Any, path: str) -> Any:
@@ -94,8 +108,8 @@ def pick(value: Any, path: str) -> Any:
 
 
 def table(rows: list[tuple[str, str]], width: int) -> str:
-    """Return `label : value` lines, labels padded to width."""
-    return "".join(f"{label:<{width}}: {value}\n" for label, value in rows)
+    """Return `label : value` lines, labels padded to width; see `shown`."""
+    return "".join(f"{label:<{width}}: {shown(value)}\n" for label, value in rows)
 
 
 def count_of(number: int, one: str, many: str) -> str:
