@@ -279,7 +279,9 @@ class TlsHalf(Half):
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._step()
+        # Not now: in Python 3.11.2 a transport starts reading after this even when it was paused in
+        # here, and a handshake in a thread must have the buffers to itself.
+        asyncio.get_running_loop().call_soon(self._step)
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
