@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 _SERVICE = workload_pb2.DESCRIPTOR.services_by_name["SpiffeWorkloadAPI"]
 _SOCKET_MODE = 0o777
 _DIRECTORY_MODE = 0o755
-_MAX_REQUEST_BYTES = 64 << 10
+# Any local user may connect: what one connection can hold is small.
+_LIMITS = RpcLimits(max_request_bytes=64 << 10, max_streams=64, max_header_bytes=8 << 10)
 
 
 def workload_server(
@@ -39,7 +40,7 @@ def workload_server(
         [*bind(_SERVICE, api), *health_methods(is_healthy)],
         [RequestId(), RequiredHeader("workload.spiffe.io", "true", f"/{_SERVICE.full_name}/")],
         log,
-        limits=RpcLimits(max_request_bytes=_MAX_REQUEST_BYTES),
+        limits=_LIMITS,
     )
     server.add_front(UnixFront(path, _SOCKET_MODE, directory_mode=_DIRECTORY_MODE, log=log))
     return server
