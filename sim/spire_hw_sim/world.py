@@ -131,6 +131,15 @@ class World:
         await self._server_stack.aclose()
         return port
 
+    def forget_server(self) -> None:
+        """Lose all of a stopped server's state: the next one has other keys."""
+        shutil.rmtree(self.directory / "server")
+        (self.directory / "keys.json").unlink(missing_ok=True)
+
+    async def bundle_pem(self) -> bytes:
+        """Return the trust bundle as a file that agents can be given."""
+        return encode_pem(await self.bundle())
+
     async def call(self, path: str, request: Message, response_type: type[M]) -> M:
         """Call the admin socket."""
         return await self.admin.unary(path, request, response_type, timeout_s=30)
@@ -209,6 +218,7 @@ class World:
         join_token: str | None = None,
         plugins: str = _PLUGINS,
         keys: str = "",
+        rest: str = "",
     ) -> Agent:
         """Build an agent; start it with `async with` or `start`.
 
@@ -217,13 +227,13 @@ class World:
             join_token: a fresh one is generated when None and the agent has no SVID yet.
             plugins: KeyManager and NodeAttestor blocks.
             keys: more keys of `agent { }`.
+            rest: more sections of the file.
         """
         home = self.directory / name
         home.mkdir(exist_ok=True)
         bootstrap = home / "bootstrap.pem"
         if not bootstrap.exists():
-            bundle = await self.bundle()
-            bootstrap.write_bytes(encode_pem(bundle))
+            bootstrap.write_bytes(await self.bundle_pem())
         if join_token is None and "join_token" in plugins and not (home / "data").exists():
             join_token = await self.join_token()
         token = f'join_token = "{join_token}"' if join_token else ""
@@ -243,6 +253,7 @@ class World:
           {plugins.replace("HOME", str(home))}
           WorkloadAttestor "unix" {{ plugin_data {{}} }}
         }}
+        {rest}
         """
         return Agent(agent_settings(parse(text)), clock=self.clock)
 
