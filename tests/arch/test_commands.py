@@ -96,7 +96,8 @@ def shown_lines() -> Iterator[tuple[str, str]]:
                     yield str(file.relative_to(ROOT)), call.strip()
     for file in [*ROOT.glob("scripts/vagrant-*.sh"), *ROOT.glob("contrib/**/*.service")]:
         for call in _CALL.findall(file.read_text().replace("\\\n", " ")):
-            yield str(file.relative_to(ROOT)), call.strip()
+            unquoted = re.split("[\"']", call.replace('"$SOCKET"', "SOCKET"))[0]
+            yield str(file.relative_to(ROOT)), unquoted.strip()
 
 
 SHOWN = sorted(set(shown_lines()))
