@@ -26,6 +26,9 @@ _PADDED: Final = 0x8
 _PRIORITY: Final = 0x20
 _PRIORITY_BYTES: Final = 5
 _MAX_INTEGER_BYTES: Final = 5
+_REFERENCE: Final = 0x80
+_LONG_REFERENCE: Final = 0xFF
+_LENGTH: Final = 0x7F
 _NOT_YET: Final = -1
 
 
@@ -97,38 +100,50 @@ class HeaderWatch:
         if self._tail:
             self._tail += piece
             piece = bytes(self._tail)
-        at, size = 0, len(piece)
+        at, size, fields = 0, len(piece), self._fields
         while at < size:
-            end = _field_end(piece, at)
-            if end == _NOT_YET or end > size:
-                break
+            first = piece[at]
+            if _REFERENCE <= first < _LONG_REFERENCE:  # a reference, by far the most frequent
+                end = at + 1
+            else:
+                end = _field_end(piece, at)
+                if end == _NOT_YET or end > size:
+                    break
             at = end
-            self._fields += 1
-            if self._fields > MAX_FIELDS:
+            fields += 1
+            if fields > MAX_FIELDS:
                 raise LimitError(f"a header block has more than {MAX_FIELDS} fields")
+        self._fields = fields
         self._tail[:] = piece[at:]
 
 
 def _field_end(data: bytes, at: int) -> int:
     """Return where a field ends, which may be past the data, or `_NOT_YET`."""
     first = data[at]
-    if first & 0x80:
-        return _integer(data, at, 0x7F)[1]
-    if first & 0x40:
-        index, at = _integer(data, at, 0x3F)
-    elif first & 0x20:
-        return _integer(data, at, 0x1F)[1]
+    mask = 0x7F if first & 0x80 else 0x3F if first & 0x40 else 0x1F if first & 0x20 else 0x0F
+    index = first & mask
+    if index == mask:
+        index, at = _integer(data, at, mask)
+        if at == _NOT_YET:
+            return at
     else:
-        index, at = _integer(data, at, 0x0F)
-    if index == 0 and at != _NOT_YET:
+        at += 1
+    if mask in {0x7F, 0x1F}:
+        return at
+    if index == 0:
         at = _string_end(data, at)
-    return at if at == _NOT_YET else _string_end(data, at)
+        if at == _NOT_YET:
+            return at
+    return _string_end(data, at)
 
 
 def _string_end(data: bytes, at: int) -> int:
     if at >= len(data):
         return _NOT_YET
-    length, at = _integer(data, at, 0x7F)
+    length = data[at] & _LENGTH
+    if length != _LENGTH:
+        return at + 1 + length
+    length, at = _integer(data, at, _LENGTH)
     return at if at == _NOT_YET else at + length
 
 
