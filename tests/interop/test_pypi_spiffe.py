@@ -1,0 +1,75 @@
+"""PyPI's `spiffe` client, which is not ours, against our agent."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from spire_hw_sim.workload import Workload, eventually
+from spire_hw_sim.world import World
+
+if TYPE_CHECKING:
+    from asyncio.subprocess import Process
+
+CLIENT = Path(__file__).parent / "spiffe_client.py"
+ID = "spiffe://sim.example/web"
+# A life short enough that half of it is over within the test.
+TTL_S = 8
+
+pytestmark = [
+    pytest.mark.asyncio,
+    pytest.mark.interop,
+    pytest.mark.skipif(
+        importlib.util.find_spec("spiffe") is None, reason="PyPI's spiffe is not installed"
+    ),
+]
+
+
+async def told(client: Process) -> dict[str, Any]:
+    assert client.stdout is not None
+    line = await client.stdout.readline()
+    if not line:
+        assert client.stderr is not None
+        raise AssertionError((await client.stderr.read()).decode())
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
+async def test_svids_bundles_tokens_and_rotation() -> None:
+    pipe = asyncio.subprocess.PIPE
+    async with asyncio.timeout(60), World() as world, await world.agent() as agent:
+        assert agent.identity.current is not None
+        await world.create_entry(
+            "/web", parent=agent.identity.current.spiffe_id, x509_svid_ttl=TTL_S
+        )
+        async with Workload(world.socket()) as workload:
+            await eventually(workload.x509_svid)
+        client = await asyncio.create_subprocess_exec(
+            *(sys.executable, CLIENT, f"unix://{world.socket()}"),
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+        )
+        first = await told(client)
+        assert first.pop("serial")
+        assert first == {
+            "x509": ID,
+            "chain": 1,
+            "authorities": 1,
+            "jwt": ID,
+            "audience": ["db"],
+            "validated": ID,
+            "jwt_authorities": 1,
+        }
+        seen = [(await told(client))["source"]]
+        while len(set(seen)) < 3:  # the one at the start and two rotations, on one stream
+            seen.append((await told(client))["rotated"])
+        assert client.stdin is not None
+        client.stdin.close()
+        assert await client.wait() == 0
