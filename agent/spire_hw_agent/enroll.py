@@ -104,6 +104,18 @@ class Enroller:
         self._log.warning("The key of the stored agent SVID is gone, the agent attests again")
         return None
 
+    async def holds_key(self, svid: AgentSvid) -> bool:
+        """Tell whether the key of an SVID is still there; a TPM that was cleared has lost it.
+
+        A key manager that cannot answer has lost nothing.
+        """
+        try:
+            listed = await self._keys.list()
+        except SpireHwError:
+            return True
+        wanted = spki_der(svid.signer.public_key)
+        return any(spki_der(signer.public_key) == wanted for signer in listed)
+
     async def attest(self, current: AgentSvid | None) -> AgentSvid:
         """Attest this node and return its SVID, stored.
 

@@ -158,13 +158,20 @@ class AgentIdentity:
             svid = self._current
             if svid is None or self._trust.is_rebootstrap_due():
                 await self._attest_again()
-            elif not self._is_due(svid):
+            elif not self._is_due(svid) and not await self._lost_key(svid):
                 return
             elif svid.reattestable:
                 await self._attest_again()
             else:
                 await self._use(await self._enroller.renew(svid))
             self._note_taint()
+
+    async def _lost_key(self, svid: AgentSvid) -> bool:
+        """Tell whether to attest again because the key is gone."""
+        if not svid.reattestable or await self._enroller.holds_key(svid):
+            return False
+        self._log.warning("The key of the agent SVID is gone, the agent attests again")
+        return True
 
     def _is_due(self, svid: AgentSvid) -> bool:
         is_tainted = (
