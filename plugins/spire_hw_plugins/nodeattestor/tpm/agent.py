@@ -140,7 +140,7 @@ class TpmAgentAttestor:
         key = self._bind(svid_key)
         node = await device.run("identify the TPM", self._identify, timeout_s=_IDENTIFY_TIMEOUT_S)
         boot_id = await asyncio.to_thread(_read_boot_id)
-        self._host.log.debug("attesting", ek_hash=node.ek.hash, ek_template=node.ek.label)
+        self._host.log.info("attesting", ek_hash=node.ek.hash, ek_template=node.ek.label)
         await exchange.send(wire.encode_attestation_data(_payload(node, key, boot_id)))
         challenge = wire.decode_challenge(await exchange.receive())
         check_banks(challenge)

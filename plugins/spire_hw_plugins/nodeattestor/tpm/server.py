@@ -164,6 +164,8 @@ class TpmServer:
         except AttestationError as e:
             codes = [finding.code for finding in e.findings]
             findings = [finding.message for finding in e.findings]
+            if "ek_unlisted" in codes:
+                claimed["remedy"] = f"spire-hw-server tpm allow {claimed['ek_hash']}"
             self._log.warning("TPM attestation refused", codes=codes, findings=findings, **claimed)
             raise
 
