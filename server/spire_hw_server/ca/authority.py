@@ -7,9 +7,15 @@ verified before it leaves (`spire_hw.x509.scheme.seal` and `spire_hw.jose.jws` d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from spire_hw.errors import ErrorKind, InvalidInputError, NotReadyError, SpireHwError
+from spire_hw.errors import (
+    ErrorKind,
+    InvalidInputError,
+    NotReadyError,
+    PluginError,
+    SpireHwError,
+)
 from spire_hw.spiffeid import SpiffeId, server_id
 from spire_hw.svid.jwtsvid import issue_jwt_svid
 from spire_hw.x509.authority import X509Authority
@@ -22,6 +28,15 @@ if TYPE_CHECKING:
 
     from spire_hw.clock import Clock
     from spire_hw.key import Signer
+
+_DEVICE_KINDS: Final = frozenset(
+    {
+        ErrorKind.UNAVAILABLE,
+        ErrorKind.DEADLINE_EXCEEDED,
+        ErrorKind.RESOURCE_EXHAUSTED,
+        ErrorKind.FAILED_PRECONDITION,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +163,7 @@ class Issuer:
 
         Raises:
             InvalidInputError: a name that may not be in a certificate.
-            SpireHwError: INTERNAL; no authority, or it could not sign.
+            SpireHwError: no authority, or it could not sign.
         """
         serial = random_serial()
         try:
@@ -189,7 +204,7 @@ class Issuer:
 
         Raises:
             InvalidInputError: the key is too weak.
-            SpireHwError: INTERNAL; no authority, or it could not sign.
+            SpireHwError: no authority, or it could not sign.
         """
         serial = random_serial()
         try:
@@ -223,7 +238,7 @@ class Issuer:
 
         Raises:
             InvalidInputError: no audience, or an ID that may not be in a token.
-            SpireHwError: INTERNAL; no authority, or it could not sign.
+            SpireHwError: no authority, or it could not sign.
         """
         try:
             key = self.jwt
@@ -251,4 +266,7 @@ def _floor(now: datetime) -> datetime:
 
 
 def _internal(what: str, cause: SpireHwError) -> SpireHwError:
-    return SpireHwError(f"{what}: {cause.message}", kind=ErrorKind.INTERNAL)
+    """Tell what failed; a device that is away stays the caller's reason to try again."""
+    passed_on = isinstance(cause, PluginError) and cause.kind in _DEVICE_KINDS
+    kind = cause.kind if passed_on else ErrorKind.INTERNAL
+    return SpireHwError(f"{what}: {cause.message}", kind=kind)

@@ -17,6 +17,7 @@ from spire_hw.cli.program import (
     settings_flags,
     validate_command,
 )
+from spire_hw.errors import SpireHwError
 from spire_hw_server.config import DEFAULT_CONFIG, load_settings
 
 if TYPE_CHECKING:
@@ -54,7 +55,11 @@ def run(config: str, *, expand_env: bool, **given: Any) -> None:
         await app.run(settings)
 
     log.configure(settings.log)
-    asyncio.run(serve())
+    try:
+        asyncio.run(serve())
+    except SpireHwError as e:
+        log.get_logger("server").error("Server crashed", error=e.message)
+        raise
 
 
 def _check(
