@@ -19,6 +19,7 @@ from spire_hw.aio.watch import Watch
 from spire_hw.errors import (
     AlreadyExistsError,
     InvalidInputError,
+    NotReadyError,
     SpireHwError,
     UnavailableError,
 )
@@ -40,6 +41,7 @@ T = TypeVar("T")
 
 _TRIES: Final = 6
 # SQLSTATE classes and MySQL numbers of a transaction that lost against another one.
+_DAMAGED: Final = ("file is not a database", "database disk image is malformed")
 _CONFLICT_STATES: Final = frozenset({"40001", "40P01", "55P03"})
 _CONFLICT_NUMBERS: Final = frozenset({1205, 1213, 1020})
 
@@ -185,7 +187,11 @@ async def open_database(config: DatastoreConfig, *, clock: Clock, log: Logger) -
         try:
             return migrate(opened.engine, allowed=not config.disable_migration)
         except exc.DBAPIError as e:
-            raise _translated(e) from e
+            error = _translated(e)
+            file = opened.engine.url.database
+            if isinstance(error, NotReadyError) and file is not None:
+                raise NotReadyError(f"{file}: {error.message}") from e
+            raise error from e
 
     try:
         before, now = await asyncio.to_thread(prepare)
@@ -221,4 +227,9 @@ def _translated(error: exc.DBAPIError) -> SpireHwError:
     ):
         lines = str(error.orig).strip().splitlines()
         return UnavailableError(f"the database is not usable: {lines[0] if lines else 'no reason'}")
+    if str(error.orig).startswith(_DAMAGED):
+        return NotReadyError(
+            f"the database is damaged ({error.orig}); restore it from a backup, or correct "
+            "connection_string"
+        )
     return SpireHwError(f"the database refused a statement ({type(error.orig).__name__})")
