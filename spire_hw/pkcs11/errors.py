@@ -121,6 +121,17 @@ _BY_VALUE: Final[dict[int, Ckr]] = {
     0x190: Ckr("CRYPTOKI_NOT_INITIALIZED", 0x190, *_AWAY),
     0x191: Ckr("CRYPTOKI_ALREADY_INITIALIZED", 0x191, *_STATE),
 } | {row.value: row for row in _BY_CLASS.values()}
+_LOOK: Final = "; look at the device: it may be away, full or not writable"
+_REMEDIES: Final = {
+    "DEVICE_ERROR": _LOOK,
+    "DEVICE_MEMORY": "; the token is full: make room on it",
+    "DEVICE_REMOVED": "; bring the token back",
+    "FUNCTION_FAILED": _LOOK,
+    "GENERAL_ERROR": _LOOK,
+    "SESSION_READ_ONLY": "; the token is write-protected",
+    "TOKEN_NOT_PRESENT": "; bring the token back",
+    "TOKEN_WRITE_PROTECTED": "; the token is write-protected",
+}
 _UNMAPPED = re.compile(r"0x([0-9a-fA-F]{1,16})")
 _VENDOR_DEFINED: Final = 0x80000000
 
@@ -186,7 +197,7 @@ class TokenError(DeviceError):
         row = ckr_of(error)
         prefix = "CKR_" if row.value else ""
         return cls(
-            f"{operation} failed: {prefix}{row.name}",
+            f"{operation} failed: {prefix}{row.name}{_REMEDIES.get(row.name, '')}",
             reason=f"hsm.{row.name.lower()}",
             operation=operation,
             device=device,

@@ -27,7 +27,7 @@ def check_module_path(path: str) -> str:
         status = resolved.stat()
     except OSError as e:
         raise TokenError(
-            f"pkcs11 module not found: {path} ({e.strerror})",
+            f"pkcs11 module not found: {path} ({e.strerror}); install it or correct module_path",
             reason="hsm.module",
             operation="find module",
             cure=Cure.OPERATOR,

@@ -46,7 +46,10 @@ class FilePin:
             # Non-blocking, so that a FIFO in this place cannot hold the server up.
             handle = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as e:
-            raise self._unusable(e.strerror or "cannot be opened") from e
+            why = e.strerror or "cannot be opened"
+            raise self._unusable(
+                f"{why}; put the PIN there, mode 0600, or name another file"
+            ) from e
         try:
             self._check(os.fstat(handle))
             content = os.read(handle, _MAX_BYTES + 2)
@@ -128,7 +131,7 @@ class PinGuard:
 
 def _checked(content: bytes, unusable: Callable[[str], TokenError]) -> str:
     if not content:
-        raise unusable("is empty")
+        raise unusable("is empty; the token's user PIN belongs there")
     if len(content) > _MAX_BYTES:
         raise unusable(f"is longer than {_MAX_BYTES} bytes")
     try:

@@ -150,7 +150,7 @@ class Pool:
         if self._closed:
             raise UnavailableError("pkcs11 key manager is closed")
         if self._broken is not None:
-            raise self._broken
+            raise self._broken.with_traceback(None)
         if self._queued >= self._limits.queue:
             raise LimitError(f"signing queue full ({self._limits.queue})")
         loop = asyncio.get_running_loop()

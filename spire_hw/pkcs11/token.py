@@ -82,8 +82,8 @@ class TokenSession:
             row = ckr_of(e)
             if row.cure is Cure.OPERATOR:
                 raise TokenError(
-                    f"PIN refused: CKR_{row.name}; it will not be tried again until its source "
-                    "changes",
+                    f"PIN refused: CKR_{row.name} says token {self.device}; correct the PIN at its "
+                    "source, the refused one will not be tried again",
                     reason=f"hsm.{row.name.lower()}",
                     operation="login",
                     device=self.device,
@@ -184,7 +184,7 @@ def _load(module: str) -> Any:
         )
         reason = next((words for sign, words in named if sign in text), None)
         if reason is None:
-            raise TokenError.of(e, "initialise module") from e
+            raise _uninitialised(module, e) from e
         raise TokenError(
             f"{reason}: {module}",
             reason="hsm.module",
@@ -192,6 +192,20 @@ def _load(module: str) -> Any:
             cure=Cure.OPERATOR,
             kind=ErrorKind.FAILED_PRECONDITION,
         ) from e
+
+
+def _uninitialised(module: str, error: PKCS11Error) -> TokenError:
+    """Tell that a module does not find what it works with; it may do so later."""
+    row = ckr_of(error)
+    return TokenError(
+        f"initialise module failed: CKR_{row.name} from {module}; look at the device or its service, "
+        "and at the module's own configuration and directories",
+        reason=f"hsm.{row.name.lower()}",
+        operation="initialise module",
+        code=row.value,
+        cure=Cure.RESTART,
+        kind=ErrorKind.UNAVAILABLE if row.kind is ErrorKind.INTERNAL else row.kind,
+    )
 
 
 def _choose(library: Any, choice: TokenChoice) -> Token:
@@ -216,7 +230,8 @@ def _choose(library: Any, choice: TokenChoice) -> Token:
         )
     names = ", ".join(f'"{t.label}"' for t in seen if t.label) or "none"
     raise TokenError(
-        f"{choice.describe()} not present; tokens seen: {names}",
+        f"{choice.describe()} not present; tokens seen: {names}. Connect it, or correct which "
+        "token is meant",
         reason="hsm.token_missing",
         operation="find token",
         cure=Cure.RESTART,
