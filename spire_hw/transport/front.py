@@ -140,7 +140,7 @@ class Front(ABC):
             self._sockets = await self._listen()
         except OSError as e:
             raise UnavailableError(
-                f"cannot listen on {self.address_text}: {e.strerror or e}"
+                f"cannot listen on {self.address_text}: {e.strerror or e}{_remedy(e)}"
             ) from e
         for listening in self._sockets:
             listening.setblocking(False)
@@ -534,7 +534,15 @@ def _check_replaceable(path: Path) -> None:
             return
         except BlockingIOError:  # a full backlog: somebody is there
             pass
-    raise UnavailableError(f"another process listens on {path}")
+    raise UnavailableError(f"another process listens on {path}; stop it or set another socket_path")
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "; stop the program that listens there or set another port"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "; this machine has no such address"
+    return ""
 
 
 def _bind(path: Path, mode: int, backlog: int) -> socket.socket:

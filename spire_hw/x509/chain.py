@@ -143,17 +143,26 @@ def _explain(
     at: datetime,
 ) -> ChainError:
     for certificate in (leaf, *intermediates):
-        if at > certificate.not_valid_after_utc:
-            return ChainError(
-                f"certificate has expired at {certificate.not_valid_after_utc.isoformat()}"
-            )
-        if at < certificate.not_valid_before_utc:
-            return ChainError(
-                f"certificate is not valid before {certificate.not_valid_before_utc.isoformat()}"
-            )
-    if any(_is_issued_by(c, root) for c in (leaf, *intermediates) for root in roots):
+        if wrong := _out_of_time(certificate, at):
+            return ChainError(f"certificate {wrong}")
+    issuers = [r for r in roots if any(_is_issued_by(c, r) for c in (leaf, *intermediates))]
+    for root in issuers:
+        if wrong := _out_of_time(root, at):
+            return ChainError(f"certificate's authority {wrong}")
+    if issuers:
         return ChainError("chain leads to a root, but breaks a rule of path validation")
     return UnknownAuthorityError("certificate is signed by an unknown authority")
+
+
+def _out_of_time(certificate: x509.Certificate, at: datetime) -> str:
+    """Return how a certificate is out of its time, with the clock to compare, "" if it is not."""
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    now = at.replace(microsecond=0).isoformat()
+    if at > end:
+        return f"has expired at {end.isoformat()}; the clock here says {now}"
+    if at < begin:
+        return f"is not valid before {begin.isoformat()}; the clock here says {now}"
+    return ""
 
 
 def _is_issued_by(certificate: x509.Certificate, root: x509.Certificate) -> bool:
