@@ -64,7 +64,7 @@ class UnixAttestor:
             values = await asyncio.to_thread(_owner, process)
             if self._config.discover_workload_path:
                 values += await self._program(process)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, IndexError) as e:
             raise SpireHwError(
                 f"process {process.pid} cannot be read: {e}", kind=ErrorKind.INTERNAL
             ) from e
