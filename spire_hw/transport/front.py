@@ -472,7 +472,7 @@ class UnixFront(Front):
         if len(os.fsencode(self.path)) > _MAX_UNIX_PATH:
             raise InvalidInputError(f"socket path {self.path} is over {_MAX_UNIX_PATH} bytes")
         if self._directory_mode is not None and not self.path.parent.is_dir():
-            self.path.parent.parent.mkdir(parents=True, exist_ok=True)
+            _make_way(self.path.parent.parent)
             self.path.parent.mkdir(mode=0o700)
             self.path.parent.chmod(self._directory_mode)
         remark = check_directory(self.path.parent)
@@ -512,6 +512,18 @@ class UnixFront(Front):
 
 def _uid(connection: socket.socket) -> int:
     return peer_credentials(connection)[1]
+
+
+def _make_way(directory: Path) -> None:
+    """Make a directory and those above it so that everybody can pass, whatever the umask."""
+    if directory.is_dir():
+        return
+    _make_way(directory.parent)
+    try:
+        directory.mkdir(mode=0o755)
+    except FileExistsError:  # the other program was faster
+        return
+    directory.chmod(0o755)
 
 
 def _check_replaceable(path: Path) -> None:

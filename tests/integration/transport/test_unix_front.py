@@ -99,6 +99,7 @@ async def test_modes_are_as_asked_whatever_the_umask(tmp_path: Path, bits: int) 
         os.umask(old)
     assert mode(path) == bits
     assert mode(path.parent) == 0o755
+    assert mode(path.parent.parent) == 0o755  # who may pass the last directory gets to it
     await server.close(0)
     assert not path.exists()
     assert list(path.parent.iterdir()) == []
