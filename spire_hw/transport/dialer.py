@@ -21,6 +21,7 @@ from spire_hw.clock import Clock, SystemClock
 from spire_hw.errors import (
     NotReadyError,
     SpireHwError,
+    SvidError,
     UnavailableError,
     VerificationError,
 )
@@ -293,7 +294,13 @@ class Dialer:
         chain = peer_chain(outbound.tls)
         self.server_chain = chain
         if bundle is not None:
-            svid = verify_peer(chain, {bundle.trust_domain: bundle}, self._clock.now())
+            try:
+                svid = verify_peer(chain, {bundle.trust_domain: bundle}, self._clock.now())
+            except SvidError as e:
+                raise VerificationError(
+                    f"{e.message}; the server should be {self.server_id}: check server_address "
+                    "and trust_domain"
+                ) from e
             if svid.spiffe_id != self.server_id:
                 raise VerificationError(
                     f"the server is {svid.spiffe_id}, expected {self.server_id}"

@@ -188,9 +188,8 @@ async def open_database(config: DatastoreConfig, *, clock: Clock, log: Logger) -
             return migrate(opened.engine, allowed=not config.disable_migration)
         except exc.DBAPIError as e:
             error = _translated(e)
-            file = opened.engine.url.database
-            if isinstance(error, NotReadyError) and file is not None:
-                raise NotReadyError(f"{file}: {error.message}") from e
+            if isinstance(error, NotReadyError) and opened.engine.dialect.name == "sqlite":
+                raise NotReadyError(f"{config.connection_string}: {error.message}") from e
             raise error from e
 
     try:
