@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TYPE_CHECKING
 
-from spire_hw.key import PublicKey
-from spire_hw.plugin.keymanager import KeyManager
 from spire_hw.spiffeid import SpiffeId
+
+if TYPE_CHECKING:
+    from spire_hw.key import PublicKey
+    from spire_hw.plugin.keymanager import KeyManager
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TYPE_CHECKING
 
-from spire_hw.transport.peer import CallerProcess
+
+if TYPE_CHECKING:
+    from spire_hw.transport.peer import CallerProcess
 
 
 class WorkloadAttestor(Protocol):

@@ -76,8 +76,9 @@ async def test_callers_that_leave_take_everything_with_them(tmp_path: Path) -> N
                 await stream.aclose()
         gc.collect()  # grpcio's client keeps a connection for as long as a call object lives
         await gone(world.unix)
-        assert len(world.server.callers) == 0
-        assert psutil.Process().num_fds() <= before
+        async with asyncio.timeout(TIMEOUT_S):  # the inner ends follow the outer ones
+            while len(world.server.callers) or psutil.Process().num_fds() > before:
+                await asyncio.sleep(0.01)
 
 
 async def gone(front: UnixFront) -> None:
