@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol, TYPE_CHECKING
-
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from spire_hw.spiffeid import TrustDomain
-    from spire_hw.log import Logger
-    from spire_hw.errors import ConfigFault
-    from spire_hw.config.hcl import Body
-    from spire_hw.clock import Clock
     from pathlib import Path
+
+    from spire_hw.clock import Clock
+    from spire_hw.config.hcl import Body
+    from spire_hw.errors import ConfigFault
+    from spire_hw.log import Logger
+    from spire_hw.spiffeid import TrustDomain
 
 
 class PluginKind(Enum):

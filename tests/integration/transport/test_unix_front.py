@@ -77,7 +77,7 @@ async def test_callers_that_leave_take_everything_with_them(tmp_path: Path) -> N
         gc.collect()  # grpcio's client keeps a connection for as long as a call object lives
         await gone(world.unix)
         async with asyncio.timeout(TIMEOUT_S):  # the inner ends follow the outer ones
-            while len(world.server.callers) or psutil.Process().num_fds() > before:
+            while len(world.server.callers) or psutil.Process().num_fds() > before:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
 
