@@ -200,7 +200,7 @@ class AgentIdentity:
         """End the agent when nothing it can do by itself brings its identity back."""
         svid = self._current
         if isinstance(error, DeniedError) and error.reason is DeniedReason.AGENT_BANNED:
-            self._lose(error)
+            self._lose(self._banned())
             return True
         if is_final(error) and (svid is None or svid.reattestable):
             self._lose(
@@ -234,13 +234,21 @@ class AgentIdentity:
         if error.reason is None or version != self._upstream.version:
             return
         if error.reason is DeniedReason.AGENT_BANNED:
-            self._lose(error)
+            self._lose(self._banned())
             return
         async with self._lock:
             if version != self._upstream.version:
                 return
             self._forget(error.reason)
             await self._upstream.use_identity(None)
+
+    def _banned(self) -> DeniedError:
+        who = "this node" if self._current is None else str(self._current.spiffe_id)
+        return DeniedError(
+            f"the server banned {who}; to let it attest again an operator runs "
+            "`spire-hw-server agent evict` there",
+            DeniedReason.AGENT_BANNED,
+        )
 
     def _forget(self, reason: DeniedReason) -> None:
         """Drop the SVID and have the other loop attest again."""
