@@ -73,12 +73,22 @@ class Program:
         log: Path,
         *,
         env: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
+        """Start it.
+
+        Args:
+            program: its name.
+            arguments: of its command line.
+            log: takes its output, appended.
+            env: added to this process's environment.
+            prefix: a command that becomes the program, such as `prlimit --fsize=0`.
+        """
         self.name = program
         self.log = log
         with log.open("ab") as out:
             self._process = subprocess.Popen(
-                command_line(program, *arguments),
+                [*prefix, *command_line(program, *arguments)],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
