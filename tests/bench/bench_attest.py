@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
     from spire_hw.bundle.bundle import Bundle
 
-ROUNDS = 4
+ROUNDS = 12
 WARM = 20
-CALLERS = 4
+CALLERS = 1
 
 
 async def attest(node: TpmNode, port: int, bundle: Bundle) -> None:
