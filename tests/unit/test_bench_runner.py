@@ -62,7 +62,7 @@ def test_figures_are_collected_and_compared(
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    "case",
     [
         ('print("fast_x 11\\nsmall_y 1")\nraise SystemExit("broke")', "exit status 1"),
         ('print("fast_x 11\\nsmall_y nan")', "did not print small_y"),
@@ -73,9 +73,9 @@ def test_a_script_that_fails_is_shown_and_fails_the_run(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    text: str,
-    said: str,
+    case: tuple[str, str],
 ) -> None:
+    text, said = case
     status, rows = run(runner, monkeypatch, tmp_path, text)
     assert status == 1
     assert [row["name"] for row in rows] == ["fast_x", "small_y"]
