@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
+import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from spire_hw_sim.site import WORKLOAD
+from spire_hw_sim.site import WORKLOAD, wait_until
 from tests.integration.tpm.leaks import loaded
 
 if TYPE_CHECKING:
-    from spire_hw_sim.site import Node, Site
+    from spire_hw_sim.site import Node, Run, Site
 
 pytestmark = pytest.mark.asyncio
+
+
+def handles(run: Run, number: signal.Signals) -> bool:
+    """Tell whether a process has a handler for a signal."""
+    status = Path(f"/proc/{run.pid}/status").read_text()
+    caught = int(re.findall(r"SigCgt:\s+([0-9a-f]+)", status)[0], 16)
+    return bool(caught >> (number - 1) & 1)
 
 
 async def still_serves(node: Node) -> None:
@@ -61,7 +69,7 @@ async def test_sigterm_ends_an_agent_whose_tpm_hangs(site: Site, node: Node) -> 
         await still_serves(node)
         assert node.agent.stop(10) == 0
         node.start()
-        await asyncio.sleep(1.5)
+        wait_until("it handles SIGTERM", lambda: handles(node.agent, signal.SIGTERM))
         assert node.agent.stop(10) == 0
         assert "Traceback" not in node.agent.log()
     finally:
