@@ -203,7 +203,7 @@ def handshake_threads() -> ThreadPoolExecutor:
 
 
 class _SslObject(Protocol):
-    """The private half of `ssl.SSLObject` before Python 3.13."""
+    """The private half of `ssl.SSLObject`."""
 
     def get_unverified_chain(self) -> list[object] | None: ...
 
@@ -214,13 +214,11 @@ def peer_chain(connection: ssl.SSLObject) -> tuple[bytes, ...]:
     Raises:
         VerificationError: more or larger than any chain we accept.
     """
-    public = getattr(connection, "get_unverified_chain", None)
-    if public is not None:  # Python 3.13 and later
-        chain = tuple(bytes(der) for der in public() or ())
-    else:
-        private: _SslObject = connection._sslobj  # type: ignore[attr-defined]  # noqa: SLF001
-        shown = private.get_unverified_chain() or []
-        chain = tuple(_der(certificate) for certificate in shown if certificate is not None)
+    # Not the public method of Python 3.13: it fails when a client showed no certificate, for which
+    # the list holds a None.
+    private: _SslObject = connection._sslobj  # type: ignore[attr-defined]  # noqa: SLF001
+    shown = private.get_unverified_chain() or []
+    chain = tuple(_der(certificate) for certificate in shown if certificate is not None)
     if len(chain) > MAX_CHAIN or sum(map(len, chain)) > MAX_CHAIN_BYTES:
         raise VerificationError("the certificate chain is too long")
     return chain
