@@ -247,7 +247,7 @@ async def test_a_wrong_synchronisation_changes_nothing(
         with pytest.raises(SpireHwError):
             await agent._sync.sync_once()
         assert agent.cache.entries == entries
-        assert await workload.x509_svid()
+        assert (await workload.x509_svid()).svids
 
 
 async def test_an_entry_that_cannot_be_served_does_not_stop_the_others(
@@ -335,7 +335,7 @@ async def test_a_huge_answer_is_refused(liar: LyingServer, home: Path) -> None:
         svid=types_pb2.X509SVID(cert_chain=[bytes(65 << 20)])
     )
     honest = liar.x509_results
-    liar.x509_results = lambda _: [result]  # type: ignore[method-assign]
+    liar.x509_results = lambda params: [result] * len(params)  # type: ignore[method-assign]
     liar.add("/a", MINE)
     async with agent_of(liar, home) as agent:
         await until(lambda: len(liar.svid_calls) > 1)
@@ -360,7 +360,7 @@ async def test_a_wrong_token_is_never_served(liar: LyingServer, home: Path, lie:
         return types_pb2.JWTSVID(id=entry.spiffe_id, token=tokens[lie], expires_at=2**62)
 
     honest = liar.jwt_svid
-    liar.jwt_svid = jwt_svid  # type: ignore[method-assign,assignment]
+    liar.jwt_svid = jwt_svid  # type: ignore[method-assign]
     liar.add("/a", MINE)
     async with agent_of(liar, home) as agent, Workload(home / "api.sock") as workload:
         error = await refusal(lambda: workload.jwt_svid(["db"]), "server sent a JWT-SVID")

@@ -132,7 +132,7 @@ def site() -> Iterator[Site]:
         made = Site(directory)
         yield made
     finally:
-        for program in reversed(made.running if made else []):
+        for program in reversed(made.running if made is not None else []):
             program.kill()
         shutil.rmtree(directory)
 
