@@ -2,17 +2,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spire_hw.aio.watch import Watch
 from spire_hw.bundle.bundle import Bundle, X509Root
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId, TrustDomain
 from spire_hw_agent.cache import Cache, JwtCache, Svid, WorkloadUpdate
 from spire_hw_agent.entry import AgentEntry, JwtToken
+
+if TYPE_CHECKING:
+    from spire_hw.aio.watch import Watch
 
 TD = TrustDomain("example.org")
 OTHER = TrustDomain("other.example")
