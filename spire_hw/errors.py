@@ -93,7 +93,9 @@ class ConfigError(InvalidInputError):
     """A configuration that cannot be used; holds every fault that was found."""
 
     def __init__(self, file: str, faults: list[ConfigFault]) -> None:
-        lines = [f"{file}:{f.line}: {f.message}" if f.line else f"{file}: {f.message}" for f in faults]
+        lines = [
+            f"{file}:{f.line}: {f.message}" if f.line else f"{file}: {f.message}" for f in faults
+        ]
         super().__init__("\n".join(lines))
         self.file = file
         self.faults = faults

@@ -153,9 +153,7 @@ class Admissions:
             SpireHwError: DEADLINE_EXCEEDED; INTERNAL for an attestor that gave a wrong answer.
         """
         try:
-            return await self._within_time(
-                attestation_type, payload, csr_spki, challenge, source
-            )
+            return await self._within_time(attestation_type, payload, csr_spki, challenge, source)
         except SpireHwError as e:
             self._record_refusal(e, attestation_type, csr_spki, caller)
             raise

@@ -108,7 +108,9 @@ async def test_faults_1_to_4_modules_that_are_none(rig: TokenRig, tmp_path: Path
 async def test_fault_11_and_12_a_token_that_is_away_and_comes_back(rig: TokenRig) -> None:
     rig.hsm.remove()
     manager = rig.build()
-    with pytest.raises(SpireHwError, match=r"not present|initialise module|no hsm worker") as caught:
+    with pytest.raises(
+        SpireHwError, match=r"not present|initialise module|no hsm worker"
+    ) as caught:
         await manager.configure(rig.config(start_timeout="1s"))
     assert caught.value.kind is ErrorKind.UNAVAILABLE
     async with asyncio.TaskGroup() as group:
