@@ -9,7 +9,8 @@ readonly ENV=build/proto-venv
 
 if [ ! -x "$ENV/bin/python" ] || [ "$(cat "$ENV/.generator" 2>/dev/null)" != "$GENERATOR" ]; then
   .venv/bin/python -m venv --clear "$ENV"
-  if ! "$ENV/bin/python" -m pip install -q --disable-pip-version-check "$GENERATOR" "setuptools<81"; then
+  if ! PIP_RETRIES=${PIP_RETRIES:-1} "$ENV/bin/python" -m pip install -q --disable-pip-version-check \
+    "$GENERATOR" "setuptools<81" 2>/dev/null; then
     rm -rf "$ENV"
     echo "proto: $GENERATOR cannot be installed (no network?)" >&2
     [ "${1:-}" = --check ] && { echo "proto: check skipped"; exit 0; }
