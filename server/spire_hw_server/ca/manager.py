@@ -399,22 +399,49 @@ class CaManager:
     async def _load_journal(self, listed: Mapping[str, ManagedSigner]) -> None:
         marked = await asyncio.to_thread(self._mark.load)
         row = await self._store.find_journal(marked) if marked else None
-        if row is None:
-            ids = [
-                key_identifier(spki_der(signer.public_key)).hex()
-                for key_id, signer in listed.items()
-                if key_id.startswith(X509_KEY_PREFIX)
-            ]
-            row = await self._store.find_journal(ids) if ids else None
+        ids = tuple(
+            key_identifier(spki_der(signer.public_key)).hex()
+            for key_id, signer in listed.items()
+            if key_id.startswith(X509_KEY_PREFIX)
+        )
+        if row is None and ids:
+            row = await self._store.find_journal(ids)
         if row is not None:
             self._row = row
             self._journal = parse_journal(row.data)
-        elif marked:
-            self._log.warning(
-                "the store holds no CA journal for this server's authority; "
-                "was the database replaced?",
-                authority_id=marked[0],
+        elif self._settings.keys_persist:
+            await self._begin(marked, ids)
+
+    async def _begin(self, marked: tuple[str, ...], listed: tuple[str, ...]) -> None:
+        """Note that a first CA is being made, unless that would replace one the store ignores.
+
+        A first start that was cut short is recognised by the note, or by its authority being in
+        the store's bundle already, and goes on.
+
+        Raises:
+            NotReadyError: keys of a CA are there that this store knows nothing of.
+        """
+        begun = await asyncio.to_thread(self._mark.exists)
+        unknown = marked or (() if begun else listed)
+        published = {root.authority_id for root in self._bundles.own.x509_authorities}
+        accepted = self._settings.accept_lost_authorities
+        if unknown and published.isdisjoint(unknown) and accepted.isdisjoint(unknown):
+            raise NotReadyError(
+                f"this server has a CA already (authority {unknown[0]}), but the datastore knows "
+                "nothing of it. Is it another database, or an empty one; or are the keys in "
+                f"KeyManager({self._keys.name}) another server's? No new CA is started, it would "
+                "replace those keys. Restore the database, correct its connection_string, or give "
+                "this server a key identifier of its own. If the old CA is given up, set "
+                f'experimental.accept_lost_authorities = ["{unknown[0]}"] in the server section '
+                "and start again"
             )
+        if unknown:
+            self._log.warning(
+                "the datastore holds no CA journal for this server's authority; a new CA is started",
+                authority_id=unknown[0],
+            )
+        if not begun:
+            await asyncio.to_thread(self._mark.store, ())
 
     def _restore_line(
         self,

@@ -27,6 +27,10 @@ class AuthorityMark:
     def __init__(self, data_dir: Path) -> None:
         self._path = data_dir / FILE_NAME
 
+    def exists(self) -> bool:
+        """Tell whether this server made a CA before, or began to."""
+        return self._path.exists()
+
     def load(self) -> tuple[str, ...]:
         """Return the stored ids, none when nothing was stored yet.
 

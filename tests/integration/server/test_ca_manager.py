@@ -420,13 +420,37 @@ async def test_without_the_mark_the_journal_is_found_by_the_keys(world: World) -
 
 
 @pytest.mark.asyncio
-async def test_a_replaced_database_starts_a_new_ca(world: World) -> None:
+async def test_a_replaced_database_starts_no_new_ca_unless_asked_to(world: World) -> None:
     async with world.server() as manager:
         before = active_id(manager)
     for file in world.directory.glob("db.sqlite3*"):
         file.unlink()
-    async with world.server() as manager:
+    with pytest.raises(NotReadyError, match=r"knows nothing of it.*accept_lost_authorities"):
+        async with world.server():
+            pass
+    async with world.server(accept_lost_authorities=frozenset({before})) as manager:
         assert active_id(manager) != before
+
+
+@pytest.mark.asyncio
+async def test_keys_of_another_servers_ca_are_not_replaced(world: World) -> None:
+    async with world.server() as manager:
+        before = active_id(manager)
+    keys = await key_fingerprints(world.device)
+    for file in (*world.directory.glob("db.sqlite3*"), *world.directory.glob("ca-authority.json")):
+        file.unlink()
+    with pytest.raises(NotReadyError, match=before):
+        async with world.server():
+            pass
+    assert await key_fingerprints(world.device) == keys
+
+
+@pytest.mark.asyncio
+async def test_a_first_start_that_died_over_its_key_goes_on(world: World) -> None:
+    AuthorityMark(world.directory).store(())
+    await world.device.keys.generate_key("x509-CA-A", KeyType.EC_P256)
+    async with world.server() as manager:
+        assert active_id(manager)
 
 
 @pytest.mark.asyncio
