@@ -145,7 +145,10 @@ class TokenObjects:
             Attribute.EXTRACTABLE: False,
         }
         public: dict[Attribute, Any] = {Attribute.PRIVATE: False}
-        unwanted = (Attribute.DECRYPT, Attribute.UNWRAP, Attribute.DERIVE)
+        unwanted = (
+            *(Attribute.DECRYPT, Attribute.UNWRAP, Attribute.DERIVE),
+            Attribute.SIGN_RECOVER,  # SoftHSM allows it unless told otherwise
+        )
         private |= dict.fromkeys(unwanted, DEFAULT if minimal else False)
         public |= dict.fromkeys((Attribute.ENCRYPT, Attribute.WRAP), DEFAULT if minimal else False)
         common: dict[str, Any] = {

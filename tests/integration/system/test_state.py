@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sqlite3
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,7 +23,10 @@ pytestmark = pytest.mark.asyncio
 
 def backup(site: Site, target: Path) -> None:
     """Copy the database as an operator would."""
-    with sqlite3.connect(site.data / "db.sqlite3") as ours, sqlite3.connect(target) as copy:
+    with (
+        closing(sqlite3.connect(site.data / "db.sqlite3")) as ours,
+        closing(sqlite3.connect(target)) as copy,
+    ):
         ours.backup(copy)
 
 
@@ -81,7 +85,7 @@ async def test_a_database_restored_from_before_the_node_attested(site: Site, nod
     old = site.directory / "old.db"
     backup(site, new)
     backup(site, old)
-    with sqlite3.connect(old) as db:
+    with closing(sqlite3.connect(old)) as db, db:
         (table,) = [
             name
             for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type='table'")

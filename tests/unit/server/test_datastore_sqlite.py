@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -109,9 +110,8 @@ async def test_file_that_is_no_database_is_refused_and_kept(tmp_path: Path) -> N
 @pytest.mark.asyncio
 async def test_database_of_upstream_is_refused_untouched(tmp_path: Path) -> None:
     path = tmp_path / "d"
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("CREATE TABLE attested_node_entries (id integer)")
-    connection.close()
     with pytest.raises(NotReadyError, match="upstream"):
         await open_at(path)
     connection = sqlite3.connect(path)
