@@ -18,7 +18,7 @@ from typing_extensions import override
 from spire_hw._pb import workload_pb2
 from spire_hw.aio.backoff import Backoff
 from spire_hw.cli.flags import GoGroup, flag
-from spire_hw.cli.output import complain, count_of
+from spire_hw.cli.output import complain, count_of, shown
 from spire_hw.errors import ErrorKind, SpireHwError
 from spire_hw.x509.certificate import encode_pem, load_chain
 from spire_hw_agent.cli.connect import Workload, workload_flags
@@ -99,7 +99,7 @@ def _print_x509(answer: workload_pb2.X509SVIDResponse, took_s: float | None = No
         leaf, *intermediates = load_chain(svid.x509_svid)
         click.echo(f"SPIFFE ID:\t\t{svid.spiffe_id}")
         if svid.hint:
-            click.echo(f"Hint:\t\t\t{svid.hint}")
+            click.echo(f"Hint:\t\t\t{shown(svid.hint)}")
         _print_validity("SVID", [leaf], tab="\t")
         _print_validity("Intermediate", intermediates, numbered=True)
         _print_validity("CA", load_chain(svid.bundle), numbered=True, tab="\t")
@@ -199,7 +199,7 @@ def fetch_jwt(workload: Workload, audience: str, spiffe_id: str) -> None:
         for svid in svids.svids:
             click.echo(f"token({svid.spiffe_id}):\n\t{svid.svid}")
             if svid.hint:
-                click.echo(f"hint({svid.spiffe_id}):\n\t{svid.hint}")
+                click.echo(f"hint({svid.spiffe_id}):\n\t{shown(svid.hint)}")
         for trust_domain, keys in sorted(bundles.bundles.items()):
             click.echo(f"bundle({trust_domain}):\n\t{keys.decode()}")
 

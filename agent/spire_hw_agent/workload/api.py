@@ -54,6 +54,7 @@ NewJwtSvid = Callable[[AgentEntry, Sequence[str]], Awaitable[JwtToken]]
 # Claims every JWT-SVID may carry; others of foreign tokens are filtered (spiffe-rules 31).
 _OWN_CLAIMS = frozenset({"sub", "aud", "exp"})
 _MAX_AUDIENCES = 64
+_MAX_AUDIENCE_BYTES = 8 << 10  # leaves room in the 16 KiB a token may have
 _LEEWAY = timedelta(seconds=30)
 
 
@@ -124,6 +125,8 @@ class WorkloadApi:
             raise InvalidInputError("audience must be specified")
         if len(audience) > _MAX_AUDIENCES:
             raise InvalidInputError(f"at most {_MAX_AUDIENCES} audiences can be asked for")
+        if sum(len(a.encode()) for a in audience) > _MAX_AUDIENCE_BYTES:
+            raise InvalidInputError(f"audiences are longer than {_MAX_AUDIENCE_BYTES} bytes in all")
         wanted = SpiffeId.parse(request.spiffe_id) if request.spiffe_id else None
         _, selectors = await self._caller(call)
         entries = [e for e in self._cache.matching(selectors) if wanted in {None, e.spiffe_id}]

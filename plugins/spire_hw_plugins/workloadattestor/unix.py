@@ -13,6 +13,7 @@ import hashlib
 import os
 import pwd
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from spire_hw.config.schema import Model, decode, faults
@@ -27,6 +28,7 @@ NAME = "unix"
 
 _STATUS_LIMIT = 64 << 10
 _CHUNK = 1 << 20
+_HASHING_THREADS = 2
 _EFFECTIVE = 1  # field of "Uid:"/"Gid:" lines: real, effective, saved, file system
 
 
@@ -48,6 +50,8 @@ class UnixAttestor:
     def __init__(self, host: HostInfo) -> None:
         self._log = host.log
         self._config = Config()
+        # Of its own: huge programs of one user must not hold up what other workloads wait for.
+        self._hashing = ThreadPoolExecutor(_HASHING_THREADS, thread_name_prefix="unix-sha256")
 
     def validate(self, config: Body) -> list[ConfigFault]:
         """Return the faults of a configuration."""
@@ -88,14 +92,18 @@ class UnixAttestor:
             )
             return values
         stop = threading.Event()
+        hashing = self._hashing.submit(_sha256, fd, stop)
         try:
-            digest = await asyncio.to_thread(_sha256, fd, stop)
+            digest = await asyncio.wrap_future(hashing)
         finally:
             stop.set()  # whoever gave up waiting leaves no thread reading on
+            if hashing.cancelled():  # before it began, so nobody else closes it
+                os.close(fd)
         return [*values, f"sha256:{digest}"]
 
     async def close(self) -> None:
-        """Nothing to release."""
+        """End the threads."""
+        self._hashing.shutdown(wait=False, cancel_futures=True)
 
 
 def _owner(process: CallerProcess) -> list[str]:
