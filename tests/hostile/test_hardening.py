@@ -115,7 +115,7 @@ os.kill(os.getpid(), signal.SIGSEGV)
 
 def test_a_hardened_process_leaves_no_core_file(tmp_path: Path) -> None:
     done = subprocess.run(  # noqa: S603 - this interpreter
-        [sys.executable, "-c", HARDENED],
+        [sys.executable, "-u", "-c", HARDENED],
         cwd=tmp_path,
         capture_output=True,
         text=True,
