@@ -371,6 +371,7 @@ async def test_the_log_level_can_be_changed(operator: Operator) -> None:
         request = getattr(server_logger_pb2, name + "Request")(**fields)
         return await ask(operator, LOGGER + name, request, types_pb2.Logger)
 
+    logs.output().reset_level()  # commands run in this process may have changed it
     try:
         before = await level("GetLogger")
         assert before.current_level == before.launch_level
