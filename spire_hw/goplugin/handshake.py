@@ -232,7 +232,8 @@ def _address_fault(address: Address) -> str | None:
             return _path_fault(where)
         case "tcp":
             return _port_fault(where)
-    return f"network {_shown(address.network)}, expected unix or tcp"
+        case _:
+            return f"network {_shown(address.network)}, expected unix or tcp"
 
 
 def _path_fault(path: str) -> str | None:
