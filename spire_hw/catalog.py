@@ -16,11 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, Field
-
 from spire_hw.config import hcl
 from spire_hw.config.hcl import Body
-from spire_hw.config.schema import Model, check, nearest
+from spire_hw.config.schema import Checked, Field, Model, check, nearest
 from spire_hw.errors import (
     ConfigError,
     ConfigFault,
@@ -107,7 +105,7 @@ def _checksum(value: str) -> str:
 class _PluginBlock(Model):
     plugin_cmd: str = ""
     plugin_args: list[str] = Field(default_factory=list)
-    plugin_checksum: Annotated[str, AfterValidator(_checksum)] = ""
+    plugin_checksum: Annotated[str, Checked(_checksum)] = ""
     plugin_data: Body = Body.empty()
     plugin_data_file: str = ""
     enabled: bool = True

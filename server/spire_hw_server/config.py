@@ -13,8 +13,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, ClassVar, Final
 
-from pydantic import Field
-
 from spire_hw.catalog import SERVER_RULES, PluginConfig, StoreConfig, check_counts, read_plugins
 from spire_hw.config.duration import format_duration
 from spire_hw.config.hcl import Body
@@ -31,7 +29,7 @@ from spire_hw.config.host import (
     parse_trust_domain,
     read_body,
 )
-from spire_hw.config.schema import GoDuration, Model, at_least, check, nearest, parsed
+from spire_hw.config.schema import Field, GoDuration, Model, at_least, check, nearest, parsed
 from spire_hw.errors import ConfigError, ConfigFault
 from spire_hw.key import KeyType
 from spire_hw.log import LogSettings  # noqa: TC001 - public field types stay real
