@@ -397,6 +397,7 @@ class _Exchange:
         self._csr = csr
         self._stream = stream
         self._sent = False
+        self._result: server_agent_pb2.AttestAgentResponse | None = None
 
     async def send(self, data: bytes) -> None:
         message = server_agent_pb2.AttestAgentRequest()
@@ -410,13 +411,21 @@ class _Exchange:
         await self._stream.send(message)
 
     async def receive(self) -> bytes:
-        answer = await self._next()
-        if answer.WhichOneof("step") != "challenge":
+        challenge = await self.next_challenge()
+        if challenge is None:
             raise SpireHwError("server answered a result where a challenge was expected")
-        return answer.challenge
+        return challenge
+
+    async def next_challenge(self) -> bytes | None:
+        if self._result is None:
+            answer = await self._next()
+            if answer.WhichOneof("step") == "challenge":
+                return answer.challenge
+            self._result = answer
+        return None
 
     async def result(self) -> server_agent_pb2.AttestAgentResponse.Result:
-        answer = await self._next()
+        answer = await self._next() if self._result is None else self._result
         if answer.WhichOneof("step") != "result":
             raise SpireHwError("server sent a challenge where the result was expected")
         return answer.result

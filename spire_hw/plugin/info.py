@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from spire_hw.bundle.bundle import Bundle
     from spire_hw.clock import Clock
     from spire_hw.config.hcl import Body
     from spire_hw.errors import ConfigFault
@@ -57,6 +58,8 @@ class HostInfo:
         clock: the host's time.
         ek_list: enrolled endorsement keys; None in the agent.
         join_token: the agent's single-use token, "" when it has none; a secret.
+        trust_bundle: returns the server's own bundle as it is now, raises NotReadyError while the
+            server starts; None in the agent.
     """
 
     side: Side
@@ -66,6 +69,7 @@ class HostInfo:
     clock: Clock
     ek_list: EkList | None = None
     join_token: str = field(default="", repr=False)
+    trust_bundle: Callable[[], Bundle] | None = None
 
 
 class Plugin(Protocol):

@@ -39,7 +39,14 @@ class AgentExchange(Protocol):
         """Return the server's next challenge.
 
         Raises:
-            SpireHwError: the server refused or closed the stream.
+            SpireHwError: the server refused, closed the stream, or asks nothing more.
+        """
+        ...
+
+    async def next_challenge(self) -> bytes | None:
+        """Return the server's next challenge, None when it asks nothing more.
+
+        For attestors whose number of rounds is not known beforehand; errors as in `receive`.
         """
         ...
 
@@ -89,6 +96,8 @@ class AttestationRequest:
         admit: early ban check.
         source: where the exchange comes from, to be counted by: an IP address, or the network it
             is in; "" when the host cannot tell.
+        address: IP address the agent calls from, "" when the host cannot tell. Behind a load
+            balancer it is that one's.
     """
 
     payload: bytes
@@ -96,6 +105,7 @@ class AttestationRequest:
     csr_spki: bytes | None
     admit: Admit
     source: str = ""
+    address: str = ""
 
 
 class ServerNodeAttestor(Protocol):
