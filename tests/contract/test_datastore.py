@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
-from sqlalchemy import delete, text, update
+from sqlalchemy import column, delete, func, select, table, text, update
 
 from spire_hw.bundle.bundle import Bundle, JwtAuthority, X509Root
 from spire_hw.errors import (
@@ -45,6 +45,8 @@ from spire_hw_server.datastore.interface import (
     Federation,
     JoinToken,
     JournalRow,
+    KeyInUseError,
+    KeyRole,
     Match,
     Node,
     NodeFilter,
@@ -52,7 +54,9 @@ from spire_hw_server.datastore.interface import (
     SimilarEntryError,
 )
 from spire_hw_server.datastore.sql.dialects import open_engine
+from spire_hw_server.datastore.sql.migrations.versions import r0001_first
 from spire_hw_server.datastore.sql.models import counters, metadata
+from spire_hw_server.datastore.sql.sets import encode_selectors, selector_digest
 from spire_hw_server.datastore.sql.store import open_datastore
 from spire_hw_sim import databases
 from spire_hw_sim.clock import SimClock
@@ -68,6 +72,8 @@ THIRD = TrustDomain("third.test")
 START = datetime(2026, 11, 22, 12, 0, 0, tzinfo=UTC)
 PARENT = TD.member("spire", "agent", "tpm", "p")
 LOG = structlog.get_logger()
+KEY_A, KEY_B, KEY_C = (bytes([i]) * 32 for i in range(3))
+alembic_version = table("alembic_version", column("version_num"))
 
 
 @pytest.fixture(scope="module", params=["sqlite3", "postgres", "mysql"])
@@ -460,6 +466,77 @@ async def test_renewal_is_refused_when_the_node_attested_anew(store: Datastore) 
 
 
 @pytest.mark.asyncio
+async def test_key_belongs_to_one_node(store: Datastore) -> None:
+    first, second = make_node("first"), make_node("second")
+    await store.put_node(first, {KeyRole.ATTESTATION: KEY_A, KeyRole.SVID: KEY_B})
+    for role in KeyRole:
+        for key in (KEY_A, KEY_B):
+            for ask in (store.find_node, store.put_node):
+                node: Any = second.agent_id if ask == store.find_node else second
+                with pytest.raises(KeyInUseError) as caught:
+                    await ask(node, {role: key})
+                assert (caught.value.role, caught.value.owner) == (role, first.agent_id)
+    assert await store.find_node(second.agent_id) is None
+    assert await store.find_node(second.agent_id, {KeyRole.SVID: KEY_C}) is None
+    kept = await store.find_node(first.agent_id, {KeyRole.ATTESTATION: KEY_A, KeyRole.SVID: KEY_B})
+    assert kept == await store.get_node(first.agent_id)
+
+
+@pytest.mark.asyncio
+async def test_key_is_free_once_its_node_has_another_or_is_gone(store: Datastore) -> None:
+    first, second = make_node("first"), make_node("second")
+    await store.put_node(first, {KeyRole.ATTESTATION: KEY_A, KeyRole.SVID: KEY_B})
+    await store.put_node(first, {KeyRole.ATTESTATION: KEY_A, KeyRole.SVID: KEY_C})
+    await store.put_node(second, {KeyRole.SVID: KEY_B})
+    await store.ban_node(first.agent_id)
+    with pytest.raises(KeyInUseError):
+        await store.put_node(second, {KeyRole.ATTESTATION: KEY_A})
+    await store.delete_node(first.agent_id)
+    await store.put_node(second, {KeyRole.ATTESTATION: KEY_A, KeyRole.SVID: KEY_C})
+
+
+@pytest.mark.asyncio
+async def test_renewed_key_is_the_nodes_beside_the_current_one(store: Datastore) -> None:
+    node, other = make_node("n"), make_node("other")
+    await store.put_node(node, {KeyRole.SVID: KEY_A})
+
+    async def set_serials(serial: str, new_serial: str, new_key: bytes | None) -> None:
+        await store.set_node_serials(
+            node.agent_id,
+            serial_number=serial,
+            expires_at=node.expires_at,
+            new_serial_number=new_serial,
+            new_expires_at=node.expires_at if new_serial else None,
+            new_key=new_key,
+        )
+
+    async def taken() -> str:
+        found = ""
+        for name, key in (("A", KEY_A), ("B", KEY_B), ("C", KEY_C)):
+            try:
+                await store.find_node(other.agent_id, {KeyRole.SVID: key})
+            except KeyInUseError:
+                found += name
+        return found
+
+    await set_serials("1", "2", KEY_B)
+    assert await taken() == "AB"
+    await set_serials("1", "3", KEY_C)
+    assert await taken() == "AC"
+    await set_serials("1", "4", KEY_A)
+    assert await taken() == "A"
+    await set_serials("4", "", None)
+    assert await taken() == "A"
+    await set_serials("4", "5", KEY_B)
+    await set_serials("5", "", None)
+    assert await taken() == "B"
+    await store.put_node(other, {KeyRole.SVID: KEY_C})
+    with pytest.raises(KeyInUseError):
+        await set_serials("5", "6", KEY_C)
+    assert (await store.get_node(node.agent_id)).new_serial_number == ""
+
+
+@pytest.mark.asyncio
 async def test_node_filters_and_pages(store: Datastore) -> None:
     await store.put_node(make_node("a"))
     await store.put_node(make_node("b", attestation_type="TPM"))
@@ -837,6 +914,21 @@ async def test_first_attestations_of_one_node_race_without_error(opened: Any) ->
 
 
 @pytest.mark.asyncio
+async def test_one_of_many_nodes_gets_a_key_on_two_servers(opened: Any) -> None:
+    stores = [await opened(), await opened()]
+    nodes = [make_node(f"n{i}") for i in range(8)]
+    keys = [{KeyRole.ATTESTATION: KEY_A, KeyRole.SVID: KEY_B}, {KeyRole.ATTESTATION: KEY_B}]
+    results = await asyncio.gather(
+        *(stores[i % 2].put_node(node, keys[i // 2 % 2]) for i, node in enumerate(nodes)),
+        return_exceptions=True,
+    )
+    won = [r for r in results if isinstance(r, Node)]
+    assert len(won) == 1
+    assert sum(isinstance(r, KeyInUseError) for r in results) == len(nodes) - 1
+    assert await stores[0].count_nodes(NodeFilter()) == 1
+
+
+@pytest.mark.asyncio
 async def test_two_servers_opening_an_empty_database_migrate_it_once(
     raw: Engine, opened: Any
 ) -> None:
@@ -856,12 +948,58 @@ async def test_newer_schema_is_refused(
         with raw.begin() as connection:
             connection.execute(text("UPDATE alembic_version SET version_num = :r"), {"r": revision})
 
+    with raw.begin() as connection:
+        current = connection.scalar(text("SELECT version_num FROM alembic_version"))
     set_revision("9999")
     try:
         with pytest.raises(NotReadyError, match="newer"):
             await open_datastore(database, clock=clock, log=LOG)
     finally:
-        set_revision("0001")
+        set_revision(current)
+
+
+@pytest.mark.asyncio
+async def test_schema_of_the_first_release_is_migrated_with_its_nodes(
+    raw: Engine, opened: Any
+) -> None:
+    node = make_node("old", "tpm:a", "tpm:b")
+    first = r0001_first.metadata
+    metadata.drop_all(raw)
+    first.create_all(raw)
+    with raw.begin() as connection:
+        connection.execute(update(alembic_version).values(version_num="0001"))
+        connection.execute(first.tables["counters"].insert().values(name="change", value=0))
+        row = {
+            "agent_id": node.agent_id.text,
+            "attestation_type": "tpm",
+            "serial_number": "1",
+            "expires_at": int(node.expires_at.timestamp()),
+            "new_serial_number": "",
+            "can_reattest": True,
+            "agent_version": "",
+            "selectors": encode_selectors(node.selectors),
+        }
+        number = connection.execute(first.tables["nodes"].insert().values(row))
+        for selector in node.selectors:
+            connection.execute(
+                first.tables["node_selectors"]
+                .insert()
+                .values(node_row=number.inserted_primary_key[0], digest=selector_digest(selector))
+            )
+    store = await opened()
+    assert (await store.get_node(node.agent_id)).selectors == node.selectors
+    found = await store.list_nodes(
+        NodeFilter(selectors=(Match.SUPERSET, (Selector("tpm", "b"),))), Page()
+    )
+    assert [n.agent_id for n in found.nodes] == [node.agent_id]
+    await store.put_node(node, {KeyRole.SVID: KEY_A})
+    with pytest.raises(KeyInUseError):
+        await store.put_node(make_node("new"), {KeyRole.SVID: KEY_A})
+    with raw.begin() as connection:
+        connection.execute(delete(metadata.tables["nodes"]))
+        for table in ("node_keys", "node_selectors"):
+            left = connection.scalar(select(func.count()).select_from(metadata.tables[table]))
+            assert left == 0, table
 
 
 @pytest.mark.asyncio

@@ -7,11 +7,13 @@ stored InvalidInputError, an unusable store UnavailableError. Times are kept to 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, Protocol
 
-from spire_hw.errors import AlreadyExistsError
+from spire_hw.errors import AlreadyExistsError, DeniedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -68,6 +70,20 @@ class SimilarEntryError(AlreadyExistsError):
             f'an entry with this SPIFFE ID, parent and selectors exists: "{entry.entry_id}"'
         )
         self.entry = entry
+
+
+class KeyInUseError(DeniedError):
+    """A key that one node alone may have is another node's.
+
+    Attributes:
+        role: what the key was to be.
+        owner: whose it is.
+    """
+
+    def __init__(self, role: KeyRole, owner: SpiffeId) -> None:
+        super().__init__(f'the key is in use by the node "{owner}"; evicting that one frees it')
+        self.role = role
+        self.owner = owner
 
 
 class Match(Enum):
@@ -138,6 +154,19 @@ class Node:
     def banned(self) -> bool:
         """Tell whether an operator banned it."""
         return not self.serial_number and not self.new_serial_number
+
+
+class KeyRole(Enum):
+    """What a node's key is for; the values are the database's."""
+
+    ATTESTATION = 1  # signs the statements of its TPM
+    SVID = 2  # of its current SVID
+    NEW_SVID = 3  # of a renewed SVID that was not used yet
+
+
+# Keys a node has for itself: SHA-256 of the DER SubjectPublicKeyInfo by role.
+NodeKeys = Mapping[KeyRole, bytes]
+NO_KEYS: Final[NodeKeys] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,18 +356,27 @@ class Datastore(Protocol):
         """Delete entries whose expires_at is before a moment; return how many."""
         ...
 
-    async def put_node(self, node: Node) -> Node:
-        """Store a node with its selectors, replacing one with the same agent ID.
+    async def put_node(self, node: Node, keys: NodeKeys = NO_KEYS) -> Node:
+        """Store a node with its selectors and keys, replacing one with the same agent ID.
 
         An empty agent_version leaves the one that is stored.
 
         Raises:
             DeniedError: the stored node is banned; only deleting it lifts that.
+            KeyInUseError: one of the keys is another node's.
         """
         ...
 
     async def get_node(self, agent_id: SpiffeId) -> Node:
         """Return a node."""
+        ...
+
+    async def find_node(self, agent_id: SpiffeId, keys: NodeKeys = NO_KEYS) -> Node | None:
+        """Return a node, None when there is none, after a look at keys it wants to have.
+
+        Raises:
+            KeyInUseError: one of the keys is another node's.
+        """
         ...
 
     async def get_nodes(self, agent_ids: Collection[SpiffeId]) -> dict[SpiffeId, Node]:
@@ -362,6 +400,7 @@ class Datastore(Protocol):
         new_serial_number: str,
         new_expires_at: datetime | None,
         expected_serial_number: str | None = None,
+        new_key: bytes | None = None,
     ) -> Node:
         """Store the serials after a renewal, or when the new one is used for the first time.
 
@@ -373,9 +412,11 @@ class Datastore(Protocol):
             new_expires_at: when that ends.
             expected_serial_number: the current serial the caller decided on; anything else in
                 the store means the node attested anew meanwhile and nothing is changed.
+            new_key: SHA-256 of the renewed SVID's DER SubjectPublicKeyInfo.
 
         Raises:
             NotFoundError: no such node.
+            KeyInUseError: the new key is another node's.
             DeniedError: AGENT_BANNED when it is banned, AGENT_NOT_ACTIVE when the current serial
                 is not the expected one.
         """

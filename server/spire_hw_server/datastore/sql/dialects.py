@@ -43,11 +43,13 @@ class Opened:
     Attributes:
         threads: as many as it has connections.
         one_writer: the database has a single writer; ours take turns before they ask it.
+        direct: prepared statements go to SQLite's own connection.
     """
 
     engine: Engine
     threads: int
     one_writer: bool
+    direct: bool
 
 
 def write_options(connection: Connection) -> Connection:
@@ -83,7 +85,7 @@ def open_engine(config: DatastoreConfig, connection_string: str) -> Opened:
         pool_use_lifo=True,
         hide_parameters=True,
     )
-    return Opened(engine, config.max_open_conns, one_writer=False)
+    return Opened(engine, config.max_open_conns, one_writer=False, direct=False)
 
 
 def sqlite_path(connection_string: str) -> Path:
@@ -156,7 +158,7 @@ def _open_sqlite(config: DatastoreConfig, path: Path) -> Opened:
         if driver is not None:
             driver.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
 
-    return Opened(engine, readers, one_writer=True)
+    return Opened(engine, readers, one_writer=True, direct=not config.log_sql)
 
 
 def _prepare_file(path: Path) -> None:

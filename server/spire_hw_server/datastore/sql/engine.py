@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -47,10 +48,19 @@ _CONFLICT_NUMBERS: Final = frozenset({1205, 1213, 1020})
 
 
 class Transaction:
-    """One transaction: the connection, the time it started and what it changed."""
+    """One transaction: the connection, the time it started and what it changed.
 
-    def __init__(self, connection: Connection, now: datetime) -> None:
+    Attributes:
+        connection: SQLAlchemy's.
+        driver: SQLite's own under it, for `Prepared`; None when all goes through SQLAlchemy.
+        now: the time it started.
+        changes: what caches have to look at, by kind and key.
+    """
+
+    def __init__(self, connection: Connection, now: datetime, *, direct: bool = False) -> None:
+        driver = connection.connection.driver_connection if direct else None
         self.connection = connection
+        self.driver = driver if isinstance(driver, sqlite3.Connection) else None
         self.now = now
         self.changes: dict[tuple[ChangeKind, str], Node | None] = {}
 
@@ -148,9 +158,10 @@ class Database:
             if writes:
                 write_options(connection)
             with connection.begin():
-                transaction = Transaction(connection, self._clock.now().astimezone(UTC))
+                now = self._clock.now().astimezone(UTC)
+                transaction = Transaction(connection, now, direct=opened.direct)
                 result = function(transaction)
-                changes = events.record(connection, transaction.changes, transaction.now_s)
+                changes = events.record(transaction)
         return result, changes
 
     async def close(self) -> None:

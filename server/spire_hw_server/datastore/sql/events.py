@@ -12,13 +12,14 @@ from sqlalchemy import bindparam, delete, insert, select, update
 
 from spire_hw_server.datastore.interface import Change, ChangeKind
 from spire_hw_server.datastore.sql.models import changes, counters
+from spire_hw_server.datastore.sql.prepared import Prepared
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from sqlalchemy.engine import Connection
 
-    from spire_hw_server.datastore.interface import Node
+    from spire_hw_server.datastore.sql.engine import Transaction
 
 _COUNTER = "change"
 _REMEMBERED = 1024
@@ -28,7 +29,8 @@ _COUNT_UP = (
     .where(counters.c.name == bindparam("counter"))
     .values(value=counters.c.value + bindparam("made"))
 )
-_INSERT = insert(changes)
+_COUNT = Prepared(_COUNT_UP.returning(counters.c.value))
+_INSERT = Prepared(insert(changes))
 _AFTER = (
     select(changes.c.event_id, changes.c.kind, changes.c.key)
     .where(changes.c.event_id > bindparam("after"))
@@ -37,32 +39,33 @@ _AFTER = (
 )
 
 
-def record(
-    connection: Connection, made: Mapping[tuple[ChangeKind, str], Node | None], now_s: int
-) -> list[Change]:
-    """Store changes as the last thing of a transaction; return them with their numbers.
-
-    Args:
-        connection: in the transaction.
-        made: kind and key, with the node as it is now where that is known.
-        now_s: seconds since 1970.
-    """
+def record(tx: Transaction) -> list[Change]:
+    """Store what a transaction changed, as the last thing in it; return it with its numbers."""
+    made = tx.changes
     if not made:
         return []
-    connection.execute(_COUNT_UP, {"counter": _COUNTER, "made": len(made)})
-    first = last_change(connection) - len(made) + 1
+    first = _count_up(tx, len(made)) - len(made) + 1
     numbered = [
         Change(number, kind, key, node)
         for number, ((kind, key), node) in enumerate(made.items(), first)
     ]
-    connection.execute(
-        _INSERT,
-        [
-            {"event_id": c.event_id, "kind": c.kind.value, "key": c.key, "created_at": now_s}
+    _INSERT.run(
+        tx,
+        *(
+            {"event_id": c.event_id, "kind": c.kind.value, "key": c.key, "created_at": tx.now_s}
             for c in numbered
-        ],
+        ),
     )
     return numbered
+
+
+def _count_up(tx: Transaction, made: int) -> int:
+    """Return the number of the last of some new changes."""
+    if tx.connection.dialect.update_returning:
+        ((last,),) = _COUNT.fetch(tx, counter=_COUNTER, made=made)
+        return int(last)
+    tx.connection.execute(_COUNT_UP, {"counter": _COUNTER, "made": made})
+    return last_change(tx.connection)
 
 
 class Recent:

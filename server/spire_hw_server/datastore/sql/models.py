@@ -1,7 +1,8 @@
 """The tables. Migrations make them; a test holds both together.
 
 What is matched in queries has a column or a row of its own; lists that are only read back are
-JSON beside it, so that a whole entry is one row.
+JSON beside it, so that a whole entry is one row. Selectors of nodes have no index of their own:
+every attestation would write a page for each of them, and only operators' lists ask for them.
 """
 
 from __future__ import annotations
@@ -144,7 +145,21 @@ node_selectors = Table(
     ),
     Column("digest", Digest(), nullable=False),
     PrimaryKeyConstraint("node_row", "digest"),
-    Index("ix_node_selectors_digest", "digest", "node_row"),
+    sqlite_with_rowid=False,
+)
+
+# Keys that one node has for itself, by SHA-256 of their SubjectPublicKeyInfo.
+node_keys = Table(
+    "node_keys",
+    metadata,
+    Column("digest", Digest(), nullable=False),
+    Column(
+        "node_row", row_number(), ForeignKey("nodes.row_id", ondelete="CASCADE"), nullable=False
+    ),
+    Column("role", Integer(), nullable=False),
+    PrimaryKeyConstraint("digest"),
+    Index(None, "node_row"),
+    sqlite_with_rowid=False,
 )
 
 join_tokens = Table(

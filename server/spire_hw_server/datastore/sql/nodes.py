@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import (
     ColumnElement,
-    Row,
     and_,
     bindparam,
     delete,
@@ -21,16 +20,24 @@ from sqlalchemy import (
 from spire_hw.errors import DeniedError, DeniedReason, InvalidInputError, NotFoundError
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId
-from spire_hw_server.datastore.interface import ChangeKind, Node, NodeFilter, NodePage, Page
+from spire_hw_server.datastore.interface import (
+    ChangeKind,
+    KeyRole,
+    Node,
+    NodeFilter,
+    NodePage,
+    Page,
+)
 from spire_hw_server.datastore.sql import entries as entry_queries
+from spire_hw_server.datastore.sql import keys as node_keys
 from spire_hw_server.datastore.sql.models import entries, node_selectors, nodes
+from spire_hw_server.datastore.sql.prepared import Prepared
 from spire_hw_server.datastore.sql.sets import (
     after_row,
     decode_list,
     encode_selectors,
     matching,
     moment_of,
-    new_row,
     optional_moment,
     optional_seconds,
     seconds_of,
@@ -39,52 +46,72 @@ from spire_hw_server.datastore.sql.sets import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Sequence
     from datetime import datetime
 
+    from spire_hw_server.datastore.interface import NodeKeys
     from spire_hw_server.datastore.sql.engine import Transaction
 
-_INSERT: Final = insert(nodes)
-_INSERT_SELECTORS: Final = insert(node_selectors)
-_BY_ID: Final = select(nodes).where(nodes.c.agent_id == bindparam("wanted"))
-_LOCK_BY_ID: Final = _BY_ID.with_for_update()
+_VALUES: Final = [column.name for column in nodes.c if column.name != "row_id"]
+_INSERT: Final = Prepared(insert(nodes).values({name: bindparam(name) for name in _VALUES}))
+_UPDATE: Final = Prepared(
+    update(nodes)
+    .where(nodes.c.row_id == bindparam("number"))
+    .values({name: bindparam(name) for name in _VALUES})
+)
+_INSERT_SELECTORS: Final = Prepared(insert(node_selectors))
+_BY_ID: Final = Prepared(select(nodes).where(nodes.c.agent_id == bindparam("wanted")))
+_LOCK_BY_ID: Final = Prepared(
+    select(nodes).where(nodes.c.agent_id == bindparam("wanted")).with_for_update()
+)
 _CHUNK: Final = 500
 _MAX_VERSION: Final = 255
 _MAX_JSON_BYTES: Final = 8 << 20
 _JOIN_TOKEN: Final = "join_token"  # noqa: S105 - a name
 
 
-def put(tx: Transaction, node: Node) -> Node:
+def put(tx: Transaction, node: Node, keys: NodeKeys) -> Node:
     """Store a node; see `Datastore.put_node`."""
     _check_version(node.agent_version)
     if node.banned:
         raise InvalidInputError("a node is stored with a serial number; use ban_node to ban it")
-    selectors = tuple(sorted(set(node.selectors)))
     node = replace(
         node,
-        selectors=selectors,
+        selectors=tuple(sorted(set(node.selectors))),
         expires_at=moment_of(seconds_of(node.expires_at)),
         new_expires_at=optional_moment(optional_seconds(node.new_expires_at)),
     )
     row = _row(tx, node.agent_id, lock=True)
-    if row is not None and _node(row).banned:
+    stored = None if row is None else _node(row)
+    if stored is not None and stored.banned:
         raise DeniedError(f'agent "{node.agent_id}" is banned', DeniedReason.AGENT_BANNED)
-    if row is None:
-        result = tx.connection.execute(_INSERT, _values(node))
-        number = new_row(result)
+    node_keys.check_free(tx, node.agent_id, keys)
+    if row is None or stored is None:
+        number = _INSERT.insert(tx, _values(node))
     else:
-        number = row.row_id
+        number = row[0]
         if not node.agent_version:
-            node = replace(node, agent_version=row.agent_version)
-        tx.connection.execute(update(nodes).where(nodes.c.row_id == number).values(_values(node)))
-        tx.connection.execute(delete(node_selectors).where(node_selectors.c.node_row == number))
-    if selectors:
-        tx.connection.execute(
-            _INSERT_SELECTORS,
-            [{"node_row": number, "digest": selector_digest(s)} for s in selectors],
-        )
+            node = replace(node, agent_version=stored.agent_version)
+        _UPDATE.run(tx, _values(node) | {"number": number})
+    if stored is None or stored.selectors != node.selectors:
+        _put_selectors(tx, number, node, is_new=stored is None)
+    node_keys.replace_all(tx, number, keys, is_new=stored is None)
     tx.changed(ChangeKind.NODE, node.agent_id.text, node)
     return node
+
+
+def _put_selectors(tx: Transaction, number: int, node: Node, *, is_new: bool) -> None:
+    if not is_new:
+        tx.connection.execute(delete(node_selectors).where(node_selectors.c.node_row == number))
+    digests = sorted(map(selector_digest, node.selectors))
+    _INSERT_SELECTORS.run(tx, *({"node_row": number, "digest": digest} for digest in digests))
+
+
+def find(tx: Transaction, agent_id: SpiffeId, keys: NodeKeys) -> Node | None:
+    """Return a node, None when there is none; see `Datastore.find_node`."""
+    row = _row(tx, agent_id)
+    node_keys.check_free(tx, agent_id, keys)
+    return None if row is None else _node(row)
 
 
 def get(tx: Transaction, agent_id: SpiffeId) -> Node:
@@ -131,18 +158,26 @@ def set_serials(
     agent_id: SpiffeId,
     current: tuple[str, datetime],
     renewed: tuple[str, datetime | None],
+    *,
     expected: str | None,
+    new_key: bytes | None,
 ) -> Node:
     """Store serials; see `Datastore.set_node_serials`."""
     if not current[0]:
         raise InvalidInputError("the current serial number is empty; use ban_node to ban a node")
     row = _existing(tx, agent_id, lock=True)
-    if _node(row).banned:
+    stored = _node(row)
+    if stored.banned:
         raise DeniedError(f'agent "{agent_id}" is banned', DeniedReason.AGENT_BANNED)
-    if expected is not None and row.serial_number != expected:
+    if expected is not None and stored.serial_number != expected:
         raise DeniedError(
             f'agent "{agent_id}" has attested anew since', DeniedReason.AGENT_NOT_ACTIVE
         )
+    if new_key is not None:
+        node_keys.check_free(tx, agent_id, {KeyRole.NEW_SVID: new_key})
+        node_keys.renew(tx, row[0], new_key)
+    elif not renewed[0]:
+        node_keys.promote(tx, row[0])
     return _set(
         tx,
         row,
@@ -158,7 +193,7 @@ def set_version(tx: Transaction, agent_id: SpiffeId, version: str) -> None:
     _check_version(version)
     row = _existing(tx, agent_id, lock=True)
     tx.connection.execute(
-        update(nodes).where(nodes.c.row_id == row.row_id).values(agent_version=version)
+        update(nodes).where(nodes.c.row_id == row[0]).values(agent_version=version)
     )
 
 
@@ -171,7 +206,7 @@ def ban(tx: Transaction, agent_id: SpiffeId) -> Node:
 def delete_one(tx: Transaction, agent_id: SpiffeId) -> Node:
     """Delete a node and its join token alias; see `Datastore.delete_node`."""
     row = _existing(tx, agent_id, lock=True)
-    tx.connection.execute(delete(nodes).where(nodes.c.row_id == row.row_id))
+    tx.connection.execute(delete(nodes).where(nodes.c.row_id == row[0]))
     tx.changed(ChangeKind.NODE, agent_id.text)
     node = _node(row)
     if node.attestation_type == _JOIN_TOKEN:
@@ -195,10 +230,10 @@ def _delete_alias(tx: Transaction, agent_id: SpiffeId) -> None:
         entry_queries.delete_where(tx, entries.c.row_id.in_(numbers))
 
 
-def _set(tx: Transaction, row: Row[Any], **values: object) -> Node:
-    tx.connection.execute(update(nodes).where(nodes.c.row_id == row.row_id).values(values))
-    node = get(tx, SpiffeId(row.agent_id))
-    tx.changed(ChangeKind.NODE, row.agent_id, node)
+def _set(tx: Transaction, row: Sequence[Any], **values: object) -> Node:
+    tx.connection.execute(update(nodes).where(nodes.c.row_id == row[0]).values(values))
+    node = get(tx, SpiffeId(row[1]))
+    tx.changed(ChangeKind.NODE, row[1], node)
     return node
 
 
@@ -225,12 +260,13 @@ def _conditions(where: NodeFilter) -> Iterator[ColumnElement[bool]]:
         yield matching(table, table.c.node_row, table.c.digest, how, asked)
 
 
-def _row(tx: Transaction, agent_id: SpiffeId, *, lock: bool = False) -> Row[Any] | None:
+def _row(tx: Transaction, agent_id: SpiffeId, *, lock: bool = False) -> Sequence[Any] | None:
     query = _LOCK_BY_ID if lock else _BY_ID
-    return tx.connection.execute(query, {"wanted": agent_id.text}).one_or_none()
+    rows = query.fetch(tx, wanted=agent_id.text)
+    return rows[0] if rows else None
 
 
-def _existing(tx: Transaction, agent_id: SpiffeId, *, lock: bool = False) -> Row[Any]:
+def _existing(tx: Transaction, agent_id: SpiffeId, *, lock: bool = False) -> Sequence[Any]:
     row = _row(tx, agent_id, lock=lock)
     if row is None:
         raise NotFoundError(f'there is no attested node "{agent_id}"')
@@ -254,15 +290,17 @@ def _values(node: Node) -> dict[str, Any]:
     }
 
 
-def _node(row: Row[Any]) -> Node:
+def _node(row: Sequence[Any]) -> Node:
+    """Return the node of a row that has the table's columns in the table's order."""
+    _, agent_id, kind, serial, expires_at, new_serial, new_expires_at, again, version, marks = row
     return Node(
-        agent_id=SpiffeId(row.agent_id),
-        attestation_type=row.attestation_type,
-        serial_number=row.serial_number,
-        expires_at=moment_of(row.expires_at),
-        new_serial_number=row.new_serial_number,
-        new_expires_at=optional_moment(row.new_expires_at),
-        can_reattest=row.can_reattest,
-        agent_version=row.agent_version,
-        selectors=tuple([Selector(kind, value) for kind, value in decode_list(row.selectors)]),
+        agent_id=SpiffeId(agent_id),
+        attestation_type=kind,
+        serial_number=serial,
+        expires_at=moment_of(expires_at),
+        new_serial_number=new_serial,
+        new_expires_at=optional_moment(new_expires_at),
+        can_reattest=again,
+        agent_version=version,
+        selectors=tuple([Selector(kind, value) for kind, value in decode_list(marks)]),
     )

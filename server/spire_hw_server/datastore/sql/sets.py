@@ -26,7 +26,9 @@ _MAX_TOKEN: Final = 19
 
 def selector_digest(selector: Selector) -> bytes:
     """Return the digest a selector is found by."""
-    return _digest((selector.type, selector.value))
+    kind, value = selector.type.encode(), selector.value.encode()
+    framed = len(kind).to_bytes(4, "big") + kind + len(value).to_bytes(4, "big") + value
+    return hashlib.sha256(framed).digest()
 
 
 def similar_digest(spiffe_id: str, parent_id: str, selectors: Iterable[Selector]) -> bytes:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from spire_hw_server.datastore.interface import BundleDeletion, Datastore
+from spire_hw_server.datastore.interface import NO_KEYS, BundleDeletion, Datastore
 from spire_hw_server.datastore.sql import (
     bundles,
     eks,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         JournalRow,
         Node,
         NodeFilter,
+        NodeKeys,
         NodePage,
         Page,
     )
@@ -105,12 +106,16 @@ class SqlDatastore(Datastore):
         return await self._database.write(lambda tx: entries.prune(tx, expired_before))
 
     @override
-    async def put_node(self, node: Node) -> Node:
-        return await self._database.write(lambda tx: nodes.put(tx, node))
+    async def put_node(self, node: Node, keys: NodeKeys = NO_KEYS) -> Node:
+        return await self._database.write(lambda tx: nodes.put(tx, node, keys))
 
     @override
     async def get_node(self, agent_id: SpiffeId) -> Node:
         return await self._database.read(lambda tx: nodes.get(tx, agent_id))
+
+    @override
+    async def find_node(self, agent_id: SpiffeId, keys: NodeKeys = NO_KEYS) -> Node | None:
+        return await self._database.read(lambda tx: nodes.find(tx, agent_id, keys))
 
     @override
     async def get_nodes(self, agent_ids: Collection[SpiffeId]) -> dict[SpiffeId, Node]:
@@ -134,11 +139,14 @@ class SqlDatastore(Datastore):
         new_serial_number: str,
         new_expires_at: datetime | None,
         expected_serial_number: str | None = None,
+        new_key: bytes | None = None,
     ) -> Node:
         current = (serial_number, expires_at)
         renewed = (new_serial_number, new_expires_at)
         return await self._database.write(
-            lambda tx: nodes.set_serials(tx, agent_id, current, renewed, expected_serial_number)
+            lambda tx: nodes.set_serials(
+                tx, agent_id, current, renewed, expected=expected_serial_number, new_key=new_key
+            )
         )
 
     @override
