@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import select
 import socket
 import struct
@@ -18,6 +19,7 @@ from spire_hw.errors import InvalidInputError, UnavailableError
 _CREDENTIALS: Final = struct.Struct("=iII")
 _SO_PEERPIDFD: Final = 77
 _CLOSED: Final = -1
+_STATUS_BYTES: Final = 64 << 10
 
 
 def peer_credentials(connection: socket.socket) -> tuple[int, int, int]:
@@ -65,6 +67,29 @@ class Process:
         if not self.alive():
             self.close()
             raise UnavailableError(f"the caller (pid {self.pid}) has ended")
+
+    @classmethod
+    def of(cls, pid: int) -> Process:
+        """Pin a process that is known by its number alone; user and group are those it has now.
+
+        That the number still means the same process is for whoever named it to see to.
+
+        Raises:
+            UnavailableError: there is no such process, or it ended.
+        """
+        made = cls.__new__(cls)
+        made.pid, made._pidfd = pid, _CLOSED  # noqa: SLF001 - this class's own
+        try:
+            made._pidfd = os.pidfd_open(pid)  # noqa: SLF001
+        except OSError as e:
+            raise UnavailableError(f"there is no process {pid}") from e
+        try:
+            status = made.read_file("status", _STATUS_BYTES)
+            made.uid, made.gid = (_effective(status, name) for name in (b"Uid", b"Gid"))
+        except UnavailableError:
+            made.close()
+            raise
+        return made
 
     def alive(self) -> bool:
         """Tell whether it is still the process that connected."""
@@ -153,6 +178,14 @@ class Process:
 
     def _unreadable(self, name: str, cause: OSError) -> UnavailableError:
         return UnavailableError(f"cannot read /proc/{self.pid}/{name}: {cause.strerror}")
+
+
+def _effective(status: bytes, name: bytes) -> int:
+    """Return the effective id of a line such as `Uid: real effective saved file system`."""
+    found = re.search(rb"^%b:\s+\d+\s+(\d+)" % name, status, re.MULTILINE)
+    if found is None:
+        raise UnavailableError("a status file of /proc is not readable")
+    return int(found[1])
 
 
 def _checked(name: str) -> str:
