@@ -1,24 +1,21 @@
-"""The `plugins` section to configured plugins, and their end in reverse order.
+"""Plugins of a host: built or started, configured, told of changes, closed in reverse order.
 
-What stands in `plugin_data` is each plugin's own business. Which built-ins exist is told by a
-table that the host hands in, so nothing here names a plugin.
-
-Source: upstream's plugin blocks and counts (KeyManager exactly one, and so on).
+Which built-ins exist is told by a table that the host hands in, so nothing here names a plugin. A
+block with `plugin_cmd` is an external plugin, which takes the place of a built-in of its name.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-import re
-from collections import Counter
+import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.config import hcl
-from spire_hw.config.hcl import Body
-from spire_hw.config.schema import Checked, Field, Model, check, nearest
 from spire_hw.errors import (
     ConfigError,
     ConfigFault,
@@ -28,209 +25,24 @@ from spire_hw.errors import (
     SpireHwError,
     UnavailableError,
 )
+from spire_hw.plugin.hostservices import HostServices
 from spire_hw.plugin.info import Builder, HostInfo, Plugin, PluginKind
+from spire_hw.plugin.section import PluginConfig, Rules, check_counts
+
+if TYPE_CHECKING:
+    from spire_hw.config.hcl import Body
+    from spire_hw.goplugin.external import ExternalPlugin
+    from spire_hw.goplugin.launch import Limits
+    from spire_hw.goplugin.place import Place
+    from spire_hw.rpc.probes import Check
 
 _MAX_DATA_FILE_BYTES: Final = hcl.MAX_CHARS
-_SHA256_HEX: Final = re.compile(r"[0-9a-fA-F]{64}")
+_DIGEST_CHARS: Final = 32
 
 # Which built-in has this name; NotFoundError when there is none.
 Table = Callable[[PluginKind, str], Builder]
 # The names there are, for a helpful message.
 Names = Callable[[PluginKind], Iterable[str]]
-
-
-@dataclass(frozen=True, slots=True)
-class PluginConfig:
-    """One plugin block.
-
-    Attributes:
-        kind: what it is.
-        name: its label.
-        data: what stands in `plugin_data`; empty when `data_file` is given.
-        enabled: false leaves the plugin out.
-        cmd: path of an external plugin, "" for a built-in; `args` and `checksum` go with it.
-        data_file: path of a file that holds the data.
-        file: where the block stands, with its line.
-    """
-
-    kind: PluginKind
-    name: str
-    data: Body = field(default_factory=Body.empty, repr=False)
-    enabled: bool = True
-    cmd: str = ""
-    args: tuple[str, ...] = ()
-    checksum: str = ""
-    data_file: str = ""
-    file: str = ""
-    line: int = 0
-
-    @property
-    def prefix(self) -> str:
-        """Return how messages name it, such as `keymanager(tpm)`."""
-        return f"{self.kind.value.lower()}({self.name})"
-
-
-@dataclass(frozen=True, slots=True)
-class Count:
-    """How many plugins of a kind a host wants; `most` None means any number."""
-
-    least: int = 0
-    most: int | None = None
-
-
-Rules = Mapping[PluginKind, Count]
-
-SERVER_RULES: Final[Rules] = {
-    PluginKind.KEY_MANAGER: Count(1, 1),
-    PluginKind.NODE_ATTESTOR: Count(),
-    PluginKind.UPSTREAM_AUTHORITY: Count(0, 1),
-    PluginKind.NOTIFIER: Count(),
-    PluginKind.BUNDLE_PUBLISHER: Count(),
-    PluginKind.CREDENTIAL_COMPOSER: Count(),
-}
-AGENT_RULES: Final[Rules] = {
-    PluginKind.KEY_MANAGER: Count(1, 1),
-    PluginKind.NODE_ATTESTOR: Count(1, 1),
-    PluginKind.WORKLOAD_ATTESTOR: Count(1),
-    PluginKind.SVID_STORE: Count(),
-}
-
-
-def _checksum(value: str) -> str:
-    if value and not _SHA256_HEX.fullmatch(value):
-        raise InvalidInputError("must be a SHA-256 in 64 hex digits")
-    return value.lower()
-
-
-class _PluginBlock(Model):
-    plugin_cmd: str = ""
-    plugin_args: list[str] = Field(default_factory=list)
-    plugin_checksum: Annotated[str, Checked(_checksum)] = ""
-    plugin_data: Body = Body.empty()
-    plugin_data_file: str = ""
-    enabled: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class StoreConfig:
-    """The `DataStore "sql"` block, which is no plugin but stands among them."""
-
-    name: str
-    data: Body = field(repr=False)
-    line: int = 0
-
-
-_STORE: Final = "DataStore"
-
-
-def parse_plugins(body: Body) -> list[PluginConfig]:
-    """Return the plugins of a `plugins` section in the order of the file, disabled ones too.
-
-    Raises:
-        ConfigError: with all faults.
-    """
-    found, _, faults = read_plugins(body)
-    if faults:
-        raise ConfigError(body.file or "configuration", faults)
-    return found
-
-
-def read_plugins(
-    body: Body, *, with_store: bool = False
-) -> tuple[list[PluginConfig], list[StoreConfig], list[ConfigFault]]:
-    """Return plugins, data stores (where the host has one) and all faults of the section."""
-    kinds = {k.value.lower(): k for k in PluginKind}
-    names = [k.value for k in PluginKind] + ([_STORE] if with_store else [])
-    plugins: list[PluginConfig] = []
-    stores: list[StoreConfig] = []
-    faults: list[ConfigFault] = []
-    for item in body.items:
-        if isinstance(item, hcl.Item):
-            line, key = item.line, item.key
-            faults.append(ConfigFault(line, f'"{key}" in plugins is not a plugin block'))
-            continue
-        key = item.keys[0]
-        alone = Body((item,), item.line, body.file)
-        for stray in alone.unlabelled(key):
-            message = f'{key} needs the plugin\'s name: {key} "..." {{ plugin_data {{ ... }} }}'
-            faults.append(ConfigFault(stray.line, message))
-        is_store = with_store and key.lower() == _STORE.lower()
-        kind = kinds.get(key.lower())
-        if kind is None and not is_store:
-            hint = nearest(key, names)
-            faults.append(ConfigFault(item.line, f'unknown plugin type "{key}"{hint}'))
-            continue
-        for block in alone.labelled(key):
-            made, wrong = _read_block(block, kind, body.file)
-            faults.extend(wrong)
-            if isinstance(made, PluginConfig):
-                plugins.append(made)
-            elif made is not None:
-                stores.append(made)
-    return plugins, stores, faults
-
-
-def _read_block(
-    block: hcl.Block, kind: PluginKind | None, file: str
-) -> tuple[PluginConfig | StoreConfig | None, list[ConfigFault]]:
-    title = f"{block.keys[0]} {hcl.quote(block.keys[1])}"
-    if len(block.keys) > 2:  # noqa: PLR2004 - kind and name
-        return None, [ConfigFault(block.line, f"{title} takes one name")]
-    raw, faults = check(block.body, _PluginBlock, block.line)
-    faults = [ConfigFault(f.line, f"{title}: {f.message}") for f in faults]
-    if raw is None:
-        return None, faults
-    if raw.plugin_data_file and raw.given("plugin_data"):
-        message = f"{title}: give plugin_data or plugin_data_file, not both"
-        return None, [ConfigFault(raw.line("plugin_data_file"), message)]
-    name = block.keys[1]
-    if kind is None:
-        if raw.plugin_cmd or raw.plugin_data_file or not raw.enabled:
-            faults.append(ConfigFault(block.line, f"{title}: only plugin_data can be set"))
-        return StoreConfig(name, raw.plugin_data, block.line), faults
-    made = PluginConfig(
-        kind=kind,
-        name=name,
-        data=raw.plugin_data,
-        enabled=raw.enabled,
-        cmd=raw.plugin_cmd,
-        args=tuple(raw.plugin_args),
-        checksum=raw.plugin_checksum,
-        data_file=raw.plugin_data_file,
-        file=file,
-        line=block.line,
-    )
-    return made, faults
-
-
-def check_counts(configs: Sequence[PluginConfig], rules: Rules) -> list[ConfigFault]:
-    """Return what breaks a host's rules on kinds and numbers among the enabled plugins."""
-    enabled = [c for c in configs if c.enabled]
-    faults: list[ConfigFault] = []
-    seen: set[tuple[PluginKind, str]] = set()
-    for config in enabled:
-        title = f'{config.kind.value} "{config.name}"'
-        if config.kind not in rules:
-            faults.append(
-                ConfigFault(config.line, f"{title}: plugins of this type do not belong here")
-            )
-        elif (config.kind, config.name) in seen:
-            faults.append(ConfigFault(config.line, f"{title} is configured twice"))
-        seen.add((config.kind, config.name))
-    numbers = Counter(kind for kind, _ in seen)
-    for kind, count in rules.items():
-        if numbers[kind] < count.least:
-            wanted = "exactly" if count.least == count.most else "at least"
-            faults.append(
-                ConfigFault(
-                    0, f"plugins needs {wanted} {count.least} {kind.value}, found {numbers[kind]}"
-                )
-            )
-        if count.most is not None and numbers[kind] > max(count.most, count.least):
-            line = [c.line for c in enabled if c.kind is kind][count.most]
-            message = f"plugins takes at most {count.most} {kind.value}, found {numbers[kind]}"
-            faults.append(ConfigFault(line, message))
-    return faults
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +52,7 @@ class Loaded:
     kind: PluginKind
     name: str
     plugin: Any
+    is_external: bool = False
 
     @property
     def prefix(self) -> str:
@@ -247,12 +60,29 @@ class Loaded:
         return f"{self.kind.value.lower()}({self.name})"
 
 
+@dataclass(frozen=True, slots=True)
+class External:
+    """What external plugins of a host need besides what all plugins do.
+
+    Attributes:
+        services: what they are offered.
+        environ: the host's environment, of which they see a part.
+        limits: how patient the host is with them, None for the usual.
+    """
+
+    services: HostServices = field(default_factory=HostServices)
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
+    limits: Limits | None = None
+
+
 class Catalog:
     """All plugins of a host."""
 
-    def __init__(self, plugins: Sequence[Loaded], host: HostInfo) -> None:
-        self._plugins = list(plugins)
+    def __init__(self, slots: Sequence[_Slot], host: HostInfo, place: Place | None) -> None:
+        self._slots = list(slots)
+        self._place = place
         self._log = host.log
+        self._changing = asyncio.Lock()
 
     @classmethod
     async def load(
@@ -263,47 +93,59 @@ class Catalog:
         rules: Rules,
         *,
         names: Names | None = None,
+        external: External | None = None,
     ) -> Catalog:
-        """Build, check and configure every enabled plugin, in the order of the file.
+        """Build or start, check and configure every enabled plugin, in the order of the file.
 
         Args:
-            configs: what `parse_plugins` gave.
+            configs: what `read_plugins` gave.
             table: finds built-ins.
             host: what plugins are told; each gets its log bound to its type and name.
             rules: `SERVER_RULES` or `AGENT_RULES`.
             names: names of built-ins, for hints.
+            external: for external plugins.
 
         Raises:
             ConfigError: faults of the section and of all plugins' configurations.
-            PluginError: a plugin could not be made ready; those before it were closed again.
+            SpireHwError: a plugin could not be made ready; those before it were closed again.
         """
-        built, faults = _build(configs, table, host, rules, names)
-        catalog = cls([Loaded(c.kind, c.name, p) for c, p, _ in built], host)
+        workshop = _Workshop(table, host, rules, names, external or External())
+        slots, faults = workshop.build(configs)
+        catalog = cls(slots, host, workshop.place)
         try:
-            await catalog._make_ready(built, faults, configs[0].file if configs else "")
+            await catalog._make_ready(faults, configs[0].file if configs else "")
         except BaseException:
             await catalog.close()
             raise
         return catalog
 
-    async def _make_ready(
-        self, built: Sequence[_Built], faults: list[ConfigFault], file: str
-    ) -> None:
+    async def _make_ready(self, faults: list[ConfigFault], file: str) -> None:
         if faults:
             raise ConfigError(file or "configuration", faults)
-        for config, plugin, data in built:
-            await _configure(config, plugin, data)
-            self._log.info(
-                "Configured plugin",
-                external=False,
-                plugin_name=config.name,
-                plugin_type=config.kind.value,
-                reconfigurable=False,
+        for slot in self._slots:
+            await slot.make_ready()
+            self._tell_ready(slot)
+
+    def _tell_ready(self, slot: _Slot) -> None:
+        config = slot.config
+        fields = {"plugin_name": config.name, "plugin_type": config.kind.value}
+        self._log.info(
+            "Configured plugin",
+            external=bool(config.cmd),
+            reconfigurable=bool(config.data_file),
+            **fields,
+        )
+        if config.kind is PluginKind.NOTIFIER:
+            self._log.warning(
+                "Notifier plugins are deprecated, use a BundlePublisher",
+                alert=True,
+                alert_type="deprecated_service",
+                **fields,
             )
 
     def all(self, kind: PluginKind) -> list[Loaded]:
         """Return the plugins of a kind in the order of the file."""
-        return [p for p in self._plugins if p.kind is kind]
+        return [slot.loaded for slot in self._slots if slot.config.kind is kind]
 
     def one(self, kind: PluginKind) -> Loaded:
         """Return the only plugin of a kind.
@@ -327,19 +169,54 @@ class Catalog:
                 return plugin
         raise NotFoundError(f'no {kind.value} "{name}" is configured')
 
+    def checks(self) -> dict[str, Check]:
+        """Return health checks: whether each external plugin is up, by `plugin.<type>(<name>)`."""
+        return {
+            f"plugin.{slot.config.prefix}": slot.external.check
+            for slot in self._slots
+            if slot.external is not None
+        }
+
+    async def reconfigure(self) -> None:
+        """Read the data files again and configure the plugins whose data have changed.
+
+        What goes wrong is logged; that plugin keeps its configuration and is tried next time.
+        """
+        async with self._changing:
+            for slot in self._slots:
+                if slot.config.data_file:
+                    await self._reconfigure(slot)
+
+    async def _reconfigure(self, slot: _Slot) -> None:
+        config = slot.config
+        log = self._log.bind(plugin_name=config.name, plugin_type=config.kind.value)
+        try:
+            data = await asyncio.to_thread(_load_data, config)
+            if data.digest == slot.data.digest:
+                return
+            await slot.configure(data)
+        except SpireHwError as e:
+            text = "Failed to configure plugin, it keeps its configuration"
+            log.error(text, error=e.message)  # noqa: TRY400 - the message says it all
+        else:
+            log.info("Plugin was configured anew", file=config.data_file)
+
     async def close(self) -> None:
         """Close all plugins, the last one first; one that fails does not keep the others open."""
-        while self._plugins:
-            loaded = self._plugins.pop()
+        while self._slots:
+            slot = self._slots.pop()
             try:
-                await loaded.plugin.close()
+                await slot.close()
             except Exception as e:  # noqa: BLE001 - the others must be closed too
                 self._log.error(
                     "Failed to close plugin",
-                    plugin_name=loaded.name,
-                    plugin_type=loaded.kind.value,
+                    plugin_name=slot.config.name,
+                    plugin_type=slot.config.kind.value,
                     error=str(e),
                 )
+        if self._place is not None:
+            await asyncio.to_thread(self._place.close)
+            self._place = None
 
 
 async def check_plugins(
@@ -349,63 +226,156 @@ async def check_plugins(
     rules: Rules,
     *,
     names: Names | None = None,
+    external: External | None = None,
 ) -> list[ConfigFault]:
-    """Return all faults of the plugins without making any ready; no network, no device."""
-    built, faults = _build(configs, table, host, rules, names)
-    await Catalog([Loaded(c.kind, c.name, p) for c, p, _ in built], host).close()
-    return faults
+    """Return all faults of the plugins without making any ready; no network, no device.
 
-
-_Built = tuple[PluginConfig, Plugin, Body]
-
-
-def _build(
-    configs: Sequence[PluginConfig],
-    table: Table,
-    host: HostInfo,
-    rules: Rules,
-    names: Names | None,
-) -> tuple[list[_Built], list[ConfigFault]]:
-    faults = check_counts(configs, rules)
-    built: list[_Built] = []
-    for config in configs:
-        if not config.enabled or config.kind not in rules:
-            continue
-        if config.cmd:
-            message = f"{config.prefix}: external plugins are not available yet; remove plugin_cmd"
-            faults.append(ConfigFault(config.line, message))
-            continue
-        try:
-            plugin = _make(config, table, host, names)
-            data = _load_data(config)
-        except SpireHwError as e:
-            faults.extend(_prefixed(config, e))
-            continue
-        built.append((config, plugin, data))
-        faults.extend(
-            ConfigFault(f.line or config.line, f"{config.prefix}: {f.message}")
-            for f in plugin.validate(data)
-        )
-    return built, sorted(faults, key=lambda f: f.line)
-
-
-def _make(config: PluginConfig, table: Table, host: HostInfo, names: Names | None) -> Plugin:
+    External plugins are started, asked and stopped: only they know what is wrong.
+    """
+    workshop = _Workshop(table, host, rules, names, external or External())
+    slots, faults = workshop.build(configs)
+    catalog = Catalog(slots, host, workshop.place)
     try:
-        builder = table(config.kind, config.name)
-    except NotFoundError as e:
-        known = sorted(names(config.kind)) if names is not None else []
-        if not known or any(name in e.message for name in known):
+        for slot in slots:
+            faults += await slot.ask_for_faults()
+    finally:
+        await catalog.close()
+    return sorted(faults, key=lambda f: f.line)
+
+
+# -- one plugin -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """A plugin's configuration: the text an external one gets, the tree a built-in gets."""
+
+    text: str
+    body: Body
+
+    @property
+    def digest(self) -> str:
+        """Return what tells one text from another, as upstream does."""
+        return hashlib.sha512(self.text.encode()).hexdigest()[:_DIGEST_CHARS]
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One plugin of the file: either built in or external."""
+
+    config: PluginConfig
+    data: _Data
+    builtin: Plugin | None = None
+    external: ExternalPlugin | None = None
+
+    @property
+    def loaded(self) -> Loaded:
+        plugin = self.builtin if self.external is None else self.external.contract
+        return Loaded(self.config.kind, self.config.name, plugin, self.external is not None)
+
+    async def make_ready(self) -> None:
+        if self.external is not None:
+            await self.external.open()
+        await self.configure(self.data)
+
+    async def configure(self, data: _Data) -> None:
+        config = self.config
+        try:
+            if self.external is not None:
+                await self.external.configure(data.text)
+            elif self.builtin is not None:
+                await self.builtin.configure(data.body)
+        except ConfigError as e:
+            raise ConfigError(config.file or e.file, _prefixed(config, e)) from e
+        except PluginError:
             raise
-        raise NotFoundError(f"{e.message}; there are {', '.join(known)}") from e
-    except ImportError as e:
-        raise UnavailableError(f"needs a library that is not installed: {e}") from e
-    log = host.log.bind(plugin_type=config.kind.value, plugin_name=config.name)
-    return builder(dataclasses.replace(host, log=log))
+        except SpireHwError as e:
+            raise PluginError(config.prefix, e) from e
+        self.data = data
+
+    async def ask_for_faults(self) -> list[ConfigFault]:
+        if self.external is None:
+            return []
+        try:
+            await self.external.open()
+            notes = await self.external.validate(self.data.text)
+        except SpireHwError as e:
+            return _prefixed(self.config, e)
+        return [ConfigFault(self.config.line, f"{self.config.prefix}: {note}") for note in notes]
+
+    async def close(self) -> None:
+        if self.external is not None:
+            await self.external.close()
+        elif self.builtin is not None:
+            await self.builtin.close()
 
 
-def _load_data(config: PluginConfig) -> Body:
+@dataclass(slots=True)
+class _Workshop:
+    """Makes plugins out of blocks; none is started or configured yet."""
+
+    table: Table
+    host: HostInfo
+    rules: Rules
+    names: Names | None
+    external: External
+    place: Place | None = None
+
+    def build(self, configs: Sequence[PluginConfig]) -> tuple[list[_Slot], list[ConfigFault]]:
+        """Return the plugins that could be made and everything that is wrong."""
+        faults = check_counts(configs, self.rules)
+        slots: list[_Slot] = []
+        for config in configs:
+            if not config.enabled or config.kind not in self.rules:
+                continue
+            try:
+                slot = self._slot(config)
+            except SpireHwError as e:
+                faults.extend(_prefixed(config, e))
+                continue
+            slots.append(slot)
+            if slot.builtin is not None:
+                faults.extend(
+                    ConfigFault(f.line or config.line, f"{config.prefix}: {f.message}")
+                    for f in slot.builtin.validate(slot.data.body)
+                )
+        return slots, sorted(faults, key=lambda f: f.line)
+
+    def _slot(self, config: PluginConfig) -> _Slot:
+        log = self.host.log.bind(plugin_type=config.kind.value, plugin_name=config.name)
+        host = dataclasses.replace(self.host, log=log)
+        if config.cmd:
+            return _Slot(config, _load_data(config), external=self._external(config, host))
+        builtin = self._builder(config)(host)
+        return _Slot(config, _load_data(config), builtin=builtin)
+
+    def _external(self, config: PluginConfig, host: HostInfo) -> ExternalPlugin:
+        # Hosts without external plugins need none of it.
+        from spire_hw.goplugin.external import ExternalPlugin  # noqa: PLC0415
+        from spire_hw.goplugin.place import Place  # noqa: PLC0415
+
+        if self.place is None:
+            self.place = Place.open()
+        given = self.external
+        return ExternalPlugin(
+            config, host, given.services, self.place, environ=given.environ, limits=given.limits
+        )
+
+    def _builder(self, config: PluginConfig) -> Builder:
+        try:
+            return self.table(config.kind, config.name)
+        except NotFoundError as e:
+            known = sorted(self.names(config.kind)) if self.names is not None else []
+            if not known or any(name in e.message for name in known):
+                raise
+            raise NotFoundError(f"{e.message}; there are {', '.join(known)}") from e
+        except ImportError as e:
+            raise UnavailableError(f"needs a library that is not installed: {e}") from e
+
+
+def _load_data(config: PluginConfig) -> _Data:
     if not config.data_file:
-        return config.data
+        return _Data(config.data.to_hcl(), config.data)
     path = Path(config.data_file)
     try:
         with path.open("rb") as stream:
@@ -415,18 +385,7 @@ def _load_data(config: PluginConfig) -> Body:
         raise UnavailableError(f"plugin_data_file {path}: {e.strerror}") from e
     except UnicodeDecodeError as e:
         raise InvalidInputError(f"plugin_data_file {path} is not UTF-8 text") from e
-    return hcl.parse(text, str(path))
-
-
-async def _configure(config: PluginConfig, plugin: Plugin, data: Body) -> None:
-    try:
-        await plugin.configure(data)
-    except ConfigError as e:
-        raise ConfigError(config.file or e.file, _prefixed(config, e)) from e
-    except PluginError:
-        raise
-    except SpireHwError as e:
-        raise PluginError(config.prefix, e) from e
+    return _Data(text, hcl.parse(text, str(path)))
 
 
 def _prefixed(config: PluginConfig, error: SpireHwError) -> list[ConfigFault]:
@@ -436,4 +395,4 @@ def _prefixed(config: PluginConfig, error: SpireHwError) -> list[ConfigFault]:
             ConfigFault(f.line or config.line, f"{config.prefix}: {place}{f.message}")
             for f in error.faults
         ]
-    return [ConfigFault(config.line, f"{config.prefix}: {error.message}")]
+    return [ConfigFault(config.line, PluginError(config.prefix, error).message)]

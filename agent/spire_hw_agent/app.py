@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Self
 from spire_hw import __version__, memory
 from spire_hw.aio.tasks import Tasks
 from spire_hw.bundle.bundle import Bundle
-from spire_hw.catalog import AGENT_RULES, Catalog, check_plugins
+from spire_hw.catalog import Catalog, check_plugins
 from spire_hw.clock import Clock, SystemClock
 from spire_hw.errors import NotReadyError, SpireHwError, UnavailableError
 from spire_hw.log import get_logger
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
 from spire_hw.plugin.keymanager import Keys
+from spire_hw.plugin.section import AGENT_RULES
 from spire_hw.rotation import draw_jitter, rotation_due_at
 from spire_hw.rpc.probes import Health, HealthListener
 from spire_hw_agent.cache import Cache

@@ -14,7 +14,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, ClassVar, Final, Literal
 
-from spire_hw.catalog import AGENT_RULES, PluginConfig, check_counts, read_plugins
 from spire_hw.config.hcl import Body
 from spire_hw.config.host import (
     HealthChecks,
@@ -32,6 +31,7 @@ from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
 from spire_hw.key import KeyType
 from spire_hw.log import LogSettings  # noqa: TC001 - public field types stay real
 from spire_hw.plugin.info import PluginKind
+from spire_hw.plugin.section import AGENT_RULES, PluginConfig, check_counts, read_plugins
 from spire_hw.spiffeid import TrustDomain  # noqa: TC001 - likewise
 
 DEFAULT_CONFIG: Final = Path("conf/agent/agent.conf")

@@ -18,6 +18,7 @@ from spire_hw.errors import ConfigError, NotReadyError, SpireHwError, Unavailabl
 from spire_hw.hardening import check_directory, harden
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
 from spire_hw.plugin.keymanager import Keys
+from spire_hw.plugin.section import SERVER_RULES, PluginConfig
 from spire_hw.rpc.probes import HealthListener
 from spire_hw.x509.name import Subject
 from spire_hw_plugins import builtin

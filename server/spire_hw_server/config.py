@@ -13,7 +13,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, ClassVar, Final
 
-from spire_hw.catalog import SERVER_RULES, PluginConfig, StoreConfig, check_counts, read_plugins
 from spire_hw.config.duration import format_duration
 from spire_hw.config.hcl import Body
 from spire_hw.config.host import (
@@ -33,6 +32,13 @@ from spire_hw.config.schema import Field, GoDuration, Model, at_least, check, ne
 from spire_hw.errors import ConfigError, ConfigFault
 from spire_hw.key import KeyType
 from spire_hw.log import LogSettings  # noqa: TC001 - public field types stay real
+from spire_hw.plugin.section import (
+    SERVER_RULES,
+    PluginConfig,
+    StoreConfig,
+    check_counts,
+    read_plugins,
+)
 from spire_hw.spiffeid import SpiffeId, TrustDomain
 
 DEFAULT_CONFIG: Final = Path("conf/server/server.conf")

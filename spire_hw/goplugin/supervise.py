@@ -7,7 +7,6 @@ why; nothing is queued, for a caller knows best whether an answer is still wante
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final, Generic, TypeVar

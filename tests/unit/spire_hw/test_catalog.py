@@ -4,16 +4,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from spire_hw.catalog import (
-    AGENT_RULES,
-    SERVER_RULES,
-    Catalog,
-    PluginConfig,
-    check_counts,
-    check_plugins,
-    parse_plugins,
-    read_plugins,
-)
+from spire_hw.catalog import Catalog, check_plugins
 from spire_hw.clock import SystemClock
 from spire_hw.config.hcl import Body, parse
 from spire_hw.errors import (
@@ -25,6 +16,14 @@ from spire_hw.errors import (
 )
 from spire_hw.log import get_logger
 from spire_hw.plugin.info import Builder, HostInfo, Plugin, PluginKind, Side
+from spire_hw.plugin.section import (
+    AGENT_RULES,
+    SERVER_RULES,
+    PluginConfig,
+    check_counts,
+    parse_plugins,
+    read_plugins,
+)
 from spire_hw.spiffeid import TrustDomain
 
 if TYPE_CHECKING:
@@ -206,7 +205,6 @@ async def test_a_plugin_that_fails_takes_the_others_down_and_is_named(world: Wor
 async def test_all_plugin_faults_come_at_once_before_anything_is_made_ready(world: World) -> None:
     text = """KeyManager "disc" {}
     KeyManager "disk" { plugin_data { bad = 1 } }
-    NodeAttestor "x" { plugin_cmd = "/bin/x" }
     NodeAttestor "memory" { plugin_data_file = "/nowhere/x" }
     NodeAttestor "rude" { plugin_data {
         bad = 1 } }
@@ -218,9 +216,8 @@ async def test_all_plugin_faults_come_at_once_before_anything_is_made_ready(worl
         (2, "plugins takes at most 1 KeyManager, found 2"),
         (1, "keymanager(disc): no built-in KeyManager disc; there are disk, memory, rude"),
         (2, "keymanager(disk): bad is bad"),
-        (3, "nodeattestor(x): external plugins are not available yet; remove plugin_cmd"),
-        (4, "nodeattestor(memory): plugin_data_file /nowhere/x: No such file or directory"),
-        (6, "nodeattestor(rude): bad is bad"),
+        (3, "nodeattestor(memory): plugin_data_file /nowhere/x: No such file or directory"),
+        (5, "nodeattestor(rude): bad is bad"),
     }
     assert {(f.line, f.message) for f in found} == expected
     assert world.events == ["close rude", "close disk"]
