@@ -141,7 +141,7 @@ class Admissions:
             payload: the agent's first message.
             csr_spki: DER public key of the CSR, whose own signature has been verified.
             challenge: sends a challenge and returns the answer.
-            caller: address, for the audit record.
+            caller: IP address, for the audit record and for attestors that look at it.
             source: what open exchanges are counted by, "" for a caller that is not counted.
 
         Raises:
@@ -153,7 +153,9 @@ class Admissions:
             SpireHwError: DEADLINE_EXCEEDED; INTERNAL for an attestor that gave a wrong answer.
         """
         try:
-            return await self._within_time(attestation_type, payload, csr_spki, challenge, source)
+            return await self._within_time(
+                attestation_type, payload, csr_spki, challenge, caller=caller, source=source
+            )
         except SpireHwError as e:
             self._record_refusal(e, attestation_type, csr_spki, caller)
             raise
@@ -200,6 +202,8 @@ class Admissions:
         payload: bytes,
         csr_spki: bytes,
         challenge: Challenge,
+        *,
+        caller: str,
         source: str,
     ) -> Admission:
         attestor = self._attestors.get(attestation_type)
@@ -217,7 +221,7 @@ class Admissions:
                 else:
                     exchange = _Exchange(challenge, self._refuse_banned, max_bytes)
                     request = AttestationRequest(
-                        payload, exchange.challenge, csr_spki, exchange.admit, source
+                        payload, exchange.challenge, csr_spki, exchange.admit, source, caller
                     )
                     identity = await self._ask(attestation_type, attestor, exchange, request)
                 return await self._checked(attestation_type, identity, csr_spki)

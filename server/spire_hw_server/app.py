@@ -115,7 +115,7 @@ async def check_settings(
         parse_datastore(settings.store.data, settings.file)
     except ConfigError as e:
         faults += e.faults
-    host = _host(settings, clock or SystemClock(), _UnopenedEkList())
+    host = _host(settings, clock or SystemClock(), _UnopenedEkList(), _no_bundle)
     faults += await check_plugins(_plugins(settings), _table, host, SERVER_RULES, names=_names)
     return sorted(faults, key=lambda f: f.line)
 
@@ -147,6 +147,7 @@ class Server:
         self._health_listener: HealthListener | None = None
         self._manager: CaManager | None = None
         self._identity: ServerIdentity | None = None
+        self._bundles: Bundles | None = None
 
     @property
     def port(self) -> int:
@@ -206,7 +207,7 @@ class Server:
         catalog = await Catalog.load(
             _plugins(settings),
             self._table,
-            _host(settings, self.clock, store),
+            _host(settings, self.clock, store, self._own_bundle),
             SERVER_RULES,
             names=_names,
         )
@@ -241,6 +242,9 @@ class Server:
             address=f"{settings.bind_address}:{self.port}",
             socket=str(settings.socket_path),
         )
+
+    def _own_bundle(self) -> Bundle:
+        return _no_bundle() if self._bundles is None else self._bundles.own
 
     async def _open_store(self) -> Datastore:
         settings = self.settings
@@ -278,6 +282,7 @@ class Server:
         )
         await bundles.start()
         self._stack.push_async_callback(bundles.close)
+        self._bundles = bundles
         entries = EntryCache(
             store,
             trust_domain=settings.trust_domain,
@@ -307,6 +312,8 @@ class Server:
             attestors={p.name: p.plugin for p in catalog.all(PluginKind.NODE_ATTESTOR)},
             clock=clock,
             log=logs.get_logger("admission"),
+            # An operator's agent_path_template may lead elsewhere, as upstream has it.
+            strict_ids=False,
         )
         return Parts(
             clock=clock,
@@ -488,7 +495,13 @@ class _UnopenedEkList:
         raise NotReadyError(f"the store is not open, cannot look for {ek_hash}")
 
 
-def _host(settings: ServerSettings, clock: Clock, store: EkList | None) -> HostInfo:
+def _no_bundle() -> Bundle:
+    raise NotReadyError("the server is not up, it has no trust bundle yet")
+
+
+def _host(
+    settings: ServerSettings, clock: Clock, store: EkList, trust_bundle: Callable[[], Bundle]
+) -> HostInfo:
     return HostInfo(
         side=Side.SERVER,
         trust_domain=settings.trust_domain,
@@ -496,4 +509,5 @@ def _host(settings: ServerSettings, clock: Clock, store: EkList | None) -> HostI
         log=logs.get_logger("catalog"),
         clock=clock,
         ek_list=store,
+        trust_bundle=trust_bundle,
     )

@@ -32,6 +32,10 @@ class StrictObject:
     def __contains__(self, name: str) -> bool:
         return name in self._members
 
+    def has(self, name: str) -> bool:
+        """Tell whether a member is there and not null: Go writes null for what it leaves out."""
+        return self._members.get(name) is not None
+
     def names(self) -> set[str]:
         """Return the names of its members."""
         return set(self._members)

@@ -1,0 +1,242 @@
+"""Agent half of the `x509pop` node attestor: shows a certificate and signs with its key.
+
+The key is a file, or one of the agent's KeyManager (`private_key_path = "keymanager:<id>"`), where
+it never leaves the device. A key of the KeyManager that is not there yet is made, and a certificate
+request for it is written for the operator's CA.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+
+from spire_hw.config.schema import Model, decode, faults
+from spire_hw.errors import (
+    ConfigError,
+    ConfigFault,
+    InvalidInputError,
+    NotFoundError,
+    NotReadyError,
+    SpireHwError,
+)
+from spire_hw.key import KeyType, SoftwareSigner, check_public_key, spki_der
+from spire_hw.plugin.keymanager import Keys
+from spire_hw.x509.certificate import load_certificate, parse_pem, public_key_of
+from spire_hw.x509.csr import build_csr
+from spire_hw.x509.name import Subject
+from spire_hw_plugins.nodeattestor.x509pop import wire
+
+if TYPE_CHECKING:
+    from spire_hw.config.hcl import Body
+    from spire_hw.key import PrivateKey, Signer
+    from spire_hw.plugin.info import HostInfo
+    from spire_hw.plugin.nodeattestor import AgentExchange, SvidKey
+
+NAME: Final = wire.NAME
+_MANAGED: Final = "keymanager:"
+_MAX_FILE_BYTES: Final = 1 << 20
+_MAX_COMMON_NAME: Final = 64
+_MAX_KEY_ID: Final = 64
+# What the agent calls the keys of its own SVID.
+_RESERVED: Final = "agent-svid-"
+
+
+class Config(Model):
+    """The plugin_data.
+
+    Attributes:
+        private_key_path: PEM file, or `keymanager:<id>` for a key of the agent's KeyManager.
+        certificate_path: PEM file, the node's certificate first, intermediates after it.
+        intermediates_path: PEM file with further intermediates.
+    """
+
+    private_key_path: str = ""
+    certificate_path: str = ""
+    intermediates_path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Proof:
+    """What a node shows: DER certificates, its own first, and what signs for it."""
+
+    certificates: list[bytes]
+    signer: Signer
+
+
+class X509PopAgent:
+    """The agent's contract over a certificate the node was given."""
+
+    def __init__(self, host: HostInfo) -> None:
+        self._host = host
+        self._settings: Config | None = None
+
+    def validate(self, config: Body) -> list[ConfigFault]:
+        """Return the faults of a configuration without touching any file."""
+        return faults(config, Config) or _conflicts(decode(config, Config))
+
+    async def configure(self, config: Body) -> None:
+        """Take the configuration; files are read again at every attestation.
+
+        Raises:
+            ConfigError: something is missing or unknown.
+            NotReadyError: a file cannot be read.
+            InvalidInputError: a file holds something else than it should, or key and certificate
+                do not belong together.
+        """
+        settings = decode(config, Config)
+        if found := _conflicts(settings):
+            raise ConfigError(config.file or "configuration", found)
+        if not _key_id(settings):
+            await asyncio.to_thread(_from_files, settings)
+        self._settings = settings
+
+    async def close(self) -> None:
+        """Forget the configuration."""
+        self._settings = None
+
+    async def aid_attestation(self, exchange: AgentExchange, svid_key: SvidKey | None) -> None:
+        """Send the certificates, then sign both sides' nonces."""
+        settings = self._settings
+        if settings is None:
+            raise NotReadyError("not configured")
+        if key_id := _key_id(settings):
+            proof = await self._from_key_manager(settings, key_id, svid_key)
+        else:
+            proof = await asyncio.to_thread(_from_files, settings)
+        await exchange.send(wire.encode_payload(proof.certificates))
+        challenge = wire.decode_challenge(await exchange.receive())
+        if challenge.scheme is not wire.Scheme.of(proof.signer.public_key):
+            raise InvalidInputError(
+                f"challenge asks for {challenge.scheme.value}, which this node's key cannot give"
+            )
+        nonce = secrets.token_bytes(wire.NONCE_BYTES)
+        digest = wire.combined(challenge.nonce, nonce)
+        signature = await proof.signer.sign(digest, challenge.scheme.options)
+        response = wire.Response(challenge.scheme, nonce, signature)
+        await exchange.send(wire.encode_response(response))
+
+    async def _from_key_manager(
+        self, settings: Config, key_id: str, svid_key: SvidKey | None
+    ) -> _Proof:
+        if svid_key is None:
+            raise NotReadyError(f"this host does not lend its KeyManager: {_MANAGED} needs one")
+        keys = Keys(svid_key.manager, "")
+        try:
+            signer: Signer = await keys.get(key_id)
+        except SpireHwError as e:
+            if e.kind is not NotFoundError.kind:
+                raise
+            signer = await keys.generate(key_id, KeyType.EC_P256)
+            self._host.log.info("a key was made for the node's certificate", key_id=key_id)
+        try:
+            return await asyncio.to_thread(_from_certificates, settings, signer)
+        except SpireHwError as e:
+            request = await build_csr(signer, subject=_subject())
+            path = self._host.data_dir / f"x509pop-{key_id}.csr"
+            await asyncio.to_thread(_write_request, path, request)
+            raise NotReadyError(
+                f"{e.message}; have your CA sign {path}, a request for the KeyManager's key "
+                f'"{key_id}", and put the certificate into certificate_path'
+            ) from e
+
+
+def _key_id(settings: Config) -> str:
+    path = settings.private_key_path
+    return path.removeprefix(_MANAGED) if path.startswith(_MANAGED) else ""
+
+
+def _conflicts(settings: Config) -> list[ConfigFault]:
+    found = [
+        ConfigFault(settings.line(name), f"{name} is required")
+        for name in ("private_key_path", "certificate_path")
+        if not getattr(settings, name)
+    ]
+    if settings.private_key_path.startswith(_MANAGED):
+        key_id = _key_id(settings)
+        legal = key_id and all(c.isascii() and (c.isalnum() or c in "-_") for c in key_id)
+        if not legal or len(key_id) > _MAX_KEY_ID:
+            text = f"after {_MANAGED} comes a key id of letters, digits, - and _"
+            found.append(ConfigFault(settings.line("private_key_path"), text))
+        elif key_id.startswith(_RESERVED):
+            text = f"{_RESERVED}... are the keys of the agent's own SVID; use another id"
+            found.append(ConfigFault(settings.line("private_key_path"), text))
+    return found
+
+
+def _from_files(settings: Config) -> _Proof:
+    return _from_certificates(settings, SoftwareSigner(_load_key(settings.private_key_path)))
+
+
+def _from_certificates(settings: Config, signer: Signer) -> _Proof:
+    certificates = _load_certificates(settings.certificate_path)
+    if spki_der(public_key_of(load_certificate(certificates[0]))) != spki_der(signer.public_key):
+        raise InvalidInputError(
+            f"the first certificate in {settings.certificate_path} is for another key"
+        )
+    if settings.intermediates_path.strip():
+        certificates += _load_certificates(settings.intermediates_path)
+    return _Proof(certificates, signer)
+
+
+def _load_certificates(path: str) -> list[bytes]:
+    data = _read(path)
+    try:
+        return parse_pem(data)
+    except InvalidInputError as e:
+        raise InvalidInputError(f"{path}: {e.message}") from e
+
+
+def _load_key(path: str) -> PrivateKey:
+    data = _read(path)
+    try:
+        key = serialization.load_pem_private_key(data, None)
+    except TypeError as e:
+        raise InvalidInputError(f"{path}: the private key is encrypted; decrypt it") from e
+    except (ValueError, UnsupportedAlgorithm) as e:
+        raise InvalidInputError(f"{path}: holds no private key in PEM (PKCS#8 or PKCS#1)") from e
+    try:
+        check_public_key(key.public_key())
+    except InvalidInputError as e:
+        raise InvalidInputError(f"{path}: {e.message}") from e
+    return key  # type: ignore[return-value]  # check_public_key let EC and RSA alone through
+
+
+def _read(path: str) -> bytes:
+    try:
+        with Path(path).open("rb") as stream:
+            data = stream.read(_MAX_FILE_BYTES + 1)
+    except OSError as e:
+        raise NotReadyError(f"{path} cannot be read: {e.strerror}") from e
+    if len(data) > _MAX_FILE_BYTES:
+        raise InvalidInputError(f"{path} is larger than {_MAX_FILE_BYTES >> 20} MiB")
+    return data
+
+
+def _subject() -> bytes:
+    name = socket.gethostname()[:_MAX_COMMON_NAME]
+    return Subject(common_name=name).encode()
+
+
+def _write_request(path: Path, der: bytes) -> None:
+    text = x509.load_der_x509_csr(der).public_bytes(serialization.Encoding.PEM)
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(path, flags, 0o644)
+        with os.fdopen(fd, "wb") as stream:
+            stream.write(text)
+    except OSError as e:
+        raise NotReadyError(f"{path} cannot be written: {e.strerror}") from e
+
+
+def build(host: HostInfo) -> X509PopAgent:
+    """Make the plugin."""
+    return X509PopAgent(host)
