@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from spire_hw import log as logs
 from spire_hw import memory
 from spire_hw.aio.tasks import Tasks
-from spire_hw.catalog import SERVER_RULES, Catalog, PluginConfig, Table, check_plugins
+from spire_hw.catalog import Catalog, Table, check_plugins
 from spire_hw.clock import Clock, SystemClock
 from spire_hw.errors import ConfigError, NotReadyError, SpireHwError, UnavailableError
 from spire_hw.hardening import check_directory, harden
