@@ -29,6 +29,7 @@ from typing_extensions import override
 
 from spire_hw.clock import Clock, SystemClock
 from spire_hw.errors import InvalidInputError, UnavailableError
+from spire_hw.logpipe import LinePipe, may_block
 
 _RICH: Final = "rich"
 if _RICH not in sys.modules:
@@ -110,7 +111,11 @@ class LogSettings:
 
 
 class Output:
-    """The end of all log lines of a process; safe to use from any thread."""
+    """The end of all log lines of a process; safe to use from any thread.
+
+    Lines that cannot be written (disk full, pipe gone, or full for more than a moment) are counted,
+    and the count is the first thing written once it goes on.
+    """
 
     def __init__(
         self,
@@ -142,6 +147,7 @@ class Output:
             self._descriptor = opened
             self._clock = clock
             self._stream = stream
+            self._pipe: tuple[TextIO, LinePipe | None] | None = None
             self.level = settings.level
 
     def reset_level(self) -> None:
@@ -180,9 +186,11 @@ class Output:
         now = self._clock.now()
         with self._lock:
             if self._lost:
-                lost, self._lost = self._lost, 0
-                self._put(self._render(Level.ERROR, now, "Log lines were lost", {"count": lost}))
-            self._put(self._render(level, now, message, fields))
+                told = {"count": self._lost}
+                if self._put(self._render(Level.ERROR, now, "Log lines were lost", told)):
+                    self._lost = 0
+            if not self._put(self._render(level, now, message, fields)):
+                self._lost += 1
 
     def _render(self, level: Level, now: datetime, message: str, fields: Mapping[str, Any]) -> str:
         clean = {_clean_key(k): _redacted(k, v) for k, v in fields.items()}
@@ -191,18 +199,32 @@ class Output:
             return render_json(level, now, message, clean)
         return render_text(level, now, message, clean)
 
-    def _put(self, line: str) -> None:
+    def _put(self, line: str) -> bool:
         data = line.encode("utf-8", "backslashreplace") + b"\n"
         try:
             if self._descriptor is not None:
                 while data:
                     data = data[os.write(self._descriptor, data) :]
-                return
+                return True
             stream = sys.stdout if self._stream is None else self._stream
+            pipe = self._pipe_of(stream)
+            if pipe is not None:
+                return pipe.write(data)
             stream.write(data.decode())
             stream.flush()
         except (OSError, ValueError):  # disk full, pipe gone, stream closed: serving goes on
-            self._lost += 1
+            return False
+        return True
+
+    def _pipe_of(self, stream: TextIO) -> LinePipe | None:
+        if self._pipe is None or self._pipe[0] is not stream:
+            try:
+                descriptor = stream.fileno()
+                pipe = LinePipe(descriptor) if may_block(descriptor) else None
+            except (OSError, ValueError):  # no file behind it
+                pipe = None
+            self._pipe = (stream, pipe)
+        return self._pipe[1]
 
     def logger(self, subsystem: str) -> Logger:
         """Return a logger that writes here, bound to a subsystem name."""
@@ -507,8 +529,10 @@ def configure(
         root.removeHandler(handler)
     root.addHandler(_Bridge(_OUTPUT))
     root.setLevel(logging.NOTSET)
-    for chatty in ("asyncio", "aiohttp", "grpc", "alembic"):
+    for chatty in ("asyncio", "aiohttp", "grpc"):
         logging.getLogger(chatty).setLevel(logging.INFO)
+    # It tells of itself at every start; the datastore tells of migrations.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     # At INFO SQLAlchemy tells every statement; `log_sql` asks for that.
     logging.getLogger("sqlalchemy").setLevel(logging.WARNING)
     return _OUTPUT

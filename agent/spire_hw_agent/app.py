@@ -205,6 +205,7 @@ class Agent:
             [(p.name, p.plugin) for p in catalog.all(PluginKind.WORKLOAD_ATTESTOR)],
             get_logger("workload_attestor"),
             log_selectors=self.settings.log_selectors,
+            clock=self._clock,
         )
         api = WorkloadApi(
             self.cache,

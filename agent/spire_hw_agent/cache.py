@@ -146,9 +146,10 @@ class Cache:
             del self._used[entry_id]
         self.tokens.keep(fresh)
         self._refresh_groups()
-        self._ask()
+        self.ask()
 
-    def _ask(self) -> None:
+    def ask(self) -> None:
+        """Have whoever gets SVIDs look now for what is missing or due."""
         self.demand.set(self.demand.value + 1)
 
     def _still_fits(self, entry_id: str) -> bool:
@@ -176,7 +177,7 @@ class Cache:
         self._svids.clear()
         self.tokens.clear()
         self._refresh_groups()
-        self._ask()
+        self.ask()
 
     def revoke(self) -> None:
         """Forget everything that was granted: the agent lost its own identity."""
@@ -263,7 +264,7 @@ class Cache:
             self._used[entry.entry_id] = None
             self._used.move_to_end(entry.entry_id)
         if group.updates.value.identities is None:
-            self._ask()
+            self.ask()
         try:
             yield group.updates
         finally:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _CHECK_INTERVAL_S: Final = 5.0
 _FIRST_BACKOFF_S: Final = 1.0
 _MAX_BACKOFF_S: Final = 60.0
+# A server that is away is tried more often than one that answered: to find it back costs it nothing.
+_MAX_ABSENCE_S: Final = 10.0
 
 # What the server says about this node: trying again cannot help before somebody changes something.
 _FINAL: Final = frozenset(
@@ -42,6 +44,10 @@ def is_final(error: SpireHwError) -> bool:
     An answer of the server that does not hold is none: the next one may.
     """
     return error.kind in _FINAL and not isinstance(error, VerificationError)
+
+
+def _most_s(error: SpireHwError) -> float:
+    return _MAX_ABSENCE_S if error.kind is ErrorKind.UNAVAILABLE else _MAX_BACKOFF_S
 
 
 class AgentIdentity:
@@ -109,7 +115,7 @@ class AgentIdentity:
             except SpireHwError as e:
                 if is_final(e):
                     raise
-                wait = backoff.next_s()
+                wait = backoff.next_s(_most_s(e))
                 self._log.warning(
                     "Failed to attest, trying again", error=e.message, retry_in_s=round(wait, 1)
                 )
@@ -145,7 +151,7 @@ class AgentIdentity:
                 if self._is_end(e):
                     return
                 self._log.error("Failed to renew the agent SVID", error=e.message)
-                wait = backoff.next_s()
+                wait = backoff.next_s(_most_s(e))
             await self._alarm.sleep(wait)
 
     async def renew_if_due(self) -> None:

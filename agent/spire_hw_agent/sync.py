@@ -35,6 +35,9 @@ _SVID_INTERVAL_S = 0.5
 _MAX_ENTRY_BACKOFF_S = 8 * 60.0
 _MAX_SVID_BACKOFF_S = 4 * 60.0
 _IDLE_BACKOFF_S = 5.0
+# While nobody answers a try costs nobody anything: this many intervals at most, so that a server that
+# comes back hears from all its agents soon, spread as evenly and no more often than on any other day.
+_AWAY_INTERVALS = 2.0
 _FEDERATED_AT_ONCE = 10
 _SLOW_KEYS = frozenset({KeyType.RSA_2048, KeyType.RSA_4096})
 
@@ -130,18 +133,23 @@ class Synchroniser:
         """Synchronise for ever."""
         cap = min(_MAX_ENTRY_BACKOFF_S, 48 * self._interval_s)
         backoff = Backoff(self._interval_s, cap)
+        was_away = False
         while True:
             wait = self._interval_s
             version = self._upstream.version
             try:
                 await self.sync_once()
                 backoff.reset()
+                if was_away:
+                    self._cache.ask()  # the other loop may be in for a long wait
+                was_away = False
             except DeniedError as e:
                 await self._denied(e, version)
                 wait = backoff.next_s()
             except SpireHwError as e:
                 self._log.error("Failed to synchronise with the server", error=e.message)
-                wait = backoff.next_s()
+                was_away = e.kind is ErrorKind.UNAVAILABLE
+                wait = backoff.next_s(_AWAY_INTERVALS * self._interval_s if was_away else None)
             if not self._cache.entries:
                 wait = min(wait, _IDLE_BACKOFF_S)
             await self._alarm.sleep(wait)

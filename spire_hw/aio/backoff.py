@@ -16,10 +16,16 @@ class Backoff:
         self._factor = factor
         self._bound_s = first_s
 
-    def next_s(self) -> float:
-        """Return the seconds to wait before the next try."""
+    def next_s(self, most_s: float | None = None) -> float:
+        """Return the seconds to wait before the next try.
+
+        Args:
+            most_s: a lower cap for this once.
+        """
         bound = self._bound_s
         self._bound_s = min(self._cap_s, bound * self._factor)
+        if most_s is not None:
+            bound = min(bound, most_s)
         return bound * (0.5 + 0.5 * secrets.randbelow(_JITTER_STEPS) / _JITTER_STEPS)
 
     def reset(self) -> None:

@@ -6,6 +6,7 @@ come between its commands. What to do with keys is in `keys` and `attest`.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import struct
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from spire_hw.aio.worker import Worker
 from spire_hw.errors import InvalidInputError, NotReadyError, SpireHwError, UnavailableError
+from spire_hw.log import get_logger
 from spire_hw.tpm.errors import STALE, TRANSIENT, Rc, TpmError, is_transport_failure
 
 if TYPE_CHECKING:
@@ -40,6 +42,9 @@ T = TypeVar("T")
 
 _DEFAULT_DEVICE: Final = Path("/dev/tpmrm0")
 _DEFAULT_TIMEOUT_S: Final = 30.0
+# People should hear what is waited for long before a command is given up, but not without end.
+_PATIENCE_S: Final = 2.0
+_BETWEEN_NOTICES_S: Final = 30.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.02, 1.0
 _CAPABILITY_PAGE: Final = 64
 _MAX_CONTEXTS: Final = 32
@@ -376,6 +381,8 @@ class TpmDevice:
         self._password_changed = False
         self._names: set[bytes] = set()
         self._users = 1
+        self._log = get_logger("tpm")
+        self._next_notice_at = 0.0
 
     async def run(
         self,
@@ -401,9 +408,27 @@ class TpmDevice:
                 its own deadline.
         """
         deadline = time.monotonic() + timeout_s
-        # The job looks at its deadline between commands; the worker's is for one that hangs.
-        return await self._worker.run(
-            lambda: self._execute(operation, job, deadline), timeout_s=timeout_s + 1.0
+        notice = asyncio.get_running_loop().call_later(
+            _PATIENCE_S, self._tell_waiting, operation, timeout_s
+        )
+        try:
+            # The job looks at its deadline between commands; the worker's is for one that hangs.
+            return await self._worker.run(
+                lambda: self._execute(operation, job, deadline), timeout_s=timeout_s + 1.0
+            )
+        finally:
+            notice.cancel()
+
+    def _tell_waiting(self, operation: str, timeout_s: float) -> None:
+        now = time.monotonic()
+        if now < self._next_notice_at:
+            return
+        self._next_notice_at = now + _BETWEEN_NOTICES_S
+        self._log.warning(
+            "Still waiting for the TPM",
+            operation=operation,
+            tcti=self.tcti,
+            given_up_after_s=timeout_s,
         )
 
     def set_password(self, hierarchy: Hierarchy, password: bytes) -> None:

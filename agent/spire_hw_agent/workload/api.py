@@ -33,6 +33,7 @@ from spire_hw.errors import (
     SpireHwError,
     UnavailableError,
 )
+from spire_hw.logsample import Sampler
 from spire_hw.rotation import should_rotate
 from spire_hw.spiffeid import SpiffeId
 from spire_hw.svid.jwtsvid import verify_jwt_svid
@@ -81,6 +82,7 @@ class WorkloadApi:
         self._cache = cache
         self._attestors = attestors
         self._clock = clock
+        self._refusals = Sampler(clock)
         self._ready = ready
         self._new_jwt_svid = new_jwt_svid
         self._open_bundles = open_bundles
@@ -95,7 +97,7 @@ class WorkloadApi:
         async with aclosing(self._updates(call)) as updates:
             async for update in updates:
                 if not update.granted:
-                    raise _no_identity()
+                    raise self._refused(call)
                 if update.identities is None:
                     continue
                 answer = _encoded(update, "x509_svid", _x509_svid_response)
@@ -131,7 +133,7 @@ class WorkloadApi:
         _, selectors = await self._caller(call)
         entries = [e for e in self._cache.matching(selectors) if wanted in {None, e.spiffe_id}]
         if not entries:
-            raise _no_identity()
+            raise self._refused(call)
         response = workload_pb2.JWTSVIDResponse()
         for entry in entries:
             token = await self._token(entry, audience)
@@ -158,7 +160,7 @@ class WorkloadApi:
         if not request.svid:
             raise InvalidInputError("svid must be specified")
         _, selectors = await self._caller(call)
-        bundles = self._bundles_for(selectors)
+        bundles = self._bundles_for(selectors, call)
         svid = verify_jwt_svid(
             request.svid,
             audience=request.audience,
@@ -197,6 +199,14 @@ class WorkloadApi:
         process = call.peer.process
         return process, await self._attestors.attest(process)
 
+    def _refused(self, call: Call) -> DeniedError:
+        """Return the refusal of a caller nothing is registered for; some of them are logged."""
+        uid = call.peer.process.uid if isinstance(call.peer, UnixPeer) else None
+        left_out = self._refusals.admit(uid)
+        if left_out is not None:
+            call.log.error("No identity issued", registered=False, left_out=left_out)
+        return DeniedError("no identity issued")
+
     async def _updates(self, call: Call) -> AsyncGenerator[WorkloadUpdate, None]:
         """Yield every state of what the caller may have, the first at once."""
         process, selectors = await self._caller(call)
@@ -216,16 +226,16 @@ class WorkloadApi:
             async for update in updates:
                 # Bundles need no SVID: the matching entries alone give the right to them.
                 if not update.granted and not self._open_bundles:
-                    raise _no_identity()
+                    raise self._refused(call)
                 answer = _encoded(update, name, build)
                 if answer != last:
                     last = answer
                     yield answer
 
-    def _bundles_for(self, selectors: frozenset[Selector]) -> dict[TrustDomain, Bundle]:
+    def _bundles_for(self, selectors: frozenset[Selector], call: Call) -> dict[TrustDomain, Bundle]:
         entries = self._cache.matching(selectors)
         if not entries and not self._open_bundles:
-            raise _no_identity()
+            raise self._refused(call)
         own = self._cache.bundle
         return {own.trust_domain: own, **self._cache.federated_of(entries)}
 
@@ -251,10 +261,6 @@ class WorkloadApi:
     def _is_withdrawn(self, token: JwtToken) -> bool:
         authority = self._cache.bundle.jwt_key(token.kid)
         return authority is not None and authority.tainted
-
-
-def _no_identity() -> DeniedError:
-    return DeniedError("no identity issued")
 
 
 def _encoded(update: WorkloadUpdate, name: str, build: Callable[[WorkloadUpdate], bytes]) -> bytes:

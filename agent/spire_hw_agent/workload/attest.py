@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from spire_hw.clock import Clock, SystemClock
 from spire_hw.errors import ErrorKind, SpireHwError, UnavailableError
+from spire_hw.logsample import Sampler
 from spire_hw.selector import Selector
 
 if TYPE_CHECKING:
@@ -22,7 +24,8 @@ class Attestors:
     """All configured workload attestors, by name.
 
     Args:
-        log_selectors: note what was found at every call; it may tell about people.
+        log_selectors: note what was found; it may tell about people.
+        clock: by which lines that callers cause are counted.
     """
 
     def __init__(
@@ -31,10 +34,12 @@ class Attestors:
         log: Logger,
         *,
         log_selectors: bool = False,
+        clock: Clock | None = None,
     ) -> None:
         self._attestors = tuple(attestors)
         self._log = log
         self._log_selectors = log_selectors
+        self._lines = Sampler(clock or SystemClock())
 
     async def attest(self, process: CallerProcess) -> frozenset[Selector]:
         """Return the selectors of a process.
@@ -51,11 +56,14 @@ class Attestors:
             raise UnavailableError("workload attestation failed")
         selectors = frozenset(s for selectors in found for s in selectors)
         if self._log_selectors:
-            self._log.info(
-                "PID attested to have selectors",
-                pid=process.pid,
-                selectors=[str(s) for s in sorted(selectors)],
-            )
+            left_out = self._lines.admit((process.uid, selectors))
+            if left_out is not None:
+                self._log.info(
+                    "PID attested to have selectors",
+                    pid=process.pid,
+                    selectors=[str(s) for s in sorted(selectors)],
+                    left_out=left_out,
+                )
         return selectors
 
     async def _one(
@@ -68,11 +76,14 @@ class Attestors:
         except (SpireHwError, TimeoutError) as e:
             if isinstance(e, SpireHwError) and e.kind is ErrorKind.UNAUTHENTICATED:
                 raise
-            self._log.error(
-                "Failed to collect all selectors for PID",
-                plugin_name=name,
-                plugin_type="WorkloadAttestor",
-                pid=process.pid,
-                error=str(e) or "timed out",
-            )
+            left_out = self._lines.admit((process.uid, name))
+            if left_out is not None:
+                self._log.error(
+                    "Failed to collect all selectors for PID",
+                    plugin_name=name,
+                    plugin_type="WorkloadAttestor",
+                    pid=process.pid,
+                    error=str(e) or "timed out",
+                    left_out=left_out,
+                )
             return None

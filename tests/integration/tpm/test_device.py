@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +15,7 @@ from spire_hw.errors import (
     UnavailableError,
 )
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions
+from spire_hw.log import LogSettings, configure, unconfigure
 from spire_hw.tpm import attest, keys
 from spire_hw.tpm.device import (
     TRANSIENT_HANDLES,
@@ -198,3 +200,25 @@ async def test_a_password_file_loses_its_final_newline_only(tmp_path: Path) -> N
     path.write_bytes(bytes(2000))
     with pytest.raises(NotReadyError, match="too long"):
         load_password(str(path))
+
+
+async def test_whoever_waits_for_a_tpm_that_hangs_is_told_soon_and_once(
+    device: TpmDevice, tpm: Swtpm
+) -> None:
+    await device.run("list", transient)
+    stream = io.StringIO()
+    configure(LogSettings(), stream=stream)
+    tpm.pause()
+    async with asyncio.TaskGroup() as group:
+        jobs = [group.create_task(device.run(f"job {n}", transient)) for n in range(2)]
+        try:
+            while "Still waiting for the TPM" not in stream.getvalue():
+                assert not any(job.done() for job in jobs)
+                await asyncio.sleep(0.05)
+        finally:
+            tpm.resume()
+            unconfigure()
+    assert [job.result() for job in jobs] == [[], []]
+    (line,) = stream.getvalue().splitlines()
+    assert 'operation="job 0"' in line
+    assert device.tcti in line

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 from dataclasses import dataclass
+from datetime import timedelta
 
 import pytest
 
 from spire_hw.errors import ErrorKind, SpireHwError, UnavailableError
-from spire_hw.log import get_logger
+from spire_hw.log import Format, LogSettings, Output, get_logger
 from spire_hw.selector import Selector
 from spire_hw_agent.workload.attest import Attestors
+from spire_hw_sim.clock import SimClock
 
 pytestmark = pytest.mark.asyncio
 LOG = get_logger("test")
@@ -104,3 +108,36 @@ async def test_attestors_run_at_once() -> None:
             Caller()
         )
     assert len(found) == 2
+
+
+def written(stream: io.StringIO, message: str) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    return [line for line in lines if line["msg"] == message]
+
+
+async def test_selectors_are_logged_when_asked_for() -> None:
+    stream = io.StringIO()
+    log = Output(LogSettings(format=Format.JSON), stream=stream).logger("workload_attestor")
+    unix = Says("uid:1", "user:web")
+    await Attestors([("unix", unix)], log).attest(Caller())
+    assert stream.getvalue() == ""
+    await Attestors([("unix", unix)], log, log_selectors=True).attest(Caller())
+    (line,) = written(stream, "PID attested to have selectors")
+    assert line["pid"] == 7
+    assert line["selectors"] == ["unix:uid:1", "unix:user:web"]
+
+
+async def test_a_caller_in_a_loop_does_not_fill_the_log_and_silences_nobody_else() -> None:
+    stream, clock = io.StringIO(), SimClock()
+    log = Output(LogSettings(format=Format.JSON), stream=stream).logger("workload_attestor")
+    attestors = Attestors(
+        [("unix", Says("uid:1")), ("docker", Fails(UnavailableError("gone")))], log, clock=clock
+    )
+    for _ in range(100):
+        await attestors.attest(Caller(uid=1))
+    await attestors.attest(Caller(uid=2, pid=8))
+    lines = written(stream, "Failed to collect all selectors for PID")
+    assert [line["pid"] for line in lines] == [7] * 10 + [8]
+    await clock.advance(timedelta(minutes=1))
+    await attestors.attest(Caller(uid=1))
+    assert written(stream, "Failed to collect all selectors for PID")[-1]["left_out"] == 90
