@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
+from spire_hw.plugin.hostservices import HostServices
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -69,6 +71,7 @@ class HostInfo:
     clock: Clock
     ek_list: EkList | None = None
     join_token: str = field(default="", repr=False)
+    services: HostServices = field(default_factory=HostServices)
     trust_bundle: Callable[[], Bundle] | None = None
 
 

@@ -1,6 +1,7 @@
 """The health service, `grpc.health.v1.Health`: is this process able to do its work?
 
-Only the empty service name is known. The answer comes from a function of the host's.
+The empty service name is known, others where a program says so. The answer comes from a function of
+the program's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from spire_hw.errors import InvalidInputError
 from spire_hw.rpc.service import bind
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 
     from spire_hw.rpc.service import Call, Method
 
@@ -24,19 +25,23 @@ _WATCH_INTERVAL_S: Final = 5.0
 class _Health:
     """The three methods of the service."""
 
-    def __init__(self, check: Callable[[], Awaitable[bool]], clock: Clock) -> None:
+    def __init__(
+        self, check: Callable[[], Awaitable[bool]], clock: Clock, names: Collection[str]
+    ) -> None:
         self._is_healthy = check
         self._clock = clock
+        self._names = names
 
     async def check(self, request: Any, call: Call) -> Any:
-        _check_name(request.service)
+        self._check_name(request.service)
         return await self._answer()
 
     async def list(self, request: Any, call: Call) -> Any:
-        return health_pb2.HealthListResponse(statuses={"": await self._answer()})
+        answer = await self._answer()
+        return health_pb2.HealthListResponse(statuses=dict.fromkeys(self._names, answer))
 
     async def watch(self, request: Any, call: Call) -> AsyncIterator[Any]:
-        _check_name(request.service)
+        self._check_name(request.service)
         told = None
         while True:
             answer = await self._answer()
@@ -49,14 +54,17 @@ class _Health:
         healthy = await self._is_healthy()
         return health_pb2.HealthCheckResponse(status="SERVING" if healthy else "NOT_SERVING")
 
-
-def _check_name(service: str) -> None:
-    if service:
-        raise InvalidInputError("only the empty service name is known here")
+    def _check_name(self, service: str) -> None:
+        if service not in self._names:
+            known = ", ".join(f'"{name}"' for name in self._names)
+            raise InvalidInputError(f"only the service names {known} are known here")
 
 
 def health_methods(
-    check: Callable[[], Awaitable[bool]], clock: Clock | None = None
+    check: Callable[[], Awaitable[bool]],
+    clock: Clock | None = None,
+    *,
+    names: Collection[str] = ("",),
 ) -> list[Method]:
     """Return the methods of the health service.
 
@@ -64,6 +72,7 @@ def health_methods(
         check: whether the process can do its work; asked at every call and, for watchers, every
             few seconds.
         clock: how watchers wait.
+        names: service names that may be asked for.
     """
     descriptor = health_pb2.DESCRIPTOR.services_by_name["Health"]
-    return bind(descriptor, _Health(check, clock or SystemClock()))
+    return bind(descriptor, _Health(check, clock or SystemClock(), names))

@@ -155,6 +155,10 @@ class Process:
             raise
         return descriptor
 
+    def fileno(self) -> int:
+        """Return a descriptor that becomes readable when the process ends; this object's own."""
+        return self._pidfd
+
     def close(self) -> None:
         """Let go of the process; it counts as ended from now on."""
         if self._pidfd != _CLOSED:
