@@ -351,9 +351,9 @@ async def run(settings: AgentSettings, *, on_ready: Callable[[], None] | None = 
     except asyncio.CancelledError:
         agent.log.info("Agent stops before it was up")
     finally:
+        await agent.close()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
-        await agent.close()
 
 
 def _interrupt(agent: Agent, starting: asyncio.Task[None] | None) -> None:

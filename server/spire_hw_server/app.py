@@ -23,6 +23,7 @@ from spire_hw.rpc.probes import HealthListener
 from spire_hw.x509.name import Subject
 from spire_hw_plugins import builtin
 from spire_hw_server.admission import JOIN_TOKEN, Admissions
+from spire_hw_server.api.addresses import check_addresses
 from spire_hw_server.api.listen import Doors, Endpoints
 from spire_hw_server.api.nodes import NodeCache
 from spire_hw_server.api.services import (
@@ -203,6 +204,7 @@ class Server:
         self._stack.callback(self._failure.cancel)
         prepare_data_dir(settings.data_dir, self.log)
         self._stack.callback(lock_data_dir(settings.data_dir))
+        await asyncio.to_thread(check_addresses, settings)
         store = await self._open_store()
         catalog = await Catalog.load(
             _plugins(settings),
@@ -312,6 +314,7 @@ class Server:
             attestors={p.name: p.plugin for p in catalog.all(PluginKind.NODE_ATTESTOR)},
             clock=clock,
             log=logs.get_logger("admission"),
+            is_banned=entries.is_banned,
             # An operator's agent_path_template may lead elsewhere, as upstream has it.
             strict_ids=False,
         )

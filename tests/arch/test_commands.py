@@ -12,8 +12,8 @@ import pytest
 
 from spire_hw.cli.flags import GoCommand, normalise
 from spire_hw.cli.run import run
-from spire_hw_agent.cli.main import root as agent_root
-from spire_hw_server.cli.main import root as server_root
+from spire_hw_agent.cli.commands import root as agent_root
+from spire_hw_server.cli.commands import root as server_root
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

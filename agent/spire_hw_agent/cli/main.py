@@ -1,26 +1,16 @@
-"""The `spire-hw-agent` program: all commands, and the entry point."""
+"""The entry point of `spire-hw-agent`; imports nothing heavy before signals are taken care of."""
 
 from __future__ import annotations
 
 import sys
 
-from spire_hw import __version__
-from spire_hw.cli.program import root_group
-from spire_hw.cli.run import run as run_program
-from spire_hw_agent.cli import api, healthcheck, run, tpm
-
-PROGRAM = "spire-hw-agent"
-
-root = root_group(
-    "SPIFFE agent: attests this node by its TPM and serves SVIDs to its workloads.", __version__
-)
-root.add_command(run.run)
-root.add_command(run.validate)
-root.add_command(healthcheck.healthcheck)
-root.add_command(api.group)
-root.add_command(tpm.group)
+from spire_hw.cli.early import end_quietly
 
 
 def main() -> None:
     """Run the program and exit with its status."""
-    sys.exit(run_program(root, PROGRAM))
+    end_quietly(sys.argv[1:])
+    from spire_hw.cli.run import run  # noqa: PLC0415 - see above
+    from spire_hw_agent.cli.commands import PROGRAM, root  # noqa: PLC0415 - likewise
+
+    sys.exit(run(root, PROGRAM))

@@ -1,34 +1,16 @@
-"""The `spire-hw-server` program: all commands, and the entry point."""
+"""The entry point of `spire-hw-server`; imports nothing heavy before signals are taken care of."""
 
 from __future__ import annotations
 
 import sys
 
-from spire_hw import __version__
-from spire_hw.cli.program import root_group
-from spire_hw.cli.run import run as run_program
-from spire_hw_server.cli import agent, bundle, entry, healthcheck, jwt, run, token, tpm, x509
-
-PROGRAM = "spire-hw-server"
-
-root = root_group(
-    "SPIFFE server: attests nodes by their TPM and signs SVIDs with keys in an HSM.", __version__
-)
-root.add_command(run.run)
-root.add_command(run.validate)
-root.add_command(healthcheck.healthcheck)
-for _group in (
-    token.group,
-    entry.group,
-    agent.group,
-    bundle.group,
-    x509.group,
-    jwt.group,
-    tpm.group,
-):
-    root.add_command(_group)
+from spire_hw.cli.early import end_quietly
 
 
 def main() -> None:
     """Run the program and exit with its status."""
-    sys.exit(run_program(root, PROGRAM))
+    end_quietly(sys.argv[1:])
+    from spire_hw.cli.run import run  # noqa: PLC0415 - see above
+    from spire_hw_server.cli.commands import PROGRAM, root  # noqa: PLC0415 - likewise
+
+    sys.exit(run(root, PROGRAM))

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from spire_hw.cli.run import run
-from spire_hw_agent.cli.main import root as agent_root
-from spire_hw_server.cli.main import root as server_root
+from spire_hw_agent.cli.commands import root as agent_root
+from spire_hw_server.cli.commands import root as server_root
 from spire_hw_sim.programs import Program
 
 if TYPE_CHECKING:

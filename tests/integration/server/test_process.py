@@ -6,8 +6,10 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import socket
 import stat
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from spire_hw import log as logs
 from spire_hw._pb import server_entry_pb2
 from spire_hw.config import hcl
+from spire_hw.config.host import HealthSettings
 from spire_hw.errors import NotReadyError, PluginError, UnavailableError
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId
@@ -153,9 +156,29 @@ async def test_a_failed_start_leaves_nothing_behind(short_dir: Path) -> None:
         with pytest.raises(UnavailableError, match=str(first.port)):
             await second.start()
         assert not (other / "api.sock").exists()
+        assert [p.name for p in (other / "data").iterdir()] == [LOCK_FILE]
         lock_data_dir(other / "data")()
     finally:
         await first.close()
+
+
+@pytest.mark.asyncio
+async def test_addresses_in_use_are_found_before_keys_are_made(short_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        probes = HealthSettings("127.0.0.1", port, "/live", "/ready")
+        settings = replace(server_settings(short_dir), health=probes)
+        with pytest.raises(UnavailableError, match=f"{port}.*another bind_port of health"):
+            await Server(settings).start()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(short_dir / "api.sock"))
+        listening.listen()
+        with pytest.raises(UnavailableError, match="another process listens"):
+            await Server(server_settings(short_dir)).start()
+    elsewhere = server_settings(short_dir, more='bind_address = "192.0.2.1" bind_port = 8081')
+    with pytest.raises(UnavailableError, match="no such address"):
+        await Server(elsewhere).start()
+    assert [p.name for p in (short_dir / "data").iterdir()] == [LOCK_FILE]
 
 
 def test_the_lock_file_is_not_followed_elsewhere(short_dir: Path) -> None:

@@ -18,7 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from spire_hw.cli.run import ExitCode, run
-from spire_hw_server.cli.main import root
+from spire_hw_server.cli.commands import root
 from spire_hw_sim.servers import server_config
 
 ENTRY = re.compile(

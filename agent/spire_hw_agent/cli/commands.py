@@ -1,0 +1,18 @@
+"""All commands of `spire-hw-agent`."""
+
+from __future__ import annotations
+
+from spire_hw import __version__
+from spire_hw.cli.program import root_group
+from spire_hw_agent.cli import api, healthcheck, run, tpm
+
+PROGRAM = "spire-hw-agent"
+
+root = root_group(
+    "SPIFFE agent: attests this node by its TPM and serves SVIDs to its workloads.", __version__
+)
+root.add_command(run.run)
+root.add_command(run.validate)
+root.add_command(healthcheck.healthcheck)
+root.add_command(api.group)
+root.add_command(tpm.group)

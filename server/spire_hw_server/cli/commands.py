@@ -1,0 +1,26 @@
+"""All commands of `spire-hw-server`."""
+
+from __future__ import annotations
+
+from spire_hw import __version__
+from spire_hw.cli.program import root_group
+from spire_hw_server.cli import agent, bundle, entry, healthcheck, jwt, run, token, tpm, x509
+
+PROGRAM = "spire-hw-server"
+
+root = root_group(
+    "SPIFFE server: attests nodes by their TPM and signs SVIDs with keys in an HSM.", __version__
+)
+root.add_command(run.run)
+root.add_command(run.validate)
+root.add_command(healthcheck.healthcheck)
+for _group in (
+    token.group,
+    entry.group,
+    agent.group,
+    bundle.group,
+    x509.group,
+    jwt.group,
+    tpm.group,
+):
+    root.add_command(_group)
