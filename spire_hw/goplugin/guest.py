@@ -10,13 +10,10 @@ Source: contract of go-plugin, section 12.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import shutil
 import signal
-import stat
 import sys
-import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TextIO, cast
 
@@ -36,6 +33,7 @@ from spire_hw.goplugin.handshake import (
     read_environment,
 )
 from spire_hw.goplugin.hclog import HclogStream
+from spire_hw.goplugin.place import Place
 from spire_hw.goplugin.slot import Offer, Slot
 from spire_hw.hardening import harden
 from spire_hw.rpc.interceptors import Guard
@@ -45,14 +43,13 @@ from spire_hw.transport.peer import UnixPeer
 from spire_hw.transport.process import Process
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from spire_hw.plugin.info import Builder, PluginKind, Side
     from spire_hw.rpc.service import Call
 
 DATA_DIR: Final = Path("/var/lib/spire-hw/plugin")
 
-_FOLDER: Final = "spire-hw-plugin-"
 _SOCKET: Final = "plugin.sock"
 # Calls in progress at once on the host's connection, two of which never end.
 _MAX_CALLS: Final = 4096
@@ -113,8 +110,8 @@ async def _serve(offer: Offer, invitation: Invitation, line: int) -> None:
     _make_data_dir(offer.data_dir, logger)
     slot = Slot(offer, logger, SystemClock())
     greeting = Greeting(offer, slot, logger)
-    with _Host() as host, _folder(invitation.socket_dir) as folder:
-        path = folder / _SOCKET
+    with _Host() as host, closing(Place.open(invitation.socket_dir)) as place:
+        path = place.path / _SOCKET
         if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
             raise InvalidInputError(
                 f"socket path {path} is over {MAX_SOCKET_PATH_BYTES} bytes; set TMPDIR to a "
@@ -161,33 +158,6 @@ def _make_data_dir(path: Path, logger: log.Logger) -> None:
     except OSError as e:
         # Most plugins keep nothing there; one that does will say that it cannot.
         logger.debug("Data directory cannot be made", path=str(path), error=e.strerror)
-
-
-@contextlib.contextmanager
-def _folder(parent: str) -> Iterator[Path]:
-    """Yield a new directory nobody else can enter, gone afterwards."""
-    above = Path(parent or tempfile.gettempdir()).absolute()
-    _sweep(above)
-    try:
-        made = Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-", dir=above))
-    except OSError as e:
-        raise UnavailableError(f"no directory can be made in {above}: {e.strerror}") from e
-    try:
-        yield made
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-
-
-def _sweep(above: Path) -> None:
-    """Remove what plugins that were killed left behind."""
-    for found in above.glob(f"{_FOLDER}*-*"):
-        pid = found.name.removeprefix(_FOLDER).partition("-")[0]
-        with contextlib.suppress(OSError):  # another plugin was faster
-            status = found.stat(follow_symlinks=False)
-            own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-            if own and pid.isdecimal() and not Path(f"/proc/{pid}").exists():
-                (found / _SOCKET).unlink(missing_ok=True)
-                found.rmdir()
 
 
 class _Host:

@@ -30,20 +30,24 @@ class Place:
     _lock: int
 
     @classmethod
-    def open(cls) -> Place:
+    def open(cls, parent: str = "") -> Place:
         """Make the directory, after clearing away those of processes that were killed.
 
+        Args:
+            parent: where; the temporary directory without it.
+
         Raises:
-            UnavailableError: the temporary directory cannot be written.
+            UnavailableError: that directory cannot be written.
         """
+        parent = parent or tempfile.gettempdir()
         try:
-            _clear_stale(Path(tempfile.gettempdir()))
-            path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+            _clear_stale(Path(parent))
+            path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
             lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise UnavailableError(
-                f"no directory for plugins can be made in {tempfile.gettempdir()}: {e.strerror}; "
+                f"no directory for plugins can be made in {parent}: {e.strerror}; "
                 "set TMPDIR to another one"
             ) from e
         return cls(path, lock)

@@ -6,12 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from spire_hw.errors import NotFoundError
-from spire_hw.goplugin.facade import hostservices
 from spire_hw.plugin.info import PluginKind, Side
 
 if TYPE_CHECKING:
     from spire_hw.goplugin.facade.link import Link
-    from spire_hw.plugin.hostservices import HostServices
     from spire_hw.rpc.service import Method
 
 _BOTH, _AGENT, _SERVER = tuple(Side), (Side.AGENT,), (Side.SERVER,)
@@ -46,11 +44,6 @@ def remote(link: Link, side: Side) -> Any:
 def methods(kind: PluginKind, plugin: object, side: Side) -> list[Method]:
     """Return the gRPC service of a kind over an object of its contract."""
     return cast("list[Method]", _module(kind, side).methods(plugin, side))
-
-
-def host_service_methods(services: HostServices) -> list[Method]:
-    """Return the gRPC services of what a host offers to one plugin."""
-    return hostservices.methods(services)
 
 
 def _module(kind: PluginKind, side: Side) -> Any:
