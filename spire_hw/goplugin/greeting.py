@@ -111,10 +111,11 @@ class Greeting:
         offered = frozenset(request.host_service_names)
         sides = self._offer.sides
         side = sides[0] if len(sides) == 1 else hostservices.side_of(offered)
-        self._log.debug("Host services", names=sorted(offered), side=side.value)
+        self._log.debug("Host services", names=sorted(offered))
         self._slot.enter(side, hostservices.remote_services(offered, self._connect))
-        service = table.service_name(self._offer.kind, side)
-        return plugin_init_pb2.InitResponse(plugin_service_names=[service, CONFIG])
+        served = sides if side is None else [side]
+        names = [table.service_name(self._offer.kind, side) for side in served]
+        return plugin_init_pb2.InitResponse(plugin_service_names=[*names, CONFIG])
 
     async def deinit(
         self, request: plugin_init_pb2.DeinitRequest, call: Call

@@ -74,8 +74,8 @@ class Slot:
                 found.append(replace(method, handler=handler))
         return found
 
-    def enter(self, side: Side, services: HostServices) -> None:
-        """Take what Init told: which host this is and what it offers."""
+    def enter(self, side: Side | None, services: HostServices) -> None:
+        """Take what Init told: which host this is, if that can be told, and what it offers."""
         self._side = side
         self._services = services
 
@@ -153,7 +153,10 @@ class Slot:
     @property
     def _entered(self) -> Side:
         if self._side is None:
-            raise NotReadyError("Init has to come first")
+            raise NotReadyError(
+                "this host does not show whether it is a server or an agent, and the plugin fits "
+                'both; add "-side", "server" or "agent" to plugin_args'
+            )
         return self._side
 
     # -- the plugin's own service ---------------------------------------------------------

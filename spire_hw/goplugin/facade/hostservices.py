@@ -58,9 +58,12 @@ def names(services: HostServices) -> list[str]:
     return [name for name, service in offered.items() if service is not None]
 
 
-def side_of(host_services: Collection[str]) -> Side:
-    """Return which host offers these services: servers have some that agents lack."""
-    return Side.SERVER if {AGENT_STORE, IDENTITY_PROVIDER} & set(host_services) else Side.AGENT
+def side_of(host_services: Collection[str]) -> Side | None:
+    """Return which host offers these services, None when it offers none that would tell."""
+    offered = set(host_services)
+    if offered & {AGENT_STORE, IDENTITY_PROVIDER}:
+        return Side.SERVER
+    return Side.AGENT if METRICS in offered else None
 
 
 def methods(services: HostServices) -> list[Method]:
