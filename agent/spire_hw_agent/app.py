@@ -26,7 +26,7 @@ from spire_hw_agent.identity import AgentIdentity
 from spire_hw_agent.storage import Storage
 from spire_hw_agent.sync import Synchroniser
 from spire_hw_agent.trust import Trust
-from spire_hw_agent.upstream import Upstream
+from spire_hw_agent.upstream.client import Upstream
 from spire_hw_agent.workload.api import WorkloadApi
 from spire_hw_agent.workload.attest import Attestors
 from spire_hw_agent.workload.listen import workload_server

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from spire_hw.svid.x509svid import X509Svid
     from spire_hw_agent.storage import Storage
     from spire_hw_agent.trust import Trust
-    from spire_hw_agent.upstream import IssuedAgentSvid, Upstream
+    from spire_hw_agent.upstream.client import IssuedAgentSvid, Upstream
 
 _KEY_IDS: Final = ("agent-svid-A", "agent-svid-B")
 _SKEW: Final = timedelta(seconds=1)

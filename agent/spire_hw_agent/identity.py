@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from spire_hw_agent.enroll import AgentSvid, Enroller
     from spire_hw_agent.storage import Storage
     from spire_hw_agent.trust import Trust
-    from spire_hw_agent.upstream import Upstream
+    from spire_hw_agent.upstream.client import Upstream
 
 _CHECK_INTERVAL_S: Final = 5.0
 _FIRST_BACKOFF_S: Final = 1.0

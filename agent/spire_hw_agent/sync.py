@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from spire_hw.spiffeid import TrustDomain
     from spire_hw_agent.entry import AgentEntry
     from spire_hw_agent.trust import Trust
-    from spire_hw_agent.upstream import IssuedSvid, Upstream
+    from spire_hw_agent.upstream.client import IssuedSvid, Upstream
 
 _BATCH = 500
 _SVID_INTERVAL_S = 0.5

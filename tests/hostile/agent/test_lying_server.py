@@ -173,6 +173,8 @@ async def test_a_wrong_bundle_does_not_replace_the_good_one(
     liar: LyingServer, home: Path, lie: types_pb2.Bundle
 ) -> None:
     liar.add("/a", MINE)
+    # Not at half of its life already: a renewal would change the file.
+    liar.agent_chain = lambda key: [liar.leaf(key, AGENT_PATH, start=now())]  # type: ignore[method-assign]
     async with agent_of(liar, home) as agent, Workload(home / "api.sock") as workload:
         await eventually(workload.x509_svid)
         stored = (home / "data" / "agent-data.json").read_bytes()

@@ -1,0 +1,83 @@
+"""The agent's end of an AttestAgent stream."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from spire_hw._pb import server_agent_pb2
+from spire_hw.errors import SpireHwError
+
+if TYPE_CHECKING:
+    from spire_hw.rpc.client import Bidi
+
+
+class Exchange:
+    """One attestation as the attestor drives it (`AgentExchange`).
+
+    Args:
+        attestor: its name.
+        csr: DER, sent along with the first message.
+        stream: open, nothing sent yet.
+    """
+
+    def __init__(
+        self, attestor: str, csr: bytes, stream: Bidi[server_agent_pb2.AttestAgentResponse]
+    ) -> None:
+        self._attestor = attestor
+        self._csr = csr
+        self._stream = stream
+        self._sent = False
+        self._result: server_agent_pb2.AttestAgentResponse | None = None
+
+    async def send(self, data: bytes) -> None:
+        """Send the payload, later the answer to a challenge."""
+        message = server_agent_pb2.AttestAgentRequest()
+        if self._sent:
+            message.challenge_response = data
+        else:
+            self._sent = True
+            message.params.data.type = self._attestor
+            message.params.data.payload = data
+            message.params.params.csr = self._csr
+        await self._stream.send(message)
+
+    async def receive(self) -> bytes:
+        """Return the next challenge.
+
+        Raises:
+            SpireHwError: the server refused, is gone, or sent the result.
+        """
+        challenge = await self.next_challenge()
+        if challenge is None:
+            raise SpireHwError("server answered a result where a challenge was expected")
+        return challenge
+
+    async def next_challenge(self) -> bytes | None:
+        """Return the next challenge, None once the server has sent the result.
+
+        Raises:
+            SpireHwError: the server refused, or is gone.
+        """
+        if self._result is None:
+            answer = await self._next()
+            if answer.WhichOneof("step") == "challenge":
+                return answer.challenge
+            self._result = answer
+        return None
+
+    async def result(self) -> server_agent_pb2.AttestAgentResponse.Result:
+        """Return the result.
+
+        Raises:
+            SpireHwError: the server refused, is gone, or sent another challenge.
+        """
+        answer = await self._next() if self._result is None else self._result
+        if answer.WhichOneof("step") != "result":
+            raise SpireHwError("server sent a challenge where the result was expected")
+        return answer.result
+
+    async def _next(self) -> server_agent_pb2.AttestAgentResponse:
+        answer = await self._stream.receive()
+        if answer is None:
+            raise SpireHwError("server ended the attestation without a result")
+        return answer
