@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
+from spire_hw.rpc import engine
+
 _READABLE_BYTES = 12
 
 
@@ -13,3 +17,17 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     if isinstance(val, bytes | bytearray) and len(val) > _READABLE_BYTES:
         return argname
     return None
+
+
+@pytest.fixture(params=[engine.H2, engine.GRPCIO])
+def rpc_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test with each RPC engine and return its name."""
+    name: str = request.param
+    monkeypatch.setenv(engine.VARIABLE, name)
+    return name
+
+
+@pytest.fixture
+def grpcio_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test with the engine that needs private sockets."""
+    monkeypatch.setenv(engine.VARIABLE, engine.GRPCIO)

@@ -16,6 +16,7 @@ from spire_hw.errors import (
     AttestationError,
     DeniedError,
     ErrorKind,
+    Finding,
     InvalidInputError,
     LimitError,
     NotFoundError,
@@ -32,7 +33,7 @@ from spire_hw.plugin.nodeattestor import (
 )
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId, TrustDomain, agent_id, check_agent_id, check_segment
-from spire_hw_server.datastore.interface import Node
+from spire_hw_server.datastore.interface import NO_KEYS, KeyInUseError, KeyRole, Node
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
-    from spire_hw_server.datastore.interface import Datastore
+    from spire_hw_server.datastore.interface import Datastore, NodeKeys
 
 JOIN_TOKEN: Final = "join_token"  # noqa: S105 - the attestor's name
 AGENT_ID_SELECTOR: Final = "spiffe_id"
@@ -51,6 +52,12 @@ _MAX_ROUNDS: Final = 16
 _MAX_SELECTORS: Final = 1000
 _MAX_TOKEN: Final = 255
 _NAME_SEGMENT: Final = 3  # of "/spire/agent/<name>/..."
+# Where a key that is another node's was found, and the code of the finding.
+_REUSED: Final = {
+    KeyRole.ATTESTATION: ("ak", "ak_reused"),
+    KeyRole.SVID: ("csr", "key_reused"),
+    KeyRole.NEW_SVID: ("csr", "key_reused"),
+}
 
 
 @runtime_checkable
@@ -76,6 +83,7 @@ class Admission:
         selectors: sorted, with the attestor's name as type.
         can_reattest: whether it attests again instead of renewing.
         csr_spki: DER of the one public key the SVID may be issued for.
+        keys: digests of the keys no other node may have.
     """
 
     agent_id: SpiffeId
@@ -83,6 +91,7 @@ class Admission:
     selectors: tuple[Selector, ...]
     can_reattest: bool
     csr_spki: bytes
+    keys: NodeKeys
 
 
 class Admissions:
@@ -97,6 +106,8 @@ class Admissions:
         timeout_s: longest exchange.
         max_message_bytes: largest message from the agent.
         agent_id_as_selector: add the selector `spiffe_id:<agent ID>` to every node.
+        is_banned: tells from memory which agent IDs are banned, so that a banned node's exchange
+            ends early; None asks the store. The store is asked at the end in any case.
         strict_ids: refuse agent IDs outside `/spire/agent/<attestor>/`; else they are let through
             with a warning, as upstream does, unless they look like another attestor's.
     """
@@ -112,16 +123,23 @@ class Admissions:
         timeout_s: float = 30.0,
         max_message_bytes: int = 65536,
         agent_id_as_selector: bool = False,
+        is_banned: Callable[[SpiffeId], bool] | None = None,
         strict_ids: bool = True,
     ) -> None:
         self._datastore = datastore
         self._trust_domain = trust_domain
         self._attestors = dict(attestors)
+        self._generous: dict[str, ExchangeLimits] = {
+            name: attestor
+            for name, attestor in attestors.items()
+            if isinstance(attestor, ExchangeLimits)
+        }
         self._clock = clock
         self._log = log
         self._timeout_s = timeout_s
         self._max_message_bytes = max_message_bytes
         self._agent_id_as_selector = agent_id_as_selector
+        self._is_banned = is_banned
         self._strict_ids = strict_ids
 
     async def admit(
@@ -149,7 +167,9 @@ class Admissions:
             InvalidInputError: unusable key or message; join token unknown, used or expired.
             LimitError: a message too large, or too many exchanges at once.
             DeniedError: the node is banned.
-            PluginError: the attestor refused.
+            AttestationError: `key_reused`, the CSR's key is another node's.
+            PluginError: the attestor refused, or the machine's key is another node's
+                (`ak_reused`).
             SpireHwError: DEADLINE_EXCEEDED; INTERNAL for an attestor that gave a wrong answer.
         """
         try:
@@ -172,6 +192,7 @@ class Admissions:
 
         Raises:
             DeniedError: the node was banned meanwhile; the SVID must not be sent.
+            AttestationError, PluginError: another node got one of its keys meanwhile; likewise.
         """
         node = Node(
             agent_id=admission.agent_id,
@@ -182,9 +203,11 @@ class Admissions:
             selectors=admission.selectors,
         )
         try:
-            stored = await self._datastore.put_node(node)
+            stored = await self._datastore.put_node(node, admission.keys)
         except DeniedError as e:
-            refusal = _banned(admission.agent_id)
+            refusal: SpireHwError = _banned(admission.agent_id)
+            if isinstance(e, KeyInUseError):
+                refusal = self.reused(admission.attestation_type, admission.agent_id, e)
             self._record_refusal(refusal, admission.attestation_type, admission.csr_spki, "")
             raise refusal from e
         self._log.info(
@@ -195,6 +218,19 @@ class Admissions:
             selectors=len(stored.selectors),
         )
         return stored
+
+    def reused(self, name: str, agent_id: SpiffeId, error: KeyInUseError) -> SpireHwError:
+        """Report both nodes to the operator, and return what the one that asked is told."""
+        self._log.error(
+            "Two nodes have shown the same key; evict the one that must not have it",
+            agent_id=str(agent_id),
+            owner_id=str(error.owner),
+            key_role=error.role.name.lower(),
+        )
+        stage, code = _REUSED[error.role]
+        text = f"{stage}: key belongs to another node"
+        refusal = AttestationError([Finding(code, text, ErrorKind.PERMISSION_DENIED)])
+        return PluginError(f"nodeattestor({name})", refusal) if stage == "ak" else refusal
 
     async def _within_time(
         self,
@@ -209,7 +245,7 @@ class Admissions:
         attestor = self._attestors.get(attestation_type)
         if attestor is None and attestation_type != JOIN_TOKEN:
             raise NotReadyError(f"no node attestor {_shown(attestation_type)} is configured")
-        timeout_s, max_bytes = self._limits(attestor)
+        timeout_s, max_bytes = self._limits(attestation_type)
         parse_spki(csr_spki)
         _check_size("attestation payload", payload, max_bytes)
         if not payload:
@@ -219,7 +255,7 @@ class Admissions:
                 if attestation_type == JOIN_TOKEN or attestor is None:
                     identity = await self._take_token(payload)
                 else:
-                    exchange = _Exchange(challenge, self._refuse_banned, max_bytes)
+                    exchange = _Exchange(challenge, self._refuse_early, max_bytes)
                     request = AttestationRequest(
                         payload, exchange.challenge, csr_spki, exchange.admit, source, caller
                     )
@@ -230,10 +266,10 @@ class Admissions:
                 f"attestation took longer than {timeout_s:g} s", kind=ErrorKind.DEADLINE_EXCEEDED
             ) from e
 
-    def _limits(self, attestor: ServerNodeAttestor | None) -> tuple[float, int]:
+    def _limits(self, name: str) -> tuple[float, int]:
         timeout_s, max_bytes = self._timeout_s, self._max_message_bytes
-        own: object = attestor
-        if isinstance(own, ExchangeLimits):
+        own = self._generous.get(name)
+        if own is not None:
             timeout_s = max(timeout_s, min(own.timeout_s, _MAX_TIMEOUT_S))
             max_bytes = max(max_bytes, min(own.max_message_bytes, _MAX_MESSAGE_BYTES))
         return timeout_s, max_bytes
@@ -276,25 +312,35 @@ class Admissions:
         return AttestedIdentity(agent_id=identity, selector_values=[], can_reattest=False)
 
     async def _refuse_banned(self, identity: SpiffeId) -> None:
-        await self._stored(identity)
+        await self._stored(identity, NO_KEYS)
 
-    async def _stored(self, identity: SpiffeId) -> Node | None:
+    async def _refuse_early(self, identity: SpiffeId) -> None:
+        if self._is_banned is None:
+            await self._refuse_banned(identity)
+        elif self._is_banned(identity):
+            raise _banned(identity)
+
+    async def _stored(self, identity: SpiffeId, keys: NodeKeys) -> Node | None:
         """Return the node that is stored under an ID, None when there is none.
 
         Raises:
             DeniedError: it is banned.
+            KeyInUseError: one of the keys is another node's.
         """
-        try:
-            node = await self._datastore.get_node(identity)
-        except NotFoundError:
-            return None
-        if node.banned:
+        node = await self._datastore.find_node(identity, keys)
+        if node is not None and node.banned:
             raise _banned(identity)
         return node
 
     async def _checked(self, name: str, identity: AttestedIdentity, csr_spki: bytes) -> Admission:
         self._check_id(name, identity.agent_id)
-        stored = await self._stored(identity.agent_id)
+        keys = {KeyRole.SVID: hashlib.sha256(csr_spki).digest()}
+        if identity.attestation_key is not None:
+            keys[KeyRole.ATTESTATION] = hashlib.sha256(identity.attestation_key).digest()
+        try:
+            stored = await self._stored(identity.agent_id, keys)
+        except KeyInUseError as e:
+            raise self.reused(name, identity.agent_id, e) from e
         if stored is not None and stored.attestation_type != name:
             raise DeniedError(
                 f'agent ID "{identity.agent_id}" belongs to a node attested by'
@@ -306,6 +352,7 @@ class Admissions:
             selectors=self._selectors(name, identity),
             can_reattest=identity.can_reattest,
             csr_spki=csr_spki,
+            keys=keys,
         )
 
     def _check_id(self, name: str, identity: SpiffeId) -> None:

@@ -97,6 +97,10 @@ class EntryGraph:
         """Return the selectors of a node; none when it is unknown or banned."""
         return self._nodes.get(agent_id.text) or _NOTHING
 
+    def is_banned(self, agent_id: SpiffeId) -> bool:
+        """Tell whether a node is known to be banned."""
+        return self._nodes.get(agent_id.text, _NOTHING) is None
+
     def put_entry(self, entry: Entry) -> bool:
         """Add or replace an entry; tell whether that changed anything."""
         old = self._entries.get(entry.entry_id)
@@ -306,6 +310,10 @@ class EntryCache:
     def node_selectors(self, agent_id: SpiffeId) -> SelectorSet:
         """Return the selectors of a node; none when it is unknown or banned."""
         return self._graph.selectors_of(agent_id)
+
+    def is_banned(self, agent_id: SpiffeId) -> bool:
+        """Tell whether a node is known to be banned; the store may know more."""
+        return self._graph.is_banned(agent_id)
 
     async def load(self) -> None:
         """Read everything anew; called by the follower."""

@@ -219,6 +219,7 @@ class World:
         plugins: str = _PLUGINS,
         keys: str = "",
         rest: str = "",
+        sync_interval: str = "200ms",
     ) -> Agent:
         """Build an agent; start it with `async with` or `start`.
 
@@ -228,6 +229,7 @@ class World:
             plugins: KeyManager and NodeAttestor blocks.
             keys: more keys of `agent { }`.
             rest: more sections of the file.
+            sync_interval: longer where simulated time makes leaps.
         """
         home = self.directory / name
         home.mkdir(exist_ok=True)
@@ -247,7 +249,7 @@ class World:
           trust_bundle_path = "{bootstrap}"
           {token}
           {keys}
-          experimental {{ sync_interval = "200ms" }}
+          experimental {{ sync_interval = "{sync_interval}" }}
         }}
         plugins {{
           {plugins.replace("HOME", str(home))}

@@ -72,11 +72,14 @@ class AttestedIdentity:
         agent_id: below `/spire/agent/<attestor name>/`.
         selector_values: values without the type; the host puts the attestor's name in front.
         can_reattest: whether the agent attests again instead of renewing.
+        attestation_key: DER SubjectPublicKeyInfo of the key that spoke for the machine; the host
+            sees to it that no other node has it. None when there is none.
     """
 
     agent_id: SpiffeId
     selector_values: list[str]
     can_reattest: bool
+    attestation_key: bytes | None = None
 
 
 # Sends one challenge to the agent, returns its answer.

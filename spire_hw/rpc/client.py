@@ -1,21 +1,20 @@
-"""The grpcio client: calls by path, errors of our own tree, deadlines.
+"""The calling side: calls by path, errors of our own tree, deadlines; see `spire_hw.rpc.engine`.
 
-A channel goes to a unix socket, or through a `Dialer` to a server known by its SPIFFE ID; why the
-dialer could not connect is told in place of grpcio's "socket closed".
+A channel goes to a unix socket, or through a `Dialer` to a server known by its SPIFFE ID. It
+connects at the first call and again whenever the connection was lost.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Generic, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, Protocol, Self, TypeVar
 
-import grpc
 from google.protobuf.message import DecodeError, Message
 
 from spire_hw.errors import EncodingError, ErrorKind, SpireHwError, UnavailableError
-from spire_hw.rpc.status import from_grpc
+from spire_hw.rpc.engine import load
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -29,49 +28,48 @@ MAX_RESPONSE_BYTES: Final = 64 * 1024 * 1024
 _NO_METADATA: Final[Metadata] = ()
 
 
-def _options(max_response_bytes: int, authority: str) -> list[tuple[str, int | str]]:
-    return [
-        ("grpc.use_local_subchannel_pool", 1),
-        ("grpc.enable_http_proxy", 0),
-        ("grpc.max_receive_message_length", max_response_bytes),
-        ("grpc.max_send_message_length", -1),
-        ("grpc.compression_enabled_algorithms_bitset", 1),
-        ("grpc.enable_retries", 0),
-        ("grpc.http2.bdp_probe", 0),
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 20_000),
-        ("grpc.max_reconnect_backoff_ms", 2_000),
-        ("grpc.default_authority", authority),
-    ]
-
-
 def connect_unix(path: str | Path, *, max_response_bytes: int = MAX_RESPONSE_BYTES) -> Channel:
     """Return a channel to a unix socket; it connects at the first call."""
-    target = f"unix:{Path(path).absolute()}"
-    return Channel(
-        grpc.aio.insecure_channel(target, options=_options(max_response_bytes, "localhost")),
-        where=str(path),
-    )
+    channel: Channel = load("client").unix_channel(str(Path(path).absolute()), max_response_bytes)
+    return channel
 
 
 async def connect(dialer: Dialer, *, max_response_bytes: int = MAX_RESPONSE_BYTES) -> Channel:
-    """Return a channel through a dialer, which is started if need be and closed with the channel."""
-    target = await dialer.start()
-    where = f"{dialer.address}:{dialer.port}"
-    return Channel(
-        grpc.aio.insecure_channel(target, options=_options(max_response_bytes, where)),
-        where=where,
-        dialer=dialer,
-    )
+    """Return a channel through a dialer, which is closed with the channel."""
+    channel: Channel = await load("client").dialed_channel(dialer, max_response_bytes)
+    return channel
 
 
-class Channel:
+class RawCall(Protocol):
+    """One call as an engine makes it: bytes both ways. Every method raises `SpireHwError`."""
+
+    async def send(self, message: bytes, *, end: bool = False) -> None:
+        """Send a message, and the end with it when it is the last one."""
+        ...
+
+    async def done_sending(self) -> None:
+        """Say that no more messages come."""
+        ...
+
+    async def receive(self) -> bytes | None:
+        """Return the next message, None when the server has ended the call well."""
+        ...
+
+    def cancel(self) -> None:
+        """Let go of the call, whatever its state."""
+        ...
+
+    @property
+    def is_unprocessed(self) -> bool:
+        """Tell whether the server is known not to have looked at the call."""
+        ...
+
+
+class Channel(ABC):
     """Calls to one server; close it when done."""
 
-    def __init__(self, channel: grpc.aio.Channel, *, where: str, dialer: Dialer | None = None):
-        self._channel: Any = channel  # bytes in, bytes out: the stubs know only messages
-        self._where = where
-        self._closed = False
+    def __init__(self, where: str, dialer: Dialer | None = None) -> None:
+        self.where = where
         self.dialer = dialer
 
     async def __aenter__(self) -> Self:
@@ -85,12 +83,13 @@ class Channel:
     ) -> None:
         await self.close()
 
+    @abstractmethod
     async def close(self) -> None:
         """End it; calls in progress fail."""
-        self._closed = True
-        await self._channel.close(None)
-        if self.dialer is not None:
-            await self.dialer.close()
+
+    @abstractmethod
+    async def open(self, path: str, timeout_s: float | None, metadata: Metadata) -> RawCall:
+        """Begin a call; arguments and errors as in `unary`."""
 
     async def unary(
         self,
@@ -113,14 +112,17 @@ class Channel:
             SpireHwError: what the server answered (`DeniedError` with its reason), UNAVAILABLE
                 when it cannot be reached, DEADLINE_EXCEEDED.
         """
-        try:
-            call = self._channel.unary_unary(path)(
-                _encode(request), timeout=timeout_s, metadata=_headers(metadata)
-            )
-            raw = await call
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.CancelledError) as e:
-            self._raise(e)
-        return _decode(response_type, raw)
+        encoded = _encode(request)
+        for last in (False, True):
+            call = await self.open(path, timeout_s, metadata)
+            try:
+                return _decode(response_type, await _only_answer(call, encoded))
+            except UnavailableError:
+                if last or not call.is_unprocessed:
+                    raise
+            finally:
+                call.cancel()
+        raise AssertionError
 
     async def server_stream(
         self,
@@ -134,18 +136,13 @@ class Channel:
 
         Closing the iterator cancels the call. Arguments and errors as in `unary`.
         """
-        call: Any = None
+        call = await self.open(path, timeout_s, metadata)
         try:
-            call = self._channel.unary_stream(path)(
-                _encode(request), timeout=timeout_s, metadata=_headers(metadata)
-            )
-            async for raw in call:
+            await call.send(_encode(request), end=True)
+            while (raw := await call.receive()) is not None:
                 yield _decode(response_type, raw)
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.CancelledError) as e:
-            self._raise(e)
         finally:
-            if call is not None:
-                call.cancel()
+            call.cancel()
 
     def bidi(
         self,
@@ -158,53 +155,30 @@ class Channel:
 
         Arguments and errors as in `unary`.
         """
-        return Bidi(
-            lambda: self._channel.stream_stream(path)(
-                timeout=timeout_s, metadata=_headers(metadata)
-            ),
-            response_type,
-            self._raise,
-        )
-
-    def _raise(self, error: BaseException) -> NoReturn:
-        """Raise the error of our tree that a grpcio error stands for."""
-        if isinstance(error, asyncio.CancelledError):
-            task = asyncio.current_task()
-            if not self._closed or (task is not None and task.cancelling()):
-                raise error
-            raise UnavailableError(f"the connection to {self._where} was closed") from error
-        if not isinstance(error, grpc.aio.AioRpcError):
-            raise UnavailableError(f"the connection to {self._where} is closed") from error
-        found = from_grpc(error)
-        if found.kind is not ErrorKind.UNAVAILABLE:
-            raise found from error
-        cause = None if self.dialer is None else self.dialer.last_error
-        if cause is not None:
-            raise UnavailableError(f"cannot reach {self._where}: {cause.message}") from cause
-        if "failed to connect" in found.message:
-            raise UnavailableError(f"cannot connect to {self._where}") from error
-        raise found from error
+        return Bidi(self, path, response_type, timeout_s, metadata)
 
 
 class Bidi(Generic[M]):
     """One call with streams both ways."""
 
+    _call: RawCall
+
     def __init__(
         self,
-        opened: Callable[[], Any],
+        channel: Channel,
+        path: str,
         response_type: type[M],
-        fail: Callable[[BaseException], NoReturn],
+        timeout_s: float | None,
+        metadata: Metadata,
     ) -> None:
-        self._opened = opened
+        self._channel = channel
+        self._path = path
         self._response_type = response_type
-        self._fail = fail
-        self._call: Any = None
+        self._timeout_s = timeout_s
+        self._metadata = metadata
 
     async def __aenter__(self) -> Self:
-        try:
-            self._call = self._opened()
-        except grpc.aio.UsageError as e:
-            self._fail(e)
+        self._call = await self._channel.open(self._path, self._timeout_s, self._metadata)
         return self
 
     async def __aexit__(
@@ -221,21 +195,11 @@ class Bidi(Generic[M]):
         Raises:
             SpireHwError: the call has ended; the error is the server's, see `Channel.unary`.
         """
-        try:
-            await self._call.write(_encode(message))
-        except asyncio.InvalidStateError:  # ended already: what it ended with says why
-            await self._ended()
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.CancelledError) as e:
-            self._fail(e)
+        await self._call.send(_encode(message))
 
     async def done_sending(self) -> None:
         """Say that no more messages come."""
-        try:
-            await self._call.done_writing()
-        except asyncio.InvalidStateError:
-            await self._ended()
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.CancelledError) as e:
-            self._fail(e)
+        await self._call.done_sending()
 
     async def receive(self) -> M | None:
         """Return the next message, None when the server has ended the call well.
@@ -243,35 +207,20 @@ class Bidi(Generic[M]):
         Raises:
             SpireHwError: see `Channel.unary`.
         """
-        try:
-            raw = await self._call.read()
-            if raw is grpc.aio.EOF:
-                await self._ended()
-                return None
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.CancelledError) as e:
-            self._fail(e)
-        return _decode(self._response_type, raw)
+        raw = await self._call.receive()
+        return None if raw is None else _decode(self._response_type, raw)
 
-    async def _ended(self) -> None:
-        code = await self._call.code()
-        if code is grpc.StatusCode.OK:
-            return
-        self._fail(
-            grpc.aio.AioRpcError(
-                code,
-                await self._call.initial_metadata(),
-                await self._call.trailing_metadata(),
-                details=await self._call.details(),
-            )
-        )
+
+async def _only_answer(call: RawCall, request: bytes) -> bytes:
+    await call.send(request, end=True)
+    raw = await call.receive()
+    if raw is None or await call.receive() is not None:
+        raise SpireHwError("the server did not answer with one message", kind=ErrorKind.INTERNAL)
+    return raw
 
 
 def _encode(message: Message | bytes) -> bytes:
     return message if isinstance(message, bytes) else message.SerializeToString()
-
-
-def _headers(metadata: Metadata) -> tuple[tuple[str, str], ...]:
-    return tuple(metadata)
 
 
 def _decode(response_type: type[M], raw: bytes) -> M:

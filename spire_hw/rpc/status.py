@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2  # type: ignore[import-untyped]
 
@@ -28,7 +27,6 @@ from spire_hw.errors import (
 
 DETAILS_KEY: Final = "grpc-status-details-bin"
 _MAX_MESSAGE: Final = 2048
-_CODES: Final[dict[int, grpc.StatusCode]] = {code.value[0]: code for code in grpc.StatusCode}
 # Codes without a kind of their own: ABORTED, OUT_OF_RANGE, DATA_LOSS.
 _NEAREST: Final = {
     10: ErrorKind.UNAVAILABLE,
@@ -46,20 +44,20 @@ _CLASSES: Final[dict[ErrorKind, type[SpireHwError]]] = {
 
 
 class WireStatus(NamedTuple):
-    """A status as grpcio takes it: code, message and trailing metadata."""
+    """A status: code, message and trailing metadata."""
 
-    code: grpc.StatusCode
+    code: int
     message: str
     trailing: tuple[tuple[str, bytes], ...]
 
 
-def to_grpc(error: SpireHwError) -> WireStatus:
+def to_wire(error: SpireHwError) -> WireStatus:
     """Return the status of an error, with `PermissionDeniedDetails` when it carries a reason."""
-    code = _CODES[error.kind.value]
+    code = error.kind.value
     message = clip(error.message)
     if not isinstance(error, DeniedError) or error.reason is None:
         return WireStatus(code, message, ())
-    status = status_pb2.Status(code=error.kind.value, message=message)
+    status = status_pb2.Status(code=code, message=message)
     status.details.add().Pack(
         types_pb2.PermissionDeniedDetails(reason=error.reason.value)  # type: ignore[arg-type]
     )
@@ -69,16 +67,6 @@ def to_grpc(error: SpireHwError) -> WireStatus:
 def clip(message: str) -> str:
     """Return a message short enough for a header."""
     return message if len(message) <= _MAX_MESSAGE else message[: _MAX_MESSAGE - 3] + "..."
-
-
-def from_grpc(error: grpc.aio.AioRpcError) -> SpireHwError:
-    """Return the error a failed call stands for; the caller raises it from `error`."""
-    message = error.details() or ""
-    details = None
-    for key, value in error.trailing_metadata() or ():
-        if key == DETAILS_KEY and isinstance(value, bytes):
-            details = value
-    return from_code(error.code().value[0], message, details)
 
 
 def from_code(code: int, message: str, details: bytes | None = None) -> SpireHwError:

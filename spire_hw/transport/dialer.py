@@ -148,6 +148,26 @@ class Dialer:
             os.chmod(self.path, 0o600)  # noqa: PTH101 - no I/O worth a thread
         return self.target
 
+    async def open(self) -> TlsHalf:
+        """Return a connection to the server, which was verified; nothing is read from it yet.
+
+        Raises:
+            SpireHwError: why there is none; also in `last_error`.
+        """
+        if self._closed:
+            raise NotReadyError("the dialer is closed")
+        try:
+            outbound = await self._connect()
+            if outbound.transport is None or outbound.transport.is_closing():
+                raise UnavailableError("the server ended the connection at once")
+        except SpireHwError as e:
+            self._failed(e)
+            raise
+        self._open.add(outbound)
+        outbound.on_end = lambda: self._ended(outbound)
+        self.last_error = None
+        return outbound
+
     async def close(self) -> None:
         """Cut every connection and remove the private socket."""
         self._closed = True
@@ -184,24 +204,18 @@ class Dialer:
     async def _serve(self, inbound: Half) -> None:
         try:
             await inbound.begun()
-            outbound = await self._connect()
-        except SpireHwError as e:
-            self._failed(e)
+            outbound = await self.open()
+        except SpireHwError:  # noted already
             inbound.abort()
             return
         except BaseException:
             inbound.abort()
             raise
-        if outbound.transport is None or outbound.transport.is_closing():
-            self._failed(UnavailableError("the server ended the connection at once"))
-            inbound.abort()
-            return
-        self._open.add(outbound)
-        outbound.on_end = lambda: self._ended(outbound)
         if inbound.transport is None or inbound.transport.is_closing():
             outbound.abort()
             return
-        self.last_error = None
+        if self._alpn == "h2":
+            outbound.watch = HeaderWatch()
         inbound.join(outbound)
 
     def _failed(self, error: SpireHwError) -> None:
@@ -269,8 +283,6 @@ class Dialer:
         self, connection: socket.socket, context: TlsContext, bundle: Bundle | None
     ) -> TlsHalf:
         outbound = TlsHalf(context, server_side=False, pool=self._pool)
-        if self._alpn == "h2":
-            outbound.watch = HeaderWatch()
         try:
             loop = asyncio.get_running_loop()
             async with asyncio.timeout(self._handshake_s):

@@ -17,7 +17,7 @@ import stat
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from typing_extensions import override
 
@@ -34,7 +34,7 @@ from spire_hw.hardening import check_directory
 from spire_hw.log import Logger, get_logger
 from spire_hw.transport.peer import TcpPeer, UnixPeer, source_of
 from spire_hw.transport.process import Process, peer_credentials
-from spire_hw.transport.relay import PREFACE, Callers, Half
+from spire_hw.transport.relay import PREFACE, Half
 from spire_hw.transport.tls import (
     TlsContext,
     TlsHalf,
@@ -91,6 +91,18 @@ TCP_LIMITS: Final = FrontLimits(max_age_s=5 * _MINUTE_S)
 UNIX_LIMITS: Final = FrontLimits()
 
 
+class Inner(Protocol):
+    """What is behind a front: serves the connections it hands over."""
+
+    async def attach(self, outer: Half, peer: TcpPeer | UnixPeer) -> None:
+        """Serve a connection whose peer was proved.
+
+        Raises:
+            UnavailableError: that is not possible.
+        """
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class _Lease:
     """One connection's place among those a front allows."""
@@ -110,7 +122,7 @@ class Front(ABC):
         self._leases: dict[_Lease, None] = {}
         self._per_caller: dict[object, int] = {}
         self._sockets: list[socket.socket] = []
-        self._callers: Callers | None = None
+        self._inner: Inner | None = None
         self._tasks = Tasks(self._task_failed)
         self._emptied: asyncio.Future[None] | None = None
         self._max_connections = limits.max_connections
@@ -121,16 +133,16 @@ class Front(ABC):
         """Return how many connections are open, those still being proved included."""
         return len(self._leases)
 
-    async def start(self, callers: Callers) -> None:
-        """Listen, and hand what was proved to the registry of an inner server.
+    async def start(self, inner: Inner) -> None:
+        """Listen, and hand what was proved to an inner server.
 
         Raises:
             NotReadyError: started before.
             UnavailableError: the address cannot be listened on.
         """
-        if self._callers is not None:
+        if self._inner is not None:
             raise NotReadyError("this front was started before")
-        self._callers = callers
+        self._inner = inner
         soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         room = max(_MIN_CONNECTIONS, (soft - _FDS_FOR_THE_REST) // _FDS_PER_CONNECTION)
         if room < self.limits.max_connections:
@@ -261,11 +273,11 @@ class Front(ABC):
             self._release(lease)
 
     async def _attach(self, outer: Half, peer: TcpPeer | UnixPeer) -> None:
-        if self._callers is None:
+        if self._inner is None:
             raise UnavailableError("the front is closed")
         async with asyncio.timeout(self.limits.first_byte_s):
             await outer.begun()
-        await self._callers.attach(outer, peer)
+        await self._inner.attach(outer, peer)
 
     async def _reap(self, max_age_s: float) -> None:
         loop = asyncio.get_running_loop()

@@ -16,7 +16,7 @@ import tempfile
 import threading
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from typing_extensions import override
 
@@ -79,8 +79,28 @@ class _Gate:
         self.opened.exception()  # whoever waited may have gone: not worth a warning
 
 
+class Sink(Protocol):
+    """Where a half hands on what it receives: the other half of a relay, or an engine."""
+
+    def send(self, data: bytes) -> None:
+        """Take plain bytes that the half received."""
+        ...
+
+    def end(self) -> None:
+        """Take note that the half is gone."""
+        ...
+
+    def pause(self) -> None:
+        """Send no more: the half's peer does not read."""
+        ...
+
+    def resume(self) -> None:
+        """Send on."""
+        ...
+
+
 class Half(asyncio.BufferedProtocol):
-    """One end of a relay: what it receives, the other end sends.
+    """One proved connection: what it receives goes to its sink, what that says is sent.
 
     HTTP/2 never half-closes, so the end of one half is the end of both. Each half holds no more
     than its transport's write buffer; past its mark the other half stops reading.
@@ -102,10 +122,10 @@ class Half(asyncio.BufferedProtocol):
                 `join`. None when the half is joined before it is connected.
         """
         self.transport: asyncio.Transport | None = None
-        self.other: Half | None = None
+        self.other: Sink | None = None
         self.on_end = on_end
         self._gate = None if begins is None else _Gate(begins)
-        self.watch = HeaderWatch(len(begins)) if begins else None
+        self.watch: HeaderWatch | None = None
         self._linger: asyncio.TimerHandle | None = None
         self._view = _scratch.view
 
@@ -143,12 +163,12 @@ class Half(asyncio.BufferedProtocol):
             self._linger = None
         if self._gate is not None:
             self._gate.lost()
-        other, self.other = self.other, None
-        if other is not None:
-            other.end()
         on_end, self.on_end = self.on_end, None
         if on_end is not None:
             on_end()
+        other, self.other = self.other, None
+        if other is not None:
+            other.end()
 
     async def begun(self) -> None:
         """Wait until the connection has shown how it begins.
@@ -159,6 +179,12 @@ class Half(asyncio.BufferedProtocol):
         """
         if self._gate is not None:
             await self._gate.opened
+
+    def lead(self, sink: Sink) -> None:
+        """Hand everything to a sink from now on, early bytes first."""
+        self.other = sink
+        self.resume()
+        self._pass_on_early()
 
     def join(self, other: Half) -> None:
         """Relay between this half and another from now on, early bytes first."""
@@ -316,6 +342,7 @@ class Callers:
         if outer.transport is None or outer.transport.is_closing():
             inner.abort()
             raise UnavailableError("the caller went away")
+        outer.watch = HeaderWatch(len(PREFACE))
         outer.join(inner)
 
     def _gone(self, key: str) -> None:

@@ -65,6 +65,7 @@ class Csr:
         uris: URI SANs in order, unchecked.
         dns_names: DNS SANs in order, unchecked.
         subject: DER Name, well-formed but otherwise unchecked.
+        bare: has no attribute that could ask for names or other extensions.
     """
 
     public_key: PublicKey
@@ -72,6 +73,7 @@ class Csr:
     uris: tuple[str, ...]
     dns_names: tuple[str, ...]
     subject: bytes
+    bare: bool
 
 
 async def build_csr(
@@ -173,10 +175,11 @@ def _walk_strictly(body: bytes) -> _Ordinary | None:
     if key is None or stop != end:
         return None
     _check_subject(subject)
-    names = _requested_names(body, start, stop) if start != stop else ((), ())
+    bare = start == stop
+    names = ((), ()) if bare else _requested_names(body, start, stop)
     if names is None:
         return None
-    return Csr(key, spki, names[0], names[1], subject), key
+    return Csr(key, spki, names[0], names[1], subject, bare), key
 
 
 @lru_cache(maxsize=64)
@@ -252,6 +255,7 @@ def _parse_unusual(data: bytes, *, check_signature: bool) -> Csr:
         request = x509.load_der_x509_csr(data)
         key = check_public_key(request.public_key())
         uris, dns_names = _names_of(request)
+        bare = not request.extensions
         subject = request.subject.public_bytes()
         if check_signature:
             _check_signature(request)
@@ -269,7 +273,7 @@ def _parse_unusual(data: bytes, *, check_signature: bool) -> Csr:
         x509.UnsupportedGeneralNameType,
     ) as e:
         raise EncodingError(_WHAT, "does not parse as a PKCS #10 request") from e
-    return Csr(key, spki, uris, dns_names, subject)
+    return Csr(key, spki, uris, dns_names, subject, bare)
 
 
 def _names_of(request: x509.CertificateSigningRequest) -> _Names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import uuid
 from contextlib import contextmanager
@@ -10,7 +11,6 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-from cryptography import x509
 from google.protobuf import empty_pb2
 
 from spire_hw._pb import server_agent_pb2 as pb
@@ -40,7 +40,15 @@ from spire_hw.x509.csr import Csr, parse_csr
 from spire_hw_server.api.authorize import caller_node
 from spire_hw_server.api.entry import listed, parse_page
 from spire_hw_server.api.entry_message import parse_selector_match
-from spire_hw_server.datastore.interface import Datastore, Entry, JoinToken, Node, NodeFilter
+from spire_hw_server.datastore.interface import (
+    Datastore,
+    Entry,
+    JoinToken,
+    KeyInUseError,
+    KeyRole,
+    Node,
+    NodeFilter,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -158,15 +166,21 @@ class AgentService:
         if not request.HasField("params"):
             raise InvalidInputError("params cannot be nil")
         csr = _csr(request.params.csr)
-        issued = await self._issuer.agent_svid(csr.spki, node.agent_id)
-        await self._store.set_node_serials(
-            node.agent_id,
-            serial_number=node.serial_number,
-            expires_at=node.expires_at,
-            new_serial_number=str(issued.serial),
-            new_expires_at=issued.not_after,
-            expected_serial_number=node.serial_number,
-        )
+        key = hashlib.sha256(csr.spki).digest()
+        try:
+            await self._store.find_node(node.agent_id, {KeyRole.NEW_SVID: key})
+            issued = await self._issuer.agent_svid(csr.spki, node.agent_id)
+            await self._store.set_node_serials(
+                node.agent_id,
+                serial_number=node.serial_number,
+                expires_at=node.expires_at,
+                new_serial_number=str(issued.serial),
+                new_expires_at=issued.not_after,
+                expected_serial_number=node.serial_number,
+                new_key=key,
+            )
+        except KeyInUseError as e:
+            raise self._admissions.reused(node.attestation_type, node.agent_id, e) from e
         self._nodes.forget(node.agent_id)
         return pb.RenewAgentResponse(svid=_svid_message(issued, node.agent_id))
 
@@ -325,7 +339,9 @@ def _checked_params(
     if not params.data.payload:
         raise InvalidInputError("malformed param: missing attestation data payload")
     csr = _csr(params.params.csr)
-    _check_bare(params.params.csr)
+    if not csr.bare:
+        # Who it is for is proved, never asked for.
+        raise InvalidInputError("csr: names and extensions are not accepted here")
     return params.data, csr
 
 
@@ -336,16 +352,6 @@ def _csr(data: bytes) -> Csr:
         return parse_csr(data)
     except SpireHwError as e:
         raise InvalidInputError(f"malformed CSR: {e.message}") from e
-
-
-def _check_bare(csr: bytes) -> None:
-    """Refuse a request for anything but a certificate for its key: who it is for is proved."""
-    try:
-        asked_for = bool(x509.load_der_x509_csr(csr).extensions)
-    except (ValueError, TypeError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
-        asked_for = True
-    if asked_for:
-        raise InvalidInputError("csr: names and extensions are not accepted here")
 
 
 def _address(call: Call) -> str:

@@ -77,11 +77,11 @@ class KeyInUseError(DeniedError):
 
     Attributes:
         role: what the key was to be.
-        owner: whose it is.
+        owner: whose it is; for the log, not for the one who asked.
     """
 
     def __init__(self, role: KeyRole, owner: SpiffeId) -> None:
-        super().__init__(f'the key is in use by the node "{owner}"; evicting that one frees it')
+        super().__init__("the key belongs to another node")
         self.role = role
         self.owner = owner
 

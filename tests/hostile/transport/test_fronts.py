@@ -7,11 +7,9 @@ import os
 import resource
 import socket
 import ssl
-import sys
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-import grpc
 import psutil
 import pytest
 import pytest_asyncio
@@ -28,6 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from spire_hw.transport.front import Front
+
+pytestmark = pytest.mark.usefixtures("rpc_engine")
 
 HURRIED = FrontLimits(handshake_s=0.2, first_byte_s=0.2)
 
@@ -205,62 +205,6 @@ async def test_running_out_of_descriptors_does_not_end_accepting(world: EchoWorl
 
 
 @pytest.mark.asyncio
-async def test_an_unknown_inner_peer_is_nobody(world: EchoWorld) -> None:
-    async with grpc.aio.insecure_channel(world.server.callers.target) as channel:
-        unary: Any = channel.unary_unary(PREFIX + "Say")
-        stream: Any = channel.unary_stream(PREFIX + "Count")
-        for answer in (unary(b"", timeout=TIMEOUT_S), stream(b"", timeout=TIMEOUT_S)):
-            assert await answer.code() is grpc.StatusCode.UNAUTHENTICATED
-    assert not world.echo.calls
-
-
-@pytest.mark.asyncio
-async def test_an_abstract_name_like_ours_is_nobody(world: EchoWorld) -> None:
-    async with world.over_unix() as channel:
-        await say(channel)
-        (taken,) = world.server.callers._peers
-        forged = taken.removeprefix("unix-abstract:")
-        impostor = socket.socket(socket.AF_UNIX)
-        with pytest.raises(OSError, match=os.strerror(errno.EADDRINUSE)):
-            impostor.bind("\0" + forged)
-        impostor.close()
-    assert len(world.echo.calls) == 1
-
-
-STRANGER = """
-import socket, sys
-s = socket.socket(socket.AF_UNIX)
-s.connect(sys.argv[1])
-s.sendall(b"PRI * HTTP/2.0\\r\\n\\r\\nSM\\r\\n\\r\\n")
-print(s.recv(100))
-"""
-
-
-@pytest.mark.asyncio
-async def test_the_dialers_door_opens_for_this_process_only(world: EchoWorld) -> None:
-    dialer = world.dialer()
-    await dialer.start()
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", STRANGER, dialer.path, stdout=-1, stderr=-1
-    )
-    out, err = await asyncio.wait_for(child.communicate(), TIMEOUT_S)
-    assert out == b"b''\n" or b"ConnectionResetError" in err or b"BrokenPipe" in err
-    assert world.tcp.connections == 0
-    await dialer.close()
-
-
-@pytest.mark.asyncio
-async def test_private_sockets_are_out_of_reach_for_others(world: EchoWorld) -> None:
-    dialer = world.dialer()
-    await dialer.start()
-    for path in (dialer.path, world.server.callers.path):
-        assert os.stat(path).st_mode & 0o777 == 0o600  # noqa: PTH116
-        assert os.stat(os.path.dirname(path)).st_mode & 0o777 == 0o700  # noqa: PTH116, PTH120
-    await dialer.close()
-    assert not os.path.exists(dialer.path)  # noqa: ASYNC240, PTH110
-
-
-@pytest.mark.asyncio
 @pytest.mark.slow
 async def test_refused_callers_cost_nothing_that_lasts(world: EchoWorld) -> None:
     stranger = Authority("example.org").identity(world.agent())
@@ -303,10 +247,10 @@ async def test_a_client_that_dies_takes_its_calls_along(world: EchoWorld) -> Non
     writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
     await writer.drain()
     assert (await asyncio.wait_for(reader.readexactly(9), TIMEOUT_S))[3] == 4
-    assert len(world.server.callers) == 1
+    assert len(world.server.engine) == 1
     writer.transport.abort()
     await emptied(world.unix)
-    assert len(world.server.callers) == 0
+    assert len(world.server.engine) == 0
 
 
 @pytest.mark.asyncio

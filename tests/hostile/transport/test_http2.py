@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 DATA, HEADERS, PRIORITY, RESET, SETTINGS, PUSH, PING, WINDOW, CONTINUATION = (
     0, 1, 2, 3, 4, 5, 6, 8, 9,
 )  # fmt: skip
+
+pytestmark = pytest.mark.usefixtures("rpc_engine")
 END_STREAM, END_HEADERS, PADDED, WITH_PRIORITY = 1, 4, 8, 0x20
 MIB = 1 << 20
 
@@ -95,11 +97,11 @@ CUT = (
     endless_continuation,
     endless_empty_continuation,
     references,
-    half_a_frame_of_references,
     many_small_fields,
 )
 BORNE = (
     rapid_reset,
+    half_a_frame_of_references,
     frames(PING, b"x" * 8),
     frames(SETTINGS, struct.pack(">HI", 4, 65_535)),
     frames(WINDOW, b"\0\0\0\x01"),

@@ -47,9 +47,9 @@ def serial(answer: pb.X509SVIDResponse) -> int:
 
 
 @asynccontextmanager
-async def running(world: World, keys: str = "") -> AsyncIterator[tuple[Agent, Workload]]:
+async def running(world: World, **more: str) -> AsyncIterator[tuple[Agent, Workload]]:
     async with AsyncExitStack() as stack:
-        agent = await stack.enter_async_context(await world.agent(keys=keys))
+        agent = await stack.enter_async_context(await world.agent(**more))
         yield agent, await stack.enter_async_context(Workload(world.socket()))
 
 
@@ -125,7 +125,10 @@ async def test_a_changed_entry_is_issued_anew(world: World) -> None:
 
 async def test_rotation_on_an_open_stream_at_half_of_the_life() -> None:
     clock = SimClock()
-    async with World(clock=clock) as world, running(world) as (agent, workload):
+    async with (
+        World(clock=clock) as world,
+        running(world, sync_interval="5s") as (agent, workload),
+    ):
         await world.create_entry("/a", parent=agent_id(agent))
         await moved_on(clock, workload.x509_svid, lambda _: True)
         async with workload.x509_svids() as stream:
@@ -209,7 +212,7 @@ async def test_bundles_are_for_those_with_an_identity(world: World) -> None:
 
 async def test_open_bundles_grow_with_the_entries_on_the_same_stream(world: World) -> None:
     await federate(world)
-    async with running(world, "allow_unauthenticated_verifiers = true") as (agent, workload):
+    async with running(world, keys="allow_unauthenticated_verifiers = true") as (agent, workload):
         await eventually(workload.x509_bundles)
         request = pb.X509BundlesRequest()
         stream = workload.stream("FetchX509Bundles", request, pb.X509BundlesResponse)

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from spire_hw.rpc.client import Channel
     from spire_hw.rpc.service import Call
 
+pytestmark = pytest.mark.usefixtures("rpc_engine")
+
 
 @pytest_asyncio.fixture
 async def world(tmp_path: Path) -> AsyncIterator[EchoWorld]:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from spire_hw.transport.tls import TlsIdentity
 
+pytestmark = pytest.mark.usefixtures("rpc_engine")
+
 
 @pytest_asyncio.fixture
 async def world(tmp_path: Path) -> AsyncIterator[EchoWorld]:

@@ -22,6 +22,8 @@ from spire_hw_sim.echo import TIMEOUT_S, Echo, echo_world, say
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("rpc_engine")
+
 EXECUTABLE = os.path.realpath(sys.executable)
 HOLD = """
 import asyncio, sys
@@ -77,7 +79,7 @@ async def test_callers_that_leave_take_everything_with_them(tmp_path: Path) -> N
         gc.collect()  # grpcio's client keeps a connection for as long as a call object lives
         await gone(world.unix)
         async with asyncio.timeout(TIMEOUT_S):  # the inner ends follow the outer ones
-            while len(world.server.callers) or psutil.Process().num_fds() > before:  # noqa: ASYNC110
+            while len(world.server.engine) or psutil.Process().num_fds() > before:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
 
@@ -184,7 +186,7 @@ async def test_fronts_and_servers_start_once(tmp_path: Path) -> None:
         with pytest.raises(NotReadyError):
             await world.server.start()
         with pytest.raises(NotReadyError):
-            await world.unix.start(world.server.callers)
+            await world.unix.start(world.server.engine)
         with pytest.raises(NotReadyError):
             world.server.add_front(world.unix)
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import grpc
 import pytest
 from google.rpc import status_pb2  # type: ignore[import-untyped]
 
@@ -17,13 +16,13 @@ from spire_hw.errors import (
     SpireHwError,
     UnavailableError,
 )
-from spire_hw.rpc.status import DETAILS_KEY, from_code, item_error, item_status, to_grpc
+from spire_hw.rpc.status import DETAILS_KEY, from_code, item_error, item_status, to_wire
 
 
 @pytest.mark.parametrize("kind", list(ErrorKind))
 def test_a_kind_is_its_status_number(kind: ErrorKind) -> None:
-    status = to_grpc(SpireHwError("why", kind=kind))
-    assert status.code.value[0] == kind.value
+    status = to_wire(SpireHwError("why", kind=kind))
+    assert status.code == kind.value
     assert (status.message, status.trailing) == ("why", ())
     assert from_code(kind.value, "why").kind is kind
 
@@ -41,15 +40,15 @@ def test_a_kind_is_its_status_number(kind: ErrorKind) -> None:
     ],
 )
 def test_a_class_comes_back_as_itself(error: type[SpireHwError]) -> None:
-    status = to_grpc(error("why"))
-    back = from_code(status.code.value[0], status.message)
+    status = to_wire(error("why"))
+    back = from_code(status.code, status.message)
     assert type(back) is error
     assert back.message == "why"
 
 
 @pytest.mark.parametrize("reason", list(DeniedReason))
 def test_a_reason_travels_as_upstream_reads_it(reason: DeniedReason) -> None:
-    status = to_grpc(DeniedError("no", reason))
+    status = to_wire(DeniedError("no", reason))
     ((key, raw),) = status.trailing
     assert key == DETAILS_KEY == "grpc-status-details-bin"
     wire = status_pb2.Status.FromString(raw)
@@ -79,13 +78,13 @@ def test_an_unknown_reason_is_none() -> None:
     assert back.reason is None
 
 
-@pytest.mark.parametrize("code", [c.value[0] for c in grpc.StatusCode if c.value[0]])
+@pytest.mark.parametrize("code", range(1, 17))
 def test_every_code_has_an_error(code: int) -> None:
     assert from_code(code, "").message
 
 
 def test_a_long_message_is_cut() -> None:
-    assert len(to_grpc(SpireHwError("x" * 10_000)).message) == 2048
+    assert len(to_wire(SpireHwError("x" * 10_000)).message) == 2048
 
 
 def test_items_carry_their_status() -> None:

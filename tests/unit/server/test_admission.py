@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId, TrustDomain, server_id
 from spire_hw_server.admission import Admission, Admissions
 from spire_hw_server.datastore.config import DatastoreConfig
-from spire_hw_server.datastore.interface import Datastore, JoinToken, NodeFilter
+from spire_hw_server.datastore.interface import Datastore, JoinToken, KeyRole, NodeFilter
 from spire_hw_server.datastore.sql.store import open_datastore
 from spire_hw_sim.clock import SimClock
 
@@ -130,6 +131,7 @@ async def test_admitted_node_has_prefixed_sorted_selectors(
         ),
         can_reattest=True,
         csr_spki=SPKI,
+        keys={KeyRole.SVID: hashlib.sha256(SPKI).digest()},
     )
     assert await store.count_nodes(NodeFilter()) == 0
     await store_it(desk, admission, clock)

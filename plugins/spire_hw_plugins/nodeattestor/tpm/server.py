@@ -193,7 +193,12 @@ class TpmServer:
             restart_count=quotes[0].clock.restart_count,
             firmware_version=f"{quotes[0].firmware_version:016x}",
         )
-        return AttestedIdentity(identity, _selectors(device, quotes), can_reattest=True)
+        return AttestedIdentity(
+            identity,
+            _selectors(device, quotes),
+            can_reattest=True,
+            attestation_key=device.ak.spki,
+        )
 
     async def _check_ek(
         self,

@@ -43,13 +43,14 @@ class Opened:
     Attributes:
         threads: as many as it has connections.
         one_writer: the database has a single writer; ours take turns before they ask it.
-        direct: prepared statements go to SQLite's own connection.
+        direct: opens a connection of SQLite's own, for `Prepared`; None where all goes through
+            SQLAlchemy.
     """
 
     engine: Engine
     threads: int
     one_writer: bool
-    direct: bool
+    direct: Callable[[], sqlite3.Connection] | None = None
 
 
 def write_options(connection: Connection) -> Connection:
@@ -85,7 +86,7 @@ def open_engine(config: DatastoreConfig, connection_string: str) -> Opened:
         pool_use_lifo=True,
         hide_parameters=True,
     )
-    return Opened(engine, config.max_open_conns, one_writer=False, direct=False)
+    return Opened(engine, config.max_open_conns, one_writer=False)
 
 
 def sqlite_path(connection_string: str) -> Path:
@@ -158,7 +159,9 @@ def _open_sqlite(config: DatastoreConfig, path: Path) -> Opened:
         if driver is not None:
             driver.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
 
-    return Opened(engine, readers, one_writer=True, direct=not config.log_sql)
+    # Only SQLAlchemy writes statements to the log.
+    direct = None if config.log_sql else connect
+    return Opened(engine, readers, one_writer=True, direct=direct)
 
 
 def _prepare_file(path: Path) -> None:

@@ -12,6 +12,7 @@ import logging
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from sqlalchemy import exc, text
@@ -26,10 +27,12 @@ from spire_hw.errors import (
 )
 from spire_hw_server.datastore.sql import events
 from spire_hw_server.datastore.sql.dialects import Opened, open_engine, write_options
+from spire_hw_server.datastore.sql.prepared import translated
 from spire_hw_server.datastore.sql.schema import migrate
+from spire_hw_server.datastore.sql.writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from sqlalchemy.engine import Connection
 
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _TRIES: Final = 6
+_CLOSED: Final = "the datastore is closed"
 # SQLSTATE classes and MySQL numbers of a transaction that lost against another one.
 _DAMAGED: Final = ("file is not a database", "database disk image is malformed")
 _CONFLICT_STATES: Final = frozenset({"40001", "40P01", "55P03"})
@@ -51,18 +55,23 @@ class Transaction:
     """One transaction: the connection, the time it started and what it changed.
 
     Attributes:
-        connection: SQLAlchemy's.
-        driver: SQLite's own under it, for `Prepared`; None when all goes through SQLAlchemy.
+        driver: SQLite's own connection, None when all goes through SQLAlchemy's.
         now: the time it started.
         changes: what caches have to look at, by kind and key.
     """
 
-    def __init__(self, connection: Connection, now: datetime, *, direct: bool = False) -> None:
-        driver = connection.connection.driver_connection if direct else None
-        self.connection = connection
-        self.driver = driver if isinstance(driver, sqlite3.Connection) else None
+    def __init__(self, connection: Connection | sqlite3.Connection, now: datetime) -> None:
+        self._connection = connection
+        self.driver = connection if isinstance(connection, sqlite3.Connection) else None
         self.now = now
         self.changes: dict[tuple[ChangeKind, str], Node | None] = {}
+
+    @property
+    def connection(self) -> Connection:
+        """Return SQLAlchemy's connection; a transaction of prepared statements has none."""
+        if isinstance(self._connection, sqlite3.Connection):
+            raise NotImplementedError("this transaction runs prepared statements only")
+        return self._connection
 
     @property
     def now_s(self) -> int:
@@ -85,11 +94,8 @@ class Database:
         self._clock = clock
         self._log = log
         self._readers = ThreadPoolExecutor(opened.threads, thread_name_prefix="datastore")
-        self._writers = (
-            ThreadPoolExecutor(1, thread_name_prefix="datastore-write")
-            if opened.one_writer
-            else self._readers
-        )
+        self._writer = Writer("datastore-write") if opened.one_writer else None
+        self._direct: dict[bool, sqlite3.Connection] = {}  # by whether it writes
         self._closed = False
         self.changed: Watch[int] = Watch(0)
         self.recent = events.Recent()
@@ -102,36 +108,81 @@ class Database:
             stale: a replica's answer is good enough.
         """
         opened = self._replica if stale and self._replica is not None else self._opened
-        return await self._run(self._readers, lambda: self._attempts(opened, function, False)[0])
+        once = partial(self._once, opened, function, False)
+        return (await self._in_thread(partial(self._attempts, once)))[0]
 
-    async def write(self, function: Callable[[Transaction], T]) -> T:
-        """Run a transaction that may write; local caches are woken when it changed something."""
+    async def glance(self, function: Callable[[Transaction], T]) -> T:
+        """Run a transaction that reads a row or two with prepared statements.
+
+        In SQLite it runs right here: a reader waits for nobody there, and takes less time than
+        the way to another thread and back.
+        """
+        direct = self._direct.get(False)
+        if direct is None:
+            return await self.read(function)
+        if self._closed:
+            raise UnavailableError(_CLOSED)
+        try:
+            return self._once_direct(direct, function, False)[0]
+        except (exc.SQLAlchemyError, ValueError, OverflowError) as e:
+            if isinstance(e, SpireHwError):
+                raise
+            # Busy, or worse: the way that waits, tries again and names what is wrong.
+            return await self.read(function)
+
+    async def write(self, function: Callable[[Transaction], T], *, prepared: bool = False) -> T:
+        """Run a transaction that may write; local caches are woken when it changed something.
+
+        Args:
+            function: the transaction.
+            prepared: it runs prepared statements only, which SQLite takes without SQLAlchemy.
+        """
+        direct = self._direct.get(True) if prepared else None
+        once = (
+            partial(self._once, self._opened, function, True)
+            if direct is None
+            else partial(self._once_direct, direct, function, True)
+        )
+        work = partial(self._attempts, once)
+        if self._writer is not None:
+            return (await self._writer.run(work, self._announce))[0]
         loop = asyncio.get_running_loop()
 
-        def work() -> T:
-            result, changes = self._attempts(self._opened, function, True)
-            if changes:
-                loop.call_soon_threadsafe(self._announce, changes)
-            return result
+        def announced() -> tuple[T, list[Change]]:
+            # From here, because a caller that went away does not announce what was stored.
+            made = work()
+            loop.call_soon_threadsafe(self._announce, made)
+            return made
 
-        return await self._run(self._writers, work)
+        return (await self._in_thread(announced))[0]
 
-    def _announce(self, changes: Sequence[Change]) -> None:
-        self.recent.add(changes)
-        self.changed.set(max(changes[-1].event_id, self.changed.value))
+    def open_direct(self) -> None:
+        """Open the connections that need no SQLAlchemy, where the database has them.
 
-    async def _run(self, executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        Raises:
+            UnavailableError: the database cannot be opened.
+        """
+        if self._opened.direct is not None:
+            for writes in (False, True):
+                self._direct[writes] = self._opened.direct()
+            self._direct[False].execute("PRAGMA busy_timeout = 0")
+
+    def _announce(self, made: tuple[object, list[Change]]) -> None:
+        _, changes = made
+        if changes:
+            self.recent.add(changes)
+            self.changed.set(max(changes[-1].event_id, self.changed.value))
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
         if self._closed:
-            raise UnavailableError("the datastore is closed")
-        return await asyncio.get_running_loop().run_in_executor(executor, work)
+            raise UnavailableError(_CLOSED)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, work)
 
-    def _attempts(
-        self, opened: Opened, function: Callable[[Transaction], T], writes: bool
-    ) -> tuple[T, list[Change]]:
+    def _attempts(self, once: Callable[[], T]) -> T:
         last: Exception
         for _ in range(_TRIES):
             try:
-                return self._once(opened, function, writes)
+                return once()
             except exc.IntegrityError as e:
                 # Someone else was first; run again, the function then sees and names it.
                 last = e
@@ -159,9 +210,25 @@ class Database:
                 write_options(connection)
             with connection.begin():
                 now = self._clock.now().astimezone(UTC)
-                transaction = Transaction(connection, now, direct=opened.direct)
+                transaction = Transaction(connection, now)
                 result = function(transaction)
                 changes = events.record(transaction)
+        return result, changes
+
+    def _once_direct(
+        self, driver: sqlite3.Connection, function: Callable[[Transaction], T], writes: bool
+    ) -> tuple[T, list[Change]]:
+        transaction = Transaction(driver, self._clock.now().astimezone(UTC))
+        try:
+            driver.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
+            result = function(transaction)
+            changes = events.record(transaction) if writes else []
+            driver.execute("COMMIT")
+        except sqlite3.Error as e:
+            raise translated(e) from e
+        finally:
+            if driver.in_transaction:
+                driver.rollback()
         return result, changes
 
     async def close(self) -> None:
@@ -172,8 +239,11 @@ class Database:
         await asyncio.to_thread(self._dispose)
 
     def _dispose(self) -> None:
-        self._writers.shutdown(wait=True)
+        if self._writer is not None:
+            self._writer.close()
         self._readers.shutdown(wait=True)
+        for connection in self._direct.values():
+            connection.close()
         for opened in (self._opened, self._replica):
             if opened is not None:
                 opened.engine.dispose()
@@ -194,23 +264,27 @@ async def open_database(config: DatastoreConfig, *, clock: Clock, log: Logger) -
         open_engine(config, config.ro_connection_string) if config.ro_connection_string else None
     )
 
+    database = Database(opened, replica, clock=clock, log=log)
+
     def prepare() -> tuple[str, str]:
         try:
-            return migrate(opened.engine, allowed=not config.disable_migration)
+            found = migrate(opened.engine, allowed=not config.disable_migration)
         except exc.DBAPIError as e:
             error = _translated(e)
             if isinstance(error, NotReadyError) and opened.engine.dialect.name == "sqlite":
                 raise NotReadyError(f"{config.connection_string}: {error.message}") from e
             raise error from e
+        database.open_direct()
+        return found
 
     try:
         before, now = await asyncio.to_thread(prepare)
     except BaseException:
-        opened.engine.dispose()
+        await database.close()
         raise
     if before != now:
         log.info("Database schema migrated", before=before or "empty", schema=now)
-    return Database(opened, replica, clock=clock, log=log)
+    return database
 
 
 def ping(transaction: Transaction) -> None:

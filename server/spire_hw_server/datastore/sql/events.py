@@ -61,7 +61,7 @@ def record(tx: Transaction) -> list[Change]:
 
 def _count_up(tx: Transaction, made: int) -> int:
     """Return the number of the last of some new changes."""
-    if tx.connection.dialect.update_returning:
+    if tx.driver is not None or tx.connection.dialect.update_returning:
         ((last,),) = _COUNT.fetch(tx, counter=_COUNTER, made=made)
         return int(last)
     tx.connection.execute(_COUNT_UP, {"counter": _COUNTER, "made": made})

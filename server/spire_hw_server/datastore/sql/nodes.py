@@ -59,6 +59,9 @@ _UPDATE: Final = Prepared(
     .where(nodes.c.row_id == bindparam("number"))
     .values({name: bindparam(name) for name in _VALUES})
 )
+_DELETE_SELECTORS: Final = Prepared(
+    delete(node_selectors).where(node_selectors.c.node_row == bindparam("number"))
+)
 _INSERT_SELECTORS: Final = Prepared(insert(node_selectors))
 _BY_ID: Final = Prepared(select(nodes).where(nodes.c.agent_id == bindparam("wanted")))
 _LOCK_BY_ID: Final = Prepared(
@@ -102,7 +105,7 @@ def put(tx: Transaction, node: Node, keys: NodeKeys) -> Node:
 
 def _put_selectors(tx: Transaction, number: int, node: Node, *, is_new: bool) -> None:
     if not is_new:
-        tx.connection.execute(delete(node_selectors).where(node_selectors.c.node_row == number))
+        _DELETE_SELECTORS.run(tx, {"number": number})
     digests = sorted(map(selector_digest, node.selectors))
     _INSERT_SELECTORS.run(tx, *({"node_row": number, "digest": digest} for digest in digests))
 

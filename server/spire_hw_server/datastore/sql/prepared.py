@@ -48,7 +48,7 @@ class Prepared:
         try:
             return [self._row(row) for row in cursor]
         except sqlite3.Error as e:
-            raise _translated(e) from e
+            raise translated(e) from e
 
     def run(self, tx: Transaction, *parameters: Mapping[str, Any]) -> None:
         """Run a statement that gives no rows, once for each set of parameters."""
@@ -89,9 +89,9 @@ class Prepared:
         try:
             return execute(self._sql, values)
         except sqlite3.Error as e:
-            raise _translated(e) from e
+            raise translated(e) from e
 
 
-def _translated(error: sqlite3.Error) -> BaseException:
-    """Return a driver's error as SQLAlchemy's, as callers of either way expect it."""
+def translated(error: sqlite3.Error) -> BaseException:
+    """Return an error of SQLite's as SQLAlchemy's, which is what callers know."""
     return exc.DBAPIError.instance(None, None, error, sqlite3.Error, hide_parameters=True)

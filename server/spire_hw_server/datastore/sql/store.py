@@ -107,15 +107,15 @@ class SqlDatastore(Datastore):
 
     @override
     async def put_node(self, node: Node, keys: NodeKeys = NO_KEYS) -> Node:
-        return await self._database.write(lambda tx: nodes.put(tx, node, keys))
+        return await self._database.write(lambda tx: nodes.put(tx, node, keys), prepared=True)
 
     @override
     async def get_node(self, agent_id: SpiffeId) -> Node:
-        return await self._database.read(lambda tx: nodes.get(tx, agent_id))
+        return await self._database.glance(lambda tx: nodes.get(tx, agent_id))
 
     @override
     async def find_node(self, agent_id: SpiffeId, keys: NodeKeys = NO_KEYS) -> Node | None:
-        return await self._database.read(lambda tx: nodes.find(tx, agent_id, keys))
+        return await self._database.glance(lambda tx: nodes.find(tx, agent_id, keys))
 
     @override
     async def get_nodes(self, agent_ids: Collection[SpiffeId]) -> dict[SpiffeId, Node]:

@@ -1,0 +1,435 @@
+"""The calling side: a channel that keeps one connection, calls as its streams."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from typing_extensions import override
+
+from spire_hw import __version__
+from spire_hw.aio.tasks import Tasks
+from spire_hw.errors import ErrorKind, SpireHwError, UnavailableError
+from spire_hw.log import get_logger
+from spire_hw.rpc.client import Channel
+from spire_hw.rpc.h2 import frames, hpack, wire
+from spire_hw.rpc.h2.connection import Connection, Fault, Stream, StreamEndedError, Windows
+from spire_hw.rpc.h2.frames import Code
+from spire_hw.rpc.status import DETAILS_KEY, from_code
+from spire_hw.transport.relay import PREFACE, Half
+
+if TYPE_CHECKING:
+    from spire_hw.rpc.client import Metadata, RawCall
+    from spire_hw.rpc.h2.hpack import Block
+    from spire_hw.transport.dialer import Dialer
+
+_WINDOWS: Final = Windows(stream=256 * 1024, connection=2 * 1024 * 1024, held=128 * 1024 * 1024)
+_MAX_STREAMS: Final = 100  # until the server says
+_ALIVE_S: Final = 5.0
+_LAST_ID: Final = 2**30
+_PATHS_KNOWN: Final = 64
+_OK: Final = "200"
+# What a reset says, where it says more than that something broke.
+_RESETS: Final = {
+    Code.REFUSED_STREAM: ErrorKind.UNAVAILABLE,
+    Code.CANCEL: ErrorKind.CANCELLED,
+    Code.ENHANCE_YOUR_CALM: ErrorKind.RESOURCE_EXHAUSTED,
+    Code.INADEQUATE_SECURITY: ErrorKind.PERMISSION_DENIED,
+}
+# What an answer that is not gRPC's says; the gRPC specification's table.
+_HTTP: Final = {
+    "400": ErrorKind.INTERNAL,
+    "401": ErrorKind.UNAUTHENTICATED,
+    "403": ErrorKind.PERMISSION_DENIED,
+    "404": ErrorKind.UNIMPLEMENTED,
+    "429": ErrorKind.UNAVAILABLE,
+    "502": ErrorKind.UNAVAILABLE,
+    "503": ErrorKind.UNAVAILABLE,
+    "504": ErrorKind.UNAVAILABLE,
+}
+
+
+class _NotProcessedError(Exception):
+    """The server has not looked at the call: it may be made again."""
+
+
+class ClientStream(Stream):
+    """One call; the engine's `RawCall`."""
+
+    __slots__ = ("_answered", "_failure", "_messages", "_more", "_over", "_timer", "is_unprocessed")
+    connection: ClientConnection
+
+    def __init__(
+        self, connection: ClientConnection, number: int, limit: int, timeout_s: float | None
+    ) -> None:
+        super().__init__(connection, number, limit)
+        self._messages: deque[bytes] = deque()
+        self._more: asyncio.Future[None] | None = None
+        self._failure: SpireHwError | None = None
+        self._answered = False
+        self._over = False
+        self.is_unprocessed = False
+        self._timer: asyncio.TimerHandle | None = None
+        if timeout_s is not None:
+            self._timer = asyncio.get_running_loop().call_later(timeout_s, self._expire)
+
+    # What the connection tells.
+
+    @override
+    def on_headers(self, block: Block, *, end: bool) -> None:
+        fields = dict(reversed(block.fields))
+        if block.malformed:
+            self._end(SpireHwError("malformed headers", kind=ErrorKind.INTERNAL))
+            return
+        if not self._answered:
+            status = fields.get(":status", "")
+            if status.startswith("1") and not end:
+                return
+            self._answered = True
+            if status != _OK or not wire.is_content_type(fields.get("content-type", "")):
+                self._end(_not_grpc(status, fields))
+                return
+        elif not end:
+            self._end(SpireHwError("headers in the middle of an answer", kind=ErrorKind.INTERNAL))
+            return
+        if end:
+            self.recv_ended = True
+            self._finish(fields)
+
+    def _finish(self, fields: dict[str, str]) -> None:
+        code = fields.get("grpc-status", "")
+        if code == "0" and not self._assembler.pending:
+            self._end(None)
+        elif not code.isascii() or not code.isdecimal():
+            self._end(SpireHwError("the answer has no status", kind=ErrorKind.UNKNOWN))
+        elif code == "0":
+            self._end(SpireHwError("the answer is cut short", kind=ErrorKind.INTERNAL))
+        else:
+            details = wire.parse_binary(fields.get(DETAILS_KEY, ""))
+            message = wire.parse_message(fields.get("grpc-message", ""))
+            self._end(from_code(int(code[:4]), message, details))
+
+    @override
+    def on_message(self, message: bytes) -> None:
+        if not self._answered:
+            raise Fault(Code.PROTOCOL_ERROR, "data before headers")
+        self._messages.append(message)
+        self.unread += len(message)
+        self._tell()
+
+    @override
+    def on_end(self) -> None:
+        self._end(SpireHwError("the answer has no status", kind=ErrorKind.UNKNOWN))
+
+    @override
+    def on_reset(self, code: Code) -> None:
+        if self.connection.is_closed:
+            self._end(self.connection.lost())
+            return
+        self.is_unprocessed = code is Code.REFUSED_STREAM and not self._answered
+        kind = _RESETS.get(code, ErrorKind.INTERNAL)
+        self._end(from_code(kind.value, f"the server ended the call ({code.name})"))
+
+    @override
+    def refuse(self, error: SpireHwError) -> None:
+        self._end(error)
+
+    def not_processed(self) -> None:
+        """The server goes away and has not looked at this call."""
+        self.is_unprocessed = not self._answered
+        self._end(UnavailableError("the server is going away"))
+
+    def _expire(self) -> None:
+        self.connection.suspect()
+        self._end(SpireHwError("deadline exceeded", kind=ErrorKind.DEADLINE_EXCEEDED))
+
+    def _end(self, failure: SpireHwError | None) -> None:
+        """Note how the call ended."""
+        if self._over:
+            return
+        self._over = True
+        self._failure = failure
+        if self._timer is not None:
+            self._timer.cancel()
+        if not (self.recv_ended and self.send_ended):
+            # Without an error too: the server has said all, what we still have is of no use.
+            self.connection.reset(self, Code.CANCEL if failure else Code.NO_ERROR)
+        else:
+            self.connection.drop(self)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._more is not None and not self._more.done():
+            self._more.set_result(None)
+
+    # What the caller does.
+
+    async def send(self, message: bytes, *, end: bool = False) -> None:
+        """Send a message; see `RawCall`."""
+        try:
+            await self.send_message(wire.pack(message), end=end)
+        except StreamEndedError:
+            if self._failure is not None:
+                raise self._failure from None
+
+    async def done_sending(self) -> None:
+        """Say that no more messages come."""
+        if not self._over and not self.send_ended:
+            await self.send_message(b"", end=True)
+        elif self._failure is not None:
+            raise self._failure
+
+    async def receive(self) -> bytes | None:
+        """Return the next message; see `RawCall`."""
+        while not self._messages:
+            if self._over:
+                if self._failure is not None:
+                    raise self._failure
+                return None
+            self._more = asyncio.get_running_loop().create_future()
+            try:
+                await self._more
+            finally:
+                self._more = None
+        message = self._messages.popleft()
+        self.unread -= len(message)
+        self.give_credit()
+        return message
+
+    def cancel(self) -> None:
+        """Let go of the call."""
+        self._end(SpireHwError("cancelled", kind=ErrorKind.CANCELLED))
+
+
+def _not_grpc(status: str, fields: dict[str, str]) -> SpireHwError:
+    """Return the error of an answer that is not gRPC's."""
+    kind = ErrorKind.UNKNOWN if status == _OK else _HTTP.get(status, ErrorKind.UNKNOWN)
+    shown = fields.get("content-type", "no content type")[:64]
+    return from_code(kind.value, f"the server does not answer as gRPC does: {status[:8]} {shown!a}")
+
+
+class ClientConnection(Connection):
+    """A connection of a channel."""
+
+    def __init__(self, half: Half, channel: H2Channel) -> None:
+        half.send(PREFACE)
+        super().__init__(half, _WINDOWS, {frames.ENABLE_PUSH: 0}, b"")
+        self._channel = channel
+        self._next = 1
+        self._limit = _MAX_STREAMS
+        self._slots: deque[asyncio.Future[None]] = deque()
+        self._is_suspected = False
+
+    @property
+    def is_usable(self) -> bool:
+        """Tell whether new calls may be made."""
+        return not self.is_closed and not self.is_draining and self._next < _LAST_ID
+
+    async def slot(self) -> None:
+        """Wait until the server takes one more call.
+
+        Raises:
+            _NotProcessedError: it takes none any more.
+        """
+        while len(self.streams) >= self._limit and self.is_usable:
+            waiting = asyncio.get_running_loop().create_future()
+            self._slots.append(waiting)
+            await waiting
+        if not self.is_usable:
+            raise _NotProcessedError
+
+    def open(self, block: bytes, limit: int, timeout_s: float | None) -> ClientStream:
+        """Begin a call; there is a slot."""
+        stream = ClientStream(self, self._next, limit, timeout_s)
+        self._next += 2
+        self.streams[stream.id] = stream
+        self.write(frames.headers(stream.id, block, end=False))
+        return stream
+
+    def lost(self) -> SpireHwError:
+        """Return what calls are told whose connection is gone."""
+        return self._channel.lost(self.why)
+
+    def suspect(self) -> None:
+        """A call has run out of time: see whether anybody is there at all."""
+        if not self._is_suspected and not self.is_closed:
+            self._is_suspected = True
+            self._channel.tasks.start("check connection", self._check())
+
+    async def _check(self) -> None:
+        if not await self.ping(_ALIVE_S):
+            self.abort("the server does not answer")
+        self._is_suspected = False
+
+    @override
+    def on_headers(self, number: int, block: Block, *, end: bool) -> None:
+        if self.is_idle_stream(number):
+            raise Fault(Code.PROTOCOL_ERROR, "an answer to no call")
+
+    @override
+    def is_idle_stream(self, number: int) -> bool:
+        return number >= self._next or number % 2 == 0
+
+    @override
+    def on_limit(self, max_streams: int) -> None:
+        self._limit = max_streams
+        self._let_in()
+
+    @override
+    def on_dropped(self) -> None:
+        self._let_in()
+        if self.is_draining and not self.streams:
+            self.close()
+
+    def _let_in(self) -> None:
+        room = len(self.streams) < self._limit or not self.is_usable
+        while room and self._slots:
+            waiting = self._slots.popleft()
+            if not waiting.done():
+                waiting.set_result(None)
+                room = not self.is_usable
+
+    @override
+    def on_goaway(self, last: int, code: Code) -> None:
+        self.is_draining = True
+        for number, stream in list(self.streams.items()):
+            if number > last and isinstance(stream, ClientStream):
+                stream.not_processed()
+        self._let_in()
+        if not self.streams:
+            self.close()
+
+    @override
+    def on_closed(self) -> None:
+        self._let_in()
+        self._channel.gone(self)
+
+
+class H2Channel(Channel):
+    """Calls over one connection at a time, made when it is needed."""
+
+    def __init__(
+        self, where: str, authority: str, max_response_bytes: int, dialer: Dialer | None = None
+    ) -> None:
+        super().__init__(where, dialer)
+        self._authority = authority
+        self._max_response_bytes = max_response_bytes
+        self._connection: ClientConnection | None = None
+        self._open: dict[ClientConnection, None] = {}
+        self._connecting = asyncio.Lock()
+        self._closed = False
+        self._blocks: dict[str, bytes] = {}
+        self.tasks = Tasks(self._failed)
+
+    @override
+    async def close(self) -> None:
+        self._closed = True
+        for connection in list(self._open):
+            connection.close("closed by us")
+        await self.tasks.close()
+        if self.dialer is not None:
+            await self.dialer.close()
+
+    @override
+    async def open(self, path: str, timeout_s: float | None, metadata: Metadata) -> RawCall:
+        block = self._block(path, timeout_s, metadata)
+        try:
+            async with asyncio.timeout(timeout_s):
+                connection = await self._ready()
+        except TimeoutError as e:
+            raise SpireHwError(
+                f"no connection to {self.where} in time", kind=ErrorKind.DEADLINE_EXCEEDED
+            ) from e
+        return connection.open(block, self._max_response_bytes, timeout_s)
+
+    async def _ready(self) -> ClientConnection:
+        """Return a connection that takes one more call."""
+        while not self._closed:
+            connection = self._connection
+            if connection is None or not connection.is_usable:
+                async with self._connecting:
+                    connection = self._connection
+                    if connection is None or not connection.is_usable:
+                        connection = await self._connect()
+            try:
+                await connection.slot()
+            except _NotProcessedError:
+                continue
+            return connection
+        raise UnavailableError(f"the connection to {self.where} is closed")
+
+    async def _connect(self) -> ClientConnection:
+        half = await self._dial()
+        if self._closed:
+            half.abort()
+            raise UnavailableError(f"the connection to {self.where} is closed")
+        connection = ClientConnection(half, self)
+        self._connection = connection
+        self._open[connection] = None
+        half.lead(connection)
+        return connection
+
+    async def _dial(self) -> Half:
+        if self.dialer is not None:
+            try:
+                return await self.dialer.open()
+            except SpireHwError as e:
+                raise UnavailableError(f"cannot reach {self.where}: {e.message}") from e
+        half = Half(begins=b"")
+        try:
+            loop = asyncio.get_running_loop()
+            await loop.create_unix_connection(lambda: half, self.where)
+        except OSError as e:
+            raise UnavailableError(f"cannot connect to {self.where}: {e.strerror or e}") from e
+        return half
+
+    def _block(self, path: str, timeout_s: float | None, metadata: Metadata) -> bytes:
+        block = self._blocks.get(path)
+        if block is None:
+            if len(self._blocks) >= _PATHS_KNOWN:
+                self._blocks.clear()
+            block = self._blocks[path] = hpack.encode(
+                (
+                    (":method", "POST"),
+                    (":scheme", "http" if self.dialer is None else "https"),
+                    (":path", path),
+                    (":authority", self._authority),
+                    ("te", "trailers"),
+                    ("content-type", wire.CONTENT_TYPE),
+                    ("user-agent", f"spire-hw/{__version__}"),
+                )
+            )
+        more = list(metadata)
+        if timeout_s is not None:
+            more.append(("grpc-timeout", wire.encode_timeout(timeout_s)))
+        return block + hpack.encode(more) if more else block
+
+    def gone(self, connection: ClientConnection) -> None:
+        """Forget a connection."""
+        self._open.pop(connection, None)
+        if self._connection is connection:
+            self._connection = None
+
+    def lost(self, why: str) -> SpireHwError:
+        """Return what calls are told whose connection is gone."""
+        if self._closed:
+            return UnavailableError(f"the connection to {self.where} was closed")
+        cause = None if self.dialer is None else self.dialer.last_error
+        if cause is not None:
+            return UnavailableError(f"cannot reach {self.where}: {cause.message}")
+        return UnavailableError(f"the connection to {self.where} ended: {why}")
+
+    def _failed(self, name: str, error: BaseException) -> None:
+        get_logger("rpc").error("Connection task failed", task=name, exc_info=error)
+
+
+def unix_channel(path: str, max_response_bytes: int) -> Channel:
+    """Return a channel to a unix socket."""
+    return H2Channel(path, "localhost", max_response_bytes)
+
+
+async def dialed_channel(dialer: Dialer, max_response_bytes: int) -> Channel:
+    """Return a channel through a dialer."""
+    where = f"{dialer.address}:{dialer.port}"
+    return H2Channel(where, where, max_response_bytes, dialer)

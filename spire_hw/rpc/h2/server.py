@@ -1,0 +1,524 @@
+"""The serving end: streams become calls of bound methods."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from typing_extensions import override
+
+from spire_hw.aio.tasks import Tasks
+from spire_hw.errors import (
+    ErrorKind,
+    InvalidInputError,
+    LimitError,
+    SpireHwError,
+    UnavailableError,
+)
+from spire_hw.rpc.h2 import frames, hpack, wire
+from spire_hw.rpc.h2.connection import Connection, Fault, Stream, StreamEndedError, Windows
+from spire_hw.rpc.h2.frames import Code
+from spire_hw.rpc.status import WireStatus, to_wire
+from spire_hw.transport.relay import PREFACE
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from spire_hw.log import Logger
+    from spire_hw.rpc.endpoint import Endpoint, RpcLimits
+    from spire_hw.rpc.h2.hpack import Block, Field
+    from spire_hw.transport.peer import Peer
+    from spire_hw.transport.relay import Half
+
+_WINDOWS: Final = Windows(stream=64 * 1024, connection=1024 * 1024, held=16 * 1024 * 1024)
+_DRAIN_WAIT_S: Final = 1.0
+_CLOSE_S: Final = 2.0
+_AGE_SPREAD: Final = 0.1
+_OK_BLOCK: Final = hpack.encode([(":status", "200"), ("content-type", wire.CONTENT_TYPE)])
+_END_BLOCK: Final = hpack.encode([("grpc-status", "0")])
+_NOT_METADATA: Final = frozenset({"content-type", "te", "host"})
+_FORBIDDEN: Final = frozenset(
+    {"connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What the headers of a call say."""
+
+    path: str
+    metadata: tuple[Field, ...]
+    timeout_s: float | None
+
+
+class _HttpError(Exception):
+    """Not a gRPC call; answered with a status of HTTP."""
+
+    def __init__(self, status: str) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+def _parse(fields: tuple[Field, ...]) -> _Request:
+    """Read the headers of a call.
+
+    Raises:
+        ValueError: against RFC 9113 section 8.3.1.
+        _HttpError: not gRPC.
+        SpireHwError: what the call is answered.
+    """
+    plain = next((n for n, (name, _) in enumerate(fields) if name[0] != ":"), len(fields))
+    pseudo, rest = dict(fields[:plain]), fields[plain:]
+    said = dict(reversed(rest))
+    path = pseudo.get(":path", "")
+    if (
+        len(pseudo) != plain
+        or not path
+        or not pseudo.keys() >= {":method", ":scheme"}
+        or any(name[0] == ":" or name in _FORBIDDEN for name, _ in rest)
+    ):
+        raise ValueError("not a request of HTTP/2")
+    if pseudo[":method"] != "POST":
+        raise _HttpError("405")
+    if not wire.is_content_type(said.get("content-type", "")):
+        raise _HttpError("415")
+    if said.get("grpc-encoding", "identity") != "identity":
+        raise SpireHwError("compressed messages are not taken", kind=ErrorKind.UNIMPLEMENTED)
+    timeout = said.get("grpc-timeout")
+    metadata = tuple(field for field in rest if _is_metadata(field[0]))
+    return _Request(path, metadata, None if timeout is None else wire.parse_timeout(timeout))
+
+
+def _is_metadata(name: str) -> bool:
+    return not (name in _NOT_METADATA or name.startswith("grpc-") or name.endswith("-bin"))
+
+
+class ServerStream(Stream):
+    """One call being served."""
+
+    __slots__ = (
+        "_endpoint",
+        "_headers_sent",
+        "_messages",
+        "_more",
+        "_request",
+        "_task",
+        "_timer",
+    )
+    connection: ServerConnection
+
+    def __init__(
+        self, connection: ServerConnection, number: int, request: _Request, endpoint: Endpoint
+    ) -> None:
+        super().__init__(connection, number, connection.engine.limits.max_request_bytes)
+        self._endpoint = endpoint
+        self._request = request
+        self._messages: deque[bytes] = deque()
+        self._more: asyncio.Future[None] | None = None
+        self._headers_sent = False
+        self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        if request.timeout_s is not None:
+            self._timer = asyncio.get_running_loop().call_later(request.timeout_s, self._expire)
+        if endpoint.client_streaming:
+            self._start()
+
+    def _start(self) -> None:
+        self._task = self.connection.engine.tasks.spawn("call", self._run())
+
+    @override
+    def on_headers(self, block: Block, *, end: bool) -> None:
+        if self.recv_ended or not end:
+            self.connection.reset(self, Code.PROTOCOL_ERROR)
+            self.on_reset(Code.PROTOCOL_ERROR)
+            return
+        self.on_data(b"", 0, end=True)
+
+    @override
+    def on_message(self, message: bytes) -> None:
+        if self.send_ended:
+            return
+        if not self._endpoint.client_streaming and self._messages:
+            self.refuse(InvalidInputError("more than one request"))
+            return
+        self._messages.append(message)
+        self.unread += len(message)
+        self._tell()
+
+    @override
+    def on_end(self) -> None:
+        if self._endpoint.client_streaming:
+            self._tell()
+        elif self._messages:
+            self._start()
+        elif not self.send_ended:
+            self.refuse(InvalidInputError("the request is missing"))
+
+    @override
+    def on_reset(self, code: Code) -> None:
+        self._cancel()
+
+    @override
+    def refuse(self, error: SpireHwError) -> None:
+        self._cancel()
+        self.finish(to_wire(error))
+
+    def _cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+
+    def _expire(self) -> None:
+        self.refuse(SpireHwError("deadline exceeded", kind=ErrorKind.DEADLINE_EXCEEDED))
+
+    def _tell(self) -> None:
+        if self._more is not None and not self._more.done():
+            self._more.set_result(None)
+
+    async def _run(self) -> None:
+        endpoint = self._endpoint
+        call = None
+        try:
+            left = None if self._timer is None else self._timer.when() - _now()
+            request: Any
+            call = endpoint.call(self.connection.peer, self._request.metadata, left)
+            if endpoint.client_streaming:
+                request = self._requests()
+            else:
+                request = endpoint.decode(self._messages.popleft())
+            if not endpoint.server_streaming:
+                await self._answer(endpoint.encode(await endpoint.handler(request, call)))
+                return
+            async with aclosing(endpoint.handler(request, call)) as responses:
+                async for response in responses:
+                    await self._send(endpoint.encode(response))
+            self.finish(None)
+        except StreamEndedError:
+            return
+        except Exception as e:  # noqa: BLE001 - the edge: everything becomes a status
+            self.finish(endpoint.status(e, call))
+
+    async def _requests(self) -> AsyncIterator[Any]:
+        while True:
+            while self._messages:
+                raw = self._messages.popleft()
+                self.unread -= len(raw)
+                self.give_credit()
+                yield self._endpoint.decode(raw)
+            if self.recv_ended:
+                return
+            self._more = asyncio.get_running_loop().create_future()
+            await self._more
+
+    async def _answer(self, message: bytes) -> None:
+        """Send the one response and the end, in one piece where that fits."""
+        connection = self.connection
+        packed = wire.pack(message)
+        size = len(packed)
+        if (
+            connection.is_paused
+            or size > self.send_window
+            or size > connection.send_window
+            or size > connection.peer_max_frame
+        ):
+            await self._send(message)
+            self.finish(None)
+            return
+        if self.send_ended:
+            return
+        self._open()
+        connection.write_data(self, packed, end=False)
+        self.finish(None)
+
+    async def _send(self, message: bytes) -> None:
+        limit = self.connection.engine.limits.max_response_bytes
+        if 0 <= limit < len(message):
+            raise LimitError(f"the answer is larger than {limit} bytes")
+        if self.send_ended:
+            raise StreamEndedError
+        self._open()
+        await self.send_message(wire.pack(message))
+
+    def _open(self) -> None:
+        if not self._headers_sent:
+            self._headers_sent = True
+            self.connection.write(frames.headers(self.id, _OK_BLOCK, end=False))
+
+    def finish(self, status: WireStatus | None) -> None:
+        """Say how the call ended, None for well, and let go of it."""
+        if self.send_ended:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        connection = self.connection
+        if status is None:
+            self._open()
+            block = _END_BLOCK
+        else:
+            fields: list[Field] = []
+            if not self._headers_sent:
+                fields = [(":status", "200"), ("content-type", wire.CONTENT_TYPE)]
+            fields.append(("grpc-status", str(status.code)))
+            fields.append(("grpc-message", wire.encode_message(status.message)))
+            fields += [(key, wire.encode_binary(value)) for key, value in status.trailing]
+            block = hpack.encode(fields)
+        connection.write(frames.headers(self.id, block, end=True, limit=frames.MAX_FRAME_BYTES))
+        self.send_ended = True
+        if self.recv_ended:
+            connection.drop(self)
+        else:
+            connection.reset(self, Code.NO_ERROR)
+
+
+class ServerConnection(Connection):
+    """A caller's connection."""
+
+    def __init__(self, half: Half, peer: Peer, engine: H2Engine) -> None:
+        limits = engine.limits
+        own = {
+            frames.MAX_CONCURRENT_STREAMS: limits.max_streams,
+            frames.MAX_HEADER_LIST_SIZE: limits.max_header_bytes,
+        }
+        super().__init__(half, _WINDOWS, own, PREFACE)
+        self.peer = peer
+        self.engine = engine
+        self._last_block: Block | None = None
+        self._last_request: _Request | None = None
+        self._draining = False
+        self._opened_at = self._quiet_since = self.heard_at
+        spread = 1 + _AGE_SPREAD * ((id(self) >> 6) % 21 - 10) / 10  # not all at once
+        self._max_age_s = (
+            None if limits.max_connection_age_s is None else limits.max_connection_age_s * spread
+        )
+        self._timer: asyncio.TimerHandle | None = None
+        self._watch()
+
+    # Calls.
+
+    @override
+    def on_headers(self, number: int, block: Block, *, end: bool) -> None:
+        if number % 2 == 0:
+            raise Fault(Code.PROTOCOL_ERROR, "a stream number of a client is odd")
+        if number <= self.last_stream:  # trailers of a call that is over
+            self.spend()
+            return
+        engine = self.engine
+        if self._draining or len(self.streams) >= engine.limits.max_streams:
+            if not self._draining:
+                self.last_stream = number
+            self.spend(2.0)
+            self.write(frames.rst_stream(number, Code.REFUSED_STREAM))
+            return
+        self.last_stream = number
+        try:
+            stream = ServerStream(self, number, *self._accept(block))
+        except ValueError:
+            self.spend()
+            self.write(frames.rst_stream(number, Code.PROTOCOL_ERROR))
+            return
+        except _HttpError as e:
+            self._refuse(number, [(":status", e.status)], end=end)
+            return
+        except SpireHwError as e:
+            status = to_wire(e)
+            self._refuse(
+                number,
+                [
+                    (":status", "200"),
+                    ("content-type", wire.CONTENT_TYPE),
+                    ("grpc-status", str(status.code)),
+                    ("grpc-message", wire.encode_message(status.message)),
+                ],
+                end=end,
+            )
+            return
+        self.streams[number] = stream
+        engine.calls += 1
+        if end:
+            stream.on_data(b"", 0, end=True)
+
+    def _accept(self, block: Block) -> tuple[_Request, Endpoint]:
+        limits = self.engine.limits
+        if block.size > limits.max_header_bytes:
+            raise LimitError(f"the headers are larger than {limits.max_header_bytes} bytes")
+        if block is self._last_block and self._last_request is not None:
+            request = self._last_request
+        else:
+            if block.malformed:
+                raise ValueError("not a request of HTTP/2")
+            request = _parse(block.fields)
+            self._last_block, self._last_request = block, request
+        endpoint = self.engine.endpoints.get(request.path)
+        if endpoint is None:
+            raise SpireHwError("there is no such method", kind=ErrorKind.UNIMPLEMENTED)
+        if limits.max_calls is not None and self.engine.calls >= limits.max_calls:
+            raise LimitError("too many calls at once; try again later")
+        return request, endpoint
+
+    def _refuse(self, number: int, fields: list[Field], *, end: bool) -> None:
+        self.spend()
+        self.write(frames.headers(number, hpack.encode(fields), end=True))
+        if not end:
+            self.write(frames.rst_stream(number, Code.NO_ERROR))
+
+    @override
+    def is_idle_stream(self, number: int) -> bool:
+        return number > self.last_stream or number % 2 == 0
+
+    @override
+    def on_dropped(self) -> None:
+        self.engine.calls -= 1
+        if not self.streams:
+            self._quiet_since = _now()
+            if self._draining:
+                self.close()
+
+    @override
+    def on_limit(self, max_streams: int) -> None:
+        """We open no streams."""
+
+    @override
+    def on_goaway(self, last: int, code: Code) -> None:
+        """The client opens no more streams; its end of the connection follows."""
+
+    @override
+    def on_closed(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self.engine.gone(self)
+
+    # Its age.
+
+    def drain(self, *, at_once: bool) -> None:
+        """Ask the client to leave: calls in progress go on."""
+        if self.is_closed or self._draining:
+            return
+        if not at_once:  # first a warning: calls may be under way
+            self.write(frames.goaway(frames.MAX_WINDOW, Code.NO_ERROR))
+            asyncio.get_running_loop().call_later(_DRAIN_WAIT_S, lambda: self.drain(at_once=True))
+            return
+        self._draining = True
+        if self.streams:
+            self.write(frames.goaway(self.last_stream, Code.NO_ERROR))
+        else:
+            self.close()
+
+    def _watch(self) -> None:
+        """Set the timer for whatever is due next."""
+        limits = self.engine.limits
+        now = _now()
+        due = []
+        if self._max_age_s is not None:
+            due.append(self._opened_at + self._max_age_s)
+        if limits.max_connection_idle_s is not None:
+            quiet = now if self.streams else self._quiet_since
+            due.append(quiet + limits.max_connection_idle_s)
+        if limits.keepalive_s is not None:
+            due.append(self.heard_at + limits.keepalive_s)
+        if due:
+            wait = max(min(due) - now, 0.01)
+            self._timer = asyncio.get_running_loop().call_later(wait, self._look)
+
+    def _look(self) -> None:
+        """See what is due."""
+        limits = self.engine.limits
+        now = _now()
+        if self._max_age_s is not None and now >= self._opened_at + self._max_age_s:
+            self.drain(at_once=False)
+            self._timer = asyncio.get_running_loop().call_later(
+                limits.max_connection_age_grace_s, lambda: self.abort("too old")
+            )
+            return
+        idle_s = limits.max_connection_idle_s
+        if idle_s is not None and not self.streams and now >= self._quiet_since + idle_s:
+            self.drain(at_once=False)
+            self._timer = None
+            return
+        if limits.keepalive_s is not None and now >= self.heard_at + limits.keepalive_s:
+            self.engine.tasks.start("keepalive", self._check_alive(limits.keepalive_timeout_s))
+            return
+        self._watch()
+
+    async def _check_alive(self, timeout_s: float) -> None:
+        if not await self.ping(timeout_s) and not self.is_closed:
+            self.abort("the client does not answer")
+        if not self.is_closed:
+            self._watch()
+
+
+class H2Engine:
+    """Serves calls on the connections that fronts hand over.
+
+    Attributes:
+        endpoints: what is served, by path.
+        limits: see `RpcLimits`.
+        calls: in progress.
+        tasks: of calls and connections.
+    """
+
+    def __init__(self, endpoints: dict[str, Endpoint], limits: RpcLimits, log: Logger) -> None:
+        self.endpoints = endpoints
+        self.limits = limits
+        self.calls = 0
+        self.tasks = Tasks(self._failed)
+        self._log = log
+        self._connections: dict[ServerConnection, None] = {}
+        self._emptied: asyncio.Future[None] | None = None
+        self._stopping = False
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    def __iter__(self) -> Iterator[Peer]:
+        return iter([connection.peer for connection in self._connections])
+
+    async def start(self) -> None:
+        """Be ready for connections."""
+
+    async def attach(self, outer: Half, peer: Peer) -> None:
+        """Serve a connection.
+
+        Raises:
+            UnavailableError: it went away, or no more are taken.
+        """
+        if outer.transport is None or outer.transport.is_closing():
+            raise UnavailableError("the caller went away")
+        if self._stopping:
+            raise UnavailableError("the server is stopping")
+        connection = ServerConnection(outer, peer, self)
+        self._connections[connection] = None
+        outer.lead(connection)
+
+    def gone(self, connection: ServerConnection) -> None:
+        """Forget a connection."""
+        self._connections.pop(connection, None)
+        if not self._connections and self._emptied is not None and not self._emptied.done():
+            self._emptied.set_result(None)
+
+    async def stop(self, grace_s: float) -> None:
+        """Ask clients to leave, let calls finish for a while, then cut the rest."""
+        self._stopping = True
+        for connection in list(self._connections):
+            connection.drain(at_once=True)
+        if self._connections and grace_s > 0:
+            self._emptied = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._emptied], timeout=grace_s)
+        for connection in list(self._connections):
+            connection.close()
+        await self.tasks.close()
+
+    def _failed(self, name: str, error: BaseException) -> None:
+        self._log.error("Connection task failed", task=name, error=str(error), exc_info=error)
+
+
+def build(endpoints: dict[str, Endpoint], limits: RpcLimits, log: Logger) -> H2Engine:
+    """Return an engine."""
+    return H2Engine(endpoints, limits, log)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
