@@ -52,12 +52,6 @@ _MAX_ROUNDS: Final = 16
 _MAX_SELECTORS: Final = 1000
 _MAX_TOKEN: Final = 255
 _NAME_SEGMENT: Final = 3  # of "/spire/agent/<name>/..."
-# Where a key that is another node's was found, and the code of the finding.
-_REUSED: Final = {
-    KeyRole.ATTESTATION: ("ak", "ak_reused"),
-    KeyRole.SVID: ("csr", "key_reused"),
-    KeyRole.NEW_SVID: ("csr", "key_reused"),
-}
 
 
 @runtime_checkable
@@ -167,9 +161,9 @@ class Admissions:
             InvalidInputError: unusable key or message; join token unknown, used or expired.
             LimitError: a message too large, or too many exchanges at once.
             DeniedError: the node is banned.
-            AttestationError: `key_reused`, the CSR's key is another node's.
-            PluginError: the attestor refused, or the machine's key is another node's
-                (`ak_reused`).
+            AttestationError: `key_reused` or `ak_reused`, the key of the CSR or that of the
+                machine is another node's.
+            PluginError: the attestor refused.
             SpireHwError: DEADLINE_EXCEEDED; INTERNAL for an attestor that gave a wrong answer.
         """
         try:
@@ -192,7 +186,7 @@ class Admissions:
 
         Raises:
             DeniedError: the node was banned meanwhile; the SVID must not be sent.
-            AttestationError, PluginError: another node got one of its keys meanwhile; likewise.
+            AttestationError: another node got one of its keys meanwhile; likewise.
         """
         node = Node(
             agent_id=admission.agent_id,
@@ -219,18 +213,24 @@ class Admissions:
         )
         return stored
 
-    def reused(self, name: str, agent_id: SpiffeId, error: KeyInUseError) -> SpireHwError:
-        """Report both nodes to the operator, and return what the one that asked is told."""
+    def reused(self, name: str, agent_id: SpiffeId, error: KeyInUseError) -> AttestationError:
+        """Tell the operator of both nodes, and return what the one that asked is told.
+
+        Args:
+            name: of the attestor.
+            agent_id: who wanted the key.
+            error: what the store said.
+        """
         self._log.error(
             "Two nodes have shown the same key; evict the one that must not have it",
             agent_id=str(agent_id),
             owner_id=str(error.owner),
             key_role=error.role.name.lower(),
         )
-        stage, code = _REUSED[error.role]
-        text = f"{stage}: key belongs to another node"
-        refusal = AttestationError([Finding(code, text, ErrorKind.PERMISSION_DENIED)])
-        return PluginError(f"nodeattestor({name})", refusal) if stage == "ak" else refusal
+        text, code = "csr: key belongs to another node", "key_reused"
+        if error.role is KeyRole.ATTESTATION:
+            text, code = f"nodeattestor({name}): ak: key belongs to another node", "ak_reused"
+        return AttestationError([Finding(code, text, ErrorKind.PERMISSION_DENIED)])
 
     async def _within_time(
         self,

@@ -1,7 +1,7 @@
 """AttestAgent abused over real sockets: what the host itself has to refuse.
 
-Rows of the list of hostile attestations that are not the attestor's: 7, 9, 22 and 23, 92 to 94,
-96, 136 to 139, 206; and streams that do not keep to their shape.
+Rows of the list of hostile attestations that are not the attestor's: 7, 9, 22 and 23, 87, 92 to 94,
+96, 136 to 140, 206; and streams that do not keep to their shape.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import NameOID
+from google.protobuf import empty_pb2
 
 from spire_hw._pb import server_agent_pb2 as pb
 from spire_hw._pb import types_pb2
@@ -32,16 +33,28 @@ from spire_hw_sim.servers import (
     TIMEOUT_S,
     Operator,
     ScriptedAgent,
+    joined_agent,
     make_csr,
     server_config,
 )
-from spire_hw_sim.softtpm import SoftTpm, make_ek
+from spire_hw_sim.softtpm import (
+    AK_ATTRIBUTES,
+    ENDORSEMENT,
+    OWNER,
+    SVID_KEY_ATTRIBUTES,
+    SoftKey,
+    SoftTpm,
+    default_scheme,
+    encode_public,
+    make_ek,
+)
 from spire_hw_sim.tpmnode import TpmNode, Vendor
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from spire_hw.key import PrivateKey
     from spire_hw_sim.clock import SimClock
 
 pytestmark = pytest.mark.asyncio
@@ -383,6 +396,88 @@ async def test_rows_136_to_139_requests_that_are_refused(site: Site, row: str) -
     )
     assert (await site.refusal(first(spent))).kind is IA
     await stranger.attest(token)  # a bad request did not spend it
+
+
+# -- keys of other nodes -----------------------------------------------------------------
+
+
+def borrower(site: Site, owner: TpmNode, role: str) -> TpmNode:
+    """Return another machine that has one key of an attested node as well."""
+    assert owner.key is not None
+    node = site.node()
+    match role:
+        case "87 AK":
+            node.tpm = replace(node.tpm, ak=owner.tpm.ak)
+        case "140 CSR key":
+            node.key = owner.key
+        case "87 AK that is a CSR key":
+            node.tpm = replace(node.tpm, ak=make_ak_of(owner.key.private))
+        case _:
+            node.key = SoftKey(owner.tpm.ak.private, make_svid_public(owner.tpm.ak.private), OWNER)
+    return node
+
+
+def make_ak_of(private: PrivateKey) -> SoftKey:
+    public = encode_public(private, AK_ATTRIBUTES, scheme=default_scheme(private))
+    return SoftKey(private, public, ENDORSEMENT)
+
+
+def make_svid_public(private: PrivateKey) -> bytes:
+    return encode_public(private, SVID_KEY_ATTRIBUTES)
+
+
+AK_REUSED = "nodeattestor(tpm): ak: key belongs to another node [ak_reused]"
+KEY_REUSED = "csr: key belongs to another node [key_reused]"
+
+
+@pytest.mark.parametrize(
+    ("role", "refusal"),
+    [
+        ("87 AK", AK_REUSED),
+        ("87 AK that is a CSR key", AK_REUSED),
+        ("140 CSR key", KEY_REUSED),
+        ("140 CSR key that is an AK", KEY_REUSED),
+    ],
+)
+async def test_rows_87_and_140_a_key_of_another_node(
+    site: Site, monkeypatch: pytest.MonkeyPatch, role: str, refusal: str
+) -> None:
+    owner = site.node()
+    owner_id = (await site.attest(owner)).svid.id
+    other = borrower(site, owner, role)
+
+    async def sign(*_: Any) -> Any:
+        raise AssertionError("nothing is to be signed for it")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(site.server.manager._issuer, "agent_svid", sign)
+        with pytest.raises(SpireHwError) as caught:
+            await site.attest(other)
+    assert caught.value.kind is ErrorKind.PERMISSION_DENIED
+    assert caught.value.message == refusal
+    assert await site.agents() == 1
+    await site.attest(owner)
+    await site.operator.channel.unary(
+        AGENT + "DeleteAgent",
+        pb.DeleteAgentRequest(id=owner_id),
+        empty_pb2.Empty,
+        timeout_s=TIMEOUT_S,
+    )
+    await site.attest(other)
+
+
+async def test_row_140_a_renewal_for_a_key_of_another_node(site: Site) -> None:
+    owner = site.node()
+    await site.attest(owner)
+    assert owner.key is not None
+    agent = await joined_agent(site.server, site.operator)
+    request = pb.RenewAgentRequest(
+        params=pb.AgentX509SVIDParams(csr=await make_csr(owner.key.private))
+    )
+    with pytest.raises(SpireHwError) as caught:
+        await agent.call(AGENT + "RenewAgent", request, pb.RenewAgentResponse)
+    assert caught.value.kind is ErrorKind.PERMISSION_DENIED
+    assert caught.value.message == KEY_REUSED
 
 
 # -- several at once ---------------------------------------------------------------------

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,10 @@ def failing(error: Exception) -> Scripted:
     return Scripted(script)
 
 
+def sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
 async def no_challenge(_: bytes) -> bytes:
     raise AssertionError("nobody is to be challenged")
 
@@ -131,7 +136,7 @@ async def test_admitted_node_has_prefixed_sorted_selectors(
         ),
         can_reattest=True,
         csr_spki=SPKI,
-        keys={KeyRole.SVID: hashlib.sha256(SPKI).digest()},
+        keys={KeyRole.SVID: sha256(SPKI)},
     )
     assert await store.count_nodes(NodeFilter()) == 0
     await store_it(desk, admission, clock)
@@ -268,6 +273,58 @@ async def test_banned_node_is_refused_early_late_and_when_stored(
     assert (await store.get_node(admission.agent_id)).banned
     await store.delete_node(admission.agent_id)
     await store_it(desk, await admit(desk), clock)
+
+
+@pytest.mark.asyncio
+async def test_banned_node_known_from_memory_is_refused_before_the_costly_part(
+    admissions: Any, store: Datastore
+) -> None:
+    asked: list[SpiffeId] = []
+
+    async def early(request: AttestationRequest) -> AttestedIdentity:
+        await request.admit(identity().agent_id)
+        return identity()
+
+    def is_banned(agent_id: SpiffeId) -> bool:
+        asked.append(agent_id)
+        return len(asked) == 1
+
+    desk = admissions(Scripted(early), is_banned=is_banned)
+    with pytest.raises(DeniedError, match="is banned"):
+        await admit(desk)
+    await admit(desk)
+    assert asked == [identity().agent_id] * 2
+
+
+@pytest.mark.asyncio
+async def test_key_of_another_node_raises_the_alarm_on_both(
+    admissions: Any, store: Datastore, clock: SimClock
+) -> None:
+    key = spki_der(ec.generate_private_key(ec.SECP256R1()).public_key())
+    other = spki_der(ec.generate_private_key(ec.SECP256R1()).public_key())
+    desk = admissions(answering(replace(identity("n1"), attestation_key=key)))
+    await store_it(desk, await admit(desk), clock)
+    second = admissions(answering(replace(identity("n2"), attestation_key=key)))
+    racing = replace(
+        await admit(admissions(answering(identity("n3"))), spki=other),
+        keys={KeyRole.SVID: sha256(SPKI)},
+    )
+
+    async def refused(step: Awaitable[object], reason: str) -> None:
+        with capture_logs() as lines, pytest.raises(SpireHwError, match=reason) as caught:
+            await step
+        assert caught.value.kind is ErrorKind.PERMISSION_DENIED
+        alarm, audit = lines
+        assert alarm["log_level"] == "error"
+        assert alarm["owner_id"].endswith("/n1")
+        assert alarm["agent_id"] != alarm["owner_id"]
+        assert (audit["type"], audit["reasons"]) == ("audit", [reason])
+        assert "n1" not in caught.value.message
+
+    await refused(admit(second, spki=other), "ak_reused")
+    await refused(admit(second), "key_reused")
+    await refused(store_it(desk, racing, clock), "key_reused")
+    assert await store.count_nodes(NodeFilter()) == 1
 
 
 @pytest.mark.asyncio
