@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from google.protobuf.message import DecodeError
+
 from spire_hw._pb import broker_pb2
 from spire_hw._pb import plugin_agent_workloadattestor_pb2 as pb
-from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError
+from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError, UnavailableError
 from spire_hw.goplugin.facade.values import MAX_SELECTORS
 from spire_hw.rpc.service import bind
 from spire_hw.selector import Selector
@@ -53,9 +55,8 @@ class RemoteWorkloadAttestor:
         """
         values = await self._values(process.pid)
         if not process.alive():
-            raise SpireHwError(
-                f"process {process.pid} ended while {self._link.prefix} looked at it",
-                kind=ErrorKind.UNAVAILABLE,
+            raise UnavailableError(
+                f"process {process.pid} ended while {self._link.prefix} looked at it"
             )
         checked = self._link.bounded("selectors", values, MAX_SELECTORS)
         with self._link.checking("selectors"):
@@ -99,8 +100,10 @@ class WorkloadAttestorService:
         name = wanted.DESCRIPTOR.full_name
         if request.reference.TypeName() != name:
             raise InvalidInputError(f"only references of type {name} are known here")
-        if not request.reference.Unpack(wanted):
-            raise InvalidInputError("reference does not decode")
+        try:
+            wanted.ParseFromString(request.reference.value)
+        except DecodeError as e:
+            raise InvalidInputError("reference does not decode") from e
         return pb.AttestReferenceResponse(selector_values=await self._attest(wanted.pid))
 
     async def _attest(self, pid: int) -> list[str]:
