@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import pytest
 import pytest_asyncio
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.asyncio
 
 LOG = get_logger("test")
-TOKEN = "a token"
+TOKEN = uuid4().hex
 
 
 @dataclass
