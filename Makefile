@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types rooms proto proto-check tests test-lowest coverage bench clean
+.PHONY: help setup demo test lint types rooms proto proto-check tests test-lowest coverage interop bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test-lowest: setup ## the tests with the lowest releases of libraries that pypro
 coverage: setup ## tests with line coverage; fails when a room of the security core is below 90 %
 	@$(PY) -m pytest -n 2 --dist loadgroup --cov --cov-report= --cov-report=json:build/coverage.json $(ARGS)
 	@$(PY) scripts/coverage_floor.py build/coverage.json
+
+interop: setup ## upstream's programs and clients with ours, where they are at hand; writes build/interop.json
+	@$(PY) -m tests.interop $(ARGS)
 
 bench: setup ## speed, as ratios; writes build/bench.json
 	@$(PY) -m tests.bench

@@ -24,8 +24,14 @@ class ProgramError(Exception):
 
 
 def command_line(program: str, *arguments: str | Path) -> list[str]:
-    """Return the argument vector that runs one of our programs with this interpreter."""
-    return [sys.executable, "-m", _MODULES[program], *map(str, arguments)]
+    """Return the argument vector that runs a program.
+
+    Args:
+        program: the name of one of ours, run with this interpreter, or the path of any other.
+        arguments: of its command line.
+    """
+    start = [program] if "/" in program else [sys.executable, "-m", _MODULES[program]]
+    return [*start, *map(str, arguments)]
 
 
 def run(
