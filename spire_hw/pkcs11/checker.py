@@ -1,63 +1,35 @@
-"""The worker's second thread: verifies what the token signed and sends all answers, in order.
+"""Verifies what the token signed and sends all answers, in order; has a thread of its own for that.
 
 Signing and verifying are both C code that lets go of the interpreter, so the token is asked for the
-next signature while the last one is verified. This thread never calls the PKCS#11 module.
+next batch while the last one is verified. The thread never calls the PKCS#11 module. Signatures of
+a key with a table are verified where they were made: two threads would lose more time in getting
+out of each other's way.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
 
-from spire_hw.errors import SpireHwError
-from spire_hw.key import KeyType, PublicKey, key_type_of, parse_spki, verify_digest
-from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.keys import signature_of
-from spire_hw.pkcs11.wire import Kind, SignItem, encode_results
+from spire_hw.pkcs11.wire import Kind, encode_results
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-_MAX_KEYS: Final = 256
-
-
-class KnownKeys:
-    """Public keys parsed once."""
-
-    def __init__(self) -> None:
-        self._keys: dict[bytes, tuple[PublicKey, KeyType]] = {}
-
-    def get(self, spki: bytes) -> tuple[PublicKey, KeyType]:
-        """Return the key and its type.
-
-        Raises:
-            InvalidInputError: it is none of ours.
-        """
-        known = self._keys.get(spki)
-        if known is None:
-            public_key = parse_spki(spki)
-            known = (public_key, key_type_of(public_key))
-            if len(self._keys) >= _MAX_KEYS:
-                self._keys.clear()
-            self._keys[spki] = known
-        return known
-
-
-@dataclass(slots=True)
-class Batch:
-    """The answer to one SIGN frame in the making."""
-
-    number: int
-    results: list[bytes | TokenError] = field(default_factory=list)
+    from spire_hw.pkcs11.known import Signed
 
 
 @dataclass(frozen=True, slots=True)
-class _Raw:
-    batch: Batch
-    item: SignItem
-    result: bytes | TokenError
+class _Batch:
+    number: int
+    signed: Sequence[Signed]
+
+    def body(self, *, quickly: bool) -> bytes:
+        results = (one.results(quickly=quickly) for one in self.signed)
+        return encode_results([*chain.from_iterable(results)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,26 +40,32 @@ class _Answer:
 
 
 class Checker:
-    """Verifies and answers; closed by `close`."""
+    """Verifies and answers; used by one thread, closed by `close`."""
 
     def __init__(self, send: Callable[[Kind, int, bytes], None]) -> None:
         self._send = send
-        self._keys = KnownKeys()
-        self._queue: queue.SimpleQueue[_Raw | Batch | _Answer | None] = queue.SimpleQueue()
+        self._queue: queue.Queue[_Batch | _Answer | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="checker", daemon=True)
         self._thread.start()
 
     def answer(self, kind: Kind, number: int, body: bytes) -> None:
-        """Send an answer after those before it."""
-        self._queue.put(_Answer(kind, number, body))
+        """Send an answer after those before it.
 
-    def add(self, batch: Batch, item: SignItem, result: bytes | TokenError) -> None:
-        """Verify one result of a batch."""
-        self._queue.put(_Raw(batch, item, result))
+        Raises:
+            OSError: the host has gone.
+        """
+        if self._queue.unfinished_tasks:
+            self._queue.put(_Answer(kind, number, body))
+        else:
+            self._send(kind, number, body)
 
-    def end(self, batch: Batch) -> None:
-        """Send the batch once its results are verified."""
-        self._queue.put(batch)
+    def check(self, number: int, signed: Sequence[Signed]) -> None:
+        """Verify what the token made of a SIGN frame and answer it; raises as `answer` does."""
+        batch = _Batch(number, signed)
+        if all(one.is_quick for one in signed):
+            self.answer(Kind.OK, number, batch.body(quickly=True))
+        else:
+            self._queue.put(batch)
 
     def close(self) -> None:
         """Send what is left and end."""
@@ -97,23 +75,13 @@ class Checker:
     def _run(self) -> None:
         try:
             while (task := self._queue.get()) is not None:
-                if isinstance(task, _Raw):
-                    task.batch.results.append(self._verified(task.item, task.result))
-                elif isinstance(task, Batch):
-                    self._send(Kind.OK, task.number, encode_results(task.results))
-                else:
+                if isinstance(task, _Answer):
                     self._send(task.kind, task.number, task.body)
+                else:
+                    self._send(Kind.OK, task.number, task.body(quickly=False))
+                    for one in task.signed:
+                        one.afterwards()
+                self._queue.task_done()
         except OSError:
             # The host has gone; the main thread learns it from the same socket.
             return
-
-    def _verified(self, item: SignItem, result: bytes | TokenError) -> bytes | TokenError:
-        if isinstance(result, TokenError):
-            return result
-        try:
-            public_key, key_type = self._keys.get(item.key.spki)
-            signature = signature_of(key_type, result)
-            verify_digest(public_key, item.digest, signature, item.options)
-        except SpireHwError as e:
-            return TokenError(e.message, reason="hsm.bad_signature", operation="sign")
-        return signature

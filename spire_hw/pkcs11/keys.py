@@ -54,18 +54,24 @@ _MODULUS_BITS: Final = {KeyType.RSA_2048: 2048, KeyType.RSA_4096: 4096}
 
 
 @dataclass(frozen=True, slots=True)
-class SignRequest:
-    """One signature as a token is asked for it.
+class SignScheme:
+    """How a token is asked for signatures of one kind.
 
     Attributes:
         mechanism: CKM number.
         pss: hash mechanism, mask generation function, salt bytes; None but for PSS.
-        data: what goes into C_Sign.
+        prefix: what comes before the digest.
+        length: bytes of the digest that count.
     """
 
     mechanism: int
     pss: tuple[int, int, int] | None
-    data: bytes
+    prefix: bytes
+    length: int
+
+    def data(self, digest: bytes) -> bytes:
+        """Return what goes into C_Sign."""
+        return self.prefix + digest[: self.length]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,26 +110,23 @@ def mechanisms_for(key_type: KeyType) -> tuple[int, int]:
     return CKM_RSA_PKCS_KEY_PAIR_GEN, CKM_RSA_PKCS
 
 
-def sign_request(key_type: KeyType, digest: bytes, options: SignOptions) -> SignRequest:
-    """Turn a digest into what the token signs.
+def sign_scheme(key_type: KeyType, options: SignOptions) -> SignScheme:
+    """Return how a token is asked for what `check_request` lets through.
 
     ECDSA takes the leftmost bits of a long digest; that is done here because many tokens refuse
     the long form. Only the mechanisms that do not hash are used.
-
-    Raises:
-        InvalidInputError: digest length, PSS on an EC key, or a salt that does not fit.
     """
-    check_request(key_type, digest, options)
+    size = options.hash.digest_size
     half = _HALF_BYTES.get(key_type)
     if half is not None:
-        return SignRequest(CKM_ECDSA, None, digest[:half])
+        return SignScheme(CKM_ECDSA, None, b"", half)
     if not options.pss:
-        return SignRequest(CKM_RSA_PKCS, None, _DIGEST_INFO[options.hash] + digest)
-    return SignRequest(CKM_RSA_PKCS_PSS, (*_PSS[options.hash], options.salt_bytes), digest)
+        return SignScheme(CKM_RSA_PKCS, None, _DIGEST_INFO[options.hash], size)
+    return SignScheme(CKM_RSA_PKCS_PSS, (*_PSS[options.hash], options.salt_bytes), b"", size)
 
 
 def check_request(key_type: KeyType, digest: bytes, options: SignOptions) -> None:
-    """Refuse what `sign_request` cannot turn into a signature.
+    """Refuse what no token is to be asked for.
 
     Raises:
         InvalidInputError: digest length, PSS on an EC key, or a salt that does not fit.

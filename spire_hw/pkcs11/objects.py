@@ -15,10 +15,12 @@ from pkcs11.exceptions import PKCS11Error
 
 from spire_hw.errors import ErrorKind
 from spire_hw.pkcs11.errors import Cure, TokenError, ckr_of
-from spire_hw.pkcs11.keys import CKM_ECDSA, CKM_RSA_PKCS, CKM_RSA_PKCS_PSS, SignRequest
+from spire_hw.pkcs11.keys import CKM_ECDSA, CKM_RSA_PKCS, CKM_RSA_PKCS_PSS, SignScheme
 from spire_hw.pkcs11.wire import pack_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from spire_hw.pkcs11.token import TokenSession
 
 _EVIDENCE: Final = {
@@ -43,6 +45,7 @@ _MECHANISMS: Final = {
     CKM_RSA_PKCS: Mechanism.RSA_PKCS,
     CKM_RSA_PKCS_PSS: Mechanism.RSA_PKCS_PSS,
 }
+_MAX_SIGNATURE: Final = 1024  # bytes; RSA-4096 makes 512
 _ODD: Final = (PKCS11Error, ValueError, NotImplementedError, UnicodeDecodeError)
 
 
@@ -215,22 +218,30 @@ class TokenObjects:
             self._renew()
             raise error from e
 
-    def sign(self, cka_id: bytes, request: SignRequest) -> bytes | TokenError:
-        """Return the token's raw output; a lost session or a stale handle is replaced once."""
-        result = self._sign_once(cka_id, request)
-        if isinstance(result, TokenError) and result.cure in {Cure.SESSION, Cure.KEY}:
-            return self._sign_once(cka_id, request)
-        return result
+    def sign(
+        self, cka_id: bytes, scheme: SignScheme, digests: Sequence[bytes]
+    ) -> list[bytes | TokenError]:
+        """Return the token's raw outputs; a lost session or a stale handle is replaced once."""
+        mechanism, param = _MECHANISMS[scheme.mechanism], None
+        if scheme.pss is not None:
+            hash_mechanism, mgf, salt = scheme.pss
+            param = (Mechanism(hash_mechanism), MGF(mgf), salt)
+        results = []
+        for digest in digests:
+            data = scheme.data(digest)
+            result = self._sign_once(cka_id, data, mechanism, param)
+            if isinstance(result, TokenError) and result.cure in {Cure.SESSION, Cure.KEY}:
+                result = self._sign_once(cka_id, data, mechanism, param)
+            results.append(result)
+        return results
 
-    def _sign_once(self, cka_id: bytes, request: SignRequest) -> bytes | TokenError:
+    def _sign_once(
+        self, cka_id: bytes, data: bytes, mechanism: Mechanism, param: Any
+    ) -> bytes | TokenError:
         try:
             key = self._keys.get(cka_id) or self._private_key(cka_id)
-            param = None
-            if request.pss is not None:
-                hash_mechanism, mgf, salt = request.pss
-                param = (Mechanism(hash_mechanism), MGF(mgf), salt)
             signature: bytes = key.sign(
-                request.data, mechanism=_MECHANISMS[request.mechanism], mechanism_param=param
+                data, mechanism=mechanism, mechanism_param=param, buffer_size=_MAX_SIGNATURE
             )
         except TokenError as e:
             return e

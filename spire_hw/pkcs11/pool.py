@@ -303,15 +303,16 @@ class Pool:
     def _take(self, most: int) -> list[_Job]:
         batch: list[_Job] = []
         while self._queues and len(batch) < most:
+            # A fair share of each key at a stretch: neighbours that are alike cost less.
             key, queue = next(iter(self._queues.items()))
-            job = queue.popleft()
-            self._queued -= 1
+            share = -(-(most - len(batch)) // len(self._queues))
+            jobs = [queue.popleft() for _ in range(min(share, len(queue)))]
+            self._queued -= len(jobs)
             if queue:
                 self._queues.move_to_end(key)
             else:
                 del self._queues[key]
-            if not job.future.done():
-                batch.append(job)
+            batch += [job for job in jobs if not job.future.done()]
         return batch
 
     def _send(self, seat: Seat, batch: list[_Job]) -> None:

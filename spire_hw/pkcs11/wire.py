@@ -13,6 +13,7 @@ import json
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.errors import EncodingError
@@ -20,14 +21,13 @@ from spire_hw.key import HashAlgorithm, SignOptions
 from spire_hw.pkcs11.errors import TokenError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 HEADER: Final = struct.Struct(">IBI")
 MAX_BODY: Final = 4 << 20
 MAX_BATCH: Final = 64
-_KEY: Final = struct.Struct(">HH")
-_ITEM: Final = struct.Struct(">BBBiH")
-_RESULT: Final = struct.Struct(">BH")
+# Lengths of CKA_ID and public key; hash, PSS, salt; number of digests and the length of each.
+_RUN: Final = struct.Struct(">HHBBiBH")
 
 
 class Kind(IntEnum):
@@ -64,6 +64,23 @@ class SignItem:
     key: SignKey
     digest: bytes
     options: SignOptions
+
+    def is_like(self, other: SignItem) -> bool:
+        """Tell whether only the digests differ, and not in their length."""
+        return (
+            (self.key is other.key or self.key == other.key)
+            and (self.options is other.options or self.options == other.options)
+            and len(self.digest) == len(other.digest)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SignRun:
+    """Signatures wanted of one key in one way, as a worker gets them."""
+
+    key: SignKey
+    options: SignOptions
+    digests: Sequence[bytes]
 
 
 def encode_frame(kind: Kind, number: int, body: bytes) -> bytes:
@@ -126,55 +143,64 @@ def unpack_bytes(value: object) -> bytes:
 
 
 def encode_items(items: Sequence[SignItem]) -> bytes:
-    """Return the body of a SIGN frame: the keys, then the items that refer to them."""
-    keys: dict[SignKey, int] = {}
-    parts: list[bytes] = []
-    for item in items:
-        options = item.options
-        place = keys.setdefault(item.key, len(keys))
-        parts += (
-            _ITEM.pack(
-                place, options.hash.value, options.pss, options.salt_length, len(item.digest)
-            ),
-            item.digest,
+    """Return the body of a SIGN frame; neighbours that are alike share a run."""
+    parts = [b""]
+    runs = 0
+    for key, options, digests in _runs_of(items):
+        head = _RUN.pack(
+            *(len(key.cka_id), len(key.spki)),
+            *(options.hash.value, options.pss, options.salt_length),
+            *(len(digests), len(digests[0])),
         )
-    table = [bytes((len(keys),))]
-    for key in keys:
-        table += (_KEY.pack(len(key.cka_id), len(key.spki)), key.cka_id, key.spki)
-    return b"".join((*table, bytes((len(items),)), *parts))
+        parts += (head, key.cka_id, key.spki, *digests)
+        runs += 1
+    parts[0] = bytes((runs,))
+    return b"".join(parts)
 
 
-def decode_items(body: bytes) -> list[SignItem]:
+def _runs_of(items: Sequence[SignItem]) -> Iterator[tuple[SignKey, SignOptions, list[bytes]]]:
+    start = 0
+    for end in range(1, len(items) + 1):
+        first = items[start]
+        if end < len(items) and items[end].is_like(first):
+            continue
+        yield first.key, first.options, [item.digest for item in items[start:end]]
+        start = end
+
+
+def decode_items(body: bytes) -> list[SignRun]:
     """Return the signatures wanted.
 
     Raises:
         EncodingError: truncated, or more than `MAX_BATCH`.
     """
     reader = _Reader(body)
-    keys = []
+    runs = []
+    room = MAX_BATCH
     for _ in range(reader.count()):
-        id_length, spki_length = _KEY.unpack(reader.take(_KEY.size))
-        keys.append(SignKey(reader.take(id_length), reader.take(spki_length)))
-    items = []
-    for _ in range(reader.count()):
-        place, hash_number, pss, salt, length = _ITEM.unpack(reader.take(_ITEM.size))
+        fields = _RUN.unpack(reader.take(_RUN.size))
+        id_length, spki_length, hash_number, pss, salt, count, size = fields
+        room -= count
+        if room < 0:
+            raise EncodingError("worker frame", "batch is too large")
         try:
             options = SignOptions(HashAlgorithm(hash_number), bool(pss), salt)
-            items.append(SignItem(keys[place], reader.take(length), options))
-        except (ValueError, IndexError):
-            raise EncodingError("worker frame", "hash or key is unknown") from None
+        except ValueError:
+            raise EncodingError("worker frame", "hash is unknown") from None
+        key = SignKey(reader.take(id_length), reader.take(spki_length))
+        joined = reader.take(size * count)
+        digests = [joined[n * size : (n + 1) * size] for n in range(count)]
+        runs.append(SignRun(key, options, digests))
     reader.end()
-    return items
+    return runs
 
 
 def encode_results(results: Sequence[bytes | TokenError]) -> bytes:
-    """Return the body of the answer to SIGN."""
-    parts = [bytes((len(results),))]
-    for result in results:
-        failed = isinstance(result, TokenError)
-        payload = encode_json(dict(result.to_dict())) if isinstance(result, TokenError) else result
-        parts += (_RESULT.pack(failed, len(payload)), payload)
-    return b"".join(parts)
+    """Return the body of the answer to SIGN: count, failed or not, lengths, then the contents."""
+    failed = bytes(isinstance(r, TokenError) for r in results)
+    payloads = [encode_json(dict(r.to_dict())) if isinstance(r, TokenError) else r for r in results]
+    lengths = _lengths(len(results)).pack(*map(len, payloads))
+    return b"".join((bytes((len(results),)), failed, lengths, *payloads))
 
 
 def decode_results(body: bytes, expected: int) -> list[bytes | TokenError]:
@@ -186,13 +212,16 @@ def decode_results(body: bytes, expected: int) -> list[bytes | TokenError]:
     reader = _Reader(body)
     if reader.count() != expected:
         raise EncodingError("worker frame", "wrong number of signatures")
-    results: list[bytes | TokenError] = []
-    for _ in range(expected):
-        failed, length = _RESULT.unpack(reader.take(_RESULT.size))
-        payload = reader.take(length)
-        results.append(decode_error(payload) if failed else payload)
+    failed = reader.take(expected)
+    lengths = _lengths(expected)
+    payloads = [reader.take(length) for length in lengths.unpack(reader.take(lengths.size))]
     reader.end()
-    return results
+    return [decode_error(p) if bad else p for bad, p in zip(failed, payloads, strict=True)]
+
+
+@lru_cache(maxsize=MAX_BATCH + 1)
+def _lengths(count: int) -> struct.Struct:
+    return struct.Struct(f">{count}H")
 
 
 def decode_error(body: bytes) -> TokenError:

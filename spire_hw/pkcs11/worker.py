@@ -16,13 +16,14 @@ import sys
 from typing import Any, Final
 
 from spire_hw.errors import EncodingError, ErrorKind, InvalidInputError
-from spire_hw.pkcs11.checker import Batch, Checker, KnownKeys
+from spire_hw.pkcs11.checker import Checker
 from spire_hw.pkcs11.errors import Cure, TokenError
-from spire_hw.pkcs11.keys import sign_request
+from spire_hw.pkcs11.keys import check_request, sign_scheme
+from spire_hw.pkcs11.known import KnownKeys, Signed
 from spire_hw.pkcs11.wire import (
     HEADER,
     Kind,
-    SignItem,
+    SignRun,
     decode_header,
     decode_items,
     decode_json,
@@ -101,17 +102,20 @@ class Service:
             raise TokenError("no token is open", reason="hsm.not_open", operation=kind.name.lower())
         return encode_json(self._control(kind, decode_json(body)))
 
-    def sign(self, item: SignItem) -> bytes | TokenError:
-        """Return the token's raw output for one item."""
+    def sign(self, run: SignRun) -> Signed:
+        """Have the token sign one run; nothing is verified yet."""
         if self._objects is None:
-            return TokenError("no token is open", reason="hsm.not_open", operation="sign")
+            not_open = TokenError("no token is open", reason="hsm.not_open", operation="sign")
+            return Signed.refused(run, not_open)
         try:
-            _, key_type = self._keys.get(item.key.spki)
-            request = sign_request(key_type, item.digest, item.options)
+            key = self._keys.get(run.key.spki)
+            for digest in run.digests:
+                check_request(key.key_type, digest, run.options)
         except InvalidInputError as e:
-            return TokenError(e.message, reason="hsm.odd", operation="sign", kind=e.kind)
-        result: bytes | TokenError = self._objects.sign(item.key.cka_id, request)
-        return result
+            odd = TokenError(e.message, reason="hsm.odd", operation="sign", kind=e.kind)
+            return Signed.refused(run, odd)
+        scheme = sign_scheme(key.key_type, run.options)
+        return Signed(run, key, self._objects.sign(run.key.cka_id, scheme, run.digests))
 
     def _control(self, kind: Kind, fields: dict[str, Any]) -> dict[str, Any]:
         objects = self._objects
@@ -184,10 +188,7 @@ def serve(channel: Channel, service: Service) -> None:
         while (request := channel.receive()) is not None:
             kind, number, body = request
             if kind is Kind.SIGN:
-                batch = Batch(number)
-                for item in decode_items(body):
-                    checker.add(batch, item, service.sign(item))
-                checker.end(batch)
+                checker.check(number, [service.sign(run) for run in decode_items(body)])
             else:
                 checker.answer(*_answer(service, kind, number, body))
     finally:

@@ -32,7 +32,15 @@ _items = st.builds(SignItem, _keys, st.binary(max_size=64), _options)
 
 @given(st.lists(_items, max_size=8))
 def test_items_survive(items: list[SignItem]) -> None:
-    assert decode_items(encode_items(items)) == items
+    runs = decode_items(encode_items(items))
+    assert [SignItem(r.key, d, r.options) for r in runs for d in r.digests] == items
+
+
+@given(st.lists(_items, min_size=1, max_size=4), st.integers(min_value=1, max_value=16))
+def test_neighbours_that_are_alike_share_a_run(items: list[SignItem], times: int) -> None:
+    runs = decode_items(encode_items([item for item in items for _ in range(times)]))
+    assert len(runs) <= len(items)
+    assert sum(len(run.digests) for run in runs) == len(items) * times
 
 
 @given(st.lists(st.binary(max_size=512), max_size=8))

@@ -16,8 +16,9 @@ from spire_hw.pkcs11.keys import (
     CKM_RSA_PKCS_PSS,
     EC_PARAMS,
     PublicMaterial,
+    check_request,
     public_key_of,
-    sign_request,
+    sign_scheme,
     signature_of,
 )
 
@@ -26,35 +27,38 @@ SHA256, SHA512 = HashAlgorithm.SHA256, HashAlgorithm.SHA512
 
 def test_a_digest_longer_than_the_curve_is_cut_to_its_leftmost_bytes() -> None:
     digest = hashlib.sha512(b"x").digest()
-    request = sign_request(KeyType.EC_P256, digest, SignOptions(SHA512))
-    assert (request.mechanism, request.data) == (CKM_ECDSA, digest[:32])
-    assert sign_request(KeyType.EC_P384, digest, SignOptions(SHA512)).data == digest[:48]
+    scheme = sign_scheme(KeyType.EC_P256, SignOptions(SHA512))
+    assert (scheme.mechanism, scheme.data(digest)) == (CKM_ECDSA, digest[:32])
+    assert sign_scheme(KeyType.EC_P384, SignOptions(SHA512)).data(digest) == digest[:48]
 
 
 def test_rsa_gets_a_digest_info_and_pss_the_bare_digest() -> None:
     digest = bytes(32)
-    plain = sign_request(KeyType.RSA_2048, digest, SignOptions(SHA256))
+    plain = sign_scheme(KeyType.RSA_2048, SignOptions(SHA256))
     assert plain.mechanism == CKM_RSA_PKCS
-    assert len(plain.data) == 19 + 32
-    pss = sign_request(KeyType.RSA_2048, digest, SignOptions(SHA256, pss=True))
-    assert (pss.mechanism, pss.pss, pss.data) == (CKM_RSA_PKCS_PSS, (0x250, 2, 32), digest)
+    assert len(plain.data(digest)) == 19 + 32
+    assert plain.data(digest).endswith(digest)
+    pss = sign_scheme(KeyType.RSA_2048, SignOptions(SHA256, pss=True))
+    assert (pss.mechanism, pss.pss) == (CKM_RSA_PKCS_PSS, (0x250, 2, 32))
+    assert pss.data(digest) == digest
 
 
 @pytest.mark.parametrize("length", [0, 31, 33, 200])
 def test_fault_52_digest_length_is_checked_before_the_token_sees_it(length: int) -> None:
     for key_type in KeyType:
         with pytest.raises(InvalidInputError):
-            sign_request(key_type, bytes(length), SignOptions(SHA256))
+            check_request(key_type, bytes(length), SignOptions(SHA256))
 
 
 @pytest.mark.parametrize(("salt", "fits"), [(-2, False), (1, True), (222, True), (223, False)])
 def test_fault_55_salt_lengths_that_cannot_be_are_refused(salt: int, *, fits: bool) -> None:
     options = SignOptions(SHA256, pss=True, salt_length=salt)
     if fits:
-        assert sign_request(KeyType.RSA_2048, bytes(32), options).pss == (0x250, 2, salt)
+        check_request(KeyType.RSA_2048, bytes(32), options)
+        assert sign_scheme(KeyType.RSA_2048, options).pss == (0x250, 2, salt)
         return
     with pytest.raises(InvalidInputError, match="salt"):
-        sign_request(KeyType.RSA_2048, bytes(32), options)
+        check_request(KeyType.RSA_2048, bytes(32), options)
 
 
 def test_fault_51_odd_ecdsa_outputs_are_refused() -> None:
