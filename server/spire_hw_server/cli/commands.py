@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from spire_hw import __version__
 from spire_hw.cli.program import root_group
-from spire_hw_server.cli import agent, bundle, entry, healthcheck, jwt, run, token, tpm, x509
+from spire_hw_server.cli import (
+    agent,
+    bundle,
+    entry,
+    healthcheck,
+    jwt,
+    localauthority,
+    logger,
+    run,
+    token,
+    tpm,
+    x509,
+)
 
 PROGRAM = "spire-hw-server"
 
@@ -22,5 +34,7 @@ for _group in (
     x509.group,
     jwt.group,
     tpm.group,
+    localauthority.group,
+    logger.group,
 ):
     root.add_command(_group)

@@ -4,22 +4,18 @@ import base64
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from spire_hw.cli.run import ExitCode, run
-from spire_hw_server.cli.commands import root
-from spire_hw_sim.servers import server_config
+from spire_hw.cli.run import ExitCode
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.integration.server_cli.conftest import Answer, Cli
 
 ENTRY = re.compile(
     r"Entry ID                : [0-9a-f-]{36}\n"
@@ -34,53 +30,6 @@ ENTRY = re.compile(
     r"Admin                   : true\n"
     r"Hint                    : h\n\n"
 )
-
-
-@dataclass(frozen=True)
-class Answer:
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Answer]
-_RUN = "from spire_hw_server.cli.main import main; main()"
-
-
-@pytest.fixture(scope="module")
-def socket_path() -> Iterator[Path]:
-    """A real server in a process of its own."""
-    with tempfile.TemporaryDirectory(prefix="hwcli") as folder:
-        config = Path(folder) / "server.conf"
-        config.write_text(server_config(Path(folder), key_manager="memory"))
-        command = [sys.executable, "-c", _RUN, "run", "-config", str(config), "-logLevel=info"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
-            assert process.stdout is not None
-            seen = []
-            for line in process.stdout:
-                seen.append(line)
-                if "server is ready" in line:
-                    break
-            else:
-                pytest.fail("".join(seen))
-            # A full pipe would stop the server.
-            drain = threading.Thread(target=lambda: seen.extend(process.stdout or []))
-            drain.start()
-            yield Path(folder) / "api.sock"
-            process.send_signal(signal.SIGTERM)
-            drain.join()
-        assert process.returncode == 0, "".join(seen)
-
-
-@pytest.fixture
-def cli(socket_path: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
-    def call(*words: str, where: str = "", stdin: str = "") -> Answer:
-        del stdin
-        code = run(root, "spire-hw-server", [*words, "-socketPath", where or str(socket_path)])
-        said = capsys.readouterr()
-        return Answer(code, said.out, said.err)
-
-    return call
 
 
 def create(cli: Cli, path: str = "/web", *more: str) -> Answer:
