@@ -1,7 +1,9 @@
 """Print `softhsm_sign_vs_raw`: how much of a token's speed is left through the key manager.
 
-Raw is a loop over python-pkcs11 in as many processes as the key manager has signing workers. Both
-sign with the same P-256 key in turns; the ratio of the best rounds is printed, nothing is asserted.
+Raw is a loop over python-pkcs11 in as many processes as the key manager has signing workers, by
+default the one it has without configuration. Both sign with the same P-256 key in turns; the ratio
+of the best rounds is printed, nothing is asserted. The key manager needs a core for its host beside
+the workers: where there is none to spare, its CPU times, printed too, tell more than the rates.
 Run as `python tests/bench/bench_pkcs11.py [workers...]` for other numbers of workers, and for the
 other types of keys with `--all`.
 """
@@ -15,8 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 from spire_hw.clock import SystemClock
 from spire_hw.config.hcl import Body
@@ -29,7 +35,7 @@ from spire_hw_sim.meter import tell
 from spire_hw_sim.softhsm import SoftHsm
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 SECONDS = 0.2
 ROUNDS = 40
@@ -55,6 +61,43 @@ for _ in sys.stdin:
 """
 
 
+@dataclass(slots=True)
+class Cost:
+    """What the rounds of one way to sign took.
+
+    Attributes:
+        best: highest rate of a round, per second.
+        signed: signatures of all rounds.
+        cpu_s: CPU seconds of all rounds.
+    """
+
+    best: float = 0.0
+    signed: float = 0.0
+    cpu_s: float = 0.0
+
+    @property
+    def each_us(self) -> float:
+        """Return the CPU microseconds of one signature."""
+        return self.cpu_s / self.signed * 1e6
+
+    def add(self, rate: float) -> None:
+        """Count a round."""
+        self.best = max(self.best, rate)
+        self.signed += rate * SECONDS
+
+    @contextmanager
+    def over(self, pids: Sequence[int]) -> Iterator[None]:
+        """Count the CPU time of these processes while the context is open."""
+        before = self._used_s(pids)
+        yield
+        self.cpu_s += self._used_s(pids) - before
+
+    @staticmethod
+    def _used_s(pids: Sequence[int]) -> float:
+        times = [psutil.Process(pid).cpu_times() for pid in pids]
+        return sum(t.user + t.system for t in times)
+
+
 class RawLoops:
     """Processes that sign with python-pkcs11 and nothing else when they are told to."""
 
@@ -62,18 +105,24 @@ class RawLoops:
         rsa = key_type is KeyType.RSA_2048
         prefix = "3031300d060960864801650304020105000420" if rsa else ""
         arguments = ["bench", key_id.hex(), "RSA_PKCS" if rsa else "ECDSA", prefix + "11" * 32]
-        self._started = [
-            subprocess.Popen(  # noqa: S603
+        self._started: list[subprocess.Popen[str]] = []
+        for _ in range(processes):
+            process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-c", RAW, *arguments, str(SECONDS), "1234", hsm.module],
                 env={**os.environ, **hsm.environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            for _ in range(processes)
-        ]
-        if any(self._read(process) != "ready" for process in self._started):
-            raise SystemExit("raw loop did not start")
+            self._started.append(process)
+            # One after the other: SoftHSM shows no token to some of those that log in at once.
+            if self._read(process) != "ready":
+                raise SystemExit("raw loop did not start")
+
+    @property
+    def pids(self) -> list[int]:
+        """Return the process ids."""
+        return [process.pid for process in self._started]
 
     @staticmethod
     def _read(process: subprocess.Popen[str]) -> str:
@@ -117,18 +166,24 @@ async def ratio(
     await manager.generate_key(name, key_type)
     cka_id = bytes.fromhex((await manager.key_evidence(name)).attributes["CKA_ID"])
     loops = await asyncio.to_thread(RawLoops, hsm, cka_id, key_type, workers)
-    raw = managed = 0.0
+    raw, worker, host = Cost(), Cost(), Cost()
     try:
+        await managed_rate(manager, name)
         for _ in range(ROUNDS):
-            raw = max(raw, await asyncio.to_thread(loops.rate))
-            managed = max(managed, await managed_rate(manager, name))
+            with raw.over(loops.pids):
+                raw.add(await asyncio.to_thread(loops.rate))
+            with worker.over(manager.worker_pids), host.over([os.getpid()]):
+                rate = await managed_rate(manager, name)
+                worker.add(rate)
+                host.add(rate)
     finally:
         await asyncio.to_thread(loops.close)
     sys.stdout.write(
-        f"{name} processes={workers} raw={raw:.0f}/s managed={managed:.0f}/s "
-        f"ratio={managed / raw:.2f}\n"
+        f"{name} processes={workers} raw={raw.best:.0f}/s managed={worker.best:.0f}/s "
+        f"ratio={worker.best / raw.best:.2f}; CPU time of a signature: raw {raw.each_us:.0f} us, "
+        f"workers {worker.each_us:.0f} us, host {host.each_us:.0f} us\n"
     )
-    return managed / raw
+    return worker.best / raw.best
 
 
 async def measure(workers: int, folder: Path, key_types: Sequence[KeyType]) -> float:
