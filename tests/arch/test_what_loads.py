@@ -45,17 +45,17 @@ ALLOWED = {
     "spire_hw_server.api.caller": set(),
     "spire_hw_server.api.policy": set(),
     "spire_hw_server.datastore.interface": set(),
-    "spire_hw_server.api.svid": {"grpc"},
+    "spire_hw_server.api.svid": set(),
     "spire_hw_server.cli.main": set(),
-    "spire_hw_server.cli.commands": {"grpc", "click"},
-    "spire_hw_server.app": {"grpc", "sqlalchemy", "alembic", "aiohttp"},
+    "spire_hw_server.cli.commands": {"click"},
+    "spire_hw_server.app": {"sqlalchemy", "alembic", "aiohttp"},
     "spire_hw_agent.config": set(),
     "spire_hw_agent.cache": set(),
     "spire_hw_agent.sync": set(),
     "spire_hw_agent.storage": set(),
     "spire_hw_agent.cli.main": set(),
-    "spire_hw_agent.cli.commands": {"grpc", "click"},
-    "spire_hw_agent.app": {"grpc", "aiohttp"},
+    "spire_hw_agent.cli.commands": {"click"},
+    "spire_hw_agent.app": {"aiohttp"},
 }
 
 
