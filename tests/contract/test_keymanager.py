@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib.util
+import inspect
+import os
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,15 @@ from cryptography.x509.oid import NameOID
 
 from spire_hw.clock import SystemClock
 from spire_hw.config.hcl import Body
-from spire_hw.errors import ErrorKind, InvalidInputError, PluginError, SpireHwError
+from spire_hw.errors import (
+    ConfigFault,
+    ErrorKind,
+    InvalidInputError,
+    PluginError,
+    SpireHwError,
+)
+from spire_hw.goplugin.external import ExternalPlugin
+from spire_hw.goplugin.place import Place
 from spire_hw.key import (
     HashAlgorithm,
     KeyType,
@@ -32,9 +42,12 @@ from spire_hw.key import (
     verify_digest,
 )
 from spire_hw.log import get_logger
-from spire_hw.plugin.info import HostInfo, Side
+from spire_hw.plugin.hostservices import HostServices
+from spire_hw.plugin.info import HostInfo, PluginKind, Side
 from spire_hw.plugin.keymanager import KeyEvidenceSource, Keys, ManagedSigner
+from spire_hw.plugin.section import PluginConfig
 from spire_hw.spiffeid import TrustDomain
+from spire_hw_plugins.cli.install import launcher
 from spire_hw_plugins.keymanager import disk, memory, pkcs11
 from spire_hw_sim.softhsm import SoftHsm
 from spire_hw_sim.swtpm import Swtpm
@@ -44,6 +57,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _ALL = frozenset(KeyType)
+# These run as processes of their own too.
+_ALSO_OUTSIDE = {("disk", Side.SERVER), ("tpm", Side.AGENT)}
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,52 @@ class Target:
     builder: Callable[[HostInfo], Any]
     types: frozenset[KeyType] = _ALL
     persists: bool = True
+    external: bool = False
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{self.side.value}" + ("-external" if self.external else "")
+
+
+class External:
+    """One of our key managers as a host has it that started it as an external plugin."""
+
+    def __init__(self, target: Target, host: HostInfo, directory: Path) -> None:
+        program = directory / "plugin"
+        program.write_bytes(launcher(PluginKind.KEY_MANAGER, target.name))
+        program.chmod(0o755)
+        config = PluginConfig(
+            PluginKind.KEY_MANAGER,
+            target.name,
+            cmd=str(program),
+            args=("-side", target.side.value, "-dataDir", str(host.data_dir)),
+            checksum=hashlib.sha256(program.read_bytes()).hexdigest(),
+        )
+        self._place = Place.open()
+        self._plugin = ExternalPlugin(config, host, HostServices(), self._place, environ=os.environ)
+        self._opened = self._closed = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plugin.contract, name)
+
+    async def validate(self, config: Body) -> list[ConfigFault]:
+        await self._open()
+        return [ConfigFault(0, note) for note in await self._plugin.validate(config.to_hcl())]
+
+    async def configure(self, config: Body) -> None:
+        await self._open()
+        await self._plugin.configure(config.to_hcl())
+
+    async def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            await self._plugin.close()
+            self._place.close()
+
+    async def _open(self) -> None:
+        if not self._opened:
+            self._opened = True
+            await self._plugin.open()
 
 
 def _targets() -> list[Any]:
@@ -69,10 +130,8 @@ def _targets() -> list[Any]:
             tpm = importlib.import_module("spire_hw_plugins.keymanager.tpm")
             target = Target("tpm", side, tpm.build, _ALL - {KeyType.RSA_4096})
             rows.append((target, (pytest.mark.tpm,)))
-    return [
-        pytest.param(target, id=f"{target.name}-{target.side.value}", marks=marks)
-        for target, marks in rows
-    ]
+    rows += [(replace(t, external=True), m) for t, m in rows if (t.name, t.side) in _ALSO_OUTSIDE]
+    return [pytest.param(target, id=target.id, marks=marks) for target, marks in rows]
 
 
 class Bench:
@@ -83,6 +142,7 @@ class Bench:
         self.data_dir = tmp_path / "data"
         self.data_dir.mkdir(mode=0o700)
         self._stack = stack
+        self._directory = tmp_path
         self._config = self._make_config(tmp_path)
 
     def _make_config(self, tmp_path: Path) -> dict[str, object]:
@@ -112,6 +172,10 @@ class Bench:
         return Body.from_dict(self._config)
 
     def build(self) -> Any:
+        if self.target.external:
+            made = External(self.target, self.host(), self._directory)
+            self._stack.push_async_callback(made.close)
+            return made
         return self.target.builder(self.host())
 
     async def start(self) -> Any:
@@ -301,12 +365,12 @@ async def test_old_key_signs_until_the_new_one_is_returned(plugin: Any, keys: Ke
     old = await keys.generate("id", KeyType.EC_P256)
     generating = asyncio.get_running_loop().create_future()
 
-    async def replace() -> None:
+    async def regenerate() -> None:
         generating.set_result(None)
         await keys.generate("id", KeyType.EC_P256)
 
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(replace())
+        task = group.create_task(regenerate())
         await generating
         seen = set()
         while not task.done():
@@ -392,10 +456,15 @@ async def test_nothing_works_before_configure(bench: Bench) -> None:
 async def test_unknown_settings_are_refused(bench: Bench) -> None:
     plugin = bench.build()
     wrong = Body.from_dict({**bench._config, "no_such_thing": "1"})
-    assert any("no_such_thing" in fault.message for fault in plugin.validate(wrong))
+    assert any("no_such_thing" in fault.message for fault in await faults_of(plugin, wrong))
     with pytest.raises(InvalidInputError):
         await plugin.configure(wrong)
-    assert plugin.validate(bench.config()) == []
+    assert await faults_of(plugin, bench.config()) == []
+
+
+async def faults_of(plugin: Any, config: Body) -> list[ConfigFault]:
+    found = plugin.validate(config)
+    return await found if inspect.isawaitable(found) else found
 
 
 @pytest.mark.asyncio
@@ -426,7 +495,7 @@ async def test_two_generations_of_one_id_take_turns(plugin: Any) -> None:
 
 @pytest.mark.asyncio
 async def test_hardware_gives_evidence(bench: Bench, plugin: Any) -> None:
-    if bench.target.name not in {"pkcs11", "tpm"}:
+    if bench.target.name not in {"pkcs11", "tpm"} or bench.target.external:
         assert not isinstance(plugin, KeyEvidenceSource)
         return
     await plugin.generate_key("id", KeyType.EC_P256)

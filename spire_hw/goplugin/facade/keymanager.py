@@ -148,9 +148,8 @@ class KeyManagerService:
         return self._pb.GetPublicKeyResponse(public_key=self._message(found))
 
     async def get_public_keys(self, request: Any, call: Call) -> Any:
-        """Serve GetPublicKeys, in the order of ids as upstream's plugins do."""
-        found = sorted(await self._plugin.get_public_keys(), key=lambda info: info.key_id)
-        messages = [self._message(info) for info in found]
+        """Serve GetPublicKeys, in the plugin's order."""
+        messages = [self._message(info) for info in await self._plugin.get_public_keys()]
         return self._pb.GetPublicKeysResponse(public_keys=messages)
 
     async def sign_data(self, request: Any, call: Call) -> Any:
