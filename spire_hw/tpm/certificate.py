@@ -26,6 +26,7 @@ from spire_hw.errors import (
     Finding,
     InvalidInputError,
 )
+from spire_hw.key import spki_der
 from spire_hw.tpm import der
 from spire_hw.tpm.public import build_ecc_key, build_rsa_key
 
@@ -104,6 +105,7 @@ class Certificate:
         not_before: first moment of validity.
         not_after: last moment of validity.
         key: the public key, checked for strength.
+        spki: the same as DER SubjectPublicKeyInfo in its one canonical form.
         extensions: by dotted OID.
         is_ca: basic constraints say so.
         path_length: limit of basic constraints, None without one.
@@ -120,6 +122,7 @@ class Certificate:
     not_before: datetime
     not_after: datetime
     key: PublicKey = field(repr=False)
+    spki: bytes = field(repr=False)
     extensions: dict[str, Extension] = field(repr=False)
     is_ca: bool
     path_length: int | None
@@ -180,6 +183,7 @@ def parse_certificate(raw: bytes, what: str = "ek: certificate") -> Certificate:
     not_before, not_after = _read_validity(validity)
     extensions = _read_extensions(tbs, rest)
     is_ca, path_length = _read_basic_constraints(extensions, what)
+    key, canonical = _read_key(spki, what)
     return Certificate(
         der=raw,
         tbs=tbs.raw,
@@ -190,7 +194,8 @@ def parse_certificate(raw: bytes, what: str = "ek: certificate") -> Certificate:
         subject=subject.expect(der.SEQUENCE).raw,
         not_before=not_before,
         not_after=not_after,
-        key=_read_key(spki, what),
+        key=key,
+        spki=canonical,
         extensions=extensions,
         is_ca=is_ca,
         path_length=path_length,
@@ -254,7 +259,7 @@ def _read_key_usage(extensions: dict[str, Extension], what: str) -> KeyUsage | N
     return KeyUsage(der.named_bits(value) & sum(KeyUsage))
 
 
-def _read_key(spki: der.Value, what: str) -> PublicKey:
+def _read_key(spki: der.Value, what: str) -> tuple[PublicKey, bytes]:
     parts = spki.expect(der.SEQUENCE).members()
     if len(parts) != 2:  # noqa: PLR2004 - algorithm, key
         raise spki.fail("public key is malformed")
@@ -266,7 +271,8 @@ def _read_key(spki: der.Value, what: str) -> PublicKey:
             _check_oaep(algorithm, what)
         elif [one.raw for one in algorithm[1:]] not in ([b"\x05\x00"], []):
             raise spki.fail("public key is malformed")
-        return _read_rsa(bits, what)
+        key = _read_rsa(bits, what)
+        return key, spki_der(key)
     if kind == _EC and len(algorithm) == 2:  # noqa: PLR2004 - with the curve
         if algorithm[1].tag != der.OID:
             raise InvalidInputError(f"{what}: public key is not in canonical form: curve")

@@ -19,6 +19,7 @@ from cryptography.hazmat.decrepit.ciphers.modes import CFB
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from spire_hw.errors import InvalidInputError
 from spire_hw.tpm import wire
@@ -94,8 +95,12 @@ def _share_seed_ecc(
 ) -> tuple[bytes, bytes]:
     size = (key.curve.key_size + 7) // 8
     ephemeral = ec.generate_private_key(key.curve)
-    ours, theirs = ephemeral.public_key().public_numbers(), key.public_numbers()
-    our_x, our_y, their_x = (n.to_bytes(size, "big") for n in (ours.x, ours.y, theirs.x))
+    # Uncompressed points: a byte 04, x and y.
+    ours, theirs = (
+        public.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+        for public in (ephemeral.public_key(), key)
+    )
+    our_x, our_y, their_x = ours[1 : size + 1], ours[size + 1 :], theirs[1 : size + 1]
     z = ephemeral.exchange(ec.ECDH(), key)
     seed = kdfe(algorithm.name, z, "IDENTITY", our_x, their_x, bits=algorithm.digest_size * 8)
     return seed, sized(our_x) + sized(our_y)

@@ -8,14 +8,11 @@ Spec: ITU-T X.690.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from functools import lru_cache
+from typing import Final, NamedTuple
 
 from spire_hw.errors import EncodingError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 BOOLEAN: Final = 0x01
 INTEGER: Final = 0x02
@@ -34,8 +31,7 @@ _MAX_LENGTH_BYTES = 3
 _MAX_OID_BYTES = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
+class Value(NamedTuple):
     """One tag-length-value.
 
     Attributes:
@@ -72,15 +68,13 @@ class Value:
         Raises:
             EncodingError: the content is not a series of values.
         """
-        return list(_walk(self.content, self.what))
-
-
-def _walk(data: bytes, what: str) -> Iterator[Value]:
-    offset = 0
-    while offset < len(data):
-        value = read(data, what, offset)
-        yield value
-        offset += len(value.raw)
+        data, what, offset = self.content, self.what, 0
+        found = []
+        while offset < len(data):
+            value = read(data, what, offset)
+            found.append(value)
+            offset += len(value.raw)
+        return found
 
 
 def read(data: bytes, what: str, offset: int = 0) -> Value:
@@ -181,20 +175,28 @@ def oid(value: Value) -> str:
     Raises:
         EncodingError: not one, or malformed.
     """
-    content = value.expect(OID).content
+    text, fault = _dotted(value.expect(OID).content)
+    if fault:
+        raise value.fail(fault)
+    return text
+
+
+@lru_cache(maxsize=256)
+def _dotted(content: bytes) -> tuple[str, str]:
+    """Return the dotted form, or what is wrong; certificates use the same few over and over."""
     if not content or content[-1] & 0x80 or len(content) > _MAX_OID_BYTES:
-        raise value.fail("object identifier is malformed")
+        return "", "object identifier is malformed"
     arcs, number, fresh = [], 0, True
     for byte in content:
         if fresh and byte == 0x80:  # noqa: PLR2004 - a leading zero digit
-            raise value.fail("object identifier is not DER")
+            return "", "object identifier is not DER"
         number = number << 7 | byte & 0x7F
         fresh = not byte & 0x80
         if fresh:
             arcs.append(number)
             number = 0
     first = min(arcs[0] // 40, 2)
-    return ".".join(map(str, [first, arcs[0] - 40 * first, *arcs[1:]]))
+    return ".".join(map(str, [first, arcs[0] - 40 * first, *arcs[1:]])), ""
 
 
 def time(value: Value) -> datetime:

@@ -25,7 +25,6 @@ from spire_hw.errors import (
     InvalidInputError,
     NotReadyError,
 )
-from spire_hw.key import spki_der
 from spire_hw.tpm import certificate, der
 from spire_hw.tpm.certificate import Certificate, parse_certificate
 
@@ -261,6 +260,15 @@ def _parse_intermediate(raw: bytes) -> Certificate:
     return parse_certificate(raw, "ek: intermediate certificate")
 
 
+@functools.lru_cache(maxsize=256)
+def _verify_link(subject: Certificate, issuer: Certificate, *, allow_sha1: bool) -> None:
+    """Check a signature between issuers, once for each pair of objects; failures are not kept.
+
+    Whatever depends on time or on the path is checked anew each time.
+    """
+    certificate.verify_signature(subject, issuer, allow_sha1=allow_sha1)
+
+
 def _deny(code: str, text: str) -> AttestationError:
     return AttestationError([Finding(code, f"ek: {text}", ErrorKind.PERMISSION_DENIED)])
 
@@ -376,9 +384,11 @@ class _Search:
         self._checks += 1
         if self._checks > _MAX_SIGNATURE_CHECKS:
             raise _deny("ek_untrusted", "issuer is not trusted: too many candidates")
-        weak = hashlib.sha256(subject.der).hexdigest() in self._roots.pinned
+        pinned = self._roots.pinned
+        weak = bool(pinned) and hashlib.sha256(subject.der).hexdigest() in pinned
+        check = certificate.verify_signature if subject is self._leaf else _verify_link
         try:
-            certificate.verify_signature(subject, issuer, allow_sha1=weak)
+            check(subject, issuer, allow_sha1=weak)
         except EncodingError as e:
             raise _deny("ek_signature_algorithm", e.message) from e
         except InvalidInputError as e:
@@ -387,8 +397,3 @@ class _Search:
             known = issuer in self._roots.anchors
             text = "signature does not verify"
             raise _deny("ek_untrusted", text + (" with the trusted issuer" if known else "")) from e
-
-
-def ek_spki(leaf: Certificate) -> bytes:
-    """Return the canonical SubjectPublicKeyInfo of a certificate's key."""
-    return spki_der(leaf.key)

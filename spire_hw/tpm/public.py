@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -46,6 +47,12 @@ _FIELDS: Final[dict[str, tuple[ec.EllipticCurve, int, int]]] = {
     "secp256r1": (ec.SECP256R1(), 32, 2**256 - 2**224 + 2**192 + 2**96 - 1),
     "secp384r1": (ec.SECP384R1(), 48, 2**384 - 2**128 - 2**96 + 2**32 - 1),
     "secp521r1": (ec.SECP521R1(), 66, 2**521 - 1),
+}
+# What stands before the point in a SubjectPublicKeyInfo.
+_SPKI_HEADS: Final = {
+    "secp256r1": bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107034200"),
+    "secp384r1": bytes.fromhex("3076301006072a8648ce3d020106052b81040022036200"),
+    "secp521r1": bytes.fromhex("30819b301006072a8648ce3d020106052b8104002303818600"),
 }
 _CURVE_WORDS: Final = {"secp256r1": "P-256", "secp384r1": "P-384", "secp521r1": "P-521"}
 _UNCOMPRESSED = 0x04
@@ -164,7 +171,7 @@ def parse_public(raw: bytes, what: str = "public area") -> TpmPublic:
     attributes, policy = r.u32(), r.sized(_MAX_POLICY)
     symmetric = _read_symmetric(r)
     scheme, scheme_hash = _read_scheme(r)
-    key = _read_rsa(r, what) if kind == wire.ALG_RSA else _read_ecc(r, what)
+    key, spki = _read_rsa(r, what) if kind == wire.ALG_RSA else _read_ecc(r, what)
     r.end()
     return TpmPublic(
         raw=raw,
@@ -177,7 +184,7 @@ def parse_public(raw: bytes, what: str = "public area") -> TpmPublic:
         scheme_hash=scheme_hash,
         key=key,
         name=name,
-        spki=spki_der(key),
+        spki=spki,
     )
 
 
@@ -196,17 +203,18 @@ def _read_scheme(r: Reader) -> tuple[int, int]:
     return scheme, scheme_hash
 
 
-def _read_rsa(r: Reader, what: str) -> rsa.RSAPublicKey:
+def _read_rsa(r: Reader, what: str) -> tuple[PublicKey, bytes]:
     bits, exponent = r.u16(), r.u32()
     modulus = r.sized(max(_RSA_BITS) // 8)
     if bits not in _RSA_BITS:
         raise InvalidInputError(f"{what}: RSA-{bits} is not supported")
     if len(modulus) * 8 != bits:
         raise InvalidInputError(f"{what}: RSA modulus has {len(modulus)} bytes, not {bits // 8}")
-    return build_rsa_key(int.from_bytes(modulus, "big"), exponent or _RSA_EXPONENT, what)
+    key = build_rsa_key(int.from_bytes(modulus, "big"), exponent or _RSA_EXPONENT, what)
+    return key, spki_der(key)
 
 
-def _read_ecc(r: Reader, what: str) -> ec.EllipticCurvePublicKey:
+def _read_ecc(r: Reader, what: str) -> tuple[PublicKey, bytes]:
     curve_id = r.u16()
     if r.u16() != wire.ALG_NULL:
         raise r.fail("key derivation scheme is not accepted")
@@ -219,13 +227,16 @@ def _read_ecc(r: Reader, what: str) -> ec.EllipticCurvePublicKey:
     return build_ecc_key(name, b"\x04" + x + y, what)
 
 
-def build_ecc_key(curve: str, point: bytes, what: str) -> ec.EllipticCurvePublicKey:
+def build_ecc_key(curve: str, point: bytes, what: str) -> tuple[PublicKey, bytes]:
     """Return an ECC key after checks that `cryptography` leaves to its caller.
 
     Args:
         curve: name of a NIST curve.
         point: uncompressed, coordinates at field size.
         what: how to call it in messages.
+
+    Returns:
+        The key and its DER SubjectPublicKeyInfo.
 
     Raises:
         InvalidInputError: compressed or of another length, a coordinate not below p, or not on
@@ -238,9 +249,15 @@ def build_ecc_key(curve: str, point: bytes, what: str) -> ec.EllipticCurvePublic
     if int.from_bytes(x, "big") >= prime or int.from_bytes(y, "big") >= prime:
         raise InvalidInputError(f"{what}: coordinate is not in range")
     try:
-        return ec.EllipticCurvePublicKey.from_encoded_point(instance, point)
+        return _load_point(instance, point), _SPKI_HEADS[curve] + point
     except ValueError as e:
         raise InvalidInputError(f"{what}: point is not on {_CURVE_WORDS[curve]}") from e
+
+
+@lru_cache(maxsize=64)
+def _load_point(curve: ec.EllipticCurve, point: bytes) -> ec.EllipticCurvePublicKey:
+    """Return a key; one exchange shows the same one in several places."""
+    return ec.EllipticCurvePublicKey.from_encoded_point(curve, point)
 
 
 def build_rsa_key(modulus: int, exponent: int, what: str) -> rsa.RSAPublicKey:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import EncodingError
@@ -65,13 +66,17 @@ _MAX_NAME = 66
 _MAX_RSA = 512
 _MAX_COORDINATE = 66
 _MAX_SELECTIONS = 16
+_CLOCK: Final = struct.Struct(">QIIB")
 
 
 class Reader:
     """Walks big-endian bytes; every fault is an EncodingError that names its offset."""
 
+    __slots__ = ("_data", "_size", "_what", "offset")
+
     def __init__(self, data: bytes, what: str) -> None:
         self._data = data
+        self._size = len(data)
         self._what = what
         self.offset = 0
 
@@ -81,12 +86,12 @@ class Reader:
         Raises:
             EncodingError: fewer are left.
         """
-        end = self.offset + count
-        if end > len(self._data):
-            raise EncodingError(self._what, "ends early", len(self._data))
-        found = self._data[self.offset : end]
+        start = self.offset
+        end = start + count
+        if end > self._size:
+            raise EncodingError(self._what, "ends early", self._size)
         self.offset = end
-        return found
+        return self._data[start:end]
 
     def u8(self) -> int:
         """Return the next byte."""
@@ -94,7 +99,11 @@ class Reader:
 
     def u16(self) -> int:
         """Return the next 2 bytes as a number."""
-        return int.from_bytes(self.take(2), "big")
+        start = self.offset
+        if start + 2 > self._size:
+            raise EncodingError(self._what, "ends early", self._size)
+        self.offset = start + 2
+        return self._data[start] << 8 | self._data[start + 1]
 
     def u32(self) -> int:
         """Return the next 4 bytes as a number."""
@@ -114,7 +123,11 @@ class Reader:
         size = self.u16()
         if size > limit:
             raise EncodingError(self._what, f"field of {size} bytes, limit {limit}", start)
-        return self.take(size)
+        end = self.offset + size
+        if end > self._size:
+            raise EncodingError(self._what, "ends early", self._size)
+        self.offset = end
+        return self._data[end - size : end]
 
     def fail(self, reason: str) -> EncodingError:
         """Return an error about the current place."""
@@ -126,7 +139,7 @@ class Reader:
         Raises:
             EncodingError: there are some.
         """
-        left = len(self._data) - self.offset
+        left = self._size - self.offset
         if left:
             raise self.fail(f"{left} extra bytes")
 
@@ -204,8 +217,7 @@ def parse_attest(raw: bytes, what: str = "attestation") -> Attest:
 
 
 def _read_clock(r: Reader) -> ClockInfo:
-    clock, resets, restarts = r.u64(), r.u32(), r.u32()
-    safe = r.u8()
+    clock, resets, restarts, safe = _CLOCK.unpack(r.take(_CLOCK.size))
     if safe > 1:
         raise r.fail("clock flag is malformed")
     return ClockInfo(clock, resets, restarts, bool(safe))
@@ -268,8 +280,12 @@ def _read_selection(r: Reader) -> PcrSelection:
     bitmap = int.from_bytes(r.take(size), "little")
     if bitmap >> PCR_COUNT:
         raise r.fail("PCR selection is malformed: PCR above 23")
-    pcrs = tuple(n for n in range(PCR_COUNT) if bitmap >> n & 1)
-    return PcrSelection(HASHES[algorithm][0], pcrs)
+    return PcrSelection(HASHES[algorithm][0], _pcrs_of(bitmap))
+
+
+@lru_cache(maxsize=64)
+def _pcrs_of(bitmap: int) -> tuple[int, ...]:
+    return tuple(n for n in range(PCR_COUNT) if bitmap >> n & 1)
 
 
 def encode_selections(selections: Iterable[PcrSelection]) -> bytes:

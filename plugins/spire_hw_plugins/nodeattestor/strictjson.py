@@ -7,7 +7,6 @@ text begins with `envelope: `, or a `LimitError` for size.
 
 from __future__ import annotations
 
-import base64
 import binascii
 import json
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -218,7 +217,7 @@ def decode64(text: str, what: str, stage: str = "envelope") -> bytes:
         data = binascii.a2b_base64(text, strict_mode=True)
     except ValueError as e:
         raise InvalidInputError(f"{stage}: {what} is not canonical base64") from e
-    if base64.b64encode(data).decode() != text:
+    if binascii.b2a_base64(data, newline=False).decode() != text:
         raise InvalidInputError(f"{stage}: {what} is not canonical base64")
     return data
 

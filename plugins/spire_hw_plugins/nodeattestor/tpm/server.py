@@ -29,7 +29,7 @@ from spire_hw.spiffeid import agent_id
 from spire_hw.tpm import verify
 from spire_hw.tpm.certificate import parse_certificate
 from spire_hw.tpm.credential import make_credential
-from spire_hw.tpm.ekcert import VerifiedEk, ek_spki, verify_ek_certificate
+from spire_hw.tpm.ekcert import VerifiedEk, verify_ek_certificate
 from spire_hw.tpm.public import check_ak, check_ek, check_svid_key, parse_public
 from spire_hw.tpm.verify import NO_CSR, Quote, Statement, qualifier
 from spire_hw_plugins.nodeattestor.tpm import wire
@@ -296,10 +296,10 @@ def _read_ek(data: wire.AttestationData) -> tuple[TpmPublic, Certificate | None]
     leaf = None
     if data.ek_certificate is not None:
         leaf = parse_certificate(data.ek_certificate)
-        if data.ek_spki is not None and ek_spki(leaf) != data.ek_spki:
+        if data.ek_spki is not None and leaf.spki != data.ek_spki:
             text = "ek: certificate and public key are different keys"
             raise _refuse("ek_key_mismatch", text)
-        if ek_spki(leaf) != public.spki:
+        if leaf.spki != public.spki:
             text = "ek: public area and certificate are different keys"
             raise _refuse("ek_key_mismatch", text)
     if data.ek_spki is not None and data.ek_spki != public.spki:
