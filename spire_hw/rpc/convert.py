@@ -43,21 +43,21 @@ def id_from_pb(message: types_pb2.SPIFFEID, what: str = "SPIFFE ID") -> SpiffeId
     path = message.path
     if path and not path.startswith("/"):
         raise InvalidInputError(f"{what}: path must start with a slash")
-    trust_domain = trust_domain_from_pb(message.trust_domain, what)
     try:
+        trust_domain = TrustDomain.parse(message.trust_domain)
         return SpiffeId.parse(f"spiffe://{trust_domain.name}{path}")
     except InvalidInputError as e:
         raise InvalidInputError(f"{what}: {e.message}") from e
 
 
 def trust_domain_from_pb(name: str, what: str = "trust domain") -> TrustDomain:
-    """Return the trust domain of a name field.
+    """Return the trust domain of a field that names one, or has its ID as upstream's tools write.
 
     Raises:
-        InvalidInputError: not a trust domain name.
+        InvalidInputError: neither a name nor the ID of a trust domain.
     """
     try:
-        return TrustDomain.parse(name)
+        return TrustDomain.parse(name.removeprefix("spiffe://"))
     except InvalidInputError as e:
         raise InvalidInputError(f"{what}: {e.message}") from e
 

@@ -138,7 +138,7 @@ def _federates_with_match(
 ) -> tuple[Match, tuple[TrustDomain, ...]]:
     if not message.trust_domains:
         raise InvalidInputError("malformed federates with filter: no trust domains")
-    return _match(message.match), tuple(TrustDomain.parse(t) for t in message.trust_domains)
+    return _match(message.match), _federates_with(message.trust_domains)
 
 
 def _match(number: int) -> Match:
@@ -199,7 +199,7 @@ def _hint(hint: str) -> str:
 
 
 def _federates_with(names: Iterable[str]) -> tuple[TrustDomain, ...]:
-    return tuple(dict.fromkeys(TrustDomain.parse(name) for name in names))
+    return tuple(dict.fromkeys(convert.trust_domain_from_pb(name) for name in names))
 
 
 def _dns_names(names: Iterable[str]) -> tuple[str, ...]:

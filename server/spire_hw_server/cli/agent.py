@@ -27,6 +27,8 @@ from spire_hw_server.cli.connect import (
 _AGENT: Final = server_agent_pb2.DESCRIPTOR.services_by_name["Agent"]
 _LABEL_WIDTH: Final = 18
 _PAGE: Final = 1000
+# As upstream has it, these conditions take a value: `-banned true` and `-banned=true`, never alone.
+_EITHER: Final = click.Choice(["true", "false"])
 
 
 @click.group("agent", cls=GoGroup)
@@ -37,8 +39,8 @@ def group() -> None:
 def _filter_flags(command: F) -> F:
     for add in (
         flag("attestationType", "Only agents attested this way, such as tpm.", default=""),
-        flag("banned", "Only banned agents, or with =false those that are not.", type=bool),
-        flag("canReattest", "Only agents that can (=false: cannot) attest again.", type=bool),
+        flag("banned", "Only agents that are banned, or are not.", type=_EITHER),
+        flag("canReattest", "Only agents that can attest again, or cannot.", type=_EITHER),
         flag("expiresBefore", "Only agents whose SVID expires before this time.", default=""),
         flag(
             "matchSelectorsOn",
@@ -56,8 +58,8 @@ def _fill(
     message: Any,
     *,
     attestation_type: str,
-    banned: bool | None,
-    can_reattest: bool | None,
+    banned: str | None,
+    can_reattest: str | None,
     expires_before: str,
     match_selectors_on: str,
     selector: tuple[str, ...],
@@ -66,9 +68,10 @@ def _fill(
     message.by_attestation_type = attestation_type
     message.by_expires_before = expires_before
     if banned is not None:
-        message.by_banned.CopyFrom(wrappers_pb2.BoolValue(value=banned))
+        message.by_banned.CopyFrom(wrappers_pb2.BoolValue(value=banned == "true"))
     if can_reattest is not None:
-        message.by_can_reattest.CopyFrom(wrappers_pb2.BoolValue(value=can_reattest))
+        wanted = wrappers_pb2.BoolValue(value=can_reattest == "true")
+        message.by_can_reattest.CopyFrom(wanted)
     if selector:
         message.by_selector_match.CopyFrom(selector_match(selector, match_selectors_on))
 

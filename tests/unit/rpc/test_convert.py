@@ -122,3 +122,12 @@ def test_svids() -> None:
     assert (list(x509.cert_chain), x509.id.path, x509.hint) == ([b"leaf", b"ca"], "/b", "hint")
     jwt = convert.jwt_svid_to_pb("token", spiffe_id, LATER, LATER)
     assert jwt.expires_at == jwt.issued_at == x509.expires_at == int(LATER.timestamp())
+
+
+def test_a_trust_domain_is_named_or_identified() -> None:
+    """Upstream's commands send `spiffe://a.org` where the field wants a name."""
+    for text in ("a.org", "spiffe://a.org"):
+        assert convert.trust_domain_from_pb(text) == TrustDomain("a.org")
+    for text in ("", "spiffe://", "spiffe://a.org/b", "spiffe://spiffe://a.org", "A.org", "a.org/"):
+        with pytest.raises(InvalidInputError):
+            convert.trust_domain_from_pb(text)
