@@ -290,7 +290,8 @@ class _Attestation:
         self._service = service
         self._requests = requests
         self._call = call
-        self.outbox: asyncio.Queue[pb.AttestAgentResponse | None] = asyncio.Queue(1)
+        # Room for the last message and the end: nothing waits for them to be taken.
+        self.outbox: asyncio.Queue[pb.AttestAgentResponse | None] = asyncio.Queue(2)
 
     async def run(self) -> None:
         """Attest; the outbox ends with None whatever happens."""

@@ -8,9 +8,8 @@ open for longer than an honest TPM needs gives way; nothing younger is ever brok
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import LimitError
@@ -43,7 +42,8 @@ class Place:
     ek_hash: str
     source: str
     since: float
-    _given: asyncio.Event = field(default_factory=asyncio.Event)
+    _given: bool = False
+    _interrupt: Callable[[], None] | None = None
 
     def check(self) -> None:
         """Refuse to go on after another exchange took this place.
@@ -51,17 +51,23 @@ class Place:
         Raises:
             LimitError: it did.
         """
-        if self._given.is_set():
+        if self._given:
             raise LimitError(_DISPLACED)
 
-    async def given_away(self) -> None:
-        """Wait until another exchange takes this place; then raise as `check` does."""
-        await self._given.wait()
-        self.check()
+    @contextmanager
+    def interrupted_by(self, interrupt: Callable[[], None]) -> Iterator[None]:
+        """Call a function when another exchange takes this place during the block."""
+        self._interrupt = interrupt
+        try:
+            yield
+        finally:
+            self._interrupt = None
 
     def give_way(self) -> None:
         """End this exchange in favour of another."""
-        self._given.set()
+        self._given = True
+        if self._interrupt is not None:
+            self._interrupt()
 
 
 class Exchanges:

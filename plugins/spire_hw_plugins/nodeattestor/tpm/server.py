@@ -20,7 +20,6 @@ from spire_hw.errors import (
     AttestationError,
     ErrorKind,
     Finding,
-    LimitError,
     NotReadyError,
     SpireHwError,
 )
@@ -92,10 +91,6 @@ class _Round:
 
     def expected(self, role: str, ak: TpmPublic) -> bytes:
         return qualifier(role, self.nonce, self.csr_sha256, self.secret, ak.name)
-
-
-class _ExpiredError(Exception):
-    """The challenge was not answered in time."""
 
 
 class TpmServer:
@@ -186,7 +181,7 @@ class TpmServer:
             answer = await self._ask(settings, request, message, place)
             response = wire.decode_response(answer)
             quotes = _check_response(settings, device, drawn, response)
-        self._log.info(
+        self._log.debug(
             "TPM attested",
             ek_hash=ek.hash,
             reset_count=quotes[0].clock.reset_count,
@@ -258,20 +253,28 @@ class TpmServer:
         clock = self._host.clock
         start = clock.monotonic()
         answer: bytes | SpireHwError | None = None
-        try:
-            async with asyncio.TaskGroup() as group:
-                watchers = (
-                    group.create_task(self._expire(limit_s)),
-                    group.create_task(place.given_away()),
-                )
-                try:
-                    answer = await request.challenge(message)
-                except SpireHwError as e:
-                    answer = e
-                for watcher in watchers:
-                    watcher.cancel()
-        except* (_ExpiredError, LimitError):
-            answer = None
+        scope = asyncio.timeout(None)
+
+        def end() -> None:
+            scope.reschedule(asyncio.get_running_loop().time())
+
+        async def expire() -> None:
+            await clock.sleep(limit_s)
+            end()
+
+        async with asyncio.TaskGroup() as group:
+            watcher = group.create_task(expire())
+            try:
+                async with scope:
+                    with place.interrupted_by(end):
+                        answer = await request.challenge(message)
+            except SpireHwError as e:
+                answer = e
+            except TimeoutError:
+                if not scope.expired():
+                    raise
+            finally:
+                watcher.cancel()
         place.check()
         if isinstance(answer, SpireHwError):
             raise answer
@@ -280,10 +283,6 @@ class TpmServer:
             finding = Finding("challenge_timeout", text, ErrorKind.DEADLINE_EXCEEDED)
             raise AttestationError([finding])
         return answer
-
-    async def _expire(self, seconds: float) -> None:
-        await self._host.clock.sleep(seconds)
-        raise _ExpiredError
 
 
 def _refuse(code: str, text: str, kind: ErrorKind = ErrorKind.INVALID_ARGUMENT) -> AttestationError:
