@@ -7,7 +7,18 @@ import sys
 
 import pytest
 
-HEAVY = ("grpc", "sqlalchemy", "alembic", "tpm2_pytss", "pkcs11", "click", "aiohttp", "lark")
+HEAVY = (
+    "grpc",
+    "sqlalchemy",
+    "alembic",
+    "tpm2_pytss",
+    "pkcs11",
+    "click",
+    "aiohttp",
+    "lark",
+    "pydantic",
+    "rich",
+)
 
 # Module -> the heavy libraries it may load.
 ALLOWED = {
