@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from typing_extensions import override
 
 from spire_hw.errors import DeniedError, ErrorKind, NotFoundError, SpireHwError
+from spire_hw.logsample import Sampler
 from spire_hw.rpc.interceptors import Guard
 from spire_hw.transport.peer import TcpPeer, UnixPeer
 from spire_hw_server.api.caller import Caller, Certificate, Lookups, classify, denied
@@ -48,6 +49,7 @@ class Authorizer(Guard):
         self._nodes = nodes
         self._store = store
         self._clock = clock
+        self._refusals = Sampler(clock)
 
     @override
     async def check(self, request: Any, call: Call) -> None:
@@ -78,9 +80,7 @@ class Authorizer(Guard):
                 now=self._clock.now(),
             )
         except DeniedError as e:
-            call.log.warning(
-                "call denied", reason=e.reason.name if e.reason is not None else "not allowed"
-            )
+            self._tell(call, e, certificate)
             raise
         if caller.promote:
             caller = replace(caller, node=await self._promote(call, caller), promote=False)
@@ -89,6 +89,17 @@ class Authorizer(Guard):
             call.log = call.log.bind(
                 authorized_as=caller.authorized_as.value, authorized_via=caller.authorized_via
             )
+
+    def _tell(self, call: Call, error: DeniedError, certificate: Certificate | None) -> None:
+        """Log a refusal, but not every one of a caller in a loop."""
+        who: object = certificate.spiffe_id if certificate is not None else None
+        if who is None:
+            peer = call.peer
+            who = peer.source if isinstance(peer, TcpPeer) else peer.process.uid
+        left_out = self._refusals.admit((who, call.method))
+        if left_out is not None:
+            reason = error.reason.name if error.reason is not None else "not allowed"
+            call.log.warning("call denied", reason=reason, left_out=left_out)
 
     async def _node(self, certificate: Certificate) -> Node | None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import pytest
 import pytest_asyncio
 from google.protobuf import empty_pb2
 
+from spire_hw import log as logs
 from spire_hw._pb import (
     server_agent_pb2,
     server_bundle_pb2,
@@ -376,3 +378,22 @@ async def test_versions_that_would_write_on_a_terminal_are_refused(
             server_agent_pb2.PostStatusResponse,
         )
     assert caught.value.kind is ErrorKind.INVALID_ARGUMENT
+
+
+async def test_a_caller_in_a_loop_does_not_fill_the_log(cast: Cast) -> None:
+    stranger, _, _ = cast.callers["anonymous"]
+    stream = io.StringIO()
+    logs.configure(logs.LogSettings(), stream=stream)
+    try:
+        async with await stranger.channel() as channel:
+            for _ in range(30):
+                with pytest.raises(DeniedError):
+                    await channel.unary(
+                        AUTHORIZED,
+                        server_entry_pb2.GetAuthorizedEntriesRequest(),
+                        server_entry_pb2.GetAuthorizedEntriesResponse,
+                        timeout_s=TIMEOUT_S,
+                    )
+    finally:
+        logs.unconfigure()
+    assert stream.getvalue().count("call denied") == 10
