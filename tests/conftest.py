@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from spire_hw.rpc import engine
 
 _READABLE_BYTES = 12
+
+# How fast examples come says something about the machine, not about the code.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

@@ -14,6 +14,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, ClassVar, Final, Literal
 
+from pydantic import Field
+
 from spire_hw.config.hcl import Body
 from spire_hw.config.host import (
     HealthChecks,
@@ -26,7 +28,7 @@ from spire_hw.config.host import (
     parse_trust_domain,
     read_body,
 )
-from spire_hw.config.schema import Field, GoDuration, Model, at_least, check, parsed
+from spire_hw.config.schema import GoDuration, Model, at_least, check, parsed
 from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
 from spire_hw.key import KeyType
 from spire_hw.log import LogSettings  # noqa: TC001 - public field types stay real

@@ -13,6 +13,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, ClassVar, Final
 
+from pydantic import Field
+
 from spire_hw.config.duration import format_duration
 from spire_hw.config.hcl import Body
 from spire_hw.config.host import (
@@ -28,7 +30,7 @@ from spire_hw.config.host import (
     parse_trust_domain,
     read_body,
 )
-from spire_hw.config.schema import Field, GoDuration, Model, at_least, check, nearest, parsed
+from spire_hw.config.schema import GoDuration, Model, at_least, check, nearest, parsed
 from spire_hw.errors import ConfigError, ConfigFault
 from spire_hw.key import KeyType
 from spire_hw.log import LogSettings  # noqa: TC001 - public field types stay real

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
 
+from pydantic import Field
+
 from spire_hw.config import hcl
 from spire_hw.config.hcl import Block, Body, Integer, Item
-from spire_hw.config.schema import Field, Model, parsed
+from spire_hw.config.schema import Model, parsed
 from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
 from spire_hw.log import Format, Level, LogSettings
 from spire_hw.spiffeid import TrustDomain

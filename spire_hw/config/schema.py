@@ -8,41 +8,46 @@ given as a whole number, booleans are bare, lists need brackets. A model's field
 
 from __future__ import annotations
 
+import difflib
+import os
+import types
 import typing
-from collections.abc import Callable  # noqa: TC003 - public signatures stay real
+from collections.abc import Callable, Iterable, Iterator, Mapping  # noqa: TC003 - pydantic evaluates annotations
 from datetime import timedelta
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, ClassVar, Final, TypeVar, Union
+
+# Looking for plugins reads the metadata of every installed package: 50 ms and 2 MiB.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainValidator,
+    PrivateAttr,
+    ValidationError,
+)
+from pydantic.fields import FieldInfo  # noqa: TC002 - as above
 
 from spire_hw.config.duration import format_duration, parse_duration
 from spire_hw.config.hcl import Block, Body, Integer, Item, Value
-from spire_hw.config.model import Checked, Field, Model, Parsed, bare, fit, kind_of, nearest
 from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
-
-__all__ = [
-    "Checked",
-    "Field",
-    "GoDuration",
-    "Model",
-    "at_least",
-    "check",
-    "decode",
-    "faults",
-    "nearest",
-    "parsed",
-]
 
 
 def _duration(value: object) -> timedelta:
+    if isinstance(value, timedelta):
+        return value
     if not isinstance(value, str):
         raise InvalidInputError('expected a duration such as "1h30m"')
     return parse_duration(value)
 
 
-GoDuration = Annotated[timedelta, Parsed(_duration)]
+GoDuration = Annotated[timedelta, BeforeValidator(_duration)]
 
 
-def at_least(least: timedelta) -> Checked:
-    """Return a check of durations that must not be shorter: `Annotated[GoDuration, ...]`."""
+def at_least(least: timedelta) -> AfterValidator:
+    """Return a validator for durations that must not be shorter: `Annotated[GoDuration, ...]`."""
 
     def long_enough(value: timedelta) -> timedelta:
         if value < least:
@@ -50,11 +55,11 @@ def at_least(least: timedelta) -> Checked:
             raise InvalidInputError(f"{format_duration(value)} is below the least, {shortest}")
         return value
 
-    return Checked(long_enough)
+    return AfterValidator(long_enough)
 
 
-def parsed(parse: Callable[[str], object]) -> Parsed:
-    """Return what turns text into a value, for `Annotated[SpiffeId, ...]`.
+def parsed(parse: Callable[[str], object]) -> PlainValidator:
+    """Make a validator that turns text into a value, for `Annotated[SpiffeId, ...]`.
 
     Args:
         parse: raises InvalidInputError for text that will not do.
@@ -62,10 +67,46 @@ def parsed(parse: Callable[[str], object]) -> Parsed:
 
     def from_text(value: object) -> object:
         if not isinstance(value, str):
-            raise InvalidInputError(f"expected text, found {kind_of(value)}")
+            raise InvalidInputError(f"expected text, found {_kind_of(value)}")
         return parse(value)
 
-    return Parsed(from_text)
+    return PlainValidator(from_text)
+
+
+class Model(BaseModel):
+    """Base of all configuration models.
+
+    Attributes:
+        unsupported: keys that upstream knows and this release does not, with the one value that
+            may stand all the same because it asks for nothing (None: no value may).
+        tolerant: keys nobody knows are noted instead of refused (upstream's `experimental`).
+    """
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, arbitrary_types_allowed=True
+    )
+    unsupported: ClassVar[Mapping[str, object]] = {}
+    tolerant: ClassVar[bool] = False
+
+    _lines: dict[str, int] = PrivateAttr(default_factory=dict)
+    _ignored: tuple[str, ...] = PrivateAttr(default=())
+
+    def line(self, field: str) -> int:
+        """Return the line that gave a field, or where its block starts; 0 when unknown."""
+        return self._lines.get(field, self._lines.get("", 0))
+
+    def given(self, field: str) -> bool:
+        """Tell whether the field stood in the configuration."""
+        return field in self.model_fields_set
+
+    def remember(self, lines: Mapping[str, int], ignored: Iterable[str]) -> None:
+        """Keep where the fields stood and what was passed over; called once by the reader."""
+        self._lines = dict(lines)
+        self._ignored = tuple(ignored)
+
+    def ignored(self) -> tuple[str, ...]:
+        """Return the unknown keys of a tolerant model that were passed over."""
+        return self._ignored
 
 
 M = TypeVar("M", bound=Model)
@@ -101,6 +142,13 @@ def check(body: Body, model: type[M], line: int = 0) -> tuple[M | None, list[Con
     return (None if found else value), found
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean "x"?` for the known name closest to name, "" when none is close."""
+    by_lower = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return f'; did you mean "{by_lower[close[0]]}"?' if close else ""
+
+
 class _Reader:
     """Reads one body; nested bodies get readers of their own."""
 
@@ -111,10 +159,9 @@ class _Reader:
         self._values: dict[str, Any] = {}
         self._lines: dict[str, int] = {"": line}
         self._ignored: list[str] = []
-        self._broken: set[str] = set()  # already reported, not to be checked as well
-        self._fields: dict[str, tuple[str, Any]] = {
-            (spec.key or name).lower(): (name, hint)
-            for name, (hint, spec) in model.model_fields().items()
+        self._broken: set[str] = set()  # already reported: pydantic need not say it again
+        self._fields = {
+            (f.alias or name).lower(): (name, f) for name, f in model.model_fields.items()
         }
 
     def read(self, body: Body) -> Any:
@@ -125,26 +172,16 @@ class _Reader:
             held = self._values[key]
             if isinstance(held, _Merged):
                 self._values[key] = self._nested(key, held.shape, held.body(), held.line)
-        values = {name: self._checked(name) for name in self._values.keys() - self._broken}
-        for name, (_, spec) in self._model.model_fields().items():
-            if name not in self._values and name not in self._broken and not spec.has_default:
-                self._fault(self._line, f'"{spec.key or name}": is required')
-                self._broken.add(name)
+        values = {k: v for k, v in self._values.items() if k not in self._broken}
+        try:
+            made = self._model.model_validate(values, by_name=True, by_alias=False)
+        except ValidationError as e:
+            self._explain(e)
+            return None
         if self._broken:
             return None
-        made = self._model(**values)
         made.remember(self._lines, self._ignored)
         return made
-
-    def _checked(self, name: str) -> Any:
-        hint, spec = self._model.model_fields()[name]
-
-        def complain(place: str, words: str) -> None:
-            self._broken.add(name)
-            where = f'"{spec.key or name}"{place}'
-            self._fault(self._lines.get(name, self._line), f"{where}: {words}")
-
-        return fit(hint, self._values[name], complain)
 
     def _fault(self, line: int, message: str) -> None:
         self.faults.append(ConfigFault(line, message))
@@ -155,9 +192,9 @@ class _Reader:
         if field is None:
             self._unknown(key, item)
             return
-        name, hint = field
+        name, info = field
         self._lines[name] = item.line
-        shape = _Shape(hint)
+        shape = _Shape.of(info)
         if isinstance(item, Block):
             self._take_block(name, key, shape, item)
         elif shape.model is not None or shape.is_body:
@@ -180,8 +217,8 @@ class _Reader:
         elif self._model.tolerant:
             self._ignored.append(key)
         else:
-            hint = nearest(key, self._model.model_keys())
-            self._fault(item.line, f'unknown key "{key}"{hint}')
+            known = [f.alias or n for n, f in self._model.model_fields.items()]
+            self._fault(item.line, f'unknown key "{key}"{nearest(key, known)}')
 
     def _take_value(self, name: str, key: str, shape: _Shape, item: Item) -> None:
         before = self._values.get(name)
@@ -236,6 +273,18 @@ class _Reader:
             self._broken.add(name)
         return made
 
+    def _explain(self, error: ValidationError) -> None:
+        for one in error.errors(include_url=False):
+            name = str(one["loc"][0]) if one["loc"] else ""
+            if name in self._broken:
+                continue
+            info = self._model.model_fields.get(name)
+            key = (info.alias if info else None) or name
+            where = "".join(f"[{i}]" for i in one["loc"][1:] if isinstance(i, int))
+            line = self._lines.get(name, self._line)
+            subject = f'"{key}"{where}' if key else "block"
+            self._fault(line, f"{subject}: {_words(dict(one))}" if name else _words(dict(one)))
+
 
 class _Merged:
     """Blocks given several times for one field: they count as one, later keys win."""
@@ -253,7 +302,7 @@ class _Merged:
 
 
 class _Shape:
-    """What a field wants, as far as reading is concerned; `fit` does the checking."""
+    """What a field wants, as far as reading is concerned; pydantic does the checking."""
 
     def __init__(self, annotation: Any) -> None:
         self.model: type[Model] | None = None
@@ -263,15 +312,19 @@ class _Shape:
         self.scalar: Any = None
         self._read(annotation)
 
+    @classmethod
+    def of(cls, info: FieldInfo) -> _Shape:
+        return cls(info.annotation)
+
     def _read(self, annotation: Any) -> None:
-        annotation = bare(annotation)
+        annotation = _bare(annotation)
         origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
         if origin in (list, tuple):
             self.many = True
-            annotation = bare(arguments[0])
+            annotation = _bare(arguments[0])
         elif origin is dict:
             self.labelled = True
-            annotation = bare(arguments[1])
+            annotation = _bare(arguments[1])
         if isinstance(annotation, type) and issubclass(annotation, Model):
             self.model = annotation
         elif annotation is Body:
@@ -284,6 +337,13 @@ class _Shape:
         if isinstance(value, list):
             return [_scalar(v, self.scalar) for v in value] if self.many else value
         return value if self.many else _scalar(value, self.scalar)
+
+
+def _bare(annotation: Any) -> Any:
+    while typing.get_origin(annotation) in (Annotated, Union, types.UnionType):
+        inner = [a for a in typing.get_args(annotation) if a is not types.NoneType]
+        annotation = inner[0]
+    return annotation
 
 
 def _scalar(value: Value, wanted: Any) -> Any:
@@ -314,3 +374,54 @@ def _quoted_integer(text: str) -> int | str:
     except ValueError:
         return text
     return -value if text.startswith("-") else value
+
+
+_EXPECTED: Final[dict[str, str]] = {
+    "missing": "is required",
+    "string_type": "expected text",
+    "int_type": "expected a whole number",
+    "bool_type": "expected true or false without quotes",
+    "float_type": "expected a number",
+    "list_type": "expected a list: [ ... ]",
+    "tuple_type": "expected a list: [ ... ]",
+    "dict_type": "expected labelled blocks",
+    "is_instance_of": "expected a block",
+}
+
+
+def _words(error: dict[str, Any]) -> str:  # noqa: PLR0911 - one per kind
+    kind, context = error["type"], error.get("ctx") or {}
+    if kind == "missing":
+        return _EXPECTED[kind]
+    if kind in _EXPECTED:
+        return f"{_EXPECTED[kind]}, found {_kind_of(error['input'])}"
+    if kind == "literal_error":
+        known = list(_quoted_names(str(context["expected"])))
+        hint = nearest(error["input"], known) if isinstance(error["input"], str) else ""
+        return f"must be one of {', '.join(known)}{hint}"
+    if kind in {"value_error", "assertion_error"}:
+        return str(context.get("error", error["msg"]))
+    bounds = {
+        "greater_than": ("more than", "gt"),
+        "greater_than_equal": ("at least", "ge"),
+        "less_than": ("less than", "lt"),
+        "less_than_equal": ("at most", "le"),
+    }
+    if kind in bounds:
+        words, key = bounds[kind]
+        return f"must be {words} {context[key]}"
+    if kind == "too_short":
+        return f"needs at least {context['min_length']} entries"
+    return str(error["msg"])
+
+
+def _quoted_names(expected: str) -> Iterator[str]:
+    """Yield the names out of pydantic's `'a', 'b' or 'c'`."""
+    yield from expected.split("'")[1::2]
+
+
+def _kind_of(value: object) -> str:
+    names = {bool: "a boolean", str: "text", float: "a number with a fraction", list: "a list"}
+    if isinstance(value, int) and not isinstance(value, bool):
+        return "a whole number"
+    return next((words for kind, words in names.items() if isinstance(value, kind)), "a block")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Self, Union
 
+from pydantic_core.core_schema import CoreSchema, is_instance_schema
 from typing_extensions import override
 
 from spire_hw.errors import InvalidInputError
@@ -152,6 +153,11 @@ class Body:
     def to_hcl(self) -> str:
         """Return HCL text that reads back as an equal tree."""
         return "".join(_print_body(self, ""))
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, _source: object, _handler: object) -> CoreSchema:
+        """Let a model hold a body as it is, without looking inside."""
+        return is_instance_schema(cls)
 
     @classmethod
     def empty(cls) -> Body:

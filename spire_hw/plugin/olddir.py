@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Final
 
+from pydantic import Field
+
 from spire_hw.config import hcl
 from spire_hw.config.hcl import Block, Body, Item
-from spire_hw.config.schema import Field, Model, check
+from spire_hw.config.schema import Model, check
 from spire_hw.errors import ConfigError, ConfigFault
 
 if TYPE_CHECKING:

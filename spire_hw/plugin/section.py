@@ -14,9 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Final
 
+from pydantic import AfterValidator, Field
+
 from spire_hw.config import hcl
 from spire_hw.config.hcl import Body
-from spire_hw.config.schema import Checked, Field, Model, check, nearest
+from spire_hw.config.schema import Model, check, nearest
 from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
 from spire_hw.plugin.info import PluginKind
 
@@ -91,7 +93,7 @@ def _checksum(value: str) -> str:
 class _PluginBlock(Model):
     plugin_cmd: str = ""
     plugin_args: list[str] = Field(default_factory=list)
-    plugin_checksum: Annotated[str, Checked(_checksum)] = ""
+    plugin_checksum: Annotated[str, AfterValidator(_checksum)] = ""
     plugin_env: list[str] = Field(default_factory=list)
     plugin_data: Body = Body.empty()
     plugin_data_file: str = ""

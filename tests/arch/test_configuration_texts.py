@@ -131,7 +131,7 @@ def check_plugin(block: Block) -> None:
 
 
 def keys_of(*models: type[object]) -> set[str]:
-    return {key for model in models for key in model.model_fields()}  # type: ignore[attr-defined]
+    return {key for model in models for key in model.model_fields}  # type: ignore[attr-defined]
 
 
 def test_every_key_of_both_files_is_documented() -> None:

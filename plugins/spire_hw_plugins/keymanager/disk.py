@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Final
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from pydantic import StringConstraints
 
-from spire_hw.config.schema import Field, Model, decode, faults
+from spire_hw.config.schema import Model, decode, faults
 from spire_hw.errors import ConfigFault, InvalidInputError, NotReadyError, SpireHwError
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw_plugins.keymanager.software import SoftwareKey, SoftwareKeys
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 NAME: Final = "disk"
 _FILE_NAME: Final = "keys.json"
 _MAX_FILE_BYTES: Final = 1 << 20
-_Text = Annotated[str, Field(min_length=1)]
+_Text = Annotated[str, StringConstraints(min_length=1)]
 
 
 class ServerConfig(Model):

@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
+from pydantic import Field, StringConstraints
+
 from spire_hw.config.duration import parse_duration
 from spire_hw.config.hcl import Body
-from spire_hw.config.schema import Field, GoDuration, Model, decode, faults
+from spire_hw.config.schema import GoDuration, Model, decode, faults
 from spire_hw.errors import (
     ConfigError,
     ConfigFault,
@@ -53,7 +55,7 @@ _MAX_IDENTIFIER: Final = 64
 _URI_ATTRIBUTES: Final = frozenset(
     {"token", "serial", "model", "manufacturer", "slot-description", "slot-manufacturer"}
 )
-_Text = Annotated[str, Field(min_length=1)]
+_Text = Annotated[str, StringConstraints(min_length=1)]
 
 
 class Config(Model):

@@ -12,7 +12,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
-from spire_hw.config.schema import Checked, Field, GoDuration, Model, check
+from pydantic import AfterValidator, Field, create_model
+
+from spire_hw.config.schema import GoDuration, Model, check
 from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError, NotReadyError
 from spire_hw.tpm.ekcert import ChainTime, EkRoots
 from spire_hw.tpm.wire import BANKS, HASHES, PCR_COUNT, PcrSelection
@@ -47,8 +49,8 @@ def _digest(text: str) -> str:
     return lowered
 
 
-_Hash = Annotated[str, Checked(_hash)]
-_Digest = Annotated[str, Checked(_digest)]
+_Hash = Annotated[str, AfterValidator(_hash)]
+_Digest = Annotated[str, AfterValidator(_digest)]
 _Pcr = Annotated[int, Field(ge=0, lt=PCR_COUNT)]
 
 
@@ -61,14 +63,10 @@ class PcrSelectionConfig(Model):
 
 
 # Allowed values of one bank: keys are the PCR numbers.
-BankValues = type(
+BankValues = create_model(
     "BankValues",
-    (Model,),
-    {
-        "__module__": __name__,
-        "__annotations__": {f"pcr{n}": list[_Digest] | None for n in range(PCR_COUNT)},
-        **{f"pcr{n}": Field(default=None, key=str(n)) for n in range(PCR_COUNT)},
-    },
+    __base__=Model,
+    **{f"pcr{n}": (list[_Digest] | None, Field(None, alias=str(n))) for n in range(PCR_COUNT)},  # type: ignore[call-overload]
 )
 
 

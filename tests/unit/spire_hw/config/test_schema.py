@@ -5,9 +5,10 @@ from datetime import timedelta
 from typing import Annotated, ClassVar, Literal
 
 import pytest
+from pydantic import Field, ValidationError
 
 from spire_hw.config.hcl import Body, parse
-from spire_hw.config.schema import Field, GoDuration, Model, at_least, decode, faults, parsed
+from spire_hw.config.schema import GoDuration, Model, at_least, decode, faults, parsed
 from spire_hw.errors import ConfigError
 from spire_hw.spiffeid import SpiffeId
 
@@ -76,7 +77,7 @@ def test_a_good_body_becomes_a_frozen_value() -> None:
     assert made.line("level") == 1
     assert made.given("port")
     assert not made.given("level")
-    with pytest.raises(AttributeError):
+    with pytest.raises(ValidationError):
         made.port = 3
 
 
