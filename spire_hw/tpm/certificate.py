@@ -13,6 +13,7 @@ import binascii
 import re
 from dataclasses import dataclass, field
 from enum import IntFlag
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from cryptography.exceptions import InvalidSignature
@@ -238,9 +239,12 @@ def _read_extensions(tbs: der.Value, rest: Sequence[der.Value]) -> dict[str, Ext
 
 def _read_basic_constraints(extensions: dict[str, Extension], what: str) -> tuple[bool, int | None]:
     extension = extensions.get(BASIC_CONSTRAINTS)
-    if extension is None:
-        return False, None
-    outer = der.read_all(extension.value, f"{what}: basic constraints", der.SEQUENCE)
+    return (False, None) if extension is None else _constraints_of(extension.value, what)
+
+
+@lru_cache(maxsize=64)
+def _constraints_of(value: bytes, what: str) -> tuple[bool, int | None]:
+    outer = der.read_all(value, f"{what}: basic constraints", der.SEQUENCE)
     parts = outer.members()
     is_ca = False
     if parts and parts[0].tag == der.BOOLEAN:
@@ -253,10 +257,13 @@ def _read_basic_constraints(extensions: dict[str, Extension], what: str) -> tupl
 
 def _read_key_usage(extensions: dict[str, Extension], what: str) -> KeyUsage | None:
     extension = extensions.get(KEY_USAGE)
-    if extension is None:
-        return None
-    value = der.read_all(extension.value, f"{what}: key usage", der.BIT_STRING)
-    return KeyUsage(der.named_bits(value) & sum(KeyUsage))
+    return None if extension is None else _usage_of(extension.value, what)
+
+
+@lru_cache(maxsize=64)
+def _usage_of(value: bytes, what: str) -> KeyUsage:
+    bits = der.named_bits(der.read_all(value, f"{what}: key usage", der.BIT_STRING))
+    return KeyUsage(bits & sum(KeyUsage))
 
 
 def _read_key(spki: der.Value, what: str) -> tuple[PublicKey, bytes]:
@@ -355,6 +362,7 @@ def _is_signed(
     return True
 
 
+@lru_cache(maxsize=64)
 def _read_algorithm(
     raw: bytes,
 ) -> tuple[hashes.HashAlgorithm, padding.AsymmetricPadding | None]:

@@ -68,9 +68,18 @@ class Value(NamedTuple):
         Raises:
             EncodingError: the content is not a series of values.
         """
-        data, what, offset = self.content, self.what, 0
+        data, what, offset, size = self.content, self.what, 0, len(self.content)
         found = []
-        while offset < len(data):
+        while offset < size:
+            # The ordinary case of `read`, without its call: a certificate has fifty values.
+            end = offset + 2
+            if end <= size and data[offset] & _HIGH_TAG != _HIGH_TAG:
+                end += data[offset + 1]
+                if data[offset + 1] < _LONG_FORM and end <= size:
+                    content, raw = data[offset + 2 : end], data[offset:end]
+                    found.append(Value(data[offset], content, raw, what, offset))
+                    offset = end
+                    continue
             value = read(data, what, offset)
             found.append(value)
             offset += len(value.raw)

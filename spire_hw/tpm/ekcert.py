@@ -168,9 +168,13 @@ def read_model(leaf: Certificate) -> TpmModel:
         InvalidInputError: a value is ambiguous or holds characters that are not allowed.
     """
     extension = leaf.extensions.get(_SAN)
-    if extension is None:
-        return TpmModel()
-    names = der.read_all(extension.value, "ek: subject alternative name", der.SEQUENCE).members()
+    return TpmModel() if extension is None else _read_names(extension.value)
+
+
+@functools.lru_cache(maxsize=64)
+def _read_names(value: bytes) -> TpmModel:
+    """Read a subject alternative name; all TPMs of a model have the same."""
+    names = der.read_all(value, "ek: subject alternative name", der.SEQUENCE).members()
     directories = [name for name in names if name.tag == _DIRECTORY_NAME]
     if len(directories) > 1:
         raise InvalidInputError("ek: TPM manufacturer is ambiguous: two directory names")
@@ -290,9 +294,10 @@ def _check_leaf(leaf: Certificate, at: datetime, chain_time: ChainTime) -> None:
         raise _deny("ek_key_usage", "key usage does not fit")
 
 
-def _read_oids(value: bytes) -> set[str]:
+@functools.lru_cache(maxsize=64)
+def _read_oids(value: bytes) -> frozenset[str]:
     what = "ek: extended key usage"
-    return {der.oid(one) for one in der.read_all(value, what, der.SEQUENCE).members()}
+    return frozenset(der.oid(one) for one in der.read_all(value, what, der.SEQUENCE).members())
 
 
 def _check_critical(found: Certificate) -> None:

@@ -39,6 +39,7 @@ _HASHES: Final[dict[int, hashes.HashAlgorithm]] = {
     wire.ALG_SHA384: hashes.SHA384(),
     wire.ALG_SHA512: hashes.SHA512(),
 }
+_ECDSA: Final = {number: ec.ECDSA(algorithm) for number, algorithm in _HASHES.items()}
 _ORDERS: Final[dict[str, int]] = {
     "secp256r1": 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551,
     "secp384r1": int(
@@ -434,12 +435,12 @@ def _encode_signature(key: object, signature: wire.Signature) -> bytes | None:
 
 
 def _is_signed(key: object, encoded: bytes, data: bytes, signature: wire.Signature) -> bool:
-    algorithm = _HASHES[signature.hash]
     try:
         if isinstance(key, ec.EllipticCurvePublicKey):
-            key.verify(encoded, data, ec.ECDSA(algorithm))
+            key.verify(encoded, data, _ECDSA[signature.hash])
             return True
         if isinstance(key, rsa.RSAPublicKey):
+            algorithm = _HASHES[signature.hash]
             key.verify(encoded, data, _padding(signature.scheme, algorithm), algorithm)
             return True
     except InvalidSignature:
