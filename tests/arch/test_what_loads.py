@@ -16,7 +16,6 @@ HEAVY = (
     "click",
     "aiohttp",
     "lark",
-    "pydantic",
     "rich",
 )
 
