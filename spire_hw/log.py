@@ -3,26 +3,19 @@
 One `Output` per process takes every line: those of our loggers, those of the standard library's
 `logging` (grpc, alembic, aiohttp). It is the last place before a line leaves the process, so it
 redacts secrets and escapes whatever could forge a line.
-
-Text is `time="..." level=info msg="..." key=value`, keys after `msg` sorted; JSON is one object a
-line with sorted keys. Source: the formatters of sirupsen/logrus 1.9 as upstream sets them up.
 """
 
 from __future__ import annotations
 
 import contextlib
 import enum
-import json
 import logging
 import os
-import re
 import signal
 import sys
 import threading
 import traceback
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from typing_extensions import override
@@ -30,6 +23,7 @@ from typing_extensions import override
 from spire_hw.clock import Clock, SystemClock
 from spire_hw.errors import InvalidInputError, UnavailableError
 from spire_hw.logpipe import LinePipe, may_block
+from spire_hw.logtext import clean_key, hidden, plain_text, redacted, render_json, render_text
 
 _RICH: Final = "rich"
 if _RICH not in sys.modules:
@@ -46,6 +40,7 @@ else:
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Mapping, MutableMapping
+    from datetime import datetime
     from pathlib import Path
 
 Logger = FilteringBoundLogger
@@ -193,11 +188,10 @@ class Output:
                 self._lost += 1
 
     def _render(self, level: Level, now: datetime, message: str, fields: Mapping[str, Any]) -> str:
-        clean = {_clean_key(k): _redacted(k, v) for k, v in fields.items()}
-        message = _hide(_text(message))
-        if self.settings.format is Format.JSON:
-            return render_json(level, now, message, clean)
-        return render_text(level, now, message, clean)
+        clean = {clean_key(k): redacted(k, v) for k, v in fields.items()}
+        message = hidden(plain_text(message))
+        render = render_json if self.settings.format is Format.JSON else render_text
+        return render(level.label, now, message, clean)
 
     def _put(self, line: str) -> bool:
         data = line.encode("utf-8", "backslashreplace") + b"\n"
@@ -309,176 +303,6 @@ def _open(file: Path) -> int:
         return os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
     except OSError as e:
         raise UnavailableError(f"log file {file} cannot be opened: {e.strerror}") from e
-
-
-# --- rendering --------------------------------------------------------------------------------
-
-_LOCATION: Final = {"_func": "func", "_file": "file"}
-_BARE: Final = re.compile(r"[A-Za-z0-9\-._/@^+]*", re.ASCII)
-_HTML: Final = re.compile("[<>&\x7f-\x9f\u2028\u2029]")
-_GO_ESCAPES: Final = {
-    "\a": "\\a", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\v": "\\v",
-    '"': '\\"', "\\": "\\\\",
-}  # fmt: skip
-_ASCII_END: Final = 0x7F
-_BMP_END: Final = 0xFFFF
-
-
-def format_time(moment: datetime) -> str:
-    """Return RFC 3339 in UTC with the fraction's trailing zeros cut, as Go's RFC3339Nano."""
-    text = moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    fraction = f".{moment.microsecond:06d}".rstrip("0").rstrip(".")
-    return f"{text}{fraction}Z"
-
-
-def render_text(level: Level, now: datetime, message: str, fields: Mapping[str, Any]) -> str:
-    """Return a line of text without its newline."""
-    parts = [f"time={_quoted(format_time(now))}", f"level={level.label}"]
-    if message:
-        parts.append(f"msg={_quoted(message)}")
-    parts += [f"{name}={_quoted(str(fields[k]))}" for k, name in _LOCATION.items() if k in fields]
-    rest = {_unclashed(k): v for k, v in fields.items() if k not in _LOCATION}
-    parts += [f"{key}={_quoted(_go_text(rest[key]))}" for key in sorted(rest)]
-    return " ".join(parts)
-
-
-def render_json(level: Level, now: datetime, message: str, fields: Mapping[str, Any]) -> str:
-    """Return one JSON object on one line."""
-    values = {_unclashed(k): v for k, v in fields.items() if k not in _LOCATION}
-    values |= {name: fields[k] for k, name in _LOCATION.items() if k in fields}
-    values |= {"time": format_time(now), "level": level.label, "msg": message}
-    text = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return _HTML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-
-
-def _unclashed(key: str) -> str:
-    return f"fields.{key}" if key in {"time", "level", "msg"} else key
-
-
-def _quoted(text: str) -> str:
-    if _BARE.fullmatch(text):
-        return text
-    if text.isprintable() and '"' not in text and "\\" not in text:
-        return f'"{text}"'
-    return '"' + "".join(map(_go_char, text)) + '"'
-
-
-def _go_char(char: str) -> str:
-    if char in _GO_ESCAPES:
-        return _GO_ESCAPES[char]
-    if char.isprintable():
-        return char
-    code = ord(char)
-    if code <= _ASCII_END:
-        return f"\\x{code:02x}"
-    return f"\\u{code:04x}" if code <= _BMP_END else f"\\U{code:08x}"
-
-
-def _go_text(value: Any) -> str:
-    if value is None:
-        return "<nil>"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list):
-        return "[" + " ".join(map(_go_text, value)) + "]"
-    if isinstance(value, dict):
-        return "map[" + " ".join(f"{k}:{_go_text(v)}" for k, v in value.items()) + "]"
-    return str(value)
-
-
-# --- redaction --------------------------------------------------------------------------------
-
-REDACTED: Final = "[redacted]"
-_MAX_CHARS: Final = 16 * 1024
-_MAX_ITEMS: Final = 256
-_MAX_NESTING: Final = 6
-_KEY: Final = re.compile(r"[^A-Za-z0-9_.\-@]", re.ASCII)
-_WORDS: Final = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
-_SECRET_WORDS: Final = frozenset(
-    [
-        "pin",
-        "pins",
-        "sopin",
-        "token",
-        "tokens",
-        "password",
-        "passwords",
-        "passwd",
-        "passphrase",
-        "secret",
-        "secrets",
-        "jwt",
-        "jwts",
-        "credential",
-        "credentials",
-        "authorization",
-        "cookie",
-    ]
-)
-_SECRET_PAIRS: Final = frozenset(
-    {"private key", "svid token", "token value", "jwt svid", "pin value"}
-)
-_HIDDEN: Final = re.compile(
-    r"eyJ[A-Za-z0-9_\-]{4,}\.[A-Za-z0-9_\-]{4,}\.[A-Za-z0-9_\-]*"
-    r"|-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----.*?(?:-----END (?:[A-Z0-9]+ )*PRIVATE KEY-----|\Z)"
-    r"|(?<=pin-value=)[^&\s;]+",
-    re.DOTALL,
-)
-# What every match of the pattern holds; most texts hold none of it.
-_HIDDEN_SIGNS: Final = ("eyJ", "-----BEGIN ", "pin-value=")
-
-
-@lru_cache(maxsize=1024)
-def is_secret_key(key: str) -> bool:
-    """Tell whether values under this key are withheld: its last word or two name a secret.
-
-    `user_pin`, `join_token`, `clientSecret` are; `token_label`, `pin_file`, `jwt_svid_ttl` are not.
-    """
-    words = [w.lower() for w in _WORDS.findall(key)]
-    return bool(words) and (words[-1] in _SECRET_WORDS or " ".join(words[-2:]) in _SECRET_PAIRS)
-
-
-@lru_cache(maxsize=1024)
-def _clean_key(key: str) -> str:
-    return _KEY.sub("_", key)[:128] or "_"
-
-
-def _redacted(key: str, value: Any, nesting: int = 0) -> Any:  # noqa: PLR0911 - one per type
-    """Return the value as it may be shown: plain types only, secrets replaced, sizes bounded."""
-    if value is None or isinstance(value, bool):
-        return value
-    if is_secret_key(key):
-        return REDACTED
-    if nesting > _MAX_NESTING:
-        return "..."
-    if isinstance(value, (int, float)) and not isinstance(value, enum.Enum):
-        return value if value == value and abs(value) < 1e300 else str(value)[:64]  # noqa: PLR0124, PLR2004 - NaN, huge
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return f"<{len(value)} bytes>"
-    if isinstance(value, dict):
-        held = list(value.items())[:_MAX_ITEMS]
-        return {_clean_key(str(k)): _redacted(str(k), v, nesting + 1) for k, v in held}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_redacted(key, v, nesting + 1) for v in list(value)[:_MAX_ITEMS]]
-    if isinstance(value, datetime):
-        return format_time(value) if value.tzinfo else value.isoformat()
-    return _hide(_text(value))
-
-
-def _text(value: Any) -> str:
-    try:
-        text = value if isinstance(value, str) else str(value)
-    except Exception as e:  # noqa: BLE001 - a broken __str__ must not stop the caller
-        text = f"<{type(value).__name__} that cannot be shown: {type(e).__name__}>"
-    if len(text) > _MAX_CHARS:
-        text = text[:_MAX_CHARS] + "..."
-    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
-
-
-def _hide(text: str) -> str:
-    if any(sign in text for sign in _HIDDEN_SIGNS):
-        return _HIDDEN.sub(REDACTED, text)
-    return text
 
 
 # --- the process's output ---------------------------------------------------------------------

@@ -17,7 +17,7 @@ from spire_hw.goplugin.facade.table import remote
 from spire_hw.goplugin.launch import Launch, Limits
 from spire_hw.goplugin.program import open_program
 from spire_hw.goplugin.supervise import Supervisor
-from spire_hw.log import is_secret_key
+from spire_hw.logtext import is_secret_key
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping

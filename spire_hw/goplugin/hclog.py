@@ -34,7 +34,7 @@ def render(record: dict[str, Any]) -> str:
     """Return a line for one record of our JSON log.
 
     Args:
-        record: `time`, `level`, `msg` and fields, as `spire_hw.log.render_json` has them.
+        record: `time`, `level`, `msg` and fields, as `spire_hw.logtext.render_json` has them.
     """
     fields = {_unreserved(k): v for k, v in record.items() if k not in {"time", "level", "msg"}}
     head = {
