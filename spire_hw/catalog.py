@@ -19,6 +19,7 @@ from spire_hw.config import hcl
 from spire_hw.errors import (
     ConfigError,
     ConfigFault,
+    ErrorKind,
     InvalidInputError,
     NotFoundError,
     PluginError,
@@ -290,6 +291,8 @@ class _Slot:
         except PluginError:
             raise
         except SpireHwError as e:
+            if self.external is not None and e.kind is ErrorKind.INVALID_ARGUMENT:
+                raise ConfigError(config.file, _prefixed(config, e)) from e
             raise PluginError(config.prefix, e) from e
         self.data = data
 

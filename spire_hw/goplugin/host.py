@@ -50,8 +50,6 @@ _MAX_NOTES: Final = 32
 _MAX_NOTE: Final = 500
 # Sockets of a process are closed a moment before its end is told.
 _END_NOTICED_S: Final = 0.2
-# What it says about what it was given needs no word about the step in front.
-_ITS_OWN: Final = frozenset({ErrorKind.INVALID_ARGUMENT, ErrorKind.UNIMPLEMENTED})
 
 T = TypeVar("T")
 
@@ -76,6 +74,8 @@ class Run:
         self._broker: Broker | None = None
         self._channel: Channel | None = None
         self._tasks = Tasks(self._task_failed)
+        self._end_tasks = Tasks(self._task_failed)
+        self._ending: asyncio.Task[None] | None = None
         self.services: frozenset[str] = frozenset()
         self.down: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         process.gone.add_done_callback(lambda gone: self.give_up(f"it ended, {gone.result()}"))
@@ -270,8 +270,12 @@ class Run:
         """Wait for an answer; the end of the process, when that comes first, is the error."""
         asking = self._tasks.spawn(f"plugin {step}", call)
         waiting: set[asyncio.Future[Any]] = {asking, self._process.gone}
+        if self._broker is not None:
+            waiting.add(self._broker.ended)
         try:
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if not asking.done() and self._broker is not None and not self._process.gone.done():
+                self._broker.check()
             if not asking.done():
                 raise self._ended_during(step)
             return await asking
@@ -289,8 +293,8 @@ class Run:
         if error.kind is ErrorKind.DEADLINE_EXCEEDED:
             text = f"it did not answer {step} in time" + self._process.said()
             return SpireHwError(text, kind=ErrorKind.DEADLINE_EXCEEDED)
-        if error.kind in _ITS_OWN:
-            return error
+        if error.kind is ErrorKind.INVALID_ARGUMENT:
+            return error  # what it says about what it was given needs no more words
         return SpireHwError(f"{step}: {error.message}", kind=error.kind)
 
     def _ended_during(self, step: str) -> UnavailableError:
@@ -315,6 +319,12 @@ class Run:
             )
 
     async def _close(self, grace_s: float) -> None:
+        """Clear everything away, once, and to the end even when whoever waits for it does not."""
+        if self._ending is None:
+            self._ending = self._end_tasks.spawn("plugin end", self._end(grace_s))
+        await asyncio.shield(self._ending)
+
+    async def _end(self, grace_s: float) -> None:
         if self._broker is not None:
             await self._broker.hang_up()
         await self._tasks.close()

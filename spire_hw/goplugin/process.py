@@ -188,13 +188,9 @@ class PluginProcess:
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         # Not reaped yet: until then nobody else gets the number of process, group and session.
-        found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        how = _how_it_ended(self.pid)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
-        if found is None or found.si_code == os.CLD_EXITED:
-            how = f"exit status {found.si_status if found else 0}"
-        else:
-            how = f"signal {found.si_status}"
         self.gone.set_result(how)
         self._tasks.start(f"clear away plugin {self.pid}", self._clean())
 
@@ -254,6 +250,18 @@ def _spawn(what: Start, mark: str, failure: int) -> subprocess.Popen[bytes]:
         pass_fds=kept,
         start_new_session=True,
     )
+
+
+def _how_it_ended(pid: int) -> str:
+    """Say how a process ended, without reaping it."""
+    try:
+        found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # somebody else in this process has reaped it
+        found = None
+    if found is None:
+        return "nobody knows how"
+    word = "exit status" if found.si_code == os.CLD_EXITED else "signal"
+    return f"{word} {found.si_status}"
 
 
 # -- what a plugin leaves behind -------------------------------------------------------------

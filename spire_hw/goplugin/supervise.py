@@ -84,6 +84,7 @@ class Supervisor:
         self._clock = launch.clock
         self._log = launch.log
         self._run: Run | None = None
+        self._ending: Run | None = None
         self._why_not = "not configured"
         self._text: str | None = None
         self._misses = 0
@@ -134,6 +135,8 @@ class Supervisor:
         """End it and supervision."""
         self._why_not = "the host is stopping"
         await self._tasks.close()
+        if self._ending is not None:
+            await self._ending.kill()
         run, self._run = self._run, None
         if run is not None:
             await run.stop()
@@ -232,7 +235,9 @@ class Supervisor:
                 why = await asyncio.shield(run.down)
                 self._why_not, self._run = why, None
                 self._log.error("External plugin is down, it is started again", reason=why)
+                self._ending = run
                 await run.kill()
+                self._ending = None
                 if self._clock.monotonic() - began >= _STABLE_S:
                     backoff.reset()
             await self._clock.sleep(backoff.next_s())
