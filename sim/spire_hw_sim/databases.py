@@ -21,8 +21,18 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_START_S: Final = 60.0
+_START_S: Final = 180.0
 _PROBE_S: Final = 0.1
+_SHOWN: Final = 4000
+_INSTALL_TRIES: Final = 3
+# What a throw-away MariaDB of ours needs little of: memory, and the kernel's asynchronous I/O,
+# whose requests are few for the whole machine and run out when several are started at once.
+_SMALL: Final = (
+    "--innodb-use-native-aio=0",
+    "--innodb-buffer-pool-size=32M",
+    "--innodb-flush-log-at-trx-commit=0",
+    "--skip-name-resolve",
+)
 
 
 def missing_postgres() -> str:
@@ -52,8 +62,9 @@ def postgres() -> Iterator[str]:
         words = [initdb, "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"]
         _call(words, run)
         options = f"-k {directory} -c listen_addresses='' -c fsync=off -c max_connections=40"
-        log = directory / "log"
-        _call([pg_ctl, "-D", data, "-w", "-t", "60", "-l", log, "-o", options, "start"], run)
+        log, limit = directory / "log", f"{_START_S:.0f}"
+        words = [pg_ctl, "-D", data, "-w", "-t", limit, "-l", log, "-o", options, "start"]
+        _call(words, run, log)
         try:
             yield f"host={directory} user=postgres dbname=postgres"
         finally:
@@ -68,11 +79,8 @@ def mariadb() -> Iterator[str]:
     """
     with _directory("mysql") as (directory, run):
         data, socket_path = directory / "data", directory / "s"
-        data.mkdir()
-        _own(data, run)
-        install, server = _program("mariadb-install-db"), _program("mariadbd")
-        words = [install, "--no-defaults", f"--datadir={data}", "--skip-test-db"]
-        _call([*words, "--auth-root-authentication-method=normal"], run)
+        server = _program("mariadbd")
+        _install_mariadb(data, run)
         process = subprocess.Popen(
             [
                 str(server),
@@ -82,8 +90,7 @@ def mariadb() -> Iterator[str]:
                 f"--pid-file={directory / 'pid'}",
                 f"--log-error={directory / 'log'}",
                 "--skip-networking",
-                "--innodb-flush-log-at-trx-commit=0",
-                "--innodb-buffer-pool-size=32M",
+                *_SMALL,
                 "--character-set-server=utf8mb4",
                 "--collation-server=utf8mb4_general_ci",
             ],
@@ -97,14 +104,34 @@ def mariadb() -> Iterator[str]:
             process.wait()
 
 
+def _install_mariadb(data: Path, run: dict[str, Any]) -> None:
+    """Make the system tables; what a failed try left is thrown away before the next.
+
+    Raises:
+        RuntimeError: it failed each time; has what it wrote the last time.
+    """
+    words = [_program("mariadb-install-db"), "--no-defaults", f"--datadir={data}", *_SMALL]
+    words += ["--skip-test-db", "--auth-root-authentication-method=normal"]
+    for left in reversed(range(_INSTALL_TRIES)):
+        data.mkdir()
+        _own(data, run)
+        try:
+            _call(words, run)
+        except RuntimeError:
+            if not left:
+                raise
+            shutil.rmtree(data)
+        else:
+            return
+
+
 def _await_mariadb(process: subprocess.Popen[bytes], socket_path: Path, log: Path) -> None:
     import pymysql  # noqa: PLC0415 - only where there is a MariaDB to talk to
 
     deadline = time.monotonic() + _START_S
     while not _listens(socket_path):
         if process.poll() is not None or time.monotonic() > deadline:
-            text = log.read_text() if log.exists() else "no log"
-            raise RuntimeError(f"mariadbd did not start: {text[-2000:]}")
+            raise RuntimeError(f"mariadbd did not start: {_end_of(log)}")
         time.sleep(_PROBE_S)
     connection = pymysql.connect(unix_socket=str(socket_path), user="root")
     with connection, connection.cursor() as cursor:
@@ -163,8 +190,27 @@ def _own(directory: Path, run: dict[str, Any]) -> None:
         os.chown(directory, run["user"], run["group"])
 
 
-def _call(words: list[Any], run: dict[str, Any]) -> None:
-    try:
-        subprocess.run([str(word) for word in words], check=True, timeout=_START_S, **run)
-    except subprocess.CalledProcessError as e:
-        raise RuntimeError(f"{words[0]} failed with status {e.returncode}") from e
+def _call(words: list[Any], run: dict[str, Any], log: Path | None = None) -> None:
+    """Run a program to its end.
+
+    Args:
+        words: program and arguments.
+        run: what `_directory` gave.
+        log: where the program writes what it does not show.
+
+    Raises:
+        RuntimeError: it failed or took too long; has the end of what it wrote.
+    """
+    with tempfile.TemporaryFile() as shown:
+        output = run | {"stdout": shown, "stderr": subprocess.STDOUT}
+        try:
+            subprocess.run([str(word) for word in words], check=True, timeout=_START_S, **output)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as e:
+            shown.seek(0)
+            text = shown.read().decode(errors="replace")[-_SHOWN:].strip()
+            logged = "" if log is None else f"\n{_end_of(log)}"
+            raise RuntimeError(f"{e}\n{text}{logged}") from e
+
+
+def _end_of(log: Path) -> str:
+    return log.read_text(errors="replace")[-_SHOWN:] if log.exists() else "no log"
