@@ -86,7 +86,7 @@ class TokenRig:
             "token_label": "spire",
             "pin_file": str(self.pin_file),
             "key_identifier_value": "server-1",
-            "start_timeout": "5s",
+            "start_timeout": "30s",
             "environment": self.hsm.environment,
         }
         return Body.from_dict({k: v for k, v in {**values, **changes}.items() if v is not None})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _DRAIN_S: Final = 5.0
 _ADMIN_WAIT_S: Final = 10.0
+_PROBE_EVERY_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,8 @@ class Pool:
         self._open_jobs: dict[_Job, None] = {}
         self._sweeping: asyncio.TimerHandle | None = None
         self._broken: TokenError | None = None
+        self._ready = 0
+        self._next_probe = 0.0
         self._closed = False
 
     @property
@@ -132,7 +136,10 @@ class Pool:
                     if seat.problem is not None and seat.problem.cure is not Cure.RESTART:
                         raise seat.problem
                     self._changed.clear()
-                    await self._changed.wait()
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(_PROBE_EVERY_S):
+                            await self._changed.wait()
+                    self._probe(seat)
         except TimeoutError:
             raise seat.problem or self._no_worker("open token") from None
 
@@ -150,6 +157,7 @@ class Pool:
         if self._closed:
             raise UnavailableError("pkcs11 key manager is closed")
         if self._broken is not None:
+            self._probe(*self._seats)
             raise self._broken.with_traceback(None)
         if self._queued >= self._limits.queue:
             raise LimitError(f"signing queue full ({self._limits.queue})")
@@ -186,6 +194,7 @@ class Pool:
         self, kind: Kind, fields: dict[str, Any], what: str, limit_s: float
     ) -> dict[str, Any]:
         seat = self._admin
+        self._probe(seat)
         try:
             async with asyncio.timeout(_ADMIN_WAIT_S):
                 while not seat.is_ready:
@@ -235,8 +244,20 @@ class Pool:
         await self._tasks.close()
         self._changed.set()
 
+    def _probe(self, *seats: Seat) -> None:
+        """Look for the token now if it was away, on behalf of somebody who needs it."""
+        now = asyncio.get_running_loop().time()
+        if now >= self._next_probe and any(seat.wake() for seat in seats):
+            self._next_probe = now + _PROBE_EVERY_S
+
     def _on_change(self) -> None:
         self._changed.set()
+        ready = sum(seat.is_ready for seat in (self._admin, *self._seats))
+        if ready > self._ready:
+            # One worker has found the token: the others need not wait for their turn.
+            for seat in (self._admin, *self._seats):
+                seat.wake()
+        self._ready = ready
         self._broken = None
         if all(seat.is_broken for seat in self._seats):
             # Nobody is left to serve the queue: tell the callers now, not when they give up.

@@ -25,6 +25,7 @@ from spire_hw.pkcs11.wire import HEADER, Kind, decode_error, decode_header, enco
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+_KILLED_S: Final = 5.0
 _COMMAND: Final = (sys.executable, "-P", "-m", "spire_hw.pkcs11.worker")
 
 
@@ -93,8 +94,11 @@ class WorkerProcess(asyncio.Protocol):
         finally:
             theirs.close()
         worker = cls(process, name)
-        loop = asyncio.get_running_loop()
-        await loop.create_connection(lambda: worker, sock=ours)
+        try:
+            await worker._loop.create_connection(lambda: worker, sock=ours)
+        except BaseException:
+            await worker.end()
+            raise
         return worker
 
     @property
@@ -140,17 +144,20 @@ class WorkerProcess(asyncio.Protocol):
             self._process.send_signal(signal.SIGKILL)
         self._fail_all(self._why)
 
+    async def end(self) -> None:
+        """Kill the worker and wait until nothing is left of it."""
+        self.kill()
+        # A killed process is gone in no time, unless the device holds it in an uninterruptible call.
+        await asyncio.wait({self.gone}, timeout=_KILLED_S)
+
     async def close(self, grace_s: float = 5.0) -> None:
         """Let the worker finish what it does and end, then make sure it has."""
         self._closing = True
         if self._transport is not None:
             self._transport.close()
-        try:
-            async with asyncio.timeout(grace_s):
-                await asyncio.shield(self.gone)
-        except TimeoutError:
-            self.kill()
-            await asyncio.shield(self.gone)
+        await asyncio.wait({self.gone}, timeout=grace_s)
+        if not self.gone.done():
+            await self.end()
 
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +23,7 @@ _PING_EVERY_S: Final = 15.0
 _PING_LIMIT_S: Final = 10.0
 _STEADY_S: Final = 60.0
 _BROKEN_AFTER: Final = 2
+_NO_HURRY: Final = frozenset({"hsm.worker_died", "hsm.worker_hung"})
 MAX_DEPTH: Final = 3
 _BATCH_TARGET_S: Final = 0.02
 _SMOOTHING: Final = 0.2
@@ -83,7 +85,7 @@ class Opening:
             # Only what C_Login answered is held against the PIN: flags are asked before each try.
             if isinstance(e, TokenError) and e.operation == "login" and e.is_pin_refusal:
                 self.guard.refuse(pin, e.message)
-            worker.kill()
+            await worker.end()
             raise
 
 
@@ -123,7 +125,11 @@ class Seat:
         self.facts: TokenFacts | None = None
         self.problem: TokenError | None = None
         self._released = False
-        self._failures = 0
+        self._is_away = False
+        self._deaths = 0
+        # Set but while a pause between two tries may be cut short.
+        self._woken = asyncio.Event()
+        self._woken.set()
         self._item_s = 0.0
         self._last_answer = 0.0
 
@@ -140,7 +146,24 @@ class Seat:
     @property
     def is_broken(self) -> bool:
         """Tell whether waiting for this seat is not worth it: restarting has not helped."""
-        return not self.is_ready and self.problem is not None and self._failures >= _BROKEN_AFTER
+        away = self._is_away or self._deaths >= _BROKEN_AFTER
+        return not self.is_ready and self.problem is not None and away
+
+    def wake(self) -> bool:
+        """Have the next try to open the token made now; False when none may be made yet.
+
+        Only a token that was away is tried out of turn: a module that crashes or hangs is not, nor
+        a login that failed, since the token may count it. A PIN known to be refused is not sent.
+        """
+        problem = self.problem
+        if not self._is_away or problem is None or self._woken.is_set():
+            return False
+        if problem.reason in _NO_HURRY:
+            return False
+        if problem.operation == "login" and problem.reason != "hsm.pin_latched":
+            return False
+        self._woken.set()
+        return True
 
     def batch_limit(self, most: int) -> int:
         """Return how many items keep the worker busy for a short while."""
@@ -164,33 +187,32 @@ class Seat:
 
     async def run(self) -> None:
         """Start a worker, wait for its end, start the next; ends by cancellation."""
-        backoff = Backoff(0.2, 30.0, factor=3.0)
+        away, deaths = Backoff(0.2, 30.0, factor=3.0), Backoff(0.2, 30.0, factor=3.0)
         loop = asyncio.get_running_loop()
         while True:
             try:
                 async with self._turn:
-                    self.worker, self.facts = await self._opening.start(self.name)
+                    worker, facts = await self._opening.start(self.name)
             except SpireHwError as e:
                 self._set_problem(e)
-                await asyncio.sleep(backoff.next_s())
+                await self._pause(away.next_s())
                 continue
-            since = loop.time()
-            self.problem = None
-            self._changed()
-            worker = self.worker
-            try:
-                how = await self._watch(worker)
-            finally:
-                self.worker = None
-                if not self._released:
-                    worker.kill()
             if self._released:
+                await worker.end()
+                return
+            since = loop.time()
+            away.reset()
+            self._is_away = False
+            self.worker, self.facts, self.problem = worker, facts, None
+            self._changed()
+            how = await self._until_gone(worker)
+            if how is None:
                 return
             self._log.warning("hsm.worker_died", worker=self.name, how=how)
             if loop.time() - since > _STEADY_S:
-                backoff.reset()
-                self._failures = 0
-            self._failures += 1
+                deaths.reset()
+                self._deaths = 0
+            self._deaths += 1
             self.problem = TokenError(
                 f"hsm worker died ({how})",
                 reason="hsm.worker_died",
@@ -199,22 +221,40 @@ class Seat:
                 kind=ErrorKind.UNAVAILABLE,
             )
             self._changed()
-            await asyncio.sleep(backoff.next_s())
+            await asyncio.sleep(deaths.next_s())
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait until the next try is due, or until somebody needs the token."""
+        self._woken.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._woken.wait()
+        self._woken.set()
 
     def _set_problem(self, error: SpireHwError) -> None:
         problem = error if isinstance(error, TokenError) else TokenError.of(error, "open token")
         if self.problem is None or self.problem.message != problem.message:
             self._log.error(problem.reason, worker=self.name, error=problem.message)
         self.problem = problem
-        self._failures += _BROKEN_AFTER
+        self._is_away = True
         self._changed()
+
+    async def _until_gone(self, worker: WorkerProcess) -> str | None:
+        """Return how the worker ended, None when it was handed over."""
+        try:
+            how = await self._watch(worker)
+        finally:
+            self.worker = None
+            if not self._released:
+                await worker.end()
+        return None if self._released else how
 
     async def _watch(self, worker: WorkerProcess) -> str:
         while True:
             await asyncio.wait({worker.gone}, timeout=_PING_EVERY_S)
             if worker.gone.done():
                 return worker.gone.result()
-            self._failures = 0
+            self._deaths = 0
             if worker.depth:
                 continue
             try:

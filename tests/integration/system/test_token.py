@@ -188,7 +188,11 @@ def test_addresses_and_directories_in_use_are_told(site: Site) -> None:
         return lambda text: change(text).replace('"site"', f'"s{free_port()}"')
 
     refused(
-        site.spare_server("u1", other_id(port)), 3, str(site.port), "in use", "set another port"
+        site.spare_server("u1", other_id(port)),
+        3,
+        str(site.port),
+        "in use",
+        "set another bind_port",
     )
     refused(site.spare_server("u2", data), 3, str(site.data), "another server", "stop it")
     long_path = site.spare_server("u3", long)
