@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Self
 from spire_hw import __version__, memory
 from spire_hw.aio.tasks import Tasks
 from spire_hw.bundle.bundle import Bundle
-from spire_hw.catalog import Catalog, check_plugins
+from spire_hw.catalog import Catalog, External, check_plugins
 from spire_hw.clock import Clock, SystemClock
 from spire_hw.errors import NotReadyError, SpireHwError, UnavailableError
 from spire_hw.log import get_logger
+from spire_hw.plugin.hostservices import HostServices
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
 from spire_hw.plugin.keymanager import Keys
+from spire_hw.plugin.metrics import LoggedMetrics
 from spire_hw.plugin.section import AGENT_RULES
 from spire_hw.rotation import draw_jitter, rotation_due_at
 from spire_hw.rpc.probes import Health, HealthListener
@@ -61,6 +63,7 @@ class Agent:
         self.is_started = False
         self._random = random.SystemRandom()
         self._health_listener: HealthListener | None = None
+        self._catalog: Catalog | None = None
         self.cache: Cache
         self.identity: AgentIdentity
         self._sync: Synchroniser
@@ -108,7 +111,7 @@ class Agent:
         self.identity = self._identity(catalog, upstream, trust, storage)
         self._sync = self._synchroniser(upstream, trust)
         await self._serve(catalog, upstream)
-        await self._listen_for_probes()
+        await self._listen_for_probes(catalog)
         await self.identity.start()
         tasks.start("identity", self.identity.run())
         tasks.start("entries", self._sync.run_entries())
@@ -191,9 +194,16 @@ class Agent:
             _host(self.settings, self._clock),
             AGENT_RULES,
             names=_names,
+            external=_external(self._clock),
         )
         self._stack.push_async_callback(catalog.close)
+        self._catalog = catalog
         return catalog
+
+    async def reconfigure(self) -> None:
+        """Read the plugins' data files again; what goes wrong is logged."""
+        if self._catalog is not None:
+            await self._catalog.reconfigure()
 
     async def _serve(self, catalog: Catalog, upstream: Upstream) -> None:
         log = get_logger("endpoints")
@@ -230,13 +240,17 @@ class Agent:
             network="unix",
         )
 
-    async def _listen_for_probes(self) -> None:
+    async def _listen_for_probes(self, catalog: Catalog) -> None:
         where = self.settings.health
         if where is None:
             return
         log = get_logger("health")
         health = Health(
-            waiting={"agent": self._check_synchronised, "agent.svid": self._check_identity},
+            waiting={
+                "agent": self._check_synchronised,
+                "agent.svid": self._check_identity,
+                **catalog.checks(),
+            },
             clock=self._clock,
             log=log,
         )
@@ -315,6 +329,10 @@ def _host(settings: AgentSettings, clock: Clock) -> HostInfo:
     )
 
 
+def _external(clock: Clock) -> External:
+    return External(HostServices(metrics=LoggedMetrics(get_logger("catalog"), clock)))
+
+
 def _table(kind: PluginKind, name: str) -> Builder:
     return lookup(kind, name, Side.AGENT)
 
@@ -324,9 +342,19 @@ def _names(kind: PluginKind) -> list[str]:
 
 
 async def check(settings: AgentSettings) -> list[ConfigFault]:
-    """Return the faults of all plugins' configurations; touches no network and no device."""
+    """Return the faults of all plugins' configurations.
+
+    Nothing is touched but external plugins, which are started, asked and stopped.
+    """
     host = _host(settings, SystemClock())
-    return await check_plugins(settings.plugins, _table, host, AGENT_RULES, names=_names)
+    return await check_plugins(
+        settings.plugins,
+        _table,
+        host,
+        AGENT_RULES,
+        names=_names,
+        external=_external(host.clock),
+    )
 
 
 async def run(settings: AgentSettings, *, on_ready: Callable[[], None] | None = None) -> None:
@@ -341,6 +369,8 @@ async def run(settings: AgentSettings, *, on_ready: Callable[[], None] | None = 
     task = asyncio.current_task()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, _interrupt, agent, task)
+    tasks = Tasks(on_failure=lambda name, error: None)
+    loop.add_signal_handler(signal.SIGUSR1, lambda: tasks.start("plugin data", agent.reconfigure()))
     try:
         await agent.start()
         memory.settle()

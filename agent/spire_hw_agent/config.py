@@ -33,6 +33,7 @@ from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
 from spire_hw.key import KeyType
 from spire_hw.log import LogSettings  # noqa: TC001 - public field types stay real
 from spire_hw.plugin.info import PluginKind
+from spire_hw.plugin.olddir import OldStyle, read_plugin_dir
 from spire_hw.plugin.section import AGENT_RULES, PluginConfig, check_counts, read_plugins
 from spire_hw.spiffeid import TrustDomain  # noqa: TC001 - likewise
 
@@ -156,6 +157,7 @@ class AgentKeys(LogKeys):
     join_token_file: str = ""
     jwt_svid_cache_max_size: Annotated[int, Field(ge=0)] = 1000
     log_selectors: bool = False
+    plugin_dir: str = ""
     rebootstrap_delay: Annotated[GoDuration, at_least(timedelta(0))] = _REBOOTSTRAP_DELAY
     rebootstrap_mode: Literal["never", "auto", "always"] = "never"
     server_address: Annotated[str, Field(min_length=1)]
@@ -176,7 +178,7 @@ class AgentFile(Model):
     unsupported: ClassVar[Mapping[str, object]] = {"telemetry": Body.empty()}
 
     agent: AgentKeys
-    plugins: Body
+    plugins: Body = Body.empty()
     health_checks: HealthChecks = HealthChecks()
 
 
@@ -207,11 +209,11 @@ def load_settings(
 def build_settings(body: Body, overrides: Mapping[str, Override] | None = None) -> AgentSettings:
     """Check what was read; see `load_settings`."""
     raw, faults = check(override(body, "agent", overrides or {}), AgentFile)
-    plugins: list[PluginConfig] = []
-    if body.blocks("plugins"):
-        items = tuple(i for b in body.blocks("plugins") for i in b.body.items)
-        plugins, _, wrong = read_plugins(Body(items, body.line_of("plugins"), body.file))
-        faults += [*wrong, *check_counts(plugins, AGENT_RULES)]
+    old = OldStyle()
+    if raw is not None and raw.agent.plugin_dir:
+        old = read_plugin_dir(Path(raw.agent.plugin_dir), raw.agent.line("plugin_dir"))
+    plugins, wrong = _plugin_sections(body, old)
+    faults += wrong
     token = ""
     if raw is not None:
         faults += _bootstrap_faults(raw.agent)
@@ -225,7 +227,17 @@ def build_settings(body: Body, overrides: Mapping[str, Override] | None = None) 
     if raw is None or faults:
         raise ConfigError(body.file or "configuration", sorted(faults, key=lambda f: f.line))
     settings = _build(raw, plugins, token, body.file)
-    return replace(settings, notices=tuple(_notices(raw.agent, plugins)))
+    return replace(settings, notices=(*old.notices, *_notices(raw.agent, plugins)))
+
+
+def _plugin_sections(body: Body, old: OldStyle) -> tuple[list[PluginConfig], list[ConfigFault]]:
+    blocks = body.blocks("plugins")
+    if old.faults or not (blocks or old.blocks):
+        return [], old.faults or [ConfigFault(0, '"plugins": is required')]
+    items = tuple(i for b in blocks for i in b.body.items)
+    section = Body((*items, *old.blocks), body.line_of("plugins"), body.file)
+    plugins, _, faults = read_plugins(section)
+    return plugins, [*faults, *check_counts(plugins, AGENT_RULES)]
 
 
 def _attests_once(plugins: list[PluginConfig]) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from spire_hw import log as logs
 from spire_hw import memory
 from spire_hw.aio.tasks import Tasks
-from spire_hw.catalog import Catalog, Table, check_plugins
+from spire_hw.catalog import Catalog, External, Table, check_plugins
 from spire_hw.clock import Clock, SystemClock
 from spire_hw.errors import ConfigError, NotReadyError, SpireHwError, UnavailableError
 from spire_hw.hardening import check_directory, harden
@@ -42,6 +42,7 @@ from spire_hw_server.datastore.config import parse_datastore
 from spire_hw_server.datastore.interface import Datastore, EntryFilter, NodeFilter, Page
 from spire_hw_server.datastore.sql.store import open_datastore
 from spire_hw_server.entries import EntryCache
+from spire_hw_server.hostservices import ServerServices
 from spire_hw_server.housekeeping import Housekeeping, HousekeepingSettings
 
 if TYPE_CHECKING:
@@ -86,6 +87,9 @@ async def run(
         loop.add_signal_handler(number, stop.set)
     server = Server(settings, clock=clock)
     tasks = Tasks(on_failure=lambda name, error: None)
+    loop.add_signal_handler(
+        signal.SIGUSR1, lambda: tasks.start("plugin data", server.reconfigure())
+    )
     try:
         stopping = tasks.spawn("stop signal", stop.wait())
         starting = tasks.spawn("start", server.start())
@@ -103,21 +107,32 @@ async def run(
     finally:
         await tasks.close()
         await server.close()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             loop.remove_signal_handler(number)
 
 
 async def check_settings(
     settings: ServerSettings, *, clock: Clock | None = None
 ) -> list[ConfigFault]:
-    """Return the faults of plugins and store settings; no network, no device, no file is touched."""
+    """Return the faults of plugins and store settings.
+
+    Nothing is touched but external plugins, which are started, asked and stopped.
+    """
     faults: list[ConfigFault] = []
     try:
         parse_datastore(settings.store.data, settings.file)
     except ConfigError as e:
         faults += e.faults
     host = _host(settings, clock or SystemClock(), _UnopenedEkList(), _no_bundle)
-    faults += await check_plugins(_plugins(settings), _table, host, SERVER_RULES, names=_names)
+    services = ServerServices(clock=host.clock, log=host.log)
+    faults += await check_plugins(
+        _plugins(settings),
+        _table,
+        host,
+        SERVER_RULES,
+        names=_names,
+        external=External(services.offered),
+    )
     return sorted(faults, key=lambda f: f.line)
 
 
@@ -149,6 +164,8 @@ class Server:
         self._manager: CaManager | None = None
         self._identity: ServerIdentity | None = None
         self._bundles: Bundles | None = None
+        self._catalog: Catalog | None = None
+        self._services = ServerServices(clock=self.clock, log=logs.get_logger("catalog"))
 
     @property
     def port(self) -> int:
@@ -196,6 +213,11 @@ class Server:
             raise NotReadyError("the server was not started")
         await asyncio.shield(self._failure)
 
+    async def reconfigure(self) -> None:
+        """Read the plugins' data files again; what goes wrong is logged."""
+        if self._catalog is not None:
+            await self._catalog.reconfigure()
+
     async def _start(self) -> None:
         settings = self.settings
         for notice in settings.notices:
@@ -212,10 +234,13 @@ class Server:
             _host(settings, self.clock, store, self._own_bundle),
             SERVER_RULES,
             names=_names,
+            external=External(self._services.offered),
         )
         self._stack.push_async_callback(catalog.close)
+        self._catalog = catalog
         parts = await self._open_parts(store, catalog)
-        health = build_health(parts, settings)
+        self._services.open(store, parts.identity, parts.bundles)
+        health = build_health(parts, settings, catalog.checks())
         bundles = parts.bundles
         self._endpoints = Endpoints(
             Doors(

@@ -34,6 +34,7 @@ from spire_hw.config.schema import GoDuration, Model, at_least, check, nearest, 
 from spire_hw.errors import ConfigError, ConfigFault
 from spire_hw.key import KeyType
 from spire_hw.log import LogSettings  # noqa: TC001 - public field types stay real
+from spire_hw.plugin.olddir import OldStyle, read_plugin_dir
 from spire_hw.plugin.section import (
     SERVER_RULES,
     PluginConfig,
@@ -183,6 +184,7 @@ class ServerKeys(LogKeys):
     experimental: ExperimentalKeys = ExperimentalKeys()
     jwt_issuer: str = ""
     jwt_key_type: KeyTypeName | None = None
+    plugin_dir: str = ""
     prune_attested_nodes_batch_size: Annotated[int, Field(ge=1, le=100_000)] = 1000
     prune_attested_nodes_expired_for: Ttl | None = None
     prune_tofu_nodes: bool = False
@@ -197,7 +199,7 @@ class ServerFile(Model):
     unsupported: ClassVar[Mapping[str, object]] = {"telemetry": Body.empty()}
 
     server: ServerKeys
-    plugins: Body
+    plugins: Body = Body.empty()
     health_checks: HealthChecks | None = None
 
 
@@ -228,24 +230,31 @@ def load_settings(
 def build_settings(body: Body, overrides: Mapping[str, Override] | None = None) -> ServerSettings:
     """Check what was read; see `load_settings`."""
     raw, faults = check(override(body, "server", overrides or {}), ServerFile)
-    plugins, stores, wrong = _plugin_sections(body)
+    old = OldStyle()
+    if raw is not None and raw.server.plugin_dir:
+        old = read_plugin_dir(Path(raw.server.plugin_dir), raw.server.line("plugin_dir"))
+    plugins, stores, wrong = _plugin_sections(body, old)
     faults += wrong
-    faults += _store_faults(stores) if body.blocks("plugins") else []
+    if body.blocks("plugins") or old.blocks:
+        faults += _store_faults(stores)
     faults += [] if raw is None else _cross_faults(raw)
     if raw is None or faults:
         file = body.file or "configuration"
         raise ConfigError(file, sorted(faults, key=lambda f: f.line))
     settings = _build(raw, plugins, stores[0], body.file)
-    return replace(settings, notices=tuple(_notices(settings, raw.server)))
+    notices = (*old.notices, *_notices(settings, raw.server))
+    return replace(settings, notices=notices)
 
 
 def _plugin_sections(
-    body: Body,
+    body: Body, old: OldStyle
 ) -> tuple[list[PluginConfig], list[StoreConfig], list[ConfigFault]]:
-    items = tuple(i for b in body.blocks("plugins") for i in b.body.items)
-    if not body.blocks("plugins"):
-        return [], [], []  # reported as missing already
-    section = Body(items, body.line_of("plugins"), body.file)
+    blocks = body.blocks("plugins")
+    if old.faults or not (blocks or old.blocks):
+        missing = ConfigFault(0, '"plugins": is required')
+        return [], [], old.faults or [missing]
+    items = tuple(i for b in blocks for i in b.body.items)
+    section = Body((*items, *old.blocks), body.line_of("plugins"), body.file)
     plugins, stores, faults = read_plugins(section, with_store=True)
     return plugins, stores, [*faults, *check_counts(plugins, SERVER_RULES)]
 

@@ -23,7 +23,10 @@ from spire_hw_server.api.svid import SvidService
 from spire_hw_server.api.tpm import TpmService
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from spire_hw.clock import Clock
+    from spire_hw.rpc.probes import Check
     from spire_hw_server.admission import Admissions
     from spire_hw_server.api.nodes import NodeCache
     from spire_hw_server.bundles import Bundles
@@ -135,8 +138,8 @@ def build_interceptors(parts: Parts, settings: ServerSettings) -> list[Intercept
     return [RequestId(), Audit(enabled=True), authorizer]
 
 
-def build_health(parts: Parts, settings: ServerSettings) -> Health:
-    """Return the server's health checks, with upstream's names."""
+def build_health(parts: Parts, settings: ServerSettings, plugins: Mapping[str, Check]) -> Health:
+    """Return the server's health checks, with upstream's names, and those of its plugins."""
     spki = spki_der(generate_private_key(settings.ca_key_type).public_key())
     throw_away = settings.trust_domain.member(*_HEALTH_PATH)
 
@@ -155,6 +158,7 @@ def build_health(parts: Parts, settings: ServerSettings) -> Health:
 
     return Health(
         quick={"server": server, "server.ca.rotator": rotator},
+        waiting=plugins,
         costly={"server.ca": authority, "catalog.datastore": parts.store.ping},
         clock=parts.clock,
         log=logs.get_logger("health"),
