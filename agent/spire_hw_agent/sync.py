@@ -212,9 +212,10 @@ class Synchroniser:
         ]
         answers = await self._upstream.new_x509_svids(requests)
         made: dict[str, Svid] = {}
+        shared: dict[bytes, bytes] = {}  # intermediates are the same for all of a batch
         for entry, key, answer in zip(batch, keys, answers, strict=True):
             try:
-                svid = made[entry.entry_id] = self._svid(entry, key, answer)
+                svid = made[entry.entry_id] = self._svid(entry, key, answer, shared)
             except SpireHwError as e:
                 self._refused(entry, e.message)
             else:
@@ -252,7 +253,9 @@ class Synchroniser:
         self._log.error("The server refused this agent", error=error.message)
         await self._on_denied(error, version)
 
-    def _svid(self, entry: AgentEntry, key: PrivateKey, answer: IssuedSvid) -> Svid:
+    def _svid(
+        self, entry: AgentEntry, key: PrivateKey, answer: IssuedSvid, shared: dict[bytes, bytes]
+    ) -> Svid:
         if answer.error is not None:
             raise answer.error
         svid = parse_x509_svid(answer.chain)
@@ -268,7 +271,7 @@ class Synchroniser:
         verify_x509_svid(svid, {bundle.trust_domain: bundle}, max(now, svid.not_before))
         return Svid(
             spiffe_id=svid.spiffe_id,
-            chain=answer.chain,
+            chain=tuple(shared.setdefault(der, der) for der in answer.chain),
             private_key=key.private_bytes(
                 serialization.Encoding.DER,
                 serialization.PrivateFormat.PKCS8,

@@ -221,6 +221,24 @@ async def test_a_refusal_of_the_agent_names_the_identity_it_was_about(site: Site
     assert site.denied[0] == site.upstream.version
 
 
+async def test_intermediates_are_kept_once(site: Site) -> None:
+    below = site.liar.authority.below()
+
+    def chain(key: PublicKey, entry: types_pb2.Entry) -> list[bytes]:
+        spiffe_id = f"spiffe://{TRUST_DOMAIN}{entry.spiffe_id.path}"
+        return [below.leaf(key, spiffe_id, start=now()), *below.chain]
+
+    site.liar.workload_chain = chain  # type: ignore[method-assign]
+    site.liar.add("/a", MINE)
+    site.liar.add("/b", MINE)
+    sync = site.sync()
+    await sync.sync_once()
+    await sync.renew_due()
+    one, other = (svid.chain for svid in site.cache._svids.values())
+    assert one[0] != other[0]
+    assert one[1] is other[1]
+
+
 async def test_one_refused_entry_waits_alone(site: Site) -> None:
     site.liar.add("/good", MINE)
     site.liar.add("/bad", MINE)
