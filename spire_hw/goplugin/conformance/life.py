@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _NONSENSE: Final = "= this { is = no configuration"
 _EXIT_S: Final = 2.0
+# Within this a process that does not ignore a signal has ended.
+_NOTICED_S: Final = 0.5
 _AT_ONCE: Final = 64
 _LARGE_BYTES: Final = 5 << 20
 
@@ -83,10 +85,10 @@ async def after_configure(bench: Bench, report: Report) -> None:
         await asyncio.gather(*(bench.run.probe() for _ in range(_AT_ONCE)))
     async with report.step("leaves Ctrl-C to its host"):
         os.kill(bench.run.pid, signal.SIGINT)
-        await bench.run.probe()
-        await asyncio.wait({bench.run.down}, timeout=0.5)
+        await asyncio.wait({bench.run.down}, timeout=_NOTICED_S)
         if bench.run.down.done():
             raise FailedError(bench.run.down.result())
+        await bench.run.probe()
 
 
 async def _takes_large_messages(bench: Bench) -> None:
