@@ -13,16 +13,21 @@ import pytest
 from spire_hw.cli.flags import GoCommand, normalise
 from spire_hw.cli.run import run
 from spire_hw_agent.cli.commands import root as agent_root
+from spire_hw_plugins.cli.commands import root as plugin_root
 from spire_hw_server.cli.commands import root as server_root
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = {"spire-hw-server": server_root, "spire-hw-agent": agent_root}
+PROGRAMS = {
+    "spire-hw-server": server_root,
+    "spire-hw-agent": agent_root,
+    "spire-hw-plugin": plugin_root,
+}
 HELP_IS_ENOUGH = {"spire-hw-agent healthcheck", "spire-hw-server jwt", "spire-hw-server x509"}
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-_CALL = re.compile(r"(?:^|[\s`$(=])(spire-hw-(?:server|agent) [^\n|>&;`)#]*)")
+_CALL = re.compile(r"(?:^|[\s`$(=])(spire-hw-(?:server|agent|plugin) [^\n|>&;`)#]*)")
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:

@@ -13,6 +13,7 @@ from spire_hw.config import hcl
 from spire_hw.config.hcl import Block, Body
 from spire_hw.log import get_logger
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
+from spire_hw.plugin.section import parse_plugins
 from spire_hw.spiffeid import TrustDomain
 from spire_hw_agent import app as agent_app
 from spire_hw_agent import config as agent_config
@@ -113,6 +114,9 @@ def check_plugin(block: Block) -> None:
     (data,) = [b.body for b in block.body.blocks("plugin_data")] or [Body.empty()]
     if kind == "DataStore":
         parse_datastore(data)
+        return
+    if block.body.get("plugin_cmd") is not None:  # what it is given is its own business
+        parse_plugins(Body((block,)))
         return
     found = []
     for side in Side:
