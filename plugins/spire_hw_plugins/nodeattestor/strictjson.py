@@ -92,6 +92,11 @@ class StrictObject:
 
     def blob(self, name: str, *, empty: bool = False) -> bytes:
         """Return a member that must be canonical base64, decoded."""
+        found = self._members.get(name)
+        if type(found) is str and found:
+            data = _decode64(found)
+            if data is not None:
+                return data
         if empty and self._members.get(name) == "":
             return b""
         value = self._get(name)
@@ -213,13 +218,19 @@ def decode64(text: str, what: str, stage: str = "envelope") -> bytes:
     Raises:
         InvalidInputError: any other spelling; the message has `stage` in front.
     """
-    try:
-        data = binascii.a2b_base64(text, strict_mode=True)
-    except ValueError as e:
-        raise InvalidInputError(f"{stage}: {what} is not canonical base64") from e
-    if binascii.b2a_base64(data, newline=False).decode() != text:
+    data = _decode64(text)
+    if data is None:
         raise InvalidInputError(f"{stage}: {what} is not canonical base64")
     return data
+
+
+def _decode64(text: str) -> bytes | None:
+    """Decode base64 that has exactly one spelling, None for any other."""
+    try:
+        data = binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:
+        return None
+    return data if binascii.b2a_base64(data, newline=False).decode() == text else None
 
 
 def shown(text: str) -> str:

@@ -3,6 +3,7 @@
 What is matched in queries has a column or a row of its own; lists that are only read back are
 JSON beside it, so that a whole entry is one row. Selectors of nodes have no index of their own:
 every attestation would write a page for each of them, and only operators' lists ask for them.
+Nor have times of changes, which are looked at when old ones are deleted.
 """
 
 from __future__ import annotations
@@ -199,7 +200,6 @@ changes = Table(
     Column("kind", Ascii(16), nullable=False),
     Column("key", Ascii(_KEY_CHARACTERS), nullable=False),
     Column("created_at", seconds(), nullable=False),
-    Index(None, "created_at"),
 )
 
 # One row per counter; whoever counts up holds its lock until the end of the transaction.

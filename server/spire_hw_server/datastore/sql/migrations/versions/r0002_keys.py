@@ -1,6 +1,8 @@
-"""Keys of nodes, each of one node alone; selectors of nodes lose an index that only lists used."""
+"""Keys of nodes, each of one node alone; two indexes that every attestation wrote go."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from alembic import op
 from sqlalchemy import (
@@ -20,10 +22,14 @@ from sqlalchemy import (
 
 from spire_hw_server.datastore.sql.types import Digest, row_number
 
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+
 revision = "0002"
 down_revision = "0001"
 
 _INDEX = "ix_node_selectors_digest"
+_CHANGES_INDEX = "ix_changes_created_at"
 _OLD = "node_selectors_0001"
 
 metadata = MetaData(
@@ -64,7 +70,9 @@ node_keys = Table(
 def upgrade() -> None:
     """Bring the schema from the revision before to this one; may be run again."""
     connection = op.get_bind()
-    if _INDEX in {index["name"] for index in inspect(connection).get_indexes("node_selectors")}:
+    if _CHANGES_INDEX in _indexes(connection, "changes"):
+        op.drop_index(_CHANGES_INDEX, "changes")
+    if _INDEX in _indexes(connection, "node_selectors"):
         op.drop_index(_INDEX, "node_selectors")
         if connection.dialect.name == "sqlite":
             op.rename_table("node_selectors", _OLD)
@@ -74,3 +82,7 @@ def upgrade() -> None:
             op.execute(node_selectors.insert().from_select(["node_row", "digest"], old))
             op.drop_table(_OLD)
     node_keys.create(connection, checkfirst=True)
+
+
+def _indexes(connection: Connection, name: str) -> set[str | None]:
+    return {index["name"] for index in inspect(connection).get_indexes(name)}
