@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -72,12 +73,17 @@ class Worker:
                 continue  # the caller's loop is gone, nobody waits
 
     async def close(self, timeout_s: float = 5.0) -> None:
-        """Finish what is queued and end the thread."""
+        """Finish what is queued and end the thread; one that hangs is left behind.
+
+        Args:
+            timeout_s: how long to wait for it.
+        """
         if self._closed:
             return
         self._closed = True
-        await asyncio.to_thread(self._queue.put, _STOP)
-        await asyncio.to_thread(self._thread.join, timeout_s)
+        with contextlib.suppress(queue.Full):  # behind a job that hangs; nothing will run any more
+            await asyncio.to_thread(self._queue.put, _STOP, timeout=timeout_s)
+            await asyncio.to_thread(self._thread.join, timeout_s)
 
 
 def _settle(future: asyncio.Future[Any], result: object, error: BaseException | None) -> None:

@@ -45,6 +45,7 @@ _DEFAULT_TIMEOUT_S: Final = 30.0
 # People should hear what is waited for long before a command is given up, but not without end.
 _PATIENCE_S: Final = 2.0
 _BETWEEN_NOTICES_S: Final = 30.0
+_CLOSE_TIMEOUT_S: Final = 5.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.02, 1.0
 _CAPABILITY_PAGE: Final = 64
 _MAX_CONTEXTS: Final = 32
@@ -445,9 +446,13 @@ class TpmDevice:
                 return
             if _registry.get(self.tcti) is self:
                 del _registry[self.tcti]
-        with contextlib.suppress(UnavailableError):
-            await self._worker.run(self._disconnect)
-        await self._worker.close()
+        wait_s = _CLOSE_TIMEOUT_S
+        try:
+            await self._worker.run(self._disconnect, timeout_s=wait_s)
+        except SpireHwError as e:  # it hangs, or is gone: nobody can tidy up in it
+            self._log.warning("TPM left as it is", tcti=self.tcti, error=e.message)
+            wait_s = 0.0
+        await self._worker.close(wait_s)
 
     def _execute(self, operation: str, job: Callable[[Connection], T], deadline: float) -> T:
         was_open = self._connection is not None

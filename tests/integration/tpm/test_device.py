@@ -222,3 +222,22 @@ async def test_whoever_waits_for_a_tpm_that_hangs_is_told_soon_and_once(
     (line,) = stream.getvalue().splitlines()
     assert 'operation="job 0"' in line
     assert device.tcti in line
+
+
+async def test_a_tpm_that_hangs_does_not_keep_its_user_from_ending(
+    tpm: Swtpm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spire_hw.tpm.device._CLOSE_TIMEOUT_S", 0.1)
+    device = TpmDevice(tpm.tcti)
+    await device.run("list", transient)
+    stream = io.StringIO()
+    configure(LogSettings(), stream=stream)
+    tpm.pause()
+    try:
+        with pytest.raises(SpireHwError):
+            await device.run("list", transient, timeout_s=0.1)
+        await device.close()
+    finally:
+        tpm.resume()
+        unconfigure()
+    assert "TPM left as it is" in stream.getvalue()
