@@ -298,6 +298,9 @@ def show(admin: Admin, entry_id: str, **values: Any) -> None:
                 return found
 
     answer = admin.run(work)
+    for entry in answer.entries:
+        # Servers keep them in any order; whoever compares outputs wants one.
+        entry.selectors.sort(key=lambda selector: (selector.type, selector.value))
     ordered = sorted(answer.entries, key=_order)
     del answer.entries[:]
     answer.entries.extend(ordered)
