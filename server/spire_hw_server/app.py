@@ -35,7 +35,7 @@ from spire_hw_server.api.services import (
 from spire_hw_server.bundles import Bundles
 from spire_hw_server.ca.authority import Issuer
 from spire_hw_server.ca.identity import ServerIdentity
-from spire_hw_server.ca.manager import CaManager, CaSettings
+from spire_hw_server.ca.manager import Authority, CaManager, CaSettings
 from spire_hw_server.ca.mark import AuthorityMark
 from spire_hw_server.ca.profile import Profile
 from spire_hw_server.datastore.config import parse_datastore
@@ -327,7 +327,7 @@ class Server:
         identity = ServerIdentity(
             issuer,
             settings.ca_key_type,
-            is_tainted=lambda authority_id: _is_tainted(bundles.own, authority_id),
+            is_tainted=manager.is_tainted,
             clock=clock,
             log=logs.get_logger("svid_rotator"),
         )
@@ -360,6 +360,7 @@ class Server:
     ) -> CaManager:
         settings = self.settings
         keys = catalog.one(PluginKind.KEY_MANAGER)
+        upstream = [Authority(p.plugin, p.name) for p in catalog.all(PluginKind.UPSTREAM_AUTHORITY)]
         manager = CaManager(
             CaSettings(
                 trust_domain=settings.trust_domain,
@@ -377,7 +378,9 @@ class Server:
             mark=AuthorityMark(settings.data_dir),
             clock=self.clock,
             log=logs.get_logger("ca_manager"),
+            upstream=upstream[0] if upstream else None,
         )
+        self._stack.push_async_callback(manager.close)
         await manager.start()
         return manager
 
@@ -441,10 +444,6 @@ def _profile(settings: ServerSettings) -> Profile:
         jwt_issuer=settings.jwt_issuer,
         ca_subject=subject.encode(),
     )
-
-
-def _is_tainted(bundle: Bundle, authority_id: str) -> bool:
-    return any(r.tainted and r.authority_id == authority_id for r in bundle.x509_authorities)
 
 
 def prepare_data_dir(data_dir: Path, log: logs.Logger) -> None:

@@ -117,29 +117,35 @@ class LocalAuthorityService:
         self, request: pb.TaintX509AuthorityRequest, call: Call
     ) -> pb.TaintX509AuthorityResponse:
         """Mark the old X.509 authority as compromised."""
+        self._check_local()
         record = await self._manager.taint_x509(self._named(request, call))
         return pb.TaintX509AuthorityResponse(tainted_authority=_state(record))
 
     async def taint_x509_upstream_authority(
         self, request: pb.TaintX509UpstreamAuthorityRequest, call: Call
     ) -> pb.TaintX509UpstreamAuthorityResponse:
-        """Refuse: there is no upstream authority."""
-        del request, call
-        raise NotReadyError("upstream authority is not configured")
+        """Mark an upstream root as compromised."""
+        authority_id = self._upstream_root(request, call)
+        await self._manager.taint_upstream(authority_id)
+        return pb.TaintX509UpstreamAuthorityResponse(upstream_authority_subject_key_id=authority_id)
 
     async def revoke_x509_authority(
         self, request: pb.RevokeX509AuthorityRequest, call: Call
     ) -> pb.RevokeX509AuthorityResponse:
         """Take the old, tainted X.509 authority out of the bundle."""
+        self._check_local()
         record = await self._manager.revoke_x509(self._named(request, call))
         return pb.RevokeX509AuthorityResponse(revoked_authority=_state(record))
 
     async def revoke_x509_upstream_authority(
         self, request: pb.RevokeX509UpstreamAuthorityRequest, call: Call
     ) -> pb.RevokeX509UpstreamAuthorityResponse:
-        """Refuse: there is no upstream authority."""
-        del request, call
-        raise NotReadyError("upstream authority is not configured")
+        """Take a tainted upstream root out of the bundle."""
+        authority_id = self._upstream_root(request, call)
+        await self._manager.revoke_upstream(authority_id)
+        return pb.RevokeX509UpstreamAuthorityResponse(
+            upstream_authority_subject_key_id=authority_id
+        )
 
     async def get_wit_authority_state(self, request: Any, call: Call) -> NoReturn:
         """Refuse: WIT-SVIDs are not there."""
@@ -175,6 +181,19 @@ class LocalAuthorityService:
         self._audit.note(call, local_authority_id=authority_id)
         if not authority_id:
             raise InvalidInputError("no authority ID provided")
+        return authority_id
+
+    def _check_local(self) -> None:
+        if self._manager.has_upstream:
+            raise NotReadyError(
+                "an UpstreamAuthority signs this server's CA: taint and revoke its root instead"
+            )
+
+    def _upstream_root(self, request: Any, call: Call) -> str:
+        authority_id: str = request.subject_key_id
+        self._audit.note(call, upstream_authority_id=authority_id)
+        if not self._manager.has_upstream:
+            raise NotReadyError("upstream authority is not configured")
         return authority_id
 
 

@@ -33,6 +33,7 @@ from spire_hw_server.ca.journal import (
     parse_journal,
 )
 from spire_hw_server.ca.slots import Record, SlotName, Slots, Status, Step
+from spire_hw_server.ca.upstream import Upstream
 from spire_hw_server.datastore.interface import Datastore, JournalRow
 
 if TYPE_CHECKING:
@@ -41,10 +42,12 @@ if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw.plugin.keymanager import Keys, ManagedSigner
+    from spire_hw.plugin.upstreamauthority import UpstreamAuthority
     from spire_hw.spiffeid import TrustDomain
     from spire_hw_server.bundles import Bundles
     from spire_hw_server.ca.authority import Issuer
     from spire_hw_server.ca.mark import AuthorityMark
+    from spire_hw_server.ca.upstream import Roots
 
 X509_KEY_PREFIX: Final = "x509-CA-"
 JWT_KEY_PREFIX: Final = "JWT-Signer-"
@@ -79,6 +82,14 @@ class CaSettings:
 
 
 R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True, slots=True)
+class Authority:
+    """The UpstreamAuthority plugin that signs our CA, and its name."""
+
+    plugin: UpstreamAuthority
+    name: str
 
 
 @dataclass
@@ -119,6 +130,7 @@ class CaManager:
         mark: AuthorityMark,
         clock: Clock,
         log: Logger,
+        upstream: Authority | None = None,
     ) -> None:
         self._settings = settings
         self._keys = keys
@@ -134,16 +146,19 @@ class CaManager:
         self._unsaved = False
         self._failures = 0
         self._next_prune: datetime | None = None
+        self._upstream = None if upstream is None else self._opened(upstream)
+        self._minted_roots: dict[str, Roots] = {}
         self._x509 = _Line[X509Record](
             name="X.509",
             key_prefix=X509_KEY_PREFIX,
             key_type=settings.ca_key_type,
             make=self._make_x509,
             publication=lambda r: Bundle(
-                settings.trust_domain, x509_authorities=(X509Root(r.certificate),)
+                settings.trust_domain,
+                x509_authorities=self._minted_roots.pop(r.authority_id, (X509Root(r.certificate),)),
             ),
             public_key=lambda r: spki_der(public_key_of(load_certificate(r.certificate))),
-            is_published=lambda r, b: any(root.der == r.certificate for root in b.x509_authorities),
+            is_published=_is_x509_published,
             adopt=lambda r, s: issuer.use_x509(r.certificate, r.upstream_chain, s),
         )
         self._jwt = _Line[JwtRecord](
@@ -159,6 +174,23 @@ class CaManager:
             is_published=lambda r, b: b.jwt_key(r.authority_id) is not None,
             adopt=lambda r, s: issuer.use_jwt(r.authority_id, r.not_after, s),
         )
+
+    def _opened(self, authority: Authority) -> Upstream:
+        return Upstream(
+            authority.plugin,
+            authority.name,
+            trust_domain=self._settings.trust_domain,
+            subject=self._issuer.profile.ca_subject,
+            bundles=self._bundles,
+            in_use=self._own_ids,
+            clock=self._clock,
+            log=self._log,
+        )
+
+    @property
+    def has_upstream(self) -> bool:
+        """Tell whether an UpstreamAuthority signs our CA."""
+        return self._upstream is not None
 
     @property
     def x509_slots(self) -> Slots[X509Record]:
@@ -192,6 +224,13 @@ class CaManager:
                 except SpireHwError as e:
                     self._log.error("could not prepare the JWT authority", error=e.message)
         self._next_prune = self._clock.now()
+        if self._upstream is not None:
+            self._upstream.start()
+
+    async def close(self) -> None:
+        """Stop following the upstream authority."""
+        if self._upstream is not None:
+            await self._upstream.close()
 
     async def run(self) -> None:
         """Look every ten seconds what is due; ends only when cancelled."""
@@ -221,6 +260,9 @@ class CaManager:
         failure: SpireHwError | None = None
         async with self._lock:
             try:
+                if self._is_root_tainted():
+                    await self._prepare(self._x509)
+                    await self._activate(self._x509)
                 await self._advance(self._x509)
             except SpireHwError as e:
                 failure = e
@@ -307,6 +349,39 @@ class CaManager:
             await self._forget_old(self._jwt)
         self._log.warning("JWT authority revoked", authority_id=authority_id)
         return record
+
+    async def taint_upstream(self, authority_id: str) -> None:
+        """Mark an upstream root as compromised that the active authority does not hang from.
+
+        Raises:
+            InvalidInputError: it is the root of the active authority, or tainted already.
+            NotFoundError: there is no such root.
+        """
+        async with self._lock:
+            self._check_not_in_use(authority_id)
+            await self._bundles.change(lambda b: b.with_tainted_x509(authority_id))
+        self._log.warning("upstream authority tainted", authority_id=authority_id)
+
+    async def revoke_upstream(self, authority_id: str) -> None:
+        """Take a tainted upstream root out of the bundle.
+
+        Raises:
+            InvalidInputError: it is the root of the active authority, or not tainted.
+            NotFoundError: there is no such root.
+        """
+        async with self._lock:
+            self._check_not_in_use(authority_id)
+            await self._bundles.change(lambda b: b.without_x509(authority_id))
+        self._log.warning("upstream authority revoked", authority_id=authority_id)
+
+    def _check_not_in_use(self, authority_id: str) -> None:
+        active = self._x509.slots.active
+        if not authority_id:
+            raise InvalidInputError("no subject key ID provided")
+        if active is not None and active.upstream_authority_id == authority_id:
+            raise InvalidInputError(
+                "the current authority hangs from this upstream root; rotate to another one first"
+            )
 
     async def _forget_old(self, line: _Line[R]) -> None:
         line.slots = Slots(line.slots.active)
@@ -456,7 +531,7 @@ class CaManager:
             self._refuse_lost(line, active, listed)
         usable = []
         for record in records:
-            fault = self._fault(line, record, listed, bundle, now)
+            fault = self._fault(line, record, listed, bundle, now) or self._misfit(record)
             if fault is None:
                 usable.append(record)
             elif record.status is not Status.OLD:
@@ -489,6 +564,14 @@ class CaManager:
             return "it is no longer in the trust bundle"
         return None
 
+    def _misfit(self, record: Record) -> str | None:
+        """Return why an authority is not what the configuration asks for now."""
+        if not isinstance(record, X509Record) or bool(record.upstream_chain) == self.has_upstream:
+            return None
+        if self.has_upstream:
+            return "it is self-signed, and an UpstreamAuthority is configured now"
+        return "an UpstreamAuthority signed it, and none is configured now"
+
     def _refuse_lost(self, line: _Line[R], record: R, listed: Mapping[str, ManagedSigner]) -> None:
         """Raise unless a new authority in place of a lost one is what the operator wants."""
         if not self._settings.keys_persist:
@@ -513,6 +596,8 @@ class CaManager:
 
     async def _make_x509(self, signer: ManagedSigner, slot: SlotName) -> X509Record:
         now = self._clock.now().replace(microsecond=0)
+        if self._upstream is not None:
+            return await self._mint_x509(self._upstream, signer, slot, now)
         made = await self._issuer.self_signed(signer, now, self._settings.ca_ttl)
         return X509Record(
             slot=slot,
@@ -523,9 +608,40 @@ class CaManager:
             certificate=made.certificate,
         )
 
+    async def _mint_x509(
+        self, upstream: Upstream, signer: ManagedSigner, slot: SlotName, now: datetime
+    ) -> X509Record:
+        minted = await upstream.mint(signer, self._settings.ca_ttl)
+        self._minted_roots[minted.authority_id] = minted.roots
+        return X509Record(
+            slot=slot,
+            authority_id=minted.authority_id,
+            issued_at=now,
+            not_after=minted.not_after,
+            status=Status.PREPARED,
+            certificate=minted.certificate,
+            upstream_chain=minted.chain,
+            upstream_authority_id=minted.root_id,
+        )
+
+    def _own_ids(self) -> set[str]:
+        return {record.upstream_authority_id for record in self._x509.slots.records()}
+
+    def _is_root_tainted(self) -> bool:
+        active = self._x509.slots.active
+        return active is not None and self.is_tainted(active.authority_id)
+
+    def is_tainted(self, authority_id: str) -> bool:
+        """Tell whether an authority of ours, or the upstream root it hangs from, is tainted."""
+        ids = {authority_id}
+        for record in self._x509.slots.records():
+            if record.authority_id == authority_id and record.upstream_authority_id:
+                ids.add(record.upstream_authority_id)
+        return any(r.tainted and r.authority_id in ids for r in self._bundles.own.x509_authorities)
+
     async def _make_jwt(self, signer: ManagedSigner, slot: SlotName) -> JwtRecord:
         now = self._clock.now().replace(microsecond=0)
-        return JwtRecord(
+        record = JwtRecord(
             slot=slot,
             authority_id="".join(secrets.choice(_KID_LETTERS) for _ in range(_KID_LENGTH)),
             issued_at=now,
@@ -533,6 +649,10 @@ class CaManager:
             status=Status.PREPARED,
             public_key=spki_der(signer.public_key),
         )
+        if self._upstream is not None:
+            key = JwtAuthority(record.authority_id, record.public_key, record.not_after)
+            await self._upstream.publish_jwt_key(key)
+        return record
 
     async def _prune(self) -> None:
         now = self._clock.now()
@@ -555,6 +675,15 @@ class CaManager:
                 continue
             if end is None or end < before:
                 await self._store.delete_journal(row.row_id)
+
+
+def _is_x509_published(record: X509Record, bundle: Bundle) -> bool:
+    if record.upstream_authority_id:
+        return any(
+            root.authority_id == record.upstream_authority_id and not root.tainted
+            for root in bundle.x509_authorities
+        )
+    return any(root.der == record.certificate for root in bundle.x509_authorities)
 
 
 def _old(line: _Line[R], authority_id: str) -> R:
