@@ -23,6 +23,7 @@ from spire_hw.rpc.probes import HealthListener
 from spire_hw.x509.name import Subject
 from spire_hw_plugins import builtin
 from spire_hw_server.admission import JOIN_TOKEN, Admissions
+from spire_hw_server.announce import Announcer
 from spire_hw_server.api.addresses import check_addresses
 from spire_hw_server.api.listen import Doors, Endpoints
 from spire_hw_server.api.nodes import NodeCache
@@ -260,6 +261,7 @@ class Server:
         )
         await self._endpoints.start()
         self._stack.push_async_callback(self._endpoints.close, GRACE_S)
+        await self._announce(catalog, parts)
         await health.check_costly()
         await self._listen_for_probes(health)
         self._start_loops(parts, health)
@@ -383,6 +385,17 @@ class Server:
         self._stack.push_async_callback(manager.close)
         await manager.start()
         return manager
+
+    async def _announce(self, catalog: Catalog, parts: Parts) -> None:
+        announcer = Announcer(
+            parts.bundles.watch,
+            notifiers=[(p.name, p.plugin) for p in catalog.all(PluginKind.NOTIFIER)],
+            publishers=[(p.name, p.plugin) for p in catalog.all(PluginKind.BUNDLE_PUBLISHER)],
+            clock=self.clock,
+            log=logs.get_logger("bundle_publishing"),
+        )
+        self._stack.push_async_callback(announcer.close)
+        await announcer.start()
 
     async def _listen_for_probes(self, health: Health) -> None:
         where = self.settings.health
