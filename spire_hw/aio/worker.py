@@ -48,13 +48,17 @@ class Worker:
         except queue.Full:
             raise LimitError(f"{self.name} is busy: its queue is full") from None
         try:
-            async with asyncio.timeout(timeout_s):
-                return await future
-        except TimeoutError as e:
+            # Not asyncio.timeout: in a task that was cancelled, and is tidying up, Python 3.11.2
+            # makes another cancellation of it.
+            await asyncio.wait({future}, timeout=timeout_s)
+        finally:
+            future.cancel()
+        if future.cancelled():
             raise SpireHwError(
                 f"{self.name} did not answer within {timeout_s:g} s",
                 kind=ErrorKind.DEADLINE_EXCEEDED,
-            ) from e
+            )
+        return future.result()
 
     def _loop(self) -> None:
         while (item := self._queue.get()) is not _STOP:

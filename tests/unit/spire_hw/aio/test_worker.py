@@ -45,3 +45,26 @@ async def _refusal(worker: Worker) -> ErrorKind:
     with pytest.raises(SpireHwError) as caught:
         await worker.run(lambda: None, timeout_s=0.2)
     return caught.value.kind
+
+
+async def test_a_deadline_is_one_in_a_task_that_tidies_up_after_its_cancellation() -> None:
+    worker, started, go = Worker("device"), threading.Event(), threading.Event()
+    ends: list[ErrorKind] = []
+
+    def hang() -> None:
+        started.set()
+        go.wait()
+
+    async def work() -> None:
+        try:
+            await worker.run(hang)
+        finally:
+            ends.append(await _refusal(worker))
+
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(work())
+        await asyncio.to_thread(started.wait)
+        task.cancel()
+    assert ends == [ErrorKind.DEADLINE_EXCEEDED]
+    go.set()
+    await worker.close()
