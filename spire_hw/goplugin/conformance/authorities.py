@@ -19,7 +19,7 @@ from spire_hw.goplugin.conformance.report import (
     answered,
     refused,
 )
-from spire_hw.key import KeyType, PublicKey, SoftwareSigner, generate_private_key, spki_der
+from spire_hw.key import KeyType, SoftwareSigner, generate_private_key, spki_der
 from spire_hw.plugin.credentialcomposer import (
     DistinguishedName,
     JwtSvidAttributes,
@@ -29,11 +29,11 @@ from spire_hw.plugin.credentialcomposer import (
 from spire_hw.plugin.info import PluginKind
 from spire_hw.plugin.svidstore import StoredX509Svid
 from spire_hw.spiffeid import agent_id, server_id
-from spire_hw.x509.authority import check_ca_certificate
+from spire_hw.x509.authority import X509Authority, check_ca_certificate
 from spire_hw.x509.certificate import load_certificate, public_key_of
 from spire_hw.x509.chain import verify_chain
 from spire_hw.x509.csr import build_csr
-from spire_hw.x509.issue import issue_ca_certificate
+from spire_hw.x509.issue import issue_ca_certificate, issue_x509_svid
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from spire_hw.goplugin.conformance.bench import Bench
     from spire_hw.goplugin.conformance.report import Report
+    from spire_hw.plugin.upstreamauthority import UpstreamX509Ca
 
 _HOUR: Final = timedelta(hours=1)
 _SUBJECT: Final = DistinguishedName(country=("US",), organization=("SPIRE",))
@@ -56,7 +57,7 @@ async def examine_upstream(bench: Bench, report: Report) -> None:
             first = await anext(answers, None)
         if first is None:
             raise FailedError("it ended without an answer")
-        _check_chain(first.chain, first.roots, signer.public_key, bench.clock.now())
+        await _check_chain(first, signer, bench.clock.now())
     async with report.step("refuses a request that is nonsense"):
 
         async def mint() -> None:
@@ -75,14 +76,23 @@ async def examine_upstream(bench: Bench, report: Report) -> None:
         await _first_or_unimplemented(bench.contract.subscribe_to_local_bundle())
 
 
-def _check_chain(
-    chain: tuple[bytes, ...], roots: tuple[X509Root, ...], public_key: PublicKey, now: datetime
-) -> None:
-    leaf, *rest = (load_certificate(der) for der in chain)
-    if spki_der(public_key_of(leaf)) != spki_der(public_key):
+async def _check_chain(made: UpstreamX509Ca, signer: SoftwareSigner, now: datetime) -> None:
+    """Issue an SVID with the CA that was made, and verify it with the roots that came with it."""
+    certificates = [load_certificate(der) for der in made.chain]
+    spki = spki_der(signer.public_key)
+    if spki_der(public_key_of(certificates[0])) != spki:
         raise FailedError("the first certificate of the chain is not for the key of the request")
-    check_ca_certificate(leaf, TRUST_DOMAIN)
-    verify_chain(leaf, rest, [root.certificate for root in roots], now)
+    check_ca_certificate(certificates[0], TRUST_DOMAIN)
+    authority = X509Authority(made.chain[0], signer, chain=made.chain)
+    leaf = await issue_x509_svid(
+        authority,
+        spki=spki_der(generate_private_key(KeyType.EC_P256).public_key()),
+        spiffe_id=TRUST_DOMAIN.member("web"),
+        not_before=now,
+        not_after=now + _HOUR,
+    )
+    roots = [root.certificate for root in made.roots]
+    verify_chain(load_certificate(leaf), certificates, roots, now)
 
 
 async def _first_or_unimplemented(answers: Any) -> None:
