@@ -41,9 +41,16 @@ class Tasks:
         if error is not None:
             self._on_failure(task.get_name(), error)
 
-    async def close(self) -> None:
-        """Cancel what still runs and wait until it is gone."""
+    async def close(self, patience_s: float | None = None) -> list[str]:
+        """Cancel what still runs and wait until it is gone; return the names of what stays.
+
+        Args:
+            patience_s: how long to wait for tasks that hold on, None for ever.
+        """
         waiting = [t for t in self._tasks if t is not asyncio.current_task()]
         for task in waiting:
             task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
+        if not waiting:
+            return []
+        _done, left = await asyncio.wait(waiting, timeout=patience_s)
+        return [task.get_name() for task in left]

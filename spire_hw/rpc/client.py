@@ -6,6 +6,7 @@ connects at the first call and again whenever the connection was lost.
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
@@ -113,7 +114,10 @@ class Channel(ABC):
                 when it cannot be reached, DEADLINE_EXCEEDED.
         """
         encoded = _encode(request)
+        begun = asyncio.get_running_loop().time()
         for last in (False, True):
+            if last and timeout_s is not None:
+                timeout_s = max(0.0, timeout_s - (asyncio.get_running_loop().time() - begun))
             call = await self.open(path, timeout_s, metadata)
             try:
                 return _decode(response_type, await _only_answer(call, encoded))

@@ -40,6 +40,12 @@ class RpcLimits:
         keepalive_s: ping a silent client this often, None for never.
         keepalive_timeout_s: a ping unanswered this long ends the connection.
         max_calls: in progress at once over all connections, None for any.
+        max_held_bytes: of messages that proved callers have sent, incomplete, unread or being
+            worked on, over all connections.
+        max_stranger_streams: concurrent calls of a caller who showed no certificate.
+        max_stranger_held_bytes: as `max_held_bytes`, of callers who showed none.
+
+    The last three are of our own engine; grpcio has no such limits.
     """
 
     max_request_bytes: int = 4 * 1024 * 1024
@@ -52,6 +58,9 @@ class RpcLimits:
     keepalive_s: float | None = None
     keepalive_timeout_s: float = 20.0
     max_calls: int | None = None
+    max_held_bytes: int = 256 * 1024 * 1024
+    max_stranger_streams: int = 16
+    max_stranger_held_bytes: int = 64 * 1024 * 1024
 
 
 # Strangers may connect here: what one connection can hold is small.

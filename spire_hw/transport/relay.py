@@ -158,6 +158,7 @@ class Half(asyncio.BufferedProtocol):
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None  # nothing is left to close: no timer keeps this from being freed
         if self._linger is not None:
             self._linger.cancel()
             self._linger = None
@@ -183,8 +184,8 @@ class Half(asyncio.BufferedProtocol):
     def lead(self, sink: Sink) -> None:
         """Hand everything to a sink from now on, early bytes first."""
         self.other = sink
-        self.resume()
         self._pass_on_early()
+        self.resume()
 
     def join(self, other: Half) -> None:
         """Relay between this half and another from now on, early bytes first."""
@@ -211,6 +212,11 @@ class Half(asyncio.BufferedProtocol):
             self.other.send(data)
         elif self._gate is not None and self._gate.push(data):
             self.pause()
+
+    @property
+    def unsent(self) -> int:
+        """Return how many bytes wait for the peer to read."""
+        return 0 if self.transport is None else self.transport.get_write_buffer_size()
 
     def send(self, data: bytes) -> None:
         """Send plain bytes to the peer."""

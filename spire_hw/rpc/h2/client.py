@@ -14,8 +14,10 @@ from spire_hw.errors import ErrorKind, SpireHwError, UnavailableError
 from spire_hw.log import get_logger
 from spire_hw.rpc.client import Channel
 from spire_hw.rpc.h2 import frames, hpack, wire
-from spire_hw.rpc.h2.connection import Connection, Fault, Stream, StreamEndedError, Windows
+from spire_hw.rpc.h2.connection import Connection, Windows
 from spire_hw.rpc.h2.frames import Code
+from spire_hw.rpc.h2.limits import Pool
+from spire_hw.rpc.h2.stream import Fault, Stream, StreamEndedError
 from spire_hw.rpc.status import DETAILS_KEY, from_code
 from spire_hw.transport.relay import PREFACE, Half
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 _WINDOWS: Final = Windows(stream=256 * 1024, connection=2 * 1024 * 1024, held=128 * 1024 * 1024)
 _MAX_STREAMS: Final = 100  # until the server says
 _ALIVE_S: Final = 5.0
+_CLOSE_S: Final = 5.0
 _LAST_ID: Final = 2**30
 _PATHS_KNOWN: Final = 64
 _OK: Final = "200"
@@ -85,6 +88,7 @@ class ClientStream(Stream):
         if not self._answered:
             status = fields.get(":status", "")
             if status.startswith("1") and not end:
+                self.connection.spend()
                 return
             self._answered = True
             if status != _OK or not wire.is_content_type(fields.get("content-type", "")):
@@ -115,7 +119,6 @@ class ClientStream(Stream):
         if not self._answered:
             raise Fault(Code.PROTOCOL_ERROR, "data before headers")
         self._messages.append(message)
-        self.unread += len(message)
         self._tell()
 
     @override
@@ -193,8 +196,7 @@ class ClientStream(Stream):
             finally:
                 self._more = None
         message = self._messages.popleft()
-        self.unread -= len(message)
-        self.give_credit()
+        self.take_up(message)
         return message
 
     def cancel(self) -> None:
@@ -213,18 +215,24 @@ class ClientConnection(Connection):
     """A connection of a channel."""
 
     def __init__(self, half: Half, channel: H2Channel) -> None:
-        half.send(PREFACE)
-        super().__init__(half, _WINDOWS, {frames.ENABLE_PUSH: 0}, b"")
+        own = {frames.ENABLE_PUSH: 0}
+        super().__init__(half, _WINDOWS, Pool(_WINDOWS.held), own, preface=PREFACE)
         self._channel = channel
         self._next = 1
         self._limit = _MAX_STREAMS
         self._slots: deque[asyncio.Future[None]] = deque()
         self._is_suspected = False
+        self.farewell = ""
 
     @property
     def is_usable(self) -> bool:
         """Tell whether new calls may be made."""
         return not self.is_closed and not self.is_draining and self._next < _LAST_ID
+
+    @property
+    def is_free(self) -> bool:
+        """Tell whether a call may be made at once."""
+        return len(self.streams) < self._limit and self.is_usable
 
     async def slot(self) -> None:
         """Wait until the server takes one more call.
@@ -235,7 +243,14 @@ class ClientConnection(Connection):
         while len(self.streams) >= self._limit and self.is_usable:
             waiting = asyncio.get_running_loop().create_future()
             self._slots.append(waiting)
-            await waiting
+            try:
+                await waiting
+            except asyncio.CancelledError:
+                if waiting.done() and not waiting.cancelled():
+                    self._let_in()  # the place was ours: it is another's now
+                else:
+                    self._slots.remove(waiting)
+                raise
         if not self.is_usable:
             raise _NotProcessedError
 
@@ -244,12 +259,12 @@ class ClientConnection(Connection):
         stream = ClientStream(self, self._next, limit, timeout_s)
         self._next += 2
         self.streams[stream.id] = stream
-        self.write(frames.headers(stream.id, block, end=False))
+        self.write_headers(stream.id, block, end=False)
         return stream
 
     def lost(self) -> SpireHwError:
         """Return what calls are told whose connection is gone."""
-        return self._channel.lost(self.why)
+        return self._channel.lost(self.farewell or self.why)
 
     def suspect(self) -> None:
         """A call has run out of time: see whether anybody is there at all."""
@@ -266,6 +281,7 @@ class ClientConnection(Connection):
     def on_headers(self, number: int, block: Block, *, end: bool) -> None:
         if self.is_idle_stream(number):
             raise Fault(Code.PROTOCOL_ERROR, "an answer to no call")
+        self.spend(0.1)  # of a call that we have ended: what was under way
 
     @override
     def is_idle_stream(self, number: int) -> bool:
@@ -283,16 +299,19 @@ class ClientConnection(Connection):
             self.close()
 
     def _let_in(self) -> None:
-        room = len(self.streams) < self._limit or not self.is_usable
-        while room and self._slots:
+        """Wake as many as have room, all when there is none to come; each looks for itself."""
+        room = self._limit - len(self.streams) if self.is_usable else len(self._slots)
+        while room > 0 and self._slots:
             waiting = self._slots.popleft()
             if not waiting.done():
                 waiting.set_result(None)
-                room = not self.is_usable
+                room -= 1
 
     @override
     def on_goaway(self, last: int, code: Code) -> None:
         self.is_draining = True
+        if code is not Code.NO_ERROR:
+            self.farewell = f"the server ended it ({code.name})"
         for number, stream in list(self.streams.items()):
             if number > last and isinstance(stream, ClientStream):
                 stream.not_processed()
@@ -317,7 +336,7 @@ class H2Channel(Channel):
         self._max_response_bytes = max_response_bytes
         self._connection: ClientConnection | None = None
         self._open: dict[ClientConnection, None] = {}
-        self._connecting = asyncio.Lock()
+        self._connecting: asyncio.Future[ClientConnection] | None = None
         self._closed = False
         self._blocks: dict[str, bytes] = {}
         self.tasks = Tasks(self._failed)
@@ -327,20 +346,25 @@ class H2Channel(Channel):
         self._closed = True
         for connection in list(self._open):
             connection.close("closed by us")
-        await self.tasks.close()
+        await self.tasks.close(_CLOSE_S)
         if self.dialer is not None:
             await self.dialer.close()
 
     @override
     async def open(self, path: str, timeout_s: float | None, metadata: Metadata) -> RawCall:
+        connection = self._connection
+        if connection is None or not connection.is_free:
+            begun = asyncio.get_running_loop().time()
+            try:
+                async with asyncio.timeout(timeout_s):
+                    connection = await self._ready()
+            except TimeoutError as e:
+                raise SpireHwError(
+                    f"no connection to {self.where} in time", kind=ErrorKind.DEADLINE_EXCEEDED
+                ) from e
+            if timeout_s is not None:
+                timeout_s = max(0.0, timeout_s - (asyncio.get_running_loop().time() - begun))
         block = self._block(path, timeout_s, metadata)
-        try:
-            async with asyncio.timeout(timeout_s):
-                connection = await self._ready()
-        except TimeoutError as e:
-            raise SpireHwError(
-                f"no connection to {self.where} in time", kind=ErrorKind.DEADLINE_EXCEEDED
-            ) from e
         return connection.open(block, self._max_response_bytes, timeout_s)
 
     async def _ready(self) -> ClientConnection:
@@ -348,27 +372,45 @@ class H2Channel(Channel):
         while not self._closed:
             connection = self._connection
             if connection is None or not connection.is_usable:
-                async with self._connecting:
-                    connection = self._connection
-                    if connection is None or not connection.is_usable:
-                        connection = await self._connect()
+                connection = await self._connected()
             try:
                 await connection.slot()
             except _NotProcessedError:
                 continue
             return connection
-        raise UnavailableError(f"the connection to {self.where} is closed")
+        raise self._is_over()
 
-    async def _connect(self) -> ClientConnection:
-        half = await self._dial()
-        if self._closed:
-            half.abort()
-            raise UnavailableError(f"the connection to {self.where} is closed")
-        connection = ClientConnection(half, self)
-        self._connection = connection
-        self._open[connection] = None
-        half.lead(connection)
-        return connection
+    async def _connected(self) -> ClientConnection:
+        """Wait for a new connection: one for all who wait, and none of them can break it off."""
+        if self._connecting is None:
+            self._connecting = asyncio.get_running_loop().create_future()
+            self.tasks.start("connect", self._connect(self._connecting))
+        return await asyncio.shield(self._connecting)
+
+    async def _connect(self, told: asyncio.Future[ClientConnection]) -> None:
+        """Make a connection and tell those who wait, or tell them why there is none."""
+        try:
+            half = await self._dial()
+            if self._closed:
+                half.abort()
+                raise self._is_over()
+            if half.transport is None or half.transport.is_closing():
+                raise UnavailableError(f"{self.where} ended the connection at once")
+            connection = ClientConnection(half, self)
+            self._connection = connection
+            self._open[connection] = None
+            told.set_result(connection)
+            half.lead(connection)
+        except SpireHwError as e:
+            told.set_exception(e)
+        finally:
+            self._connecting = None
+            if not told.done():
+                told.set_exception(self._is_over())
+            told.exception()  # whoever waited may have gone: not worth a warning
+
+    def _is_over(self) -> SpireHwError:
+        return UnavailableError(f"the connection to {self.where} is closed")
 
     async def _dial(self) -> Half:
         if self.dialer is not None:

@@ -14,38 +14,31 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from spire_hw.errors import InvalidInputError, LimitError, SpireHwError
+from spire_hw.errors import InvalidInputError, LimitError
 from spire_hw.rpc.h2 import frames
 from spire_hw.rpc.h2.frames import Code
-from spire_hw.rpc.h2.hpack import MAX_BLOCK_BYTES, Block, Decoder
-from spire_hw.rpc.h2.wire import Assembler
+from spire_hw.rpc.h2.hpack import MAX_BLOCK_BYTES, TABLE_BYTES, Block, Decoder
+from spire_hw.rpc.h2.limits import Account, Budget
+from spire_hw.rpc.h2.stream import Fault
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from spire_hw.rpc.h2.limits import Pool
+    from spire_hw.rpc.h2.stream import Stream
     from spire_hw.transport.relay import Half
 
 _MAX_BLOCK_FRAMES: Final = 16
-_MAX_EMPTY_DATA: Final = 100
-_BURST: Final = 1_000.0
-_REFILL_PER_S: Final = 100.0
-_MAX_UNSENT_BYTES: Final = 4 * 1024 * 1024
+# A header block up to this size is ordinary; decoding a longer one costs.
+_PLAIN_BLOCK_BYTES: Final = 4096
+# What is said in one turn of the loop before the other connections have theirs.
+_TURN_BYTES: Final = 128 * 1024
+_MAX_UNSENT_BYTES: Final = 512 * 1024
 _RESET_COST: Final = 2.0
 _EARNED: Final = 10.0
 _GOAWAY_BYTES: Final = 8
-
-
-class Fault(Exception):  # noqa: N818 - a peer's fault, not an error of ours
-    """The peer broke the protocol; the connection ends."""
-
-    def __init__(self, code: Code, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-
-
-class StreamEndedError(Exception):
-    """The stream is over; what is to be said about it was said elsewhere."""
+# Table size 0: owed to a peer whose table is smaller than ours is at first (RFC 7541 section 4.2).
+_NO_TABLE: Final = b"\x20"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +48,7 @@ class Windows:
     Attributes:
         stream: bytes per stream.
         connection: bytes on all streams together.
-        held: bytes of incomplete messages on all streams together.
+        held: bytes of messages that are incomplete, unread or worked on, on all streams together.
     """
 
     stream: int
@@ -63,166 +56,34 @@ class Windows:
     held: int
 
 
-class Stream(ABC):
-    """One call on a connection."""
-
-    __slots__ = (
-        "_assembler",
-        "_credit",
-        "_empty",
-        "_waiter",
-        "connection",
-        "id",
-        "recv_ended",
-        "recv_window",
-        "send_ended",
-        "send_window",
-        "unread",
-    )
-
-    def __init__(self, connection: Connection, number: int, max_message_bytes: int) -> None:
-        self.connection = connection
-        self.id = number
-        self.recv_ended = False
-        self.send_ended = False
-        self.recv_window = connection.windows.stream
-        self.send_window = connection.peer_window
-        self.unread = 0  # bytes of messages nobody has taken yet
-        self._assembler = Assembler(max_message_bytes)
-        self._credit = 0  # bytes taken and not yet told the peer
-        self._empty = 0
-        self._waiter: asyncio.Future[None] | None = None
-
-    @abstractmethod
-    def on_headers(self, block: Block, *, end: bool) -> None:
-        """Take a header block."""
-
-    @abstractmethod
-    def on_message(self, message: bytes) -> None:
-        """Take a message."""
-
-    @abstractmethod
-    def on_end(self) -> None:
-        """Take the end of what the peer sends."""
-
-    @abstractmethod
-    def on_reset(self, code: Code) -> None:
-        """Take the peer's RST_STREAM, or the end of the connection; the stream is gone already."""
-
-    @abstractmethod
-    def refuse(self, error: SpireHwError) -> None:
-        """End the stream over what the peer sent."""
-
-    def on_data(self, data: bytes, size: int, *, end: bool) -> None:
-        """Take the payload of a DATA frame, which counts as `size` bytes."""
-        if self.recv_ended:
-            self.connection.reset(self, Code.STREAM_CLOSED)
-            return
-        self.recv_window -= size
-        if self.recv_window < 0:
-            raise Fault(Code.FLOW_CONTROL_ERROR, "more data than the stream's window")
-        if not data and not end:
-            self._empty += 1
-            if self._empty > _MAX_EMPTY_DATA:
-                raise Fault(Code.ENHANCE_YOUR_CALM, "too many empty frames")
-        before = self._assembler.pending
-        try:
-            messages = self._assembler.take(data) if data else ()
-        except SpireHwError as e:
-            self.connection.held -= before
-            self.refuse(e)
-            return
-        self.connection.held += self._assembler.pending - before
-        if self.connection.held > self.connection.windows.held:
-            self.refuse(LimitError("too much unfinished data on this connection"))
-            return
-        self._credit += size
-        for message in messages:
-            self.on_message(message)
-        if end:
-            self.recv_ended = True
-            if self._assembler.pending:
-                self.refuse(InvalidInputError("the stream ends in the middle of a message"))
-                return
-            self.on_end()
-            self.connection.settle(self)
-        else:
-            self.give_credit()
-
-    def give_credit(self) -> None:
-        """Let the peer send more, when the reader keeps up."""
-        whole = self.connection.windows.stream
-        if self._credit * 2 >= whole and self.unread < whole and not self.recv_ended:
-            self.connection.write(frames.window_update(self.id, self._credit))
-            self.recv_window += self._credit
-            self._credit = 0
-
-    def forget(self) -> None:
-        """Give back what the stream holds; called once, when it leaves its connection."""
-        self.connection.held -= self._assembler.pending
-
-    async def send_message(self, packed: bytes, *, end: bool = False) -> None:
-        """Send DATA frames, as the windows allow.
-
-        Raises:
-            StreamEndedError: the stream was reset or its connection lost.
-        """
-        connection = self.connection
-        at, size = 0, len(packed)
-        while True:
-            if self.send_ended:
-                raise StreamEndedError
-            step = min(
-                size - at, self.send_window, connection.send_window, connection.peer_max_frame
-            )
-            if connection.is_paused or (step <= 0 and at < size):
-                await self._room()
-                continue
-            last = at + step == size
-            if last and end:
-                self.send_ended = True
-            connection.write_data(self, packed[at : at + step], end=last and end)
-            at += step
-            if last:
-                if end:
-                    connection.settle(self)
-                return
-
-    async def _room(self) -> None:
-        """Wait until something may be sent."""
-        self._waiter = asyncio.get_running_loop().create_future()
-        self.connection.blocked[self] = None
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-            self.connection.blocked.pop(self, None)
-
-    def wake(self) -> None:
-        """Look again at what may be sent."""
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
 class Connection(ABC):
     """What both sides of a connection have in common; `send` takes what the peer sent."""
 
     def __init__(
-        self, half: Half, windows: Windows, own_settings: dict[int, int], preface: bytes
+        self,
+        half: Half,
+        windows: Windows,
+        pool: Pool,
+        own_settings: dict[int, int],
+        *,
+        preface: bytes = b"",
+        skip: int = 0,
     ) -> None:
         """Take over a half.
 
         Args:
             half: the proved connection; it is led here by the caller.
             windows: what the peer may send ahead.
+            pool: what it shares with others of its kind.
             own_settings: what we tell the peer.
-            preface: bytes the peer sends before its first frame.
+            preface: bytes we send before our first frame.
+            skip: how many the peer sends before its own.
         """
         self._half = half
         self.windows = windows
         self.streams: dict[int, Stream] = {}
         self.blocked: dict[Stream, None] = {}
-        self.held = 0
+        self.account = Account(windows.held, pool)
         self.last_stream = 0  # the highest number the peer opened
         self.send_window = frames.DEFAULT_WINDOW
         self.peer_window = frames.DEFAULT_WINDOW
@@ -235,18 +96,22 @@ class Connection(ABC):
         self._credit = 0
         self._settled = False
         self._rest = b""
-        self._skip = len(preface)
+        self._skip = skip
         self._decoder = Decoder()
         self._block: bytearray | None = None
         self._block_head = (0, 0)
         self._block_frames = 0
         self._out: list[bytes] = []
+        self._unsent = 0  # bytes in it
         self._flushing = False
-        self._budget = _BURST
-        self._budget_at = self.heard_at
+        self._is_hurried = False
+        self._prefix = b""
+        self._budget = Budget(self.heard_at)
         self._ping = b""
         self._on_pong: asyncio.Future[None] | None = None
         self.why = ""
+        if preface:
+            self.write(preface)
         self.write(frames.settings({frames.INITIAL_WINDOW_SIZE: windows.stream, **own_settings}))
         if windows.connection > frames.DEFAULT_WINDOW:
             self.write(frames.window_update(0, windows.connection - frames.DEFAULT_WINDOW))
@@ -308,28 +173,54 @@ class Connection(ABC):
 
     # What streams and sides use.
 
+    @property
+    def is_full(self) -> bool:
+        """Tell whether DATA has to wait: the peer does not read, or others are to have a turn."""
+        return self.is_paused or self._is_hurried
+
     def write(self, data: bytes) -> None:
         """Send bytes soon, together with what else is written in this turn of the loop."""
         if self.is_closed:
             return
         self._out.append(data)
+        self._unsent += len(data)
         if not self._flushing:
             self._flushing = True
-            asyncio.get_running_loop().call_soon(self.flush)
+            asyncio.get_running_loop().call_soon(self._turn)
+        if self._unsent >= _TURN_BYTES:  # the transport is to say whether it keeps up
+            self._is_hurried = True
+            self.flush()
 
-    def flush(self) -> None:
-        """Send what was written."""
-        self._flushing = False
-        if self._out:
-            out, self._out = self._out, []
-            self._half.send(out[0] if len(out) == 1 else b"".join(out))
+    def write_headers(self, number: int, block: bytes, *, end: bool) -> None:
+        """Send a header block."""
+        if self._prefix:
+            block, self._prefix = self._prefix + block, b""
+        self.write(frames.headers(number, block, end=end))
 
-    def write_data(self, stream: Stream, data: bytes, *, end: bool) -> None:
-        """Send one DATA frame that fits the windows."""
+    def write_data(self, stream: Stream, data: bytes, *, end: bool, earns: bool = True) -> None:
+        """Send one DATA frame that fits the windows; `earns` when it is worth a peer's answer."""
         self.send_window -= len(data)
         stream.send_window -= len(data)
-        self._budget = min(_BURST, self._budget + _EARNED)  # data is answered with pings, updates
+        if earns:
+            self._budget.earn(_EARNED)  # data is answered with pings and window updates
         self.write(frames.frame(frames.DATA, frames.END_STREAM if end else 0, stream.id, data))
+
+    def flush(self) -> None:
+        """Send what was written; a peer that asks and asks, and reads nothing, is cut."""
+        if not self._out:
+            return
+        out, self._out, self._unsent = self._out, [], 0
+        self._half.send(out[0] if len(out) == 1 else b"".join(out))
+        if self.is_paused and self._half.unsent > _MAX_UNSENT_BYTES:
+            asyncio.get_running_loop().call_soon(self.abort, "it does not read its answers")
+
+    def _turn(self) -> None:
+        """End a turn of the loop."""
+        self._flushing = False
+        self.flush()
+        if self._is_hurried:
+            self._is_hurried = False
+            self._wake()
 
     def settle(self, stream: Stream) -> None:
         """Let go of a stream that both ends have ended."""
@@ -341,6 +232,12 @@ class Connection(ABC):
         if self.streams.pop(stream.id, None) is not None:
             stream.forget()
             self.on_dropped()
+
+    def break_off(self, stream: Stream, code: Code) -> None:
+        """End a stream over what the peer did to it; doing it again and again ends the connection."""
+        self.spend(_RESET_COST)
+        self.reset(stream, code)
+        stream.on_reset(code)
 
     def reset(self, stream: Stream, code: Code) -> None:
         """End a stream at once and say so."""
@@ -370,12 +267,14 @@ class Connection(ABC):
 
     async def ping(self, timeout_s: float) -> bool:
         """Tell whether the peer answers a ping in time."""
+        if self.is_closed:
+            return False
         if self._on_pong is None:
             self._ping = os.urandom(frames.PING_BYTES)
             self._on_pong = asyncio.get_running_loop().create_future()
             self.write(frames.frame(frames.PING, 0, 0, self._ping))
         done, _ = await asyncio.wait([self._on_pong], timeout=timeout_s)
-        return bool(done)
+        return bool(done) and not self.is_closed
 
     # Frames.
 
@@ -417,18 +316,14 @@ class Connection(ABC):
     def _goaway(self, _flags: int, number: int, payload: bytes) -> None:
         if number or len(payload) < _GOAWAY_BYTES:
             raise Fault(Code.PROTOCOL_ERROR, "GOAWAY is malformed")
+        self.spend()
         last = frames.u32(payload) & frames.ID_MASK
         self.on_goaway(last, frames.code_of(frames.u32(payload, 4)))
 
     def spend(self, cost: float = 1.0) -> None:
         """Count a frame that brings no call on."""
-        self._budget -= cost
-        if self._budget < 0:
-            now = self.heard_at
-            self._budget = min(_BURST, self._budget + (now - self._budget_at) * _REFILL_PER_S)
-            self._budget_at = now
-            if self._budget < 0:
-                raise Fault(Code.ENHANCE_YOUR_CALM, "too many frames that carry nothing")
+        if not self._budget.spend(cost, self.heard_at):
+            raise Fault(Code.ENHANCE_YOUR_CALM, "too many frames that carry nothing")
 
     def _data(self, flags: int, number: int, payload: bytes) -> None:
         size = len(payload)
@@ -441,9 +336,7 @@ class Connection(ABC):
             self._recv_window += self._credit
             self._credit = 0
         if flags & frames.PADDED:
-            if not payload or payload[0] >= size:
-                raise Fault(Code.PROTOCOL_ERROR, "a frame is padded wrongly")
-            payload = payload[1 : size - payload[0]]
+            payload = _unpadded(payload)
         stream = self.streams.get(number)
         if stream is not None:
             stream.on_data(payload, size, end=bool(flags & frames.END_STREAM))
@@ -456,7 +349,7 @@ class Connection(ABC):
         if number == 0:
             raise Fault(Code.PROTOCOL_ERROR, "headers without a stream")
         if flags & frames.PADDED:
-            raise Fault(Code.PROTOCOL_ERROR, "padded headers are not accepted")
+            payload = _unpadded(payload)
         if flags & frames.WITH_PRIORITY:
             if len(payload) < 5:  # noqa: PLR2004 - stream and weight
                 raise Fault(Code.FRAME_SIZE_ERROR, "headers are cut short")
@@ -480,6 +373,8 @@ class Connection(ABC):
             self._block_done(number, block, self._block_head[1])
 
     def _block_done(self, number: int, raw: bytes, flags: int) -> None:
+        if len(raw) > _PLAIN_BLOCK_BYTES:
+            self.spend(len(raw) / 1024)
         try:
             block = self._decoder.decode(raw)
         except LimitError as e:
@@ -499,8 +394,10 @@ class Connection(ABC):
         increment = frames.u32(payload) & frames.ID_MASK
         self.spend(0.2)
         if number == 0:
+            if increment == 0:
+                raise Fault(Code.PROTOCOL_ERROR, "a window grows by nothing")
             self.send_window += increment
-            if increment == 0 or self.send_window > frames.MAX_WINDOW:
+            if self.send_window > frames.MAX_WINDOW:
                 raise Fault(Code.FLOW_CONTROL_ERROR, "a window is out of range")
             self._wake()
             return
@@ -511,14 +408,15 @@ class Connection(ABC):
             return
         stream.send_window += increment
         if increment == 0 or stream.send_window > frames.MAX_WINDOW:
-            self.reset(stream, Code.FLOW_CONTROL_ERROR)
-            stream.on_reset(Code.FLOW_CONTROL_ERROR)
+            self.break_off(stream, Code.FLOW_CONTROL_ERROR if increment else Code.PROTOCOL_ERROR)
             return
         stream.wake()
 
     def _rst_stream(self, _flags: int, number: int, payload: bytes) -> None:
-        if len(payload) != 4 or self.is_idle_stream(number):  # noqa: PLR2004 - one number
-            raise Fault(Code.PROTOCOL_ERROR, "RST_STREAM is malformed")
+        if len(payload) != 4:  # noqa: PLR2004 - one number
+            raise Fault(Code.FRAME_SIZE_ERROR, "RST_STREAM is malformed")
+        if self.is_idle_stream(number):
+            raise Fault(Code.PROTOCOL_ERROR, "the end of a stream that was never opened")
         self.spend(_RESET_COST)
         stream = self.streams.get(number)
         if stream is None:
@@ -529,50 +427,55 @@ class Connection(ABC):
         stream.on_reset(frames.code_of(frames.u32(payload)))
 
     def _pinged(self, flags: int, number: int, payload: bytes) -> None:
-        if number or len(payload) != frames.PING_BYTES:
-            raise Fault(Code.PROTOCOL_ERROR, "PING is malformed")
+        if len(payload) != frames.PING_BYTES:
+            raise Fault(Code.FRAME_SIZE_ERROR, "PING is malformed")
+        if number:
+            raise Fault(Code.PROTOCOL_ERROR, "PING on a stream")
+        self.spend()
         if not flags & frames.ACK:
-            self.spend()
-            self._answer(frames.frame(frames.PING, frames.ACK, 0, payload))
+            self.write(frames.frame(frames.PING, frames.ACK, 0, payload))
         elif self._on_pong is not None and payload == self._ping:
             if not self._on_pong.done():
                 self._on_pong.set_result(None)
             self._on_pong = None
 
-    def _answer(self, data: bytes) -> None:
-        """Write what the peer asked for; one that asks and does not read is cut."""
-        if self.is_paused and sum(map(len, self._out)) > _MAX_UNSENT_BYTES:
-            raise Fault(Code.ENHANCE_YOUR_CALM, "answers are not read")
-        self.write(data)
-
     def _settings(self, flags: int, number: int, payload: bytes) -> None:
-        if number or len(payload) % frames.SETTING_BYTES:
-            raise Fault(Code.PROTOCOL_ERROR, "SETTINGS is malformed")
+        if number:
+            raise Fault(Code.PROTOCOL_ERROR, "SETTINGS on a stream")
+        if len(payload) % frames.SETTING_BYTES or (payload and flags & frames.ACK):
+            raise Fault(Code.FRAME_SIZE_ERROR, "SETTINGS is malformed")
+        self.spend(1.0 + len(payload) / frames.SETTING_BYTES / 10)
         if flags & frames.ACK:
             return
-        self.spend(1.0 + len(payload) / frames.SETTING_BYTES / 10)
         for key, value in frames.take_settings(payload):
             self._setting(key, value)
-        self._answer(frames.frame(frames.SETTINGS, frames.ACK, 0))
+        self.write(frames.frame(frames.SETTINGS, frames.ACK, 0))
 
     def _setting(self, key: int, value: int) -> None:
         if key == frames.INITIAL_WINDOW_SIZE:
-            for stream in self.streams.values():
-                stream.send_window += value - self.peer_window
-                if stream.send_window > frames.MAX_WINDOW:
-                    raise Fault(Code.FLOW_CONTROL_ERROR, "a window is out of range")
-            if value > frames.MAX_WINDOW:
-                raise Fault(Code.FLOW_CONTROL_ERROR, "a window is out of range")
-            self.peer_window = value
-            self._wake()
+            self._resize(value)
         elif key == frames.MAX_FRAME_SIZE:
             if not frames.MAX_FRAME_BYTES <= value < 1 << 24:
                 raise Fault(Code.PROTOCOL_ERROR, "a frame size is out of range")
             self.peer_max_frame = min(value, 4 * frames.MAX_FRAME_BYTES)
         elif key == frames.MAX_CONCURRENT_STREAMS:
             self.on_limit(value)
+        elif key == frames.HEADER_TABLE_SIZE:
+            if value < TABLE_BYTES:
+                self._prefix = _NO_TABLE
         elif key == frames.ENABLE_PUSH and value > 1:
             raise Fault(Code.PROTOCOL_ERROR, "a setting is out of range")
+
+    def _resize(self, window: int) -> None:
+        """Take another first window; those of open streams may fall below zero by it."""
+        if window > frames.MAX_WINDOW:
+            raise Fault(Code.FLOW_CONTROL_ERROR, "a window is out of range")
+        for stream in self.streams.values():
+            stream.send_window += window - self.peer_window
+            if stream.send_window > frames.MAX_WINDOW:
+                raise Fault(Code.FLOW_CONTROL_ERROR, "a window is out of range")
+        self.peer_window = window
+        self._wake()
 
     _takers: ClassVar[tuple[Callable[[Connection, int, int, bytes], None], ...]] = (  # by kind
         _data,
@@ -612,3 +515,14 @@ class Connection(ABC):
             self._on_pong = None
         self._half.end()
         self.on_closed()
+
+
+def _unpadded(payload: bytes) -> bytes:
+    """Return what is in a payload besides its padding.
+
+    Raises:
+        Fault: there is more padding than payload.
+    """
+    if not payload or payload[0] >= len(payload):
+        raise Fault(Code.PROTOCOL_ERROR, "a frame is padded wrongly")
+    return payload[1 : len(payload) - payload[0]]

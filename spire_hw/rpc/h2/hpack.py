@@ -27,8 +27,10 @@ TABLE_BYTES: Final = 4096
 MAX_BLOCK_BYTES: Final = 32 * 1024
 MAX_FIELDS: Final = 128
 ENTRY_OVERHEAD: Final = 32
-_REMEMBERED_BLOCKS: Final = 16
-_MAX_REMEMBERED_BYTES: Final = 1024
+# What a stranger can make us remember stays below 32 KiB a connection.
+_REMEMBERED_BLOCKS: Final = 8
+_MAX_REMEMBERED_BYTES: Final = 512
+_MAX_REMEMBERED_FIELDS: Final = 24
 _MAX_INTEGER_BYTES: Final = 5
 _HUFFMAN: Final = 0x80
 _LENGTH: Final = 0x7F
@@ -187,7 +189,11 @@ class Decoder:
         if len(data) > MAX_BLOCK_BYTES:
             raise LimitError(f"a header block is larger than {MAX_BLOCK_BYTES} bytes")
         block, lasting = self._decode(data)
-        if lasting and len(data) <= _MAX_REMEMBERED_BYTES:
+        if (
+            lasting
+            and len(data) <= _MAX_REMEMBERED_BYTES
+            and len(block.fields) <= _MAX_REMEMBERED_FIELDS
+        ):
             if self._remembered is None or len(self._remembered) >= _REMEMBERED_BLOCKS:
                 self._remembered = {}
             self._remembered[data] = block

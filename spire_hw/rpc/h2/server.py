@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from typing_extensions import override
 
@@ -19,13 +19,16 @@ from spire_hw.errors import (
     UnavailableError,
 )
 from spire_hw.rpc.h2 import frames, hpack, wire
-from spire_hw.rpc.h2.connection import Connection, Fault, Stream, StreamEndedError, Windows
+from spire_hw.rpc.h2.connection import Connection, Windows
 from spire_hw.rpc.h2.frames import Code
+from spire_hw.rpc.h2.limits import Pool
+from spire_hw.rpc.h2.stream import Fault, Stream, StreamEndedError
 from spire_hw.rpc.status import WireStatus, to_wire
+from spire_hw.transport.peer import TcpPeer
 from spire_hw.transport.relay import PREFACE
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Awaitable, Iterator
 
     from spire_hw.log import Logger
     from spire_hw.rpc.endpoint import Endpoint, RpcLimits
@@ -39,6 +42,7 @@ _CLOSE_S: Final = 2.0
 _AGE_SPREAD: Final = 0.1
 _OK_BLOCK: Final = hpack.encode([(":status", "200"), ("content-type", wire.CONTENT_TYPE)])
 _END_BLOCK: Final = hpack.encode([("grpc-status", "0")])
+_PSEUDO: Final = frozenset({":method", ":scheme", ":path", ":authority"})
 _NOT_METADATA: Final = frozenset({"content-type", "te", "host"})
 _FORBIDDEN: Final = frozenset(
     {"connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"}
@@ -77,7 +81,7 @@ def _parse(fields: tuple[Field, ...]) -> _Request:
     if (
         len(pseudo) != plain
         or not path
-        or not pseudo.keys() >= {":method", ":scheme"}
+        or not {":method", ":scheme"} <= pseudo.keys() <= _PSEUDO
         or any(name[0] == ":" or name in _FORBIDDEN for name, _ in rest)
     ):
         raise ValueError("not a request of HTTP/2")
@@ -132,8 +136,7 @@ class ServerStream(Stream):
     @override
     def on_headers(self, block: Block, *, end: bool) -> None:
         if self.recv_ended or not end:
-            self.connection.reset(self, Code.PROTOCOL_ERROR)
-            self.on_reset(Code.PROTOCOL_ERROR)
+            self.connection.break_off(self, Code.PROTOCOL_ERROR)
             return
         self.on_data(b"", 0, end=True)
 
@@ -145,7 +148,6 @@ class ServerStream(Stream):
             self.refuse(InvalidInputError("more than one request"))
             return
         self._messages.append(message)
-        self.unread += len(message)
         self._tell()
 
     @override
@@ -169,8 +171,10 @@ class ServerStream(Stream):
     def _cancel(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        if self._task is not None:
-            self._task.cancel()
+        task, self._task = self._task, None
+        if task is not None and not task.done():
+            task.cancel()
+            self.connection.linger(task)
 
     def _expire(self) -> None:
         self.refuse(SpireHwError("deadline exceeded", kind=ErrorKind.DEADLINE_EXCEEDED))
@@ -187,7 +191,7 @@ class ServerStream(Stream):
             request: Any
             call = endpoint.call(self.connection.peer, self._request.metadata, left)
             if endpoint.client_streaming:
-                request = self._requests()
+                request = _Requests(self)
             else:
                 request = endpoint.decode(self._messages.popleft())
             if not endpoint.server_streaming:
@@ -199,28 +203,38 @@ class ServerStream(Stream):
             self.finish(None)
         except StreamEndedError:
             return
+        except asyncio.CancelledError:
+            # Not the caller's doing when the stream still stands: what the handler waited for went.
+            self.finish(to_wire(UnavailableError("the call was given up; try again")))
+            raise
         except Exception as e:  # noqa: BLE001 - the edge: everything becomes a status
             self.finish(endpoint.status(e, call))
 
-    async def _requests(self) -> AsyncIterator[Any]:
-        while True:
-            while self._messages:
-                raw = self._messages.popleft()
-                self.unread -= len(raw)
-                self.give_credit()
-                yield self._endpoint.decode(raw)
+    async def next_request(self) -> Any:
+        """Return the next request of a stream of them.
+
+        Raises:
+            StopAsyncIteration: there are no more.
+            InvalidInputError: it does not decode.
+        """
+        while not self._messages:
             if self.recv_ended:
-                return
+                raise StopAsyncIteration
             self._more = asyncio.get_running_loop().create_future()
             await self._more
+        raw = self._messages.popleft()
+        self.take_up(raw)
+        return self._endpoint.decode(raw)
 
     async def _answer(self, message: bytes) -> None:
         """Send the one response and the end, in one piece where that fits."""
         connection = self.connection
         packed = wire.pack(message)
         size = len(packed)
+        limit = connection.engine.limits.max_response_bytes
         if (
-            connection.is_paused
+            connection.is_full
+            or 0 <= limit < len(message)
             or size > self.send_window
             or size > connection.send_window
             or size > connection.peer_max_frame
@@ -246,7 +260,7 @@ class ServerStream(Stream):
     def _open(self) -> None:
         if not self._headers_sent:
             self._headers_sent = True
-            self.connection.write(frames.headers(self.id, _OK_BLOCK, end=False))
+            self.connection.write_headers(self.id, _OK_BLOCK, end=False)
 
     def finish(self, status: WireStatus | None) -> None:
         """Say how the call ended, None for well, and let go of it."""
@@ -266,7 +280,7 @@ class ServerStream(Stream):
             fields.append(("grpc-message", wire.encode_message(status.message)))
             fields += [(key, wire.encode_binary(value)) for key, value in status.trailing]
             block = hpack.encode(fields)
-        connection.write(frames.headers(self.id, block, end=True, limit=frames.MAX_FRAME_BYTES))
+        connection.write_headers(self.id, block, end=True)
         self.send_ended = True
         if self.recv_ended:
             connection.drop(self)
@@ -274,18 +288,38 @@ class ServerStream(Stream):
             connection.reset(self, Code.NO_ERROR)
 
 
+class _Requests:
+    """The requests of one call, for its handler."""
+
+    __slots__ = ("_stream",)
+
+    def __init__(self, stream: ServerStream) -> None:
+        self._stream = stream
+
+    def __aiter__(self) -> Self:
+        return self
+
+    def __anext__(self) -> Awaitable[Any]:
+        return self._stream.next_request()
+
+
 class ServerConnection(Connection):
     """A caller's connection."""
 
     def __init__(self, half: Half, peer: Peer, engine: H2Engine) -> None:
         limits = engine.limits
+        stranger = isinstance(peer, TcpPeer) and peer.spiffe_id is None
+        self._max_streams = limits.max_stranger_streams if stranger else limits.max_streams
         own = {
-            frames.MAX_CONCURRENT_STREAMS: limits.max_streams,
+            frames.MAX_CONCURRENT_STREAMS: self._max_streams,
             frames.MAX_HEADER_LIST_SIZE: limits.max_header_bytes,
         }
-        super().__init__(half, _WINDOWS, own, PREFACE)
+        pool = engine.strangers if stranger else engine.known
+        super().__init__(half, _WINDOWS, pool, own, skip=len(PREFACE))
         self.peer = peer
         self.engine = engine
+        self._highest = 0  # number a client used, for a call that was refused as well
+        self._lingering = 0
         self._last_block: Block | None = None
         self._last_request: _Request | None = None
         self._draining = False
@@ -303,23 +337,22 @@ class ServerConnection(Connection):
     def on_headers(self, number: int, block: Block, *, end: bool) -> None:
         if number % 2 == 0:
             raise Fault(Code.PROTOCOL_ERROR, "a stream number of a client is odd")
-        if number <= self.last_stream:  # trailers of a call that is over
+        if number <= self._highest:  # trailers of a call that is over
             self.spend()
             return
-        engine = self.engine
-        if self._draining or len(self.streams) >= engine.limits.max_streams:
-            if not self._draining:
-                self.last_stream = number
+        self._highest = number
+        if self._draining:  # GOAWAY has told the last one we take
             self.spend(2.0)
             self.write(frames.rst_stream(number, Code.REFUSED_STREAM))
             return
         self.last_stream = number
+        if len(self.streams) + self._lingering >= self._max_streams:
+            self.spend(2.0)
+            self.write(frames.rst_stream(number, Code.REFUSED_STREAM))
+            return
+        engine = self.engine
         try:
             stream = ServerStream(self, number, *self._accept(block))
-        except ValueError:
-            self.spend()
-            self.write(frames.rst_stream(number, Code.PROTOCOL_ERROR))
-            return
         except _HttpError as e:
             self._refuse(number, [(":status", e.status)], end=end)
             return
@@ -335,6 +368,10 @@ class ServerConnection(Connection):
                 ],
                 end=end,
             )
+            return
+        except ValueError:  # after SpireHwError: some of those are ValueErrors too
+            self.spend()
+            self.write(frames.rst_stream(number, Code.PROTOCOL_ERROR))
             return
         self.streams[number] = stream
         engine.calls += 1
@@ -357,17 +394,27 @@ class ServerConnection(Connection):
             raise SpireHwError("there is no such method", kind=ErrorKind.UNIMPLEMENTED)
         if limits.max_calls is not None and self.engine.calls >= limits.max_calls:
             raise LimitError("too many calls at once; try again later")
+        if request.timeout_s is not None and request.timeout_s <= 0:
+            raise SpireHwError("deadline exceeded", kind=ErrorKind.DEADLINE_EXCEEDED)
         return request, endpoint
 
     def _refuse(self, number: int, fields: list[Field], *, end: bool) -> None:
         self.spend()
-        self.write(frames.headers(number, hpack.encode(fields), end=True))
+        self.write_headers(number, hpack.encode(fields), end=True)
         if not end:
             self.write(frames.rst_stream(number, Code.NO_ERROR))
 
+    def linger(self, task: asyncio.Task[None]) -> None:
+        """Count a handler whose call is over until it has ended: it takes a call's place."""
+        self._lingering += 1
+        task.add_done_callback(self._gone)
+
+    def _gone(self, _task: asyncio.Task[None]) -> None:
+        self._lingering -= 1
+
     @override
     def is_idle_stream(self, number: int) -> bool:
-        return number > self.last_stream or number % 2 == 0
+        return number > self._highest or number % 2 == 0
 
     @override
     def on_dropped(self) -> None:
@@ -444,10 +491,10 @@ class ServerConnection(Connection):
         self._watch()
 
     async def _check_alive(self, timeout_s: float) -> None:
-        if not await self.ping(timeout_s) and not self.is_closed:
-            self.abort("the client does not answer")
-        if not self.is_closed:
+        if await self.ping(timeout_s):
             self._watch()
+        else:
+            self.abort("the client does not answer")
 
 
 class H2Engine:
@@ -457,6 +504,7 @@ class H2Engine:
         endpoints: what is served, by path.
         limits: see `RpcLimits`.
         calls: in progress.
+        known, strangers: what the messages of proved callers, and of others, hold.
         tasks: of calls and connections.
     """
 
@@ -464,6 +512,8 @@ class H2Engine:
         self.endpoints = endpoints
         self.limits = limits
         self.calls = 0
+        self.known = Pool(limits.max_held_bytes)
+        self.strangers = Pool(limits.max_stranger_held_bytes)
         self.tasks = Tasks(self._failed)
         self._log = log
         self._connections: dict[ServerConnection, None] = {}
@@ -509,7 +559,9 @@ class H2Engine:
             await asyncio.wait([self._emptied], timeout=grace_s)
         for connection in list(self._connections):
             connection.close()
-        await self.tasks.close()
+        left = await self.tasks.close(_CLOSE_S)
+        if left:
+            self._log.error("Calls do not end", tasks=", ".join(sorted(left)))
 
     def _failed(self, name: str, error: BaseException) -> None:
         self._log.error("Connection task failed", task=name, error=str(error), exc_info=error)
