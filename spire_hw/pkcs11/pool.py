@@ -198,7 +198,7 @@ class Pool:
         try:
             async with asyncio.timeout(_ADMIN_WAIT_S):
                 while not seat.is_ready:
-                    if self._closed or (seat.is_broken and seat.problem is not None):
+                    if self._closed or (seat.is_broken and not seat.is_trying):
                         raise seat.problem or self._no_worker(what)
                     self._changed.clear()
                     await self._changed.wait()

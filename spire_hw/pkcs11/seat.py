@@ -149,6 +149,11 @@ class Seat:
         away = self._is_away or self._deaths >= _BROKEN_AFTER
         return not self.is_ready and self.problem is not None and away
 
+    @property
+    def is_trying(self) -> bool:
+        """Tell whether the token, away so far, is being opened right now."""
+        return self._is_away and self._woken.is_set()
+
     def wake(self) -> bool:
         """Have the next try to open the token made now; False when none may be made yet.
 

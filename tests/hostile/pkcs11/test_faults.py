@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -57,6 +58,15 @@ async def healed(call: Callable[[], Awaitable[T]]) -> T:
                 if e.kind is not ErrorKind.UNAVAILABLE:
                     raise
                 await asyncio.sleep(0.05)
+
+
+async def until(manager: Pkcs11KeyManager, holds: Callable[[], bool]) -> None:
+    """Wait until something holds for the workers."""
+    assert manager._pool is not None
+    async with asyncio.timeout(60):
+        while not holds():
+            manager._pool._changed.clear()
+            await manager._pool._changed.wait()
 
 
 async def eventually_signs(manager: Pkcs11KeyManager, key_id: str) -> None:
@@ -167,6 +177,68 @@ async def test_faults_16_and_17_a_wrong_pin_is_sent_once(rig: TokenRig) -> None:
     await manager.generate_key("a", P256)
     await manager.sign_data("a", DIGEST, SHA256)
     assert rig.calls("C_SetAttributeValue") == 0
+
+
+@needs_spy
+@pytest.mark.asyncio
+async def test_fault_17_requests_do_not_send_a_refused_pin_again_but_find_the_right_one(
+    rig: TokenRig,
+) -> None:
+    manager = await rig.start(**rig.spied())
+    await manager.generate_key("a", P256)
+    before = rig.calls("C_Login")
+    rig.write_pin("wrong-9999")
+    for pid in manager.worker_pids:
+        os.kill(pid, signal.SIGKILL)
+    refused = 0
+    while refused < 8:
+        with pytest.raises(SpireHwError) as caught:
+            await healed(lambda: manager.sign_data("a", DIGEST, SHA256))
+        assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
+        refused += 1
+        await asyncio.sleep(0.3)
+    assert rig.calls("C_Login") == before + 1
+    rig.write_pin(PIN)
+    async with asyncio.timeout(30):
+        while True:
+            with suppress(SpireHwError):
+                await manager.sign_data("a", DIGEST, SHA256)
+                break
+            await asyncio.sleep(0.05)
+    await manager.generate_key("b", P256)
+
+
+@pytest.mark.asyncio
+async def test_fault_12_who_needs_a_token_that_is_back_finds_it_with_all_workers(
+    rig: TokenRig,
+) -> None:
+    manager = await rig.start(workers=2)
+    await manager.generate_key("a", P256)
+    assert manager._pool is not None
+    seats = [manager._pool._admin, *manager._pool._seats]
+    rig.hsm.remove()
+    for pid in manager.worker_pids:
+        os.kill(pid, signal.SIGKILL)
+    await until(manager, lambda: all(seat.is_broken for seat in seats))
+    with pytest.raises(SpireHwError) as caught:
+        await manager.sign_data("a", DIGEST, SHA256)
+    assert caught.value.kind is ErrorKind.UNAVAILABLE
+    rig.hsm.put_back()
+    await eventually_signs(manager, "a")
+    await until(manager, lambda: all(seat.is_ready for seat in seats))
+    await manager.generate_key("b", P256)
+
+
+@pytest.mark.asyncio
+async def test_a_start_that_is_cancelled_leaves_no_process(rig: TokenRig) -> None:
+    before = set(psutil.Process().children())
+    for moment in (0.0, 0.01, 0.05, 0.2, 0.5, 1.0):
+        manager = rig.build()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(moment):
+                await manager.configure(rig.config(workers=2))
+        await manager.close()
+        assert set(psutil.Process().children()) <= before
 
 
 @needs_spy

@@ -22,11 +22,12 @@ MINT = ("x509", "mint", "-spiffeID", "spiffe://site.example/m")
 
 
 def workers(site: Site) -> list[psutil.Process]:
-    """Return the processes that hold the token."""
+    """Return the processes that hold the token, once it is in use."""
+    mint_soon(site)
     return [c for c in site.server.children() if "resource_tracker" not in " ".join(c.cmdline())]
 
 
-def mint_soon(site: Site, timeout_s: float = 40) -> None:
+def mint_soon(site: Site, timeout_s: float = 60) -> None:
     """Check that the server issues again before long."""
     wait_until("it issues", lambda: site.try_command(*MINT).returncode == 0, timeout_s)
 
@@ -132,7 +133,7 @@ async def test_workers_that_hang_or_die_while_issuing_are_replaced(
     after = len(site.server.log())
     for child in workers(site):
         child.send_signal(number)
-    mint_soon(site, 20)
+    mint_soon(site)
     site.server.wait_for("hsm.worker_(hung|died)", after=after)
     assert "Traceback" not in site.server.log()
 
