@@ -35,6 +35,7 @@ from spire_hw_server.api.services import (
 )
 from spire_hw_server.bundles import Bundles
 from spire_hw_server.ca.authority import Issuer
+from spire_hw_server.ca.compose import Composers
 from spire_hw_server.ca.identity import ServerIdentity
 from spire_hw_server.ca.manager import Authority, CaManager, CaSettings
 from spire_hw_server.ca.mark import AuthorityMark
@@ -324,7 +325,8 @@ class Server:
         self._stack.push_async_callback(entries.close)
         nodes = NodeCache(store, clock=clock, log=log)
         await nodes.start()
-        issuer = Issuer(_profile(settings), clock)
+        composers = [(p.name, p.plugin) for p in catalog.all(PluginKind.CREDENTIAL_COMPOSER)]
+        issuer = Issuer(_profile(settings), clock, Composers(composers))
         manager = await self._open_ca(store, bundles, issuer, catalog)
         identity = ServerIdentity(
             issuer,

@@ -90,6 +90,30 @@ async def issue_jwt_svid(
             token above 16 KiB.
         SpireHwError: what the signer raises, or its signature does not hold (INTERNAL).
     """
+    extra = dict(extra_claims or {})
+    if not _REGISTERED.isdisjoint(extra):
+        raise InvalidInputError("extra claims hold a registered claim")
+    claims = build_claims(
+        spiffe_id=spiffe_id,
+        audience=audience,
+        issued_at=issued_at,
+        expires_at=expires_at,
+        issuer=issuer,
+        with_jti=with_jti,
+    )
+    return await sign_claims(signer, kid, {**extra, **claims}, check_signature=check_signature)
+
+
+def build_claims(
+    *,
+    spiffe_id: SpiffeId,
+    audience: Sequence[str],
+    issued_at: datetime,
+    expires_at: datetime,
+    issuer: str = "",
+    with_jti: bool = False,
+) -> dict[str, Any]:
+    """Return the claims of a token; arguments and errors as in `issue_jwt_svid`."""
     wanted = [value for value in audience if value]
     if not wanted:
         raise InvalidInputError("audience is required")
@@ -97,10 +121,7 @@ async def issue_jwt_svid(
         raise InvalidInputError(f'"{spiffe_id}" has no path')
     if expires_at <= issued_at:
         raise InvalidInputError("token would expire before it is issued")
-    claims: dict[str, Any] = dict(extra_claims or {})
-    if not _REGISTERED.isdisjoint(claims):
-        raise InvalidInputError("extra claims hold a registered claim")
-    claims |= {
+    claims: dict[str, Any] = {
         "sub": str(spiffe_id),
         "aud": wanted,
         "exp": int(expires_at.timestamp()),
@@ -110,6 +131,13 @@ async def issue_jwt_svid(
         claims["iss"] = issuer
     if with_jti:
         claims["jti"] = encode_base64url(secrets.token_bytes(_JTI_BYTES))
+    return claims
+
+
+async def sign_claims(
+    signer: Signer, kid: str, claims: Mapping[str, Any], *, check_signature: bool | None = None
+) -> str:
+    """Return the token of claims that were built and checked; errors as in `issue_jwt_svid`."""
     token = await jws.sign_compact(
         encode_json(claims), signer, kid, check_signature=check_signature
     )

@@ -80,6 +80,29 @@ def oid(dotted: str) -> bytes:
     return encode(OBJECT_IDENTIFIER, b"".join(_base128(arc) for arc in joined))
 
 
+def dotted(content: bytes) -> str:
+    """Return the dotted form of an object identifier's content.
+
+    Raises:
+        EncodingError: it is empty, cut off, or not in its shortest form.
+    """
+    arcs: list[int] = []
+    arc = 0
+    fresh = True
+    for byte in content:
+        if fresh and byte == _LONG_FORM:
+            raise EncodingError("object identifier", "is not in its shortest form")
+        arc = arc << 7 | byte & 0x7F
+        fresh = not byte & _LONG_FORM
+        if fresh:
+            arcs.append(arc)
+            arc = 0
+    if not arcs or not fresh:
+        raise EncodingError("object identifier", "is cut off")
+    first = min(arcs[0] // _ARC_STEP, _MAX_FIRST_ARC)
+    return ".".join(map(str, (first, arcs[0] - first * _ARC_STEP, *arcs[1:])))
+
+
 def _base128(arc: int) -> bytes:
     out = [arc & 0x7F]
     while arc := arc >> 7:

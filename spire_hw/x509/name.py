@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
-from spire_hw.errors import InvalidInputError
+from spire_hw.errors import EncodingError, InvalidInputError
 from spire_hw.x509 import der
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ _BEFORE_UNIT: Final = frozenset({_COUNTRY, _ORGANIZATION})
 
 _MAX_ATTRIBUTE: Final = 64
 _COUNTRY_LETTERS: Final = 2
+# UTF8String, PrintableString, IA5String, BMPString.
+_TEXT_ENCODINGS: Final = {0x0C: "utf-8", 0x13: "ascii", 0x16: "ascii", 0x1E: "utf-16-be"}
 _PRINTABLE: Final = frozenset(
     "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 '()+,-./:=?"
 )
@@ -61,6 +63,42 @@ class Subject:
             *(_attribute(_COMMON_NAME, text) for text in [self.common_name] if text),
             *(_attribute(_SERIAL_NUMBER, text) for text in [self.serial_number] if text),
         )
+
+
+def encode_name(attributes: Sequence[tuple[str, str]]) -> bytes:
+    """Return a DER Name.
+
+    Args:
+        attributes: dotted OID and text of each, in order.
+
+    Raises:
+        InvalidInputError: an attribute is empty or too long, or an OID is none.
+    """
+    return der.sequence(*(_attribute(der.oid(dotted), text) for dotted, text in attributes))
+
+
+def decode_name(name: bytes) -> list[tuple[str, str]]:
+    """Return dotted OID and text of each attribute of a DER Name, in order.
+
+    Raises:
+        EncodingError: not a DER Name, or a kind of text that is not in use any more.
+    """
+    found: list[tuple[str, str]] = []
+    level = der.Reader(name, "name").enter(der.SEQUENCE)
+    while level.more():
+        attributes = level.enter(der.SET)
+        while attributes.more():
+            attribute = attributes.enter(der.SEQUENCE)
+            dotted = der.dotted(attribute.content(der.OBJECT_IDENTIFIER))
+            tag = attribute.next_tag()
+            encoding = _TEXT_ENCODINGS.get(tag)
+            if encoding is None:
+                raise EncodingError("name", f"text of type {tag} cannot be read")
+            try:
+                found.append((dotted, attribute.content(tag).decode(encoding)))
+            except UnicodeDecodeError as e:
+                raise EncodingError("name", "text that does not decode") from e
+    return found
 
 
 def _attribute(kind: bytes, text: str) -> bytes:

@@ -7,6 +7,8 @@ verified before it leaves (`spire_hw.x509.scheme.seal` and `spire_hw.jose.jws` d
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import (
@@ -17,17 +19,20 @@ from spire_hw.errors import (
     SpireHwError,
 )
 from spire_hw.spiffeid import SpiffeId, server_id
-from spire_hw.svid.jwtsvid import issue_jwt_svid
+from spire_hw.svid.jwtsvid import build_claims, sign_claims
 from spire_hw.x509.authority import X509Authority
 from spire_hw.x509.issue import issue_ca_certificate, issue_x509_svid, random_serial
+from spire_hw.x509.name import svid_subject
+from spire_hw_server.ca.compose import Amended, Composers
 from spire_hw_server.ca.profile import BACKDATE, Profile, capped, downstream_subject
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import datetime, timedelta
+    from datetime import timedelta
 
     from spire_hw.clock import Clock
     from spire_hw.key import Signer
+    from spire_hw.x509.extension import Extension
 
 _DEVICE_KINDS: Final = frozenset(
     {
@@ -37,6 +42,14 @@ _DEVICE_KINDS: Final = frozenset(
         ErrorKind.FAILED_PRECONDITION,
     }
 )
+
+
+class Role(Enum):
+    """Whose X509-SVID it is."""
+
+    SERVER = "server"
+    AGENT = "agent"
+    WORKLOAD = "workload"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +97,10 @@ class JwtKey:
 class Issuer:
     """The active authorities and what is signed with them."""
 
-    def __init__(self, profile: Profile, clock: Clock) -> None:
+    def __init__(self, profile: Profile, clock: Clock, composers: Composers | None = None) -> None:
         self.profile = profile
         self._clock = clock
+        self._composers = composers or Composers()
         self._server_id = server_id(profile.trust_domain)
         self._x509: X509Authority | None = None
         self._jwt: JwtKey | None = None
@@ -132,16 +146,28 @@ class Issuer:
             SpireHwError: the signer failed.
         """
         not_after = now + ttl
+        amended = await self.ca_subject()
         certificate = await issue_ca_certificate(
             None,
             trust_domain=self.profile.trust_domain,
             not_before=now - BACKDATE,
             not_after=not_after,
             signer=signer,
-            subject_der=self.profile.ca_subject,
+            subject_der=amended.subject,
+            extra_extensions=amended.extensions,
         )
         made = X509Authority(certificate, signer)
         return IssuedCa(certificate, made.authority_id, made.not_after)
+
+    async def ca_subject(self) -> Amended:
+        """Return subject and further extensions of this server's CA certificates.
+
+        Raises:
+            SpireHwError: a CredentialComposer failed.
+        """
+        if not self._composers:
+            return Amended(self.profile.ca_subject)
+        return await self._composers.ca(self.profile.ca_subject)
 
     async def x509_svid(
         self,
@@ -151,6 +177,7 @@ class Issuer:
         ttl: timedelta,
         dns_names: tuple[str, ...] = (),
         subject_der: bytes | None = None,
+        role: Role = Role.WORKLOAD,
     ) -> IssuedX509:
         """Issue an X509-SVID.
 
@@ -160,6 +187,7 @@ class Issuer:
             ttl: its life, cut at the end of the authority.
             dns_names: DNS SANs.
             subject_der: DER Name, None for the default.
+            role: what CredentialComposers are told it is.
 
         Raises:
             InvalidInputError: a name that may not be in a certificate.
@@ -167,6 +195,12 @@ class Issuer:
         """
         serial = random_serial()
         try:
+            extensions: tuple[Extension, ...] = ()
+            if self._composers:
+                subject_der = subject_der or svid_subject(dns_names[0] if dns_names else "")
+                amended = await self._amended(role, spiffe_id, spki, subject_der, dns_names)
+                subject_der, dns_names = amended.subject, amended.dns_names
+                extensions = amended.extensions
             authority = self.x509
             now = self._clock.now()
             not_after = capped(_floor(now), ttl, authority.not_after)
@@ -179,6 +213,7 @@ class Issuer:
                 dns_names=dns_names,
                 subject_der=subject_der,
                 serial=serial,
+                extra_extensions=extensions,
             )
         except InvalidInputError:
             raise
@@ -186,14 +221,35 @@ class Issuer:
             raise _internal("could not sign X509-SVID", e) from e
         return IssuedX509(authority.svid_chain(leaf), serial, not_after)
 
+    async def _amended(
+        self,
+        role: Role,
+        spiffe_id: SpiffeId,
+        spki: bytes,
+        subject: bytes,
+        dns_names: tuple[str, ...],
+    ) -> Amended:
+        match role:
+            case Role.SERVER:
+                return await self._composers.server_svid(subject)
+            case Role.AGENT:
+                return await self._composers.agent_svid(spiffe_id, spki, subject)
+            case Role.WORKLOAD:
+                return await self._composers.workload_svid(spiffe_id, spki, subject, dns_names)
+
     async def agent_svid(self, spki: bytes, agent_id: SpiffeId) -> IssuedX509:
         """Issue an agent's SVID; as `x509_svid`."""
-        return await self.x509_svid(spki=spki, spiffe_id=agent_id, ttl=self.profile.agent_ttl)
+        return await self.x509_svid(
+            spki=spki, spiffe_id=agent_id, ttl=self.profile.agent_ttl, role=Role.AGENT
+        )
 
     async def server_svid(self, spki: bytes) -> IssuedX509:
         """Issue this server's own SVID; as `x509_svid`."""
         return await self.x509_svid(
-            spki=spki, spiffe_id=self._server_id, ttl=self.profile.x509_svid_ttl
+            spki=spki,
+            spiffe_id=self._server_id,
+            ttl=self.profile.x509_svid_ttl,
+            role=Role.SERVER,
         )
 
     async def downstream_ca(self, spki: bytes, ttl: timedelta) -> IssuedX509:
@@ -211,14 +267,17 @@ class Issuer:
             authority = self.x509
             now = _floor(self._clock.now())
             not_after = capped(now, ttl, authority.not_after)
+            subject = downstream_subject(authority.subject_der, max(1, len(authority.chain)))
+            amended = await self._composers.ca(subject) if self._composers else Amended(subject)
             certificate = await issue_ca_certificate(
                 authority,
                 trust_domain=self.profile.trust_domain,
                 not_before=now - BACKDATE,
                 not_after=not_after,
                 spki=spki,
-                subject_der=downstream_subject(authority.subject_der, max(1, len(authority.chain))),
+                subject_der=amended.subject,
                 serial=serial,
+                extra_extensions=amended.extensions,
             )
         except InvalidInputError:
             raise
@@ -244,9 +303,7 @@ class Issuer:
             key = self.jwt
             now = _floor(self._clock.now())
             expires_at = capped(now, ttl, key.not_after)
-            token = await issue_jwt_svid(
-                key.signer,
-                key.kid,
+            claims = build_claims(
                 spiffe_id=spiffe_id,
                 audience=audience,
                 issued_at=now,
@@ -254,6 +311,10 @@ class Issuer:
                 issuer=self.profile.jwt_issuer,
                 with_jti=include_jti,
             )
+            if self._composers:
+                claims = await self._composers.jwt_svid(spiffe_id, claims)
+                expires_at = datetime.fromtimestamp(claims["exp"], UTC)
+            token = await sign_claims(key.signer, key.kid, claims)
         except InvalidInputError:
             raise
         except SpireHwError as e:

@@ -180,12 +180,15 @@ class CaManager:
             authority.plugin,
             authority.name,
             trust_domain=self._settings.trust_domain,
-            subject=self._issuer.profile.ca_subject,
+            subject=self._ca_subject,
             bundles=self._bundles,
             in_use=self._own_ids,
             clock=self._clock,
             log=self._log,
         )
+
+    async def _ca_subject(self) -> bytes:
+        return (await self._issuer.ca_subject()).subject
 
     @property
     def has_upstream(self) -> bool:

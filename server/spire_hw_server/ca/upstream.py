@@ -26,7 +26,7 @@ from spire_hw.x509.issue import issue_x509_svid
 from spire_hw_server.ca.profile import BACKDATE
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
     from datetime import datetime, timedelta
 
     from spire_hw.clock import Clock
@@ -72,7 +72,7 @@ class Upstream:
         plugin: the plugin.
         name: as configured.
         trust_domain: ours.
-        subject: DER Name our CA shall have.
+        subject: gives the DER Name our CA shall have.
         bundles: gets what upstream publishes.
         in_use: ids of the roots our authorities hang from, which are never taken out.
     """
@@ -83,7 +83,7 @@ class Upstream:
         name: str,
         *,
         trust_domain: TrustDomain,
-        subject: bytes,
+        subject: Callable[[], Awaitable[bytes]],
         bundles: Bundles,
         in_use: Callable[[], set[str]],
         clock: Clock,
@@ -112,7 +112,9 @@ class Upstream:
         Raises:
             SpireHwError: the plugin failed, or what it made cannot be used.
         """
-        csr = await build_csr(signer, spiffe_id=self._trust_domain.id, subject=self._subject)
+        csr = await build_csr(
+            signer, spiffe_id=self._trust_domain.id, subject=await self._subject()
+        )
         answers = self._plugin.mint_x509_ca(csr, ttl)
         try:
             first = await self._first(answers)
