@@ -199,3 +199,42 @@ def test_what_is_no_plugin_is_told(tmp_path: Path) -> None:
     assert code == 1
     assert "is it a plugin at all" in detail
     assert detail.isprintable()
+
+
+KINDS = {
+    "NodeAttestor": ("server", "refuses payloads that are nonsense", "was accepted"),
+    "WorkloadAttestor": ("agent", "attests a process", "no idea"),
+    "SVIDStore": ("agent", "takes what it is handed", "the store is away"),
+    "Notifier": ("server", "takes what it is handed", "nobody listens"),
+    "BundlePublisher": ("server", "takes what it is handed", "nobody listens"),
+    "CredentialComposer": ("server", "composes a workload's JWT", "changes the subject"),
+    "UpstreamAuthority": ("server", "has a CA signed", "not for the key of the request"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [False, True])
+def test_plugins_of_every_type_are_judged(kind: str, bad: bool, tmp_path: Path) -> None:
+    side, step, words = KINDS[kind]
+    program = tmp_path / "sample"
+    text = (Path(__file__).parent / "sample_plugin.py").read_text()
+    program.write_text(f"#!{sys.executable}\n{text}")
+    program.chmod(0o755)
+    arguments = [kind, "bad"] if bad else [kind]
+    code, report = check("-kind", kind, "-side", side, "-effects", str(program), *arguments)
+    found = failed(report)
+    if bad:
+        assert code == 1
+        assert any(n.startswith(step) and words in detail for n, detail in found.items()), found
+    else:
+        assert (code, found) == (0, {})
+
+
+def test_without_leave_nothing_is_published(tmp_path: Path) -> None:
+    program = tmp_path / "sample"
+    text = (Path(__file__).parent / "sample_plugin.py").read_text()
+    program.write_text(f"#!{sys.executable}\n{text}")
+    program.chmod(0o755)
+    code, report = check("-kind", "BundlePublisher", str(program), "BundlePublisher", "bad")
+    (step,) = [s for s in report["steps"] if s["name"].startswith("takes what it is handed")]
+    assert (code, step["outcome"]) == (0, "skipped")
