@@ -28,7 +28,7 @@ from spire_hw.errors import (
 from spire_hw.log import Logger, get_logger
 from spire_hw.transport.headers import HeaderWatch
 from spire_hw.transport.process import is_own_process
-from spire_hw.transport.relay import Half, PrivateDirectory
+from spire_hw.transport.relay import Half, PrivateDirectory, keep_alive
 from spire_hw.transport.tls import (
     TlsContext,
     TlsHalf,
@@ -251,7 +251,7 @@ class Dialer:
             connection = socket.socket(family, socket.SOCK_STREAM)
             try:
                 connection.setblocking(False)
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                keep_alive(connection)
                 async with asyncio.timeout(self._connect_s):
                     await asyncio.get_running_loop().sock_connect(connection, where)
             except (OSError, TimeoutError) as e:

@@ -34,7 +34,7 @@ from spire_hw.hardening import check_directory
 from spire_hw.log import Logger, get_logger
 from spire_hw.transport.peer import TcpPeer, UnixPeer, source_of
 from spire_hw.transport.process import Process, peer_credentials
-from spire_hw.transport.relay import PREFACE, Half
+from spire_hw.transport.relay import PREFACE, Half, keep_alive
 from spire_hw.transport.tls import (
     TlsContext,
     TlsHalf,
@@ -375,7 +375,7 @@ class TcpFront(Front):
 
     @override
     def _caller_key(self, connection: socket.socket, address: object) -> object:
-        _keep_alive(connection)
+        keep_alive(connection)
         return source_of(_ip(address)[0])
 
     def _context(self) -> tuple[TlsContext, Mapping[TrustDomain, Bundle]]:
@@ -434,16 +434,6 @@ def _ip(address: object) -> tuple[str, int]:
     if text.startswith("::ffff:") and "." in text:
         text = text.removeprefix("::ffff:")
     return text, int(address[1])
-
-
-def _keep_alive(connection: socket.socket) -> None:
-    """Have the kernel notice a peer that is gone."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)
 
 
 class UnixFront(Front):

@@ -246,6 +246,16 @@ class Half(asyncio.BufferedProtocol):
             self.transport.abort()
 
 
+def keep_alive(connection: socket.socket) -> None:
+    """Have the kernel send at once, and notice a peer that is gone within a minute."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)
+
+
 class PrivateDirectory:
     """A directory only this user may enter, for the sockets between grpcio and the relay.
 
