@@ -76,6 +76,7 @@ GOALS: Final = (
     Goal("agent_rss_mib", "bench_agent.py", "MiB", "<", 80),
     Goal("server_rss_mib", "bench_agent.py", "MiB", "<", 120),
     Goal("stream_kib", "bench_streams.py", "KiB", "<", 90),
+    Goal("external_plugin_sign_added_ms", "bench_plugin.py", "ms", "<", 0.6),
 )
 
 

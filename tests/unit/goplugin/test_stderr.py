@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -111,13 +112,14 @@ def test_any_object_can_be_logged(values: dict[str, Any]) -> None:
     assert stream.getvalue().count("\n") == 1
 
 
-def test_too_many_lines_are_counted_not_written() -> None:
+@pytest.mark.asyncio
+async def test_too_many_lines_are_counted_not_written() -> None:
     stream, clock = io.StringIO(), SimClock()
     log = LineLog(Output(LogSettings(level=Level.DEBUG), stream=stream).logger("p"), clock)
     for _ in range(LOGGED_LINES + 7):
         log.write(b"x")
     assert stream.getvalue().count("msg=x") == LOGGED_LINES
-    clock.advance(2)
+    await clock.advance(timedelta(seconds=2))
     log.write(b"y")
     assert "count=7" in stream.getvalue()
     assert "msg=y" in stream.getvalue()
