@@ -21,6 +21,8 @@ from spire_hw_plugins import builtin
 from spire_hw_plugins.keymanager import disk, pkcs11, tpm
 from spire_hw_plugins.nodeattestor.tpm import agent as tpm_agent
 from spire_hw_plugins.nodeattestor.tpm import config as tpm_server
+from spire_hw_plugins.nodeattestor.x509pop import agent as x509pop_agent
+from spire_hw_plugins.nodeattestor.x509pop import config as x509pop_server
 from spire_hw_plugins.workloadattestor import unix
 from spire_hw_server import app as server_app
 from spire_hw_server import config as server_config
@@ -164,6 +166,7 @@ def test_every_key_of_every_plugin_is_documented() -> None:
         "keymanager_disk": (disk.ServerConfig, disk.AgentConfig),
         "agent_keymanager_tpm": (tpm.Config,),
         "nodeattestor_tpm": (tpm_server.ServerConfig, tpm_agent.Config),
+        "nodeattestor_x509pop": (x509pop_server.ServerConfig, x509pop_agent.Config),
         "workloadattestor_unix": (unix.Config,),
         "datastore_sql": (RawDatastoreConfig,),
     }

@@ -79,9 +79,12 @@ async def attest(
     key: SvidKey | None,
     exchange: Exchange | None = None,
     csr_spki: bytes | None = None,
+    *,
+    shown: bool = True,
 ) -> AttestedIdentity:
+    """Run both halves; `shown` tells whether the server's half gets to see the CSR's key."""
     stream = exchange or Exchange()
-    if csr_spki is None and key is not None:
+    if csr_spki is None and key is not None and shown:
         csr_spki = spki_der(key.public_key)
     aid = asyncio.ensure_future(agent.aid_attestation(stream, key))  # noqa: TID251
 
@@ -240,6 +243,43 @@ async def test_a_key_outside_the_tpm_is_refused_unless_policy_allows_it(
         await attest(n.agent, lax, None)
 
 
+@pytest.mark.parametrize(
+    ("agent_knows", "server_knows"), [(True, False), (False, True), (False, False)]
+)
+async def test_a_key_that_one_half_does_not_see_is_not_spoken_of(
+    bench: Bench, tpm: Swtpm, agent_knows: bool, server_knows: bool
+) -> None:
+    """So it is when one half, or both, run under a host that does not show them the CSR."""
+    async with node(bench, tpm) as n:
+        key = n.key if agent_knows else None
+        spki = spki_der(n.key.public_key) if server_knows else None
+        with pytest.raises(AttestationError) as caught:
+            await attest(n.agent, await serving(bench), key, None, spki, shown=server_knows)
+        assert codes(caught.value) == ["csr_unbound" if server_knows else "key_not_in_tpm"]
+        strict = await serving(bench, bind_csr=False)
+        with pytest.raises(AttestationError) as caught:
+            await attest(n.agent, strict, key, None, spki, shown=server_knows)
+        assert codes(caught.value) == ["key_not_in_tpm"]
+        lax = await serving(bench, require_tpm_key=False, bind_csr=False)
+        settings = {"tcti": tpm.tcti, "bind_csr": False}
+        await n.agent.configure(Body.from_dict(settings))
+        found = await attest(n.agent, lax, key, None, spki, shown=server_knows)
+    assert "key:tpm" not in found.selector_values
+    assert "tier:quote" in found.selector_values
+
+
+async def test_evidence_is_not_bound_to_a_key_nobody_showed(bench: Bench, tpm: Swtpm) -> None:
+    def bind(data: bytes) -> bytes:
+        message = json.loads(data)
+        del message["spire_hw"]["csr"]
+        return json.dumps(message).encode()
+
+    async with node(bench, tpm) as n:
+        lax = await serving(bench, require_tpm_key=False, bind_csr=False)
+        with pytest.raises(InvalidInputError, match="nobody showed us"):
+            await attest(n.agent, lax, None, Exchange(on_challenge=bind))
+
+
 async def test_evidence_for_one_key_does_not_serve_another(bench: Bench, tpm: Swtpm) -> None:
     thief = spki_der(ec.generate_private_key(ec.SECP256R1()).public_key())
     async with node(bench, tpm) as n:
@@ -250,7 +290,17 @@ async def test_evidence_for_one_key_does_not_serve_another(bench: Bench, tpm: Sw
         lax = await serving(bench, require_tpm_key=False)
         with pytest.raises(AttestationError) as caught:
             await attest(n.agent, lax, None, csr_spki=thief)
-        assert "nonce_mismatch" in codes(caught.value)
+        assert codes(caught.value) == ["csr_unbound"]
+
+
+async def test_an_agent_is_not_talked_out_of_binding(bench: Bench, tpm: Swtpm) -> None:
+    """A server in the middle could hand unbound evidence on with a key of its own."""
+    async with node(bench, tpm) as n:
+        lax = await serving(bench, require_tpm_key=False, bind_csr=False)
+        exchange = Exchange()
+        with pytest.raises(InvalidInputError, match="bind_csr"):
+            await attest(n.agent, lax, n.key, exchange, shown=False)
+        assert len(exchange.sent) == 1
 
 
 async def test_replayed_evidence_is_refused(bench: Bench, tpm: Swtpm) -> None:

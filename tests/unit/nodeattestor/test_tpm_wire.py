@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,6 +63,21 @@ def test_first_message_reads_back() -> None:
     assert decode_attestation_data(encode_attestation_data(FULL)) == FULL
     least = AttestationData(ek_certificate=None, ek_spki=b"key", ak=AK, ek_pub=b"ek")
     assert decode_attestation_data(encode_attestation_data(least)) == least
+    unseen = replace(least, csr=False)
+    assert decode_attestation_data(encode_attestation_data(unseen)) == unseen
+
+
+@pytest.mark.parametrize("value", [0, "false", None, {}])
+def test_whether_the_csr_is_known_is_true_or_false(value: object) -> None:
+    message = json.loads(encode_attestation_data(FULL))
+    message["spire_hw"]["csr"] = value
+    with pytest.raises(InvalidInputError, match="true or false"):
+        decode_attestation_data(json.dumps(message).encode())
+
+
+def test_a_key_is_not_sent_for_a_csr_that_is_unknown() -> None:
+    with pytest.raises(InvalidInputError, match="key_pub"):
+        decode_attestation_data(encode_attestation_data(replace(FULL, csr=False)))
 
 
 def test_first_message_has_the_shape_the_go_plugins_read() -> None:
@@ -80,7 +96,8 @@ def test_first_message_has_the_shape_the_go_plugins_read() -> None:
 
 
 def test_challenge_reads_back() -> None:
-    assert decode_challenge(encode_challenge(CHALLENGE)) == CHALLENGE
+    for message in (CHALLENGE, replace(CHALLENGE, csr=False)):
+        assert decode_challenge(encode_challenge(message)) == message
     value = json.loads(encode_challenge(CHALLENGE))
     assert list(value["EC"]) == ["Credential", "Secret"]
 

@@ -49,6 +49,7 @@ class Config(Model):
         endorsement_auth_path: file with the password of the endorsement hierarchy, if one is set.
         owner_auth_path: the same for the owner hierarchy.
         ek_type: `auto`, `ec-p256` or `rsa-2048`.
+        bind_csr: answer only servers whose attestor binds evidence to the certificate request.
     """
 
     tpm_device_path: str = ""
@@ -56,6 +57,7 @@ class Config(Model):
     endorsement_auth_path: str = ""
     owner_auth_path: str = ""
     ek_type: str = EkType.AUTO.value
+    bind_csr: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,14 @@ class _BoundKey:
     spki_sha256: bytes
     blob: KeyBlob | None
 
+    @property
+    def is_known(self) -> bool:
+        """Tell whether the host showed the key."""
+        return self.spki_sha256 != verify.NO_CSR
+
+
+_UNBOUND: Final = _BoundKey(verify.NO_CSR, None)
+
 
 class TpmAgentAttestor:
     """The agent's contract over a TPM."""
@@ -81,6 +91,7 @@ class TpmAgentAttestor:
         self._host = host
         self._device: TpmDevice | None = None
         self._ek_type = EkType.AUTO
+        self._bind_csr = True
 
     def validate(self, config: Body) -> list[ConfigFault]:
         """Return the faults of a configuration without touching the TPM."""
@@ -103,6 +114,7 @@ class TpmAgentAttestor:
         }
         loaded = {h: await asyncio.to_thread(load_password, p) for h, p in passwords.items()}
         await self.open(settings.tcti or settings.tpm_device_path, EkType(settings.ek_type), loaded)
+        self._bind_csr = settings.bind_csr
 
     async def open(
         self,
@@ -144,6 +156,7 @@ class TpmAgentAttestor:
         await exchange.send(wire.encode_attestation_data(_payload(node, key, boot_id)))
         challenge = wire.decode_challenge(await exchange.receive())
         check_banks(challenge)
+        key = self._bound_as_asked(key, challenge)
         limit_s = min(max(challenge.expires_ms / 1000, _MIN_ANSWER_S), _MAX_ANSWER_S)
         answer = await device.run(
             "answer the attestation challenge",
@@ -158,7 +171,7 @@ class TpmAgentAttestor:
 
     def _bind(self, svid_key: SvidKey | None) -> _BoundKey:
         if svid_key is None:
-            return _BoundKey(verify.NO_CSR, None)
+            return _UNBOUND
         spki = spki_der(svid_key.public_key)
         manager = svid_key.manager
         blob = None
@@ -172,6 +185,19 @@ class TpmAgentAttestor:
                 'node; use KeyManager "tpm"'
             )
         return _BoundKey(hashlib.sha256(spki).digest(), blob)
+
+    def _bound_as_asked(self, key: _BoundKey, challenge: wire.ChallengeMessage) -> _BoundKey:
+        """Return what evidence is bound to, which is as much as both halves know."""
+        if challenge.csr and not key.is_known:
+            raise InvalidInputError("challenge: evidence is to be bound to a CSR nobody showed us")
+        if challenge.csr or not key.is_known:
+            return key
+        if self._bind_csr:
+            raise InvalidInputError(
+                "challenge: the server does not bind evidence to the certificate request, as "
+                "SPIRE's own cannot; if that is what you run, set bind_csr = false"
+            )
+        return _UNBOUND
 
 
 def check_banks(challenge: wire.ChallengeMessage) -> None:
@@ -199,6 +225,7 @@ def _payload(node: _Node, key: _BoundKey, boot_id: str | None) -> wire.Attestati
         ek_chain=node.ek.chain[: wire.MAX_CHAIN],
         key_pub=key.blob.parsed.raw if key.blob is not None else None,
         boot_id=boot_id,
+        csr=key.is_known,
     )
 
 

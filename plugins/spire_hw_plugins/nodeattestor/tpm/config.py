@@ -92,6 +92,7 @@ class ServerConfig(Model):
         pcrs: what to quote.
         pcr_values: which values are accepted.
         require_tpm_key: the agent's own key must be in the same TPM.
+        bind_csr: evidence must be bound to the certificate request, where this half sees it.
         allow_owner_ak: accept attestation keys of the owner hierarchy.
         challenge_timeout: from challenge to answer.
     """
@@ -107,6 +108,7 @@ class ServerConfig(Model):
     pcrs: PcrSelectionConfig | None = None
     pcr_values: PcrValuesConfig | None = None
     require_tpm_key: bool = True
+    bind_csr: bool = True
     allow_owner_ak: bool = False
     challenge_timeout: GoDuration = timedelta(seconds=30)
 
@@ -126,6 +128,7 @@ class Settings:
         selections: what to quote, one quote per bank.
         policy: allowed values by bank and PCR.
         require_tpm_key: see `ServerConfig`.
+        bind_csr: see `ServerConfig`.
         allow_owner_ak: see `ServerConfig`.
         timeout: from challenge to answer.
     """
@@ -140,6 +143,7 @@ class Settings:
     selections: tuple[PcrSelection, ...]
     policy: PcrPolicy
     require_tpm_key: bool
+    bind_csr: bool
     allow_owner_ak: bool
     timeout: timedelta
 
@@ -239,6 +243,7 @@ def build_settings(body: Body, *, has_ek_list: bool) -> Settings:
             for bank, n, values in _listed(config)
         },
         require_tpm_key=config.require_tpm_key,
+        bind_csr=config.bind_csr,
         allow_owner_ak=config.allow_owner_ak,
         timeout=config.challenge_timeout,
     )

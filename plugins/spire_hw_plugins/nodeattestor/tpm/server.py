@@ -175,9 +175,10 @@ class TpmServer:
         await request.admit(identity)
         with self._open.hold(ek.hash, request.source) as place:
             ak, creation = _check_ak(settings, data, ek.public, request.csr_spki)
-            key = _check_key(settings, data, request.csr_spki)
+            csr_spki = _known_csr(settings, data, request.csr_spki)
+            key = _check_key(settings, data, csr_spki)
             device = _Device(ek, ak, creation, key)
-            drawn, message = _draw(settings, device, request.csr_spki)
+            drawn, message = _draw(settings, device, csr_spki)
             answer = await self._ask(settings, request, message, place)
             response = wire.decode_response(answer)
             quotes = _check_response(settings, device, drawn, response)
@@ -325,6 +326,18 @@ def _check_ak(
     return ak, creation
 
 
+def _known_csr(
+    settings: Settings, data: wire.AttestationData, csr_spki: bytes | None
+) -> bytes | None:
+    """Return the CSR's key when both halves know it: nothing else can evidence be bound to."""
+    if data.csr or csr_spki is None:
+        return csr_spki
+    if settings.bind_csr:
+        text = "policy: the agent's host does not show it the certificate request (bind_csr)"
+        raise _refuse("csr_unbound", text, ErrorKind.PERMISSION_DENIED)
+    return None
+
+
 def _check_key(
     settings: Settings, data: wire.AttestationData, csr_spki: bytes | None
 ) -> TpmPublic | None:
@@ -356,6 +369,7 @@ def _draw(settings: Settings, device: _Device, csr_spki: bytes | None) -> tuple[
         nonce=drawn.nonce,
         quote=settings.selections,
         expires_ms=round(settings.timeout.total_seconds() * 1000),
+        csr=csr_spki is not None,
     )
     return drawn, wire.encode_challenge(message)
 

@@ -37,6 +37,9 @@ NONCE_BYTES: Final = 32
 SECRET_BYTES: Final = 32
 MAX_QUOTES: Final = len(BANKS)
 
+_MEMBERS: Final = (
+    *("v", "ek_pub", "ek_chain", "key_pub", "ak_parent_pub", "log", "ima", "boot_id", "csr"),
+)
 _PEM_LABELS: Final = ("CERTIFICATE", "PUBLIC KEY")
 _PEM_BLOCK = re.compile(
     r"-----BEGIN ([A-Z0-9 ]{1,40})-----\r?\n([A-Za-z0-9+/=\r\n]*)\r?\n-----END \1-----\s*"
@@ -87,6 +90,8 @@ class AttestationData:
         log: announcement of a boot log.
         ima_entries: how long the node's IMA list is, None without one.
         boot_id: the kernel's boot id.
+        csr: whether this half knows the CSR's key and can bind its evidence to it; a foreign host
+            does not show it.
     """
 
     ek_certificate: bytes | None
@@ -99,6 +104,7 @@ class AttestationData:
     log: LogAnnouncement | None = None
     ima_entries: int | None = None
     boot_id: str | None = None
+    csr: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +120,8 @@ class ChallengeMessage:
         ima_from: first IMA entry wanted.
         limits: name to bytes or entries the server takes.
         expires_ms: how long the challenge lives.
+        csr: whether evidence has to be bound to the CSR's key; false when one of both halves does
+            not know it, and then nothing is said about that key.
     """
 
     credential: bytes
@@ -124,6 +132,7 @@ class ChallengeMessage:
     ima_from: int = 0
     limits: tuple[tuple[str, int], ...] = (("response_bytes", MAX_RESPONSE_BYTES),)
     expires_ms: int = 30_000
+    csr: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +197,8 @@ def encode_attestation_data(data: AttestationData) -> bytes:
         ours["ima"] = {"entries": data.ima_entries}
     if data.boot_id is not None:
         ours["boot_id"] = data.boot_id
+    if not data.csr:
+        ours["csr"] = False
     ak = {
         "Public": _b64(data.ak.public),
         "UseTCSDActivationFormat": False,
@@ -200,7 +211,7 @@ def encode_attestation_data(data: AttestationData) -> bytes:
 
 def encode_challenge(message: ChallengeMessage) -> bytes:
     """Return the challenge message."""
-    ours = {
+    ours: dict[str, object] = {
         "v": DIALECT,
         "nonce": _b64(message.nonce),
         "quote": [{"bank": s.bank, "pcrs": list(s.pcrs)} for s in message.quote],
@@ -209,6 +220,8 @@ def encode_challenge(message: ChallengeMessage) -> bytes:
         "limits": dict(message.limits),
         "expires_ms": message.expires_ms,
     }
+    if not message.csr:
+        ours["csr"] = False
     ec = {"Credential": _b64(message.credential), "Secret": _b64(message.secret)}
     return _dump({"EC": ec, "spire_hw": ours})
 
@@ -274,7 +287,7 @@ def decode_attestation_data(payload: bytes) -> AttestationData:
     _check_version(ours)
     if found := {"quotes", "certify", "time"} & ours.names():
         raise InvalidInputError(f"envelope: evidence sent before it was asked for: {min(found)}")
-    ours.closed("v", "ek_pub", "ek_chain", "key_pub", "ak_parent_pub", "log", "ima", "boot_id")
+    ours.closed(*_MEMBERS)
     return AttestationData(
         ek_certificate=certificate,
         ek_spki=spki,
@@ -286,6 +299,7 @@ def decode_attestation_data(payload: bytes) -> AttestationData:
         log=_read_log(ours),
         ima_entries=_read_ima(ours),
         boot_id=_read_boot_id(ours),
+        csr=_read_csr(ours),
     )
 
 
@@ -301,7 +315,7 @@ def decode_challenge(data: bytes) -> ChallengeMessage:
         raise InvalidInputError("challenge: credential is missing")
     ec, ours = outer.child("EC"), outer.child("spire_hw")
     _check_version(ours)
-    ours.closed("v", "nonce", "quote", "want", "ima_from", "limits", "expires_ms")
+    ours.closed("v", "nonce", "quote", "want", "ima_from", "limits", "expires_ms", "csr")
     nonce = ours.blob("nonce")
     if len(nonce) != NONCE_BYTES:
         raise InvalidInputError(f"challenge: nonce must be {NONCE_BYTES} bytes")
@@ -318,6 +332,7 @@ def decode_challenge(data: bytes) -> ChallengeMessage:
         ima_from=ours.number("ima_from") if "ima_from" in ours else 0,
         limits=_read_limits(limits),
         expires_ms=ours.number("expires_ms"),
+        csr=_read_csr(ours),
     )
 
 
@@ -402,6 +417,15 @@ def _read_boot_id(ours: StrictObject) -> str | None:
     if not _UUID.fullmatch(value):
         raise InvalidInputError("envelope: spire_hw.boot_id is not a UUID")
     return value
+
+
+def _read_csr(ours: StrictObject) -> bool:
+    known = ours.flag("csr") if "csr" in ours else True
+    if not known and "key_pub" in ours:
+        raise InvalidInputError(
+            "envelope: key_pub says what the CSR's key is, csr that it is unknown"
+        )
+    return known
 
 
 def _read_request(entry: StrictObject) -> PcrSelection:
