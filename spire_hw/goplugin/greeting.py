@@ -36,6 +36,7 @@ _HEALTH_NAME: Final = "plugin"
 _HOST_SERVICES_ID: Final = 1
 # Go hosts forget what they announced, and their plugins give up waiting for it, after so long.
 _ANNOUNCED_S: Final = 5.0
+_GONE_S: Final = 5.0
 
 
 class Greeting:
@@ -80,6 +81,14 @@ class Greeting:
         return _Silence(lambda: self._hear(requests))
 
     async def _hear(self, requests: AsyncIterator[goplugin_pb2.ConnInfo]) -> None:
+        try:
+            await self._take_addresses(requests)
+        finally:
+            # The end of the stream is the last but one thing a host does. One that does not get to
+            # the last is gone, even where a process between us and it lives on.
+            asyncio.get_running_loop().call_later(_GONE_S, self.over.set)
+
+    async def _take_addresses(self, requests: AsyncIterator[goplugin_pb2.ConnInfo]) -> None:
         async for info in requests:
             if info.service_id != _HOST_SERVICES_ID or self._address.done():
                 continue

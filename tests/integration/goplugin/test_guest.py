@@ -347,6 +347,17 @@ def mode(path: Path) -> int:
     return path.stat().st_mode & 0o777
 
 
+@pytest.mark.asyncio
+async def test_a_plugin_ends_when_its_host_has_gone_behind_a_wrapper(tmp_path: Path) -> None:
+    between = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:], stdin=0).returncode)"
+    async with running(tmp_path, [sys.executable, "-c", between]) as guest:
+        await guest.greet(METRICS, STORE)
+        await guest.configure('word = "x"')
+        logged = await guest.logged()  # hangs up, says nothing, and waits for the process
+        assert guest.process.returncode == 0
+    assert logged[-1]["@message"] == "closed"
+
+
 def child_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
