@@ -8,7 +8,6 @@ believes the other: lengths are bounded and a body that does not decode raises `
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import struct
 from dataclasses import dataclass
@@ -138,7 +137,7 @@ def unpack_bytes(value: object) -> bytes:
         raise EncodingError("worker frame", "bytes are missing")
     try:
         return base64.b64decode(value, validate=True)
-    except binascii.Error:
+    except ValueError:
         raise EncodingError("worker frame", "bytes are not base64") from None
 
 

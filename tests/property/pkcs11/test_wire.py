@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from spire_hw.errors import EncodingError
@@ -76,6 +76,7 @@ _half = st.fixed_dictionaries(
 )
 
 
+@example({"halves": [{"id": "\x80"}], "data": None})
 @given(st.fixed_dictionaries({"halves": st.lists(_half, max_size=5) | _json, "data": _json}))
 def test_any_listing_is_sorted_out_or_refused(listing: dict[str, object]) -> None:
     try:
