@@ -322,7 +322,8 @@ async def test_key_of_another_node_raises_the_alarm_on_both(
         assert "n1" not in caught.value.message
 
     await refused(admit(second, spki=other), "ak_reused")
-    await refused(admit(second), "key_reused")
+    await refused(admit(second), "ak_reused")
+    await refused(admit(admissions(answering(identity("n2")))), "key_reused")
     await refused(store_it(desk, racing, clock), "key_reused")
     assert await store.count_nodes(NodeFilter()) == 1
 

@@ -14,7 +14,7 @@ from spire_hw_server.datastore.sql.models import enrolled_eks
 from spire_hw_server.datastore.sql.sets import moment_of
 
 if TYPE_CHECKING:
-    from spire_hw_server.datastore.sql.engine import Transaction
+    from spire_hw_server.datastore.sql.transaction import Transaction
 
 _HASH: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _MAX_COMMENT: Final = 1024

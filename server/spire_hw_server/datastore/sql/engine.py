@@ -11,7 +11,7 @@ import asyncio
 import logging
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -29,17 +29,16 @@ from spire_hw_server.datastore.sql import events
 from spire_hw_server.datastore.sql.dialects import Opened, open_engine, write_options
 from spire_hw_server.datastore.sql.prepared import translated
 from spire_hw_server.datastore.sql.schema import migrate
+from spire_hw_server.datastore.sql.transaction import Transaction
 from spire_hw_server.datastore.sql.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqlalchemy.engine import Connection
-
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw_server.datastore.config import DatastoreConfig
-    from spire_hw_server.datastore.interface import Change, ChangeKind, Node
+    from spire_hw_server.datastore.interface import Change
 
 T = TypeVar("T")
 
@@ -49,38 +48,6 @@ _CLOSED: Final = "the datastore is closed"
 _DAMAGED: Final = ("file is not a database", "database disk image is malformed")
 _CONFLICT_STATES: Final = frozenset({"40001", "40P01", "55P03"})
 _CONFLICT_NUMBERS: Final = frozenset({1205, 1213, 1020})
-
-
-class Transaction:
-    """One transaction: the connection, the time it started and what it changed.
-
-    Attributes:
-        driver: SQLite's own connection, None when all goes through SQLAlchemy's.
-        now: the time it started.
-        changes: what caches have to look at, by kind and key.
-    """
-
-    def __init__(self, connection: Connection | sqlite3.Connection, now: datetime) -> None:
-        self._connection = connection
-        self.driver = connection if isinstance(connection, sqlite3.Connection) else None
-        self.now = now
-        self.changes: dict[tuple[ChangeKind, str], Node | None] = {}
-
-    @property
-    def connection(self) -> Connection:
-        """Return SQLAlchemy's connection; a transaction of prepared statements has none."""
-        if isinstance(self._connection, sqlite3.Connection):
-            raise NotImplementedError("this transaction runs prepared statements only")
-        return self._connection
-
-    @property
-    def now_s(self) -> int:
-        """Return the time in seconds since 1970."""
-        return int(self.now.timestamp())
-
-    def changed(self, kind: ChangeKind, key: str, node: Node | None = None) -> None:
-        """Note something caches have to look at; a node as it is now spares our own the look."""
-        self.changes[kind, key] = node
 
 
 class Database:

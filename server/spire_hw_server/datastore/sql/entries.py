@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
     from datetime import datetime
 
-    from spire_hw_server.datastore.sql.engine import Transaction
+    from spire_hw_server.datastore.sql.transaction import Transaction
 
 _ENTRY_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,255}", re.ASCII)
 _MAX_TTL_S: Final = 2**31 - 1

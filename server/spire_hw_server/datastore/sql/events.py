@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection
 
-    from spire_hw_server.datastore.sql.engine import Transaction
+    from spire_hw_server.datastore.sql.transaction import Transaction
 
 _COUNTER = "change"
 _REMEMBERED = 1024

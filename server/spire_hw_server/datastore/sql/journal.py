@@ -15,7 +15,7 @@ from spire_hw_server.datastore.sql.sets import new_row
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from spire_hw_server.datastore.sql.engine import Transaction
+    from spire_hw_server.datastore.sql.transaction import Transaction
 
 
 def find(tx: Transaction, x509_authority_ids: Sequence[str]) -> JournalRow | None:

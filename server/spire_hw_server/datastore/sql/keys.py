@@ -13,7 +13,7 @@ from spire_hw_server.datastore.sql.prepared import Prepared
 
 if TYPE_CHECKING:
     from spire_hw_server.datastore.interface import NodeKeys
-    from spire_hw_server.datastore.sql.engine import Transaction
+    from spire_hw_server.datastore.sql.transaction import Transaction
 
 _OF_NODE: Final = node_keys.c.node_row == bindparam("of_node")
 _OWNERS: Final = Prepared(
@@ -26,17 +26,19 @@ _DELETE: Final = Prepared(delete(node_keys).where(_OF_NODE))
 
 
 def check_free(tx: Transaction, agent_id: SpiffeId, keys: NodeKeys) -> None:
-    """Refuse keys that belong to another node.
+    """Refuse keys, two at most, that belong to another node.
 
     Raises:
-        KeyInUseError: one does.
+        KeyInUseError: one does; of both, the one of the lower role is told.
     """
     if not keys:
         return
     digests = list(keys.values())
-    for digest, owner in _OWNERS.fetch(tx, one=digests[0], other=digests[-1]):
+    rows = _OWNERS.fetch(tx, one=digests[0], other=digests[-1])
+    owners: dict[bytes, str] = {row[0]: row[1] for row in rows}
+    for role in sorted(keys, key=lambda role: role.value):
+        owner = owners.get(keys[role], agent_id.text)
         if owner != agent_id.text:
-            role = next(role for role, known in keys.items() if known == digest)
             raise KeyInUseError(role, SpiffeId(owner))
 
 

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from spire_hw_server.datastore.interface import NodeKeys
-    from spire_hw_server.datastore.sql.engine import Transaction
+    from spire_hw_server.datastore.sql.transaction import Transaction
 
 _VALUES: Final = [column.name for column in nodes.c if column.name != "row_id"]
 _INSERT: Final = Prepared(insert(nodes).values({name: bindparam(name) for name in _VALUES}))

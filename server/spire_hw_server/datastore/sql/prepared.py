@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Delete, Insert, Select, Update
 
-    from spire_hw_server.datastore.sql.engine import Transaction
+    from spire_hw_server.datastore.sql.transaction import Transaction
 
 _SQLITE: Final = pysqlite.dialect()
 

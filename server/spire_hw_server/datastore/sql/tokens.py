@@ -16,7 +16,7 @@ from spire_hw_server.datastore.sql.sets import moment_of, seconds_of
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from spire_hw_server.datastore.sql.engine import Transaction
+    from spire_hw_server.datastore.sql.transaction import Transaction
 
 
 def create(tx: Transaction, token: JoinToken, alias: Entry | None) -> None:
