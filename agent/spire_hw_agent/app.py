@@ -26,6 +26,7 @@ from spire_hw_agent.cache import Cache
 from spire_hw_agent.enroll import Enroller
 from spire_hw_agent.identity import AgentIdentity
 from spire_hw_agent.storage import Storage
+from spire_hw_agent.svidstore import SvidStores
 from spire_hw_agent.sync import Synchroniser
 from spire_hw_agent.trust import Trust
 from spire_hw_agent.upstream.client import Upstream
@@ -67,6 +68,7 @@ class Agent:
         self.cache: Cache
         self.identity: AgentIdentity
         self._sync: Synchroniser
+        self._stores: SvidStores
 
     async def __aenter__(self) -> Self:
         try:
@@ -110,6 +112,7 @@ class Agent:
         )
         self.identity = self._identity(catalog, upstream, trust, storage)
         self._sync = self._synchroniser(upstream, trust)
+        self._stores = self._svid_stores(catalog)
         await self._serve(catalog, upstream)
         await self._listen_for_probes(catalog)
         await self.identity.start()
@@ -117,6 +120,7 @@ class Agent:
         tasks.start("entries", self._sync.run_entries())
         tasks.start("svids", self._sync.run_svids())
         tasks.start("status", self._post_status(upstream))
+        tasks.start("SVID stores", self._stores.run())
         self.is_started = True
 
     def _upstream(self, trust: Trust) -> Upstream:
@@ -171,6 +175,14 @@ class Agent:
             renew_at=self._renew_at,
             on_synchronised=self._on_synchronised,
             on_denied=self.identity.denied,
+        )
+
+    def _svid_stores(self, catalog: Catalog) -> SvidStores:
+        return SvidStores(
+            self.cache,
+            {p.name: p.plugin for p in catalog.all(PluginKind.SVID_STORE)},
+            clock=self._clock,
+            log=get_logger("svid_store"),
         )
 
     def _on_new_identity(self) -> None:

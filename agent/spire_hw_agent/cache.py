@@ -138,7 +138,8 @@ class Cache:
         self._entries = fresh
         index: defaultdict[Selector, set[str]] = defaultdict(set)
         for entry in fresh.values():
-            index[min(entry.selectors)].add(entry.entry_id)
+            if not entry.store_svid:
+                index[min(entry.selectors)].add(entry.entry_id)
         self._by_first_selector = dict(index)
         for entry_id in [i for i in self._svids if not self._still_fits(i)]:
             del self._svids[entry_id]
@@ -216,6 +217,7 @@ class Cache:
 
     def _wanted(self) -> list[AgentEntry]:
         live = {e.entry_id: e for g in self._groups.values() for e in self.matching(g.selectors)}
+        live |= {e.entry_id: e for e in self._entries.values() if e.store_svid}
         room = self._max_svids - len(live)
         for entry_id in reversed(self._used):
             if room <= 0:
@@ -235,6 +237,10 @@ class Cache:
         keep = {e.entry_id for e in wanted}
         for entry_id in [i for i in self._svids if i not in keep]:
             del self._svids[entry_id]
+
+    def storable(self) -> dict[str, tuple[AgentEntry, Svid | None]]:
+        """Return the entries whose SVIDs go into outside stores, by id, with their SVIDs."""
+        return {i: (e, self._svids.get(i)) for i, e in self._entries.items() if e.store_svid}
 
     # -- what a workload may have ---------------------------------------------
 

@@ -22,6 +22,7 @@ class AgentEntry:
         created_at: seconds since 1970, as the server said.
         prefetch: whether its SVID is asked for before a workload wants it.
         jwt_jti: tokens carry a unique id and are therefore never cached.
+        store_svid: its SVID goes into an outside store and to no workload.
     """
 
     entry_id: str
@@ -33,6 +34,7 @@ class AgentEntry:
     created_at: int
     prefetch: bool = True
     jwt_jti: bool = False
+    store_svid: bool = False
 
 
 @dataclass(frozen=True, slots=True)

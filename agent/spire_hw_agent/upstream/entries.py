@@ -177,4 +177,5 @@ def _entry(e: types_pb2.Entry, trust_domain: TrustDomain) -> AgentEntry:
         created_at=e.created_at,
         prefetch=not e.additional_attributes.disable_x509_svid_prefetch,
         jwt_jti=e.additional_attributes.jwt_svid_include_jti,
+        store_svid=e.store_svid,
     )
