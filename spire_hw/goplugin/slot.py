@@ -62,6 +62,7 @@ class Slot:
         self._services = HostServices()
         self._trust_domain: TrustDomain | None = None
         self._plugin: Plugin | None = None
+        self._tried: tuple[TrustDomain, Plugin] | None = None
         self._handlers: dict[str, Method] = {}
         self._closed = False
 
@@ -94,7 +95,7 @@ class Slot:
             if self._plugin is None:
                 await self._build(trust_domain, body)
             elif trust_domain != self._trust_domain:
-                raise InvalidInputError("the trust domain cannot change while the plugin runs")
+                raise _other_trust_domain()
             else:
                 await self._plugin.configure(body)
         return pb.ConfigureResponse()
@@ -114,18 +115,24 @@ class Slot:
         """End the plugin; calls are refused from now on."""
         async with self._changing:
             self._closed = True
-            plugin, self._plugin, self._handlers = self._plugin, None, {}
+            plugin = self._tried[1] if self._tried is not None else self._plugin
+            self._plugin, self._tried, self._handlers = None, None, {}
             if plugin is not None:
                 await plugin.close()
 
     async def _build(self, trust_domain: TrustDomain, body: Body) -> None:
-        plugin = self._make(trust_domain)
-        try:
-            await plugin.configure(body)
-        except BaseException:
-            await plugin.close()
-            raise
-        self._plugin, self._trust_domain = plugin, trust_domain
+        """Make the plugin and configure it.
+
+        One that could not be configured is kept for the next try, with what it learnt: which PIN
+        a token refused, say.
+        """
+        if self._tried is None:
+            self._tried = trust_domain, self._make(trust_domain)
+        if self._tried[0] != trust_domain:
+            raise _other_trust_domain()
+        plugin = self._tried[1]
+        await plugin.configure(body)
+        self._plugin, self._trust_domain, self._tried = plugin, trust_domain, None
         made = table.methods(self._offer.kind, plugin, self._entered)
         self._handlers = {method.path: method for method in made}
 
@@ -185,6 +192,10 @@ def _read(request: pb.ConfigureRequest | pb.ValidateRequest) -> tuple[TrustDomai
         return trust_domain, Body.empty()
     # A host prints a heredoc that comes last without the newline that ends it.
     return trust_domain, hcl.parse(text if text.endswith("\n") else text + "\n", _SOURCE)
+
+
+def _other_trust_domain() -> InvalidInputError:
+    return InvalidInputError("the trust domain cannot change while the plugin runs")
 
 
 def _in_words(fault: ConfigFault) -> str:

@@ -6,12 +6,13 @@ a service gives its attestor None for both.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 from typing import TYPE_CHECKING, Final
 
 from spire_hw._pb import plugin_agent_nodeattestor_pb2 as agent_pb
 from spire_hw._pb import plugin_server_nodeattestor_pb2 as server_pb
-from spire_hw.errors import InvalidInputError
+from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError
 from spire_hw.goplugin.facade.dialogue import converse, heard
 from spire_hw.goplugin.facade.values import MAX_SELECTORS
 from spire_hw.plugin.info import Side
@@ -40,6 +41,8 @@ _FORWARDED_HOST: Final = "x-untrusted-forwarded-host"
 # What a server of ours takes of an attestor at most.
 _MAX_MESSAGE_BYTES: Final = 1 << 20
 _MAX_ROUNDS: Final = 16
+# A slow TPM makes an RSA endorsement key in most of a minute.
+_PATIENCE_S: Final = 180.0
 
 
 def remote(link: Link, side: Side) -> RemoteAgentAttestor | RemoteServerAttestor:
@@ -61,8 +64,9 @@ def methods(plugin: AgentNodeAttestor | ServerNodeAttestor, side: Side) -> list[
 class RemoteAgentAttestor:
     """The agent half, external; see `spire_hw.plugin.nodeattestor.AgentNodeAttestor`."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, *, patience_s: float = _PATIENCE_S) -> None:
         self._link = link
+        self._patience_s = patience_s
 
     async def aid_attestation(self, exchange: AgentExchange, svid_key: SvidKey | None) -> None:
         """Relay between plugin and server until the server asks nothing more."""
@@ -86,7 +90,14 @@ class RemoteAgentAttestor:
         self, call: LinkBidi[agent_pb.PayloadOrChallengeResponse], wanted: str
     ) -> bytes:
         words = wanted.replace("_", " ")
-        answer = await call.receive()
+        try:
+            async with asyncio.timeout(self._patience_s):
+                answer = await call.receive()
+        except TimeoutError:
+            raise SpireHwError(
+                f"{self._link.prefix}: no {words} within {self._patience_s:g} s",
+                kind=ErrorKind.DEADLINE_EXCEEDED,
+            ) from None
         if answer is None:
             self._link.refuse(f"it ended before its {words}")
         if answer.WhichOneof("data") != wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +19,7 @@ from spire_hw.errors import (
     SpireHwError,
 )
 from spire_hw.goplugin.facade import nodeattestor
+from spire_hw.goplugin.facade.link import Link
 from spire_hw.plugin.info import PluginKind, Side
 from spire_hw.plugin.nodeattestor import AttestationRequest, AttestedIdentity
 from spire_hw.spiffeid import SpiffeId
@@ -111,6 +113,22 @@ async def test_an_error_of_the_agent_half_names_the_plugin(tmp_path: Path) -> No
     async with remote_of(Broken(), NA, tmp_path, Side.AGENT) as remote:
         with pytest.raises(InvalidInputError, match=r"^nodeattestor\(mine\): no TPM$"):
             await remote.aid_attestation(Exchange([]), None)
+
+
+@pytest.mark.asyncio
+async def test_an_agent_half_that_says_nothing_does_not_hold_the_agent_up(tmp_path: Path) -> None:
+    class Silent:
+        async def aid_attestation(self, exchange: Any, svid_key: Any) -> None:
+            await asyncio.Event().wait()
+
+    async with serving(nodeattestor.methods(Silent(), Side.AGENT), tmp_path) as channel:
+        link = Link(NA, "mine", lambda: channel)
+        remote = nodeattestor.RemoteAgentAttestor(link, patience_s=0.2)
+        with pytest.raises(
+            SpireHwError, match=r"^nodeattestor\(mine\): no payload within"
+        ) as caught:
+            await remote.aid_attestation(Exchange([]), None)
+    assert caught.value.kind is ErrorKind.DEADLINE_EXCEEDED
 
 
 class AgentScript:

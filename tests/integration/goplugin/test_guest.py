@@ -374,6 +374,26 @@ async def test_what_a_killed_plugin_left_is_cleared_by_the_next(tmp_path: Path) 
         assert is_there(guest.path)
 
 
+@pytest.mark.asyncio
+async def test_a_plugin_that_was_not_configured_is_the_same_at_the_next_try(tmp_path: Path) -> None:
+    async with running(tmp_path) as guest:
+        await guest.greet(METRICS, STORE)
+        for _ in range(3):
+            with pytest.raises(InvalidInputError):
+                await guest.configure("")
+        with pytest.raises(InvalidInputError, match="trust domain cannot change"):
+            await guest.configure('word = "x"', trust_domain="other.org")
+        with pytest.raises(NotReadyError, match="not configured"):
+            await guest.generate()
+        await guest.configure('word = "x"')
+        await guest.generate()
+        await guest.close()
+        guest.process.send_signal(signal.SIGTERM)
+        _, err = await asyncio.wait_for(guest.process.communicate(), 30)
+    assert err.count(b"a library that prints") == 1
+    assert err.count(b'"closed"') == 1
+
+
 def run_by_hand(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     script = tmp_path / "plugin.py"
     script.write_text(PLUGIN)
