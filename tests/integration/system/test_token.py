@@ -91,10 +91,11 @@ async def test_a_token_that_is_away_stops_no_server_and_is_used_again(
     site: Site, node: Node
 ) -> None:
     ids, keys = await site.authorities(), site.private_keys()
+    holders = workers(site)
     after = len(site.server.log())
     site.hsm.remove()
     try:
-        for child in workers(site):
+        for child in holders:
             child.kill()
         site.server.wait_for("hsm.token_missing|hsm.general_error", after=after)
         failed = site.try_command(*MINT)
