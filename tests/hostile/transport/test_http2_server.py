@@ -676,6 +676,56 @@ async def test_grace_is_given_and_ends(world: EchoWorld, peer: H2Peer) -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_caller_that_answers_no_ping_is_cut(tmp_path: Path) -> None:
+    limits = RpcLimits(keepalive_s=0.1, keepalive_timeout_s=0.2)
+    async with echo_world(tmp_path, rpc_limits=limits) as world, client(world.path) as peer:
+        peer.send(whole(1, "Hold"))
+        for _ in range(3):
+            ping = await peer.next(PING)
+            peer.send(frame(PING, ACK, 0, ping.payload))
+        assert not world.echo.dropped.is_set()
+        await peer.next(PING)
+        peer.send(frame(PING, ACK, 0, b"not that"))
+        assert PING not in {one.kind for one in await peer.rest()}
+        await asyncio.wait_for(world.echo.dropped.wait(), PATIENCE_S)
+
+
+@pytest.mark.asyncio
+async def test_a_caller_without_calls_is_asked_to_leave(tmp_path: Path) -> None:
+    limits = RpcLimits(max_connection_idle_s=0.2)
+    async with echo_world(tmp_path, rpc_limits=limits) as world, client(world.path) as peer:
+        peer.send(whole(1, "Hold"))
+        await world.echo.held.wait()
+        await asyncio.sleep(0.5)  # a call in progress is not idleness
+        assert len(engine(world)) == 1
+        peer.send(frame(RESET, 0, 1, u32(8)))
+        last = [
+            int.from_bytes(one.payload[:4], "big")
+            for one in await peer.rest()
+            if one.kind == GOAWAY
+        ]
+        assert last == [2**31 - 1, 1]
+
+
+@pytest.mark.asyncio
+async def test_calls_that_outlive_their_connection_are_cut(tmp_path: Path) -> None:
+    limits = RpcLimits(max_connection_age_s=0.1, max_connection_age_grace_s=1.5)
+    async with echo_world(tmp_path, rpc_limits=limits) as world, client(world.path) as peer:
+        peer.send(whole(1, "Hold"))
+        assert [one.kind for one in await peer.rest()].count(GOAWAY) == 2
+        await asyncio.wait_for(world.echo.dropped.wait(), PATIENCE_S)
+
+
+@pytest.mark.asyncio
+async def test_an_answer_beyond_its_limit_is_an_error(tmp_path: Path) -> None:
+    limits = RpcLimits(max_response_bytes=100)
+    async with echo_world(tmp_path, rpc_limits=limits) as world, client(world.path) as peer:
+        peer.send(opened(1, "Say"), data(1, message(value("x" * 99))))
+        assert await peer.status(1) == "8"
+        await works(peer, 3)
+
+
+@pytest.mark.asyncio
 async def test_callers_without_certificate_have_fewer_calls(world: EchoWorld) -> None:
     async with await world.over_tcp() as channel:
         await say(channel)  # from here it knows the limit
