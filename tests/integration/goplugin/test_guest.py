@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ from spire_hw.rpc.server import RpcServer
 from spire_hw.transport.front import UnixFront
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Iterator, Sequence
 
 KM = PluginKind.KEY_MANAGER
 CONFIG = "/spire.service.common.config.v1.Config/"
@@ -142,11 +143,19 @@ def record(line: bytes) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(autouse=True)
+def sockets(tmp_path: Path) -> Iterator[Path]:
+    """Yield `s` in the test's directory: a link to where the plugin's sockets go, on a short path."""
+    with tempfile.TemporaryDirectory(prefix="shw") as short:
+        link = tmp_path / "s"
+        link.symlink_to(short)
+        yield link
+
+
 @asynccontextmanager
 async def running(tmp_path: Path, command: Sequence[str] = ()) -> AsyncIterator[Guest]:
-    script, sockets = tmp_path / "plugin.py", tmp_path / "s"
+    script, sockets = tmp_path / "plugin.py", (tmp_path / "s").readlink()
     script.write_text(PLUGIN)
-    sockets.mkdir(mode=0o700, exist_ok=True)
     environment = build_environment(KM, os.environ, socket_dir=str(sockets))
     environment.pop("PYTHONUNBUFFERED", None)
     process = await asyncio.create_subprocess_exec(
@@ -173,7 +182,7 @@ async def running(tmp_path: Path, command: Sequence[str] = ()) -> AsyncIterator[
 @pytest.mark.asyncio
 async def test_a_plugin_lives_from_line_to_shutdown_and_leaves_nothing(tmp_path: Path) -> None:
     async with running(tmp_path) as guest:
-        assert guest.path.is_relative_to(tmp_path / "s")
+        assert guest.path.is_relative_to((tmp_path / "s").readlink())
         assert [mode(path) for path in (guest.path.parent, guest.path)] == [0o700, 0o600]
         names = await guest.greet(METRICS, STORE)
         assert names == [
