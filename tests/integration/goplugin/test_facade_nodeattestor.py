@@ -132,7 +132,7 @@ async def test_an_agent_half_that_says_nothing_does_not_hold_the_agent_up(tmp_pa
 
 
 class AgentScript:
-    """An agent half that says what it was told to, whatever it hears."""
+    """An agent half that says what it was told to, taking turns, whatever it hears."""
 
     def __init__(self, *messages: agent_pb.PayloadOrChallengeResponse) -> None:
         self._messages = messages
@@ -140,6 +140,7 @@ class AgentScript:
     async def aid_attestation(self, requests: Any, call: Any) -> AsyncIterator[Any]:
         for message in self._messages:
             yield message
+            await anext(requests, None)
 
 
 @pytest.mark.asyncio
@@ -241,7 +242,7 @@ async def test_the_agents_failure_to_answer_reaches_the_server_untouched(tmp_pat
 
 
 class ServerScript:
-    """A server half that says what it was told to, whatever it hears."""
+    """A server half that says what it was told to, taking turns, whatever it hears."""
 
     def __init__(self, *messages: server_pb.AttestResponse) -> None:
         self._messages = messages
@@ -249,6 +250,7 @@ class ServerScript:
     async def attest(self, requests: Any, call: Any) -> AsyncIterator[Any]:
         for message in self._messages:
             yield message
+            await anext(requests, None)
 
 
 def attributes(**values: Any) -> server_pb.AttestResponse:
