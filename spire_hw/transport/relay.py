@@ -60,14 +60,14 @@ class _Gate:
     def push(self, data: bytes) -> bool:
         """Take bytes; True when no more should be read for now."""
         self.data += data
-        head = self.data[: len(self.wanted)]
-        if self.opened.done():
-            return True
-        if head != self.wanted[: len(head)]:
-            self._fail(InvalidInputError("the caller does not speak HTTP/2"))
-        elif len(head) == len(self.wanted):
-            self.opened.set_result(None)
-        return self.opened.done()
+        if not self.opened.done():
+            head = self.data[: len(self.wanted)]
+            if head != self.wanted[: len(head)]:
+                self._fail(InvalidInputError("the caller does not speak HTTP/2"))
+            elif len(head) == len(self.wanted):
+                self.opened.set_result(None)
+        # To stop reading and begin again costs more than to hold what comes in a turn of the loop.
+        return len(self.data) >= _READ_BYTES
 
     def lost(self) -> None:
         """Say that the connection went away."""
@@ -118,8 +118,8 @@ class Half(asyncio.BufferedProtocol):
 
         Args:
             on_end: called once, when the connection is gone.
-            begins: what the peer must send first; it is held back, and more is not read, until
-                `join`. None when the half is joined before it is connected.
+            begins: what the peer must send first; it is held back with a little of what follows
+                until `join` or `lead`. None when the half is joined before it is connected.
         """
         self.transport: asyncio.Transport | None = None
         self.other: Sink | None = None

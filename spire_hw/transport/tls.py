@@ -278,8 +278,10 @@ class TlsHalf(Half):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         # Not now: in Python 3.11.2 a transport starts reading after this even when it was paused in
-        # here, and a handshake in a thread must have the buffers to itself.
-        asyncio.get_running_loop().call_soon(self._step)
+        # here, and a handshake in a thread must have the buffers to itself. A server has nothing
+        # to say before it has heard something.
+        if not self._tls.server_side:
+            asyncio.get_running_loop().call_soon(self._step)
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
@@ -296,7 +298,9 @@ class TlsHalf(Half):
             self._step()
 
     async def handshaken(self) -> None:
-        """Wait for the end of the handshake; nothing is read after it until `resume`.
+        """Wait for the end of the handshake; nothing is passed on after it until `resume`.
+
+        A server resumes at once: what has arrived by then stays in the TLS buffer.
 
         Raises:
             VerificationError: the peer, or we, found something wrong.
@@ -357,7 +361,8 @@ class TlsHalf(Half):
             return
         self._flush()
         if error is None:
-            self.pause()
+            if not self._tls.server_side:
+                self.pause()  # a client may look at whom it has reached for as long as it likes
             self._done.set_result(None)
         elif isinstance(error, ssl.SSLWantReadError):
             if self._pool is not None:

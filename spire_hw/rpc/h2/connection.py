@@ -105,6 +105,7 @@ class Connection(ABC):
         self._unsent = 0  # bytes in it
         self._flushing = False
         self._is_hurried = False
+        self._is_young = True
         self._prefix = b""
         self._budget = Budget(self.heard_at)
         self._ping = b""
@@ -216,6 +217,10 @@ class Connection(ABC):
 
     def _turn(self) -> None:
         """End a turn of the loop."""
+        if self._is_young:  # our settings go out with the first call, or the first answer
+            self._is_young = False
+            asyncio.get_running_loop().call_soon(self._turn)
+            return
         self._flushing = False
         self.flush()
         if self._is_hurried:

@@ -69,14 +69,25 @@ async def test_an_end_before_the_beginning_is_told() -> None:
 
 
 @pytest.mark.asyncio
-async def test_no_more_is_read_before_joining() -> None:
-    one, far = await half(begins=b"x")
-    far.send(b"x")
+async def test_little_is_read_before_joining() -> None:
+    (one, far_one), (two, far_two) = await half(begins=b"x"), await half()
+    sent = b"x" + os.urandom(1 << 20)
+    loop = asyncio.get_running_loop()
+    sending = loop.create_task(loop.sock_sendall(far_one, sent))
     await one.begun()
     assert one.transport is not None
-    assert not one.transport.is_reading()
-    one.abort()
-    far.close()
+    async with asyncio.timeout(10):
+        while one.transport.is_reading():
+            await asyncio.sleep(0)
+    assert one._gate is not None
+    assert len(one._gate.data) < 1 << 17
+    one.join(two)
+    assert await read(far_two, len(sent)) == sent
+    await sending
+    for end in (one, two):
+        end.abort()
+    far_one.close()
+    far_two.close()
 
 
 @pytest.mark.asyncio
