@@ -18,7 +18,7 @@ from spire_hw.aio.tasks import Tasks
 from spire_hw.errors import DeniedError, SpireHwError
 from spire_hw.rpc.interceptors import Guard
 from spire_hw.rpc.server import RpcServer
-from spire_hw.transport.front import UnixFront
+from spire_hw.transport.front import FrontLimits, UnixFront
 from spire_hw.transport.peer import UnixPeer
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 HOST_SERVICES_ID: Final = 1
 _START_STREAM: Final = "/plugin.GRPCBroker/StartStream"
 _SOCKET_MODE: Final = 0o600
+_LIMITS: Final = FrontLimits(max_connections=64, max_per_caller=64)
 
 
 class Broker:
@@ -54,7 +55,7 @@ class Broker:
         """
         self._path = path
         self._server = RpcServer(methods, [_PluginOnly(owns)], log)
-        self._server.add_front(UnixFront(path, _SOCKET_MODE, log=log))
+        self._server.add_front(UnixFront(path, _SOCKET_MODE, limits=_LIMITS, log=log))
         self._tasks = Tasks(lambda _name, _error: None)
         self._loop = asyncio.get_running_loop()
         self._announced: asyncio.Future[None] = self._loop.create_future()

@@ -26,7 +26,7 @@ from spire_hw.errors import (
 )
 from spire_hw.goplugin.broker import Broker
 from spire_hw.goplugin.handshake import build_environment, parse_line
-from spire_hw.goplugin.listener import check_socket
+from spire_hw.goplugin.listener import pin_socket
 from spire_hw.goplugin.place import remove
 from spire_hw.goplugin.process import PluginProcess, Start
 from spire_hw.goplugin.stderr import LineLog
@@ -221,8 +221,9 @@ class Run:
                 f"it listens on {address.network} {address.address}, where every user of this "
                 "machine could take its place; only unix sockets are accepted"
             )
-        path = Path(address.address)
-        await asyncio.to_thread(check_socket, path, self._process.owns)
+        path = await asyncio.to_thread(
+            pin_socket, Path(address.address), self._directory, self._process.owns
+        )
         self._channel = connect_unix(path, max_response_bytes=limits.max_message_bytes)
         self._tasks.start("plugin output", self._drain_stdio())
         await self._offer_services()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import InvalidInputError, UnavailableError
 from spire_hw.hardening import check_directory
@@ -14,6 +14,36 @@ from spire_hw.transport.process import peer_credentials
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+
+_PINNED: Final = "pinned.sock"
+
+
+def pin_socket(path: Path, directory: Path, owns: Callable[[int], bool]) -> Path:
+    """Return a path that leads to the plugin's socket and to no other one, now and later.
+
+    A socket outside the plugin's own directory is linked into it: whatever is done to its first
+    name, connections go where they went when it was checked. Across file systems there are no
+    links; then the checks of the place it is in have to do.
+
+    Args:
+        path: as the plugin says.
+        directory: the plugin's, open to nobody else.
+        owns: tells whether a process id is the plugin's.
+
+    Raises:
+        InvalidInputError, UnavailableError: as `check_socket`.
+    """
+    check_socket(path, owns)
+    if path.parent == directory:
+        return path
+    pinned = directory / _PINNED
+    try:
+        os.link(path, pinned, follow_symlinks=False)
+    except OSError:
+        return path
+    check_socket(pinned, owns)
+    return pinned
 
 
 def check_socket(path: Path, owns: Callable[[int], bool]) -> None:

@@ -122,7 +122,10 @@ def _no_builtins(kind: PluginKind, name: str) -> Builder:
 
 
 @pytest.fixture
-def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+def stage(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stage]:
+    assert tmp_path_factory.getbasetemp()  # pytest's own choice, before ours
     # Not below tmp_path: socket paths must stay short.
     temp = Path(tempfile.mkdtemp(prefix="shp-", dir="/tmp"))
     monkeypatch.setattr(tempfile, "tempdir", str(temp))

@@ -20,10 +20,15 @@ HERE = Path(__file__).parent
 
 
 class Outside:
-    """External plugins that share a directory."""
+    """External plugins that share a directory.
 
-    def __init__(self, directory: Path) -> None:
+    Attributes:
+        temp: the temporary directory, whose path is short.
+    """
+
+    def __init__(self, directory: Path, temp: Path) -> None:
         self.directory = directory
+        self.temp = temp
         self.program = directory / "kinds"
         self.program.write_text(f"#!{sys.executable}\n{(HERE / 'kinds.py').read_text()}")
         self.program.chmod(0o755)
@@ -72,5 +77,5 @@ class Outside:
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Outside]:
     with tempfile.TemporaryDirectory(prefix="shx-", dir="/tmp") as temp:
         monkeypatch.setattr(tempfile, "tempdir", temp)
-        yield Outside(tmp_path)
+        yield Outside(tmp_path, Path(temp))
         assert [p.name for p in Path(temp).iterdir() if p.name.startswith("spire-hw")] == []
