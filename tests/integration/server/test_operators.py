@@ -159,7 +159,8 @@ async def test_foreign_bundles_from_creation_to_deletion(
     for name, error in (
         ("example.org", InvalidInputError),
         ("nobody.test", NotFoundError),
-        ("spiffe://x", InvalidInputError),
+        ("spiffe://nobody.test", NotFoundError),
+        ("not a name", InvalidInputError),
     ):
         with pytest.raises(error):
             await ask(
