@@ -61,6 +61,32 @@ async def examine(bench: Bench, report: Report) -> None:
         await _many(keys)
 
 
+async def check_restarted(bench: Bench, made: dict[str, str]) -> None:
+    """Look for keys in another run of the plugin.
+
+    Args:
+        bench: that run, configured.
+        made: what `fingerprints` said in the run before.
+
+    Raises:
+        NotedError: they are gone, as they are where nothing is kept by design.
+        FailedError: some of them are.
+    """
+    found = await fingerprints(bench)
+    if not set(made) & set(found):
+        raise NotedError(
+            "they are gone: a server makes new CA keys then, and an agent has to attest again"
+        )
+    if found != made:
+        raise FailedError("some of them are gone, or are other keys")
+
+
+async def fingerprints(bench: Bench) -> dict[str, str]:
+    """Return the keys that were made here, by id."""
+    listed = await bench.contract.get_public_keys()
+    return {i.key_id: i.fingerprint for i in listed if i.key_id.startswith(_PREFIX)}
+
+
 async def _type(keys: KeyManager, key_type: KeyType) -> None:
     key_id = _PREFIX + key_type.config_name
     try:

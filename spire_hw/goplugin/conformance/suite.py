@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Final
 
+from spire_hw.errors import SpireHwError
 from spire_hw.goplugin.conformance import attestors, authorities, keymanager, life
 from spire_hw.goplugin.conformance.bench import Bench, Subject, launch
-from spire_hw.goplugin.conformance.report import Report, Step
+from spire_hw.goplugin.conformance.report import Outcome, Report, Step
 from spire_hw.goplugin.facade.table import service_name
 from spire_hw.goplugin.host import Run
 from spire_hw.goplugin.place import Place
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from spire_hw.clock import Clock
+    from spire_hw.goplugin.launch import Launch
     from spire_hw.log import Logger
 
 _SUITES: Final[dict[PluginKind, Callable[[Bench, Report], Awaitable[None]]]] = {
@@ -49,21 +51,41 @@ async def examine(
     report = Report(show)
     with closing(Place.open()) as place:
         launching = launch(subject, place, clock, log)
-        run: Run | None = None
+        made: dict[str, str] = {}
         async with report.step("starts, says where it listens and what it serves") as step:
             run = await Run.start(launching)
             step.detail = ", ".join(sorted(run.services))
-        if run is not None:
+        if step.outcome is Outcome.PASSED:
             try:
-                await _examine(Bench.of(subject, run, clock), report)
+                made = await _examine(Bench.of(subject, run, clock), report)
             finally:
                 await run.stop()
+        if made:
+            await _examine_again(subject, launching, report, made)
         launching.program.close()
     return report
 
 
-async def _examine(bench: Bench, report: Report) -> None:
+async def _examine(bench: Bench, report: Report) -> dict[str, str]:
+    """Examine one run; return the keys it holds at the end, if it is a KeyManager's."""
+    made: dict[str, str] = {}
     if await life.before_configure(bench, report):
         await _SUITES[bench.subject.kind](bench, report)
         await life.after_configure(bench, report)
+        if bench.subject.kind is PluginKind.KEY_MANAGER:
+            with suppress(SpireHwError):  # a step has told it already
+                made = await keymanager.fingerprints(bench)
     await life.ends(bench, report)
+    return made
+
+
+async def _examine_again(
+    subject: Subject, launching: Launch, report: Report, made: dict[str, str]
+) -> None:
+    async with report.step("has its keys after a restart"):
+        run = await Run.start(launching)
+        try:
+            await run.configure(subject.data)
+            await keymanager.check_restarted(Bench.of(subject, run, launching.clock), made)
+        finally:
+            await run.stop()

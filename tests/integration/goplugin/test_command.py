@@ -23,16 +23,18 @@ MAIN = "from spire_hw_plugins.cli.main import main; main()"
 BAD = """\
 import signal
 import sys
+from pathlib import Path
 
 from spire_hw.config.schema import Model, decode, faults
 from spire_hw.errors import SpireHwError
 from spire_hw.goplugin.guest import serve
-from spire_hw.key import HashAlgorithm, SignOptions
+from spire_hw.key import HashAlgorithm, KeyType, SignOptions
 from spire_hw.plugin.info import PluginKind
 from spire_hw.plugin.keymanager import KeyInfo, KeySignature
 from spire_hw_plugins.keymanager.software import SoftwareKeys
 
 FAULT = sys.argv[1]
+marker = Path(sys.argv[2])
 
 
 class Config(Model):
@@ -52,6 +54,9 @@ class Bad(SoftwareKeys):
         if FAULT == "picky" and not self.is_loaded:
             raise SpireHwError("no device")
         self.load({} if not self.is_loaded else self._keys)
+        if FAULT == "keeps-some" and marker.exists():
+            await self.generate_key("spire-hw-check-ec-p256", KeyType.EC_P256)
+        marker.touch()
 
     async def generate_key(self, key_id, key_type):
         if FAULT == "same-key" and key_id in self._keys:
@@ -181,10 +186,11 @@ def test_the_report_is_readable_and_flags_may_come_last(tmp_path: Path) -> None:
         ("hashes-again", "makes ec-p256 keys", "hashed a second time"),
         ("fingerprint", "makes ec-p256 keys", "another key"),
         ("ctrl-c", "leaves Ctrl-C", "signal 2"),
+        ("keeps-some", "has its keys after a restart", "some of them are gone"),
     ],
 )
 def test_bad_plugins_are_found_out(fault: str, step: str, words: str, tmp_path: Path) -> None:
-    code, report = check("-kind", "KeyManager", bad_plugin(tmp_path), fault)
+    code, report = check("-kind", "KeyManager", bad_plugin(tmp_path), fault, str(tmp_path / "m"))
     found = failed(report)
     assert code == 1
     assert any(name.startswith(step) and words in detail for name, detail in found.items()), found
