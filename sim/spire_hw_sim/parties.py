@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -117,6 +118,19 @@ def checked(done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode:
         raise ProgramError(f"{done.args}: status {done.returncode}\n{done.stdout}{done.stderr}")
     return done.stdout
+
+
+def install_plugins(directory: Path) -> dict[tuple[str, str], dict[str, str]]:
+    """Write launchers of our plugins; return path and checksum of each by kind and name."""
+    start = "from spire_hw_plugins.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", start, "install", "-output", "json", str(directory)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    rows: list[dict[str, str]] = json.loads(checked(done))["plugins"]
+    return {(row["kind"], row["name"]): row for row in rows}
 
 
 class Server:

@@ -1,4 +1,4 @@
-"""Run by `test_pypi_spiffe.py` in a process of its own: PyPI's `spiffe` brings its own messages.
+"""Run by `test_workload_clients.py` in a process of its own: PyPI's `spiffe` brings its own messages.
 
 Prints one JSON object per line: what the client got, then one for every rotation it sees.
 """
@@ -30,7 +30,7 @@ def main() -> None:
         assert jwt_bundle is not None
         tell(
             x509=str(svid.spiffe_id),
-            serial=svid.leaf.serial_number,
+            serial=str(svid.leaf.serial_number),
             chain=len(svid.cert_chain),
             authorities=len(bundle.x509_authorities),
             jwt=str(token.spiffe_id),
@@ -39,11 +39,11 @@ def main() -> None:
             jwt_authorities=len(jwt_bundle.jwt_authorities),
         )
     with X509Source(socket_path=socket) as source:
-        seen = source.svid.leaf.serial_number
+        seen = str(source.svid.leaf.serial_number)
         tell(source=seen)
 
         def changed() -> None:
-            tell(rotated=source.svid.leaf.serial_number)
+            tell(rotated=str(source.svid.leaf.serial_number))
 
         source.subscribe_for_updates(changed)
         sys.stdin.read()  # until the test has seen enough

@@ -1,173 +1,159 @@
-"""Our plugins in upstream's server and agent, which start them as external plugins."""
+"""Our plugins as external plugins of upstream's unmodified server and agent."""
 
 from __future__ import annotations
 
-import hashlib
-import os
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from spire_hw.plugin.info import PluginKind
-from spire_hw_plugins.cli.install import launcher
-from spire_hw_sim import softhsm
-from spire_hw_sim.parties import WORKLOAD, Agent, Make, Party, Role, missing
-from spire_hw_sim.programs import run
+from spire_hw_sim.manufacturer import EkKind, Manufacturer
+from spire_hw_sim.parties import Agent, Make, Party, Role, install_plugins, missing
 from spire_hw_sim.site import wait_until
+from spire_hw_sim.softhsm import SoftHsm
 from spire_hw_sim.swtpm import Swtpm
-from spire_hw_sim.swtpm import is_available as has_swtpm
-from tests.interop.test_agents import verified
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
-REASON = missing(Role.SERVER, Role.AGENT)
-pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
-SYNCED_S = 30
+_REASON = missing(Role.SERVER, Role.AGENT)
+pytestmark = pytest.mark.skipif(bool(_REASON), reason=_REASON)
+PIN = "27182818"
+
+
+@dataclass
+class Shop:
+    """A party, and launchers of our plugins."""
+
+    party: Party
+    launchers: dict[tuple[str, str], dict[str, str]]
+
+    def block(self, make: Make, kind: str, name: str, data: str = "") -> str:
+        """Return the block of a plugin of ours: external in upstream's programs."""
+        row = self.launchers[kind, name]
+        external = f'plugin_cmd = "{row["path"]}"\n plugin_checksum = "{row["checksum"]}"'
+        return (
+            f'{kind} "{name}" {{\n {external if make is Make.UPSTREAM else ""}\n'
+            f" plugin_data {{ {data} }}\n}}"
+        )
 
 
 @pytest.fixture
-def party(request: pytest.FixtureRequest) -> Iterator[Party]:
-    with Party() as made:
-        failed = request.session.testsfailed
-        yield made
-        if request.session.testsfailed > failed:
-            print(made.logs())  # noqa: T201 - for whoever has to find out why
+def shop() -> Iterator[Shop]:
+    with Party() as party:
+        yield Shop(party, install_plugins(party.directory / "plugins"))
+        print(party.logs())  # noqa: T201 - for whoever has to find out why
 
 
-class Plugins:
-    """Writes launchers and the blocks that configure them."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory / "plugins"
-        self._directory.mkdir()
-
-    def block(self, kind: PluginKind, name: str, data: str, *, label: str = "") -> str:
-        program = self._directory / f"{kind.value}-{name}"
-        program.write_bytes(launcher(kind, name))
-        program.chmod(0o755)
-        checksum = hashlib.sha256(program.read_bytes()).hexdigest()
-        data_dir = self._directory / "data"
-        return f"""
-  {kind.value} "{label or name}" {{
-    plugin_cmd      = "{program}"
-    plugin_checksum = "{checksum}"
-    plugin_args     = ["-dataDir", "{data_dir}"]
-    plugin_data {{
-      {data}
-    }}
-  }}"""
-
-
-@pytest.fixture
-def plugins(party: Party) -> Plugins:
-    return Plugins(party.directory)
-
-
-def ek_hash(tpm: Swtpm) -> str:
-    return run("spire-hw-agent", "tpm", "ek-hash", "-tcti", tpm.tcti).split()[0]
-
-
-def workload_gets_its_svid(party: Party, agent: Agent) -> None:
-    party.server.create_entry(agent.id)
-    wait_until("the workload has its SVID", agent.fetch, SYNCED_S)
-    (svid,) = [verified(found) for found in agent.fetch()]
-    assert str(svid.spiffe_id) == WORKLOAD
-
-
-@pytest.mark.tpm
-@pytest.mark.skipif(not has_swtpm(), reason="swtpm is not installed")
-def test_upstreams_hosts_attest_a_node_by_its_tpm(
-    party: Party, plugins: Plugins, tmp_path: Path
-) -> None:
-    with Swtpm(tmp_path / "tpm") as tpm:
-        for pcr in range(8):
-            tpm.extend_pcr(pcr, b"boot")
-        identity = ek_hash(tpm)
-        keys = f'keys_path = "{party.directory}/keys.json"'
-        node = f"""ek_policy = "hash"
-      ek_hashes = ["{identity}"]
-      require_tpm_key = false
-      pcrs {{ sha256 = [0, 7] }}"""
-        party.open_server(
-            Make.UPSTREAM,
-            plugins=plugins.block(PluginKind.KEY_MANAGER, "disk", keys)
-            + plugins.block(PluginKind.NODE_ATTESTOR, "tpm", node),
-        )
-        agent_keys = f'directory = "{party.directory}"'
-        agent = Agent(
-            party,
-            Make.UPSTREAM,
-            "tpm",
-            plugins=plugins.block(PluginKind.NODE_ATTESTOR, "tpm", f'tcti = "{tpm.tcti}"')
-            + plugins.block(PluginKind.KEY_MANAGER, "disk", agent_keys)
-            + plugins.block(PluginKind.WORKLOAD_ATTESTOR, "unix", "", label="seen_by_ours"),
-        )
-        agent.start()
-        record = agent.record()
-        assert record is not None
-        assert agent.id.endswith(f"/spire/agent/tpm/{identity}")
-        assert record["can_reattest"]
-        selectors = {s["value"] for s in record["selectors"] if s["type"] == "tpm"}
-        assert f"pub_hash:{identity}" in selectors
-        assert "key:tpm" not in selectors
-        workload_gets_its_svid(party, agent)
-        more = "spiffe://interop.example/by-our-selector"
-        party.server.ask(
-            *("entry", "create", "-parentID", agent.id, "-spiffeID", more),
-            *("-selector", f"seen_by_ours:uid:{os.getuid()}"),
-        )
-        wait_until(
-            "our workload attestor counts",
-            lambda: more in {found["spiffe_id"] for found in agent.fetch()},
-            SYNCED_S,
-        )
-
-
-@pytest.mark.tpm
-@pytest.mark.skipif(not has_swtpm(), reason="swtpm is not installed")
-def test_upstreams_agent_keeps_its_key_in_the_tpm(
-    party: Party, plugins: Plugins, tmp_path: Path
-) -> None:
-    party.open_server(Make.UPSTREAM)
-    with Swtpm(tmp_path / "tpm") as tpm:
-        keys = plugins.block(PluginKind.KEY_MANAGER, "tpm", f'tcti = "{tpm.tcti}"')
-        agent = Agent(party, Make.UPSTREAM, "join_token", plugins=keys)
-        agent.start()
-        workload_gets_its_svid(party, agent)
-        before = agent.record()
-        agent.run.stop()
-        agent.start()
-        assert agent.record() == before
-        workload = [verified(found) for found in agent.fetch()]
-        assert [str(svid.spiffe_id) for svid in workload] == [WORKLOAD]
-
-
-@pytest.mark.hsm
-@pytest.mark.skipif(softhsm.SoftHsm.find_module() is None, reason="SoftHSM is not installed")
-def test_upstreams_server_signs_with_a_token(
-    party: Party, plugins: Plugins, tmp_path: Path
-) -> None:
-    hsm = softhsm.SoftHsm(tmp_path / "hsm")
-    hsm.init_token("spire", pin="4321")
-    pin = tmp_path / "pin"
-    pin.write_text("4321\n")
-    pin.chmod(0o600)
-    environment = "\n".join(f'        {k} = "{v}"' for k, v in hsm.environment.items())
-    data = f"""module_path = "{hsm.module}"
-      token_label = "spire"
-      pin_file = "{pin}"
-      environment {{
-{environment}
-      }}"""
-    server = party.open_server(
-        Make.UPSTREAM, plugins=plugins.block(PluginKind.KEY_MANAGER, "pkcs11", data)
+def keys_of_server(shop: Shop, name: str) -> tuple[str, dict[str, str]]:
+    """Return plugin_data of one of our KeyManagers, and the environment its device needs."""
+    directory = shop.party.directory
+    if name == "disk":
+        return f'keys_path = "{directory}/server/data/keys.json"', {}
+    if name == "memory":
+        return "", {}
+    hsm = SoftHsm(directory / "hsm")
+    hsm.init_token("interop", PIN)
+    pin = directory / "pin"
+    pin.touch(mode=0o600)
+    pin.write_text(PIN)
+    data = (
+        f'module_path = "{hsm.module}" token_label = "interop" pin_file = "{pin}"'
+        ' key_identifier_value = "interop"'
     )
-    agent = Agent(party, Make.UPSTREAM, "x509pop")
+    return data, hsm.environment
+
+
+@pytest.mark.parametrize("name", ["memory", "disk", pytest.param("pkcs11", marks=pytest.mark.hsm)])
+def test_key_manager_in_upstreams_server(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    data, environment = keys_of_server(shop, name)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    plugins = shop.block(Make.UPSTREAM, "KeyManager", name, data)
+    server = shop.party.open_server(Make.UPSTREAM, plugins=plugins)
+    agent = Agent(shop.party, Make.UPSTREAM, "join_token")
     agent.start()
-    workload_gets_its_svid(party, agent)
-    before = server.command("bundle", "show")
-    server.run.stop()
+    server.create_entry(agent.id)
+    wait_until("an SVID", agent.fetch)
+    authority = server.ask("localauthority", "x509", "show")["active"]["authority_id"]
+    rotated = server.ask("localauthority", "x509", "prepare")["prepared_authority"]["authority_id"]
+    server.command("localauthority", "x509", "activate", "-authorityID", rotated)
+    assert server.run.stop(30) == 0
     server.start()
-    assert server.command("bundle", "show") == before
+    found = server.ask("localauthority", "x509", "show")
+    if name == "memory":
+        assert found["active"]["authority_id"] not in {authority, rotated}
+    else:
+        assert found["active"]["authority_id"] == rotated
+        assert found["old"]["authority_id"] == authority
+
+
+@pytest.fixture
+def tpm(tmp_path_factory: pytest.TempPathFactory, shop: Shop) -> Iterator[Swtpm]:
+    made = Swtpm(Path(tmp_path_factory.mktemp("tpm")), persistent_ek=False)
+    maker = Manufacturer("Interop TPM Works")
+    maker.write_roots(shop.party.directory / "makers.pem")
+    made.start()
+    try:
+        maker.equip(made, (EkKind.ECC_P256,))
+        for pcr in range(8):
+            made.extend_pcr(pcr, b"boot")
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.mark.tpm
+@pytest.mark.parametrize("agent_make", Make, ids=lambda make: f"{make}-agent")
+@pytest.mark.parametrize("server_make", Make, ids=lambda make: f"{make}-server")
+def test_tpm_attestation(shop: Shop, tpm: Swtpm, server_make: Make, agent_make: Make) -> None:
+    """Our attestor in either server, our key manager and attestors in either agent."""
+    party = shop.party
+    native = server_make is agent_make is Make.OURS
+    lax = "" if native else "require_tpm_key = false bind_csr = false"
+    roots = party.directory / "makers.pem"
+    attestor = f'ek_policy = "ca" endorsement_ca_path = "{roots}" {lax}'
+    keys = f'keys_path = "{party.directory}/server/data/keys.json"'
+    server = party.open_server(
+        server_make,
+        plugins="\n".join(
+            (
+                shop.block(server_make, "KeyManager", "disk", keys),
+                shop.block(server_make, "NodeAttestor", "tpm", attestor),
+            )
+        ),
+    )
+    tcti = f'tcti = "{tpm.tcti}"'
+    binding = "" if native else "bind_csr = false"
+    agent = Agent(
+        party,
+        agent_make,
+        "tpm",
+        plugins="\n".join(
+            (
+                shop.block(agent_make, "KeyManager", "tpm", tcti),
+                shop.block(agent_make, "NodeAttestor", "tpm", f"{tcti} {binding}"),
+            )
+        ),
+    )
+    text = agent.conf.read_text()
+    unix = shop.block(agent_make, "WorkloadAttestor", "unix")
+    agent.conf.write_text(text.replace('WorkloadAttestor "unix" { plugin_data {} }', unix))
+    agent.start()
+    record = agent.record()
+    assert record is not None
+    values = {selector["value"] for selector in record["selectors"]}
+    assert "tier:quote" in values
+    assert ("key:tpm" in values) is native
+    server.create_entry(agent.id)
+    wait_until("an SVID", agent.fetch)
+    agent_id = agent.id
+    assert agent.run.stop(30) == 0
+    agent.start()
+    wait_until("an SVID after a restart", agent.fetch)
+    assert agent.id == agent_id
+    server.command("agent", "evict", "-spiffeID", agent_id)
+    wait_until("the agent attests again", agent.record, 90)

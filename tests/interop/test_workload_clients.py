@@ -1,4 +1,10 @@
-"""PyPI's `spiffe` client, which is not ours, against our agent."""
+"""Workload API clients that are not ours against our agent.
+
+PyPI's `spiffe` is always there. Clients in other languages are programs named by environment
+variables. Each gets the endpoint's address as its only argument and prints one JSON object a line:
+what it fetched (see `EXPECTED`, serial numbers as text), then `{"source": serial}` from a source it
+keeps open, then `{"rotated": serial}` for every update; it ends when its standard input does.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +17,40 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from spire_hw_sim.parties import find_program
 from spire_hw_sim.workload import Workload, eventually
 from spire_hw_sim.world import World
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
 
-CLIENT = Path(__file__).parent / "spiffe_client.py"
+PYTHON_CLIENT = Path(__file__).parent / "spiffe_client.py"
 ID = "spiffe://sim.example/web"
+EXPECTED = {
+    "x509": ID,
+    "chain": 1,
+    "authorities": 1,
+    "jwt": ID,
+    "audience": ["db"],
+    "validated": ID,
+    "jwt_authorities": 1,
+}
 # A life short enough that half of it is over within the test.
 TTL_S = 8
 
-pytestmark = [
-    pytest.mark.asyncio,
-    pytest.mark.interop,
-    pytest.mark.skipif(
-        importlib.util.find_spec("spiffe") is None, reason="PyPI's spiffe is not installed"
-    ),
-]
+pytestmark = pytest.mark.asyncio
+
+
+def clients() -> list[Any]:
+    absent = importlib.util.find_spec("spiffe") is None
+    skip = pytest.mark.skipif(absent, reason="PyPI's spiffe is not installed")
+    made = [pytest.param([sys.executable, str(PYTHON_CLIENT)], id="python", marks=skip)]
+    for language in ("go", "rust", "java"):
+        variable = f"SPIFFE_{language.upper()}_CLIENT_BIN"
+        program = find_program(variable, "")
+        skip = pytest.mark.skipif(program is None, reason=f"{variable} is not set")
+        made.append(pytest.param([str(program)], id=language, marks=skip))
+    return made
 
 
 async def told(client: Process) -> dict[str, Any]:
@@ -41,9 +63,10 @@ async def told(client: Process) -> dict[str, Any]:
     return found
 
 
-async def test_svids_bundles_tokens_and_rotation() -> None:
+@pytest.mark.parametrize("command", clients())
+async def test_svids_bundles_tokens_and_rotation(command: list[str]) -> None:
     pipe = asyncio.subprocess.PIPE
-    async with asyncio.timeout(60), World() as world, await world.agent() as agent:
+    async with asyncio.timeout(90), World() as world, await world.agent() as agent:
         assert agent.identity.current is not None
         await world.create_entry(
             "/web", parent=agent.identity.current.spiffe_id, x509_svid_ttl=TTL_S
@@ -51,22 +74,11 @@ async def test_svids_bundles_tokens_and_rotation() -> None:
         async with Workload(world.socket()) as workload:
             await eventually(workload.x509_svid)
         client = await asyncio.create_subprocess_exec(
-            *(sys.executable, CLIENT, f"unix://{world.socket()}"),
-            stdin=pipe,
-            stdout=pipe,
-            stderr=pipe,
+            *(*command, f"unix://{world.socket()}"), stdin=pipe, stdout=pipe, stderr=pipe
         )
         first = await told(client)
         assert first.pop("serial")
-        assert first == {
-            "x509": ID,
-            "chain": 1,
-            "authorities": 1,
-            "jwt": ID,
-            "audience": ["db"],
-            "validated": ID,
-            "jwt_authorities": 1,
-        }
+        assert first == EXPECTED
         seen = [(await told(client))["source"]]
         while len(set(seen)) < 3:  # the one at the start and two rotations, on one stream
             seen.append((await told(client))["rotated"])
