@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from spire_hw.aio.backoff import Backoff
 from spire_hw.aio.tasks import Tasks
 from spire_hw.bundle.bundle import Bundle, JwtAuthority, X509Root
 from spire_hw.errors import ErrorKind, InvalidInputError, PluginError, SpireHwError
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from spire_hw_server.bundles import Bundles
 
 _ANSWER_S: Final = 60.0
+_FIRST_WAIT_S: Final = 5.0
+_LONGEST_WAIT_S: Final = 300.0
 _THROW_AWAY: Final = ("for", "upstream", "check", "only")
 
 T = TypeVar("T")
@@ -212,10 +215,19 @@ class Upstream:
                 await self._take_jwt_keys(keys)
 
     async def _follow_bundle(self, plugin: LocalBundleSource) -> None:
-        async with aclosing(plugin.subscribe_to_local_bundle()) as bundles:
-            async for bundle in bundles:
-                await self._take_roots(bundle.x509_roots)
-                await self._take_jwt_keys(bundle.jwt_authorities)
+        backoff = Backoff(_FIRST_WAIT_S, _LONGEST_WAIT_S, factor=2.0)
+        while True:
+            try:
+                async with aclosing(plugin.subscribe_to_local_bundle()) as bundles:
+                    async for bundle in bundles:
+                        backoff.reset()
+                        await self._take_roots(bundle.x509_roots)
+                        await self._take_jwt_keys(bundle.jwt_authorities)
+            except SpireHwError as e:
+                if e.kind is ErrorKind.UNIMPLEMENTED:
+                    return
+                self._log.warning("Upstream bundle is not followed for now", error=e.message)
+            await self._clock.sleep(backoff.next_s())
 
     async def _take_roots(self, roots: Roots) -> None:
         """Take over what upstream says: new roots, tainted ones, and tainted ones that are gone."""
@@ -237,6 +249,4 @@ class Upstream:
 
     def _ended(self, name: str, error: BaseException) -> None:
         """A stream broke; the next rotation opens another one."""
-        if isinstance(error, SpireHwError) and error.kind is ErrorKind.UNIMPLEMENTED:
-            return
         self._log.warning("Upstream authority is no longer followed", what=name, error=str(error))
