@@ -185,6 +185,9 @@ class Connection(ABC):
             return
         self._out.append(data)
         self._unsent += len(data)
+        self._schedule()
+
+    def _schedule(self) -> None:
         if not self._flushing:
             self._flushing = True
             asyncio.get_running_loop().call_soon(self._turn)
@@ -205,6 +208,27 @@ class Connection(ABC):
         if earns:
             self._budget.earn(_EARNED)  # data is answered with pings and window updates
         self.write(frames.frame(frames.DATA, frames.END_STREAM if end else 0, stream.id, data))
+
+    def write_answer(self, stream: Stream, first: bytes, packed: bytes, last: bytes) -> None:
+        """Send header block, one DATA frame that fits the windows, and trailers.
+
+        At once when no other call could add to it.
+        """
+        self.send_window -= len(packed)
+        self._budget.earn(_EARNED)
+        if self._prefix:
+            first, self._prefix = self._prefix + first, b""
+        number = stream.id
+        self._out += (
+            frames.headers(number, first, end=False),
+            frames.frame(frames.DATA, 0, number, packed),
+            frames.headers(number, last, end=True),
+        )
+        self._unsent += len(packed)
+        if self._flushing or len(self.streams) > 1:
+            self._schedule()
+        else:
+            self.flush()
 
     def flush(self) -> None:
         """Send what was written; a peer that asks and asks, and reads nothing, is cut."""

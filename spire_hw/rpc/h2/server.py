@@ -244,9 +244,11 @@ class ServerStream(Stream):
             return
         if self.send_ended:
             return
-        self._open()
-        connection.write_data(self, packed, end=False)
-        self.finish(None)
+        self._headers_sent = self.send_ended = True
+        if self._timer is not None:
+            self._timer.cancel()
+        connection.write_answer(self, _OK_BLOCK, packed, _END_BLOCK)
+        self._let_go()
 
     async def _send(self, message: bytes) -> None:
         limit = self.connection.engine.limits.max_response_bytes
@@ -282,10 +284,13 @@ class ServerStream(Stream):
             block = hpack.encode(fields)
         connection.write_headers(self.id, block, end=True)
         self.send_ended = True
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self.recv_ended:
-            connection.drop(self)
+            self.connection.drop(self)
         else:
-            connection.reset(self, Code.NO_ERROR)
+            self.connection.reset(self, Code.NO_ERROR)
 
 
 class _Requests:
