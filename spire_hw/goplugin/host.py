@@ -29,7 +29,7 @@ from spire_hw.goplugin.handshake import build_environment, parse_line
 from spire_hw.goplugin.listener import pin_socket
 from spire_hw.goplugin.place import remove
 from spire_hw.goplugin.process import PluginProcess, Start
-from spire_hw.goplugin.stderr import LineLog
+from spire_hw.goplugin.stderr import LineCutter, LineLog, Throttle
 from spire_hw.rpc.client import Channel, connect_unix
 
 if TYPE_CHECKING:
@@ -338,12 +338,19 @@ class Run:
 
     async def _drain_stdio(self) -> None:
         """Take what the plugin prints, as far as it comes this way: it blocks when nobody does."""
+        throttle = Throttle(asyncio.get_running_loop().time)
+        cutters: dict[int, LineCutter] = {}
         with contextlib.suppress(SpireHwError):  # many plugins do not serve it
-            async for data in self.channel.server_stream(
+            async for piece in self.channel.server_stream(
                 _STDIO, empty_pb2.Empty(), goplugin_pb2.StdioData
             ):
-                for line in data.data.splitlines():
-                    self._lines.write(line)
+                channel = piece.channel == goplugin_pb2.StdioData.STDERR
+                cutter = cutters.setdefault(channel, LineCutter(self._lines.write))
+                pause_s = throttle.pause_s(len(piece.data), cutter.feed(piece.data))
+                if pause_s:
+                    await asyncio.sleep(pause_s)
+        for cutter in cutters.values():
+            cutter.flush()
 
     def _task_failed(self, name: str, error: BaseException) -> None:
         if not isinstance(error, SpireHwError):  # those are told by whoever waits for the task

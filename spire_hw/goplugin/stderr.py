@@ -190,21 +190,70 @@ class LineLog:
         return ascii(text[-_KEPT_CHARS:])[1:-1] if text else ""
 
 
+class LineCutter:
+    """Cuts what comes in pieces into lines; a line over the limit into pieces."""
+
+    def __init__(self, take: Callable[[bytes], None]) -> None:
+        self._take = take
+        self._rest = b""
+
+    def feed(self, data: bytes) -> int:
+        """Hand on the lines that are complete; return how many there were."""
+        *lines, rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            for start in range(0, max(1, len(line)), MAX_LINE_BYTES):
+                self._take(line[start : start + MAX_LINE_BYTES])
+        while len(rest) > MAX_LINE_BYTES:
+            self._take(rest[:MAX_LINE_BYTES])
+            rest = rest[MAX_LINE_BYTES:]
+        self._rest = rest
+        return len(lines)
+
+    def flush(self) -> None:
+        """Hand on what is left, at the end."""
+        if self._rest:
+            self._take(self._rest)
+            self._rest = b""
+
+
+class Throttle:
+    """Tells when so much came in that the rest may wait."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        """Begin.
+
+        Args:
+            now: seconds from any start.
+        """
+        self._now = now
+        self._window_end = now() + WINDOW_S
+        self._bytes = 0
+        self._lines = 0
+
+    def pause_s(self, size: int, lines: int) -> float:
+        """Count what came in; return for how many seconds nothing more should be read."""
+        now = self._now()
+        if now >= self._window_end:
+            self._window_end, self._bytes, self._lines = now + WINDOW_S, 0, 0
+        self._bytes += size
+        self._lines += lines
+        if self._bytes <= _READ_BYTES and self._lines <= _READ_LINES:
+            return 0.0
+        return self._window_end - now
+
+
 class LinePipe(asyncio.Protocol):
-    """Cuts what comes through a pipe into lines, not faster than is good for the host.
+    """Reads lines out of a pipe, not faster than is good for the host.
 
     Attributes:
         ended: done when the other end is closed.
     """
 
     def __init__(self, take: Callable[[bytes], None]) -> None:
-        self._take = take
+        self._cutter = LineCutter(take)
         self._loop = asyncio.get_running_loop()
+        self._throttle = Throttle(self._loop.time)
         self._transport: asyncio.ReadTransport | None = None
-        self._rest = bytearray()
-        self._window_end = self._loop.time() + WINDOW_S
-        self._bytes = 0
-        self._lines = 0
         self.ended: asyncio.Future[None] = self._loop.create_future()
 
     @override
@@ -215,23 +264,16 @@ class LinePipe(asyncio.Protocol):
 
     @override
     def data_received(self, data: bytes) -> None:
-        """Hand on complete lines; one over the limit is cut in pieces."""
-        *lines, rest = (bytes(self._rest) + data).split(b"\n")
-        self._throttle(len(data), len(lines))
-        for line in lines:
-            for start in range(0, max(1, len(line)), MAX_LINE_BYTES):
-                self._take(line[start : start + MAX_LINE_BYTES])
-        while len(rest) > MAX_LINE_BYTES:
-            self._take(rest[:MAX_LINE_BYTES])
-            rest = rest[MAX_LINE_BYTES:]
-        self._rest = bytearray(rest)
+        """Hand on complete lines; when a lot came, read no more for a while: the plugin waits."""
+        pause_s = self._throttle.pause_s(len(data), self._cutter.feed(data))
+        if pause_s and self._transport is not None:
+            self._transport.pause_reading()
+            self._loop.call_later(pause_s, self._resume)
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         """Hand on what is left."""
-        if self._rest:
-            self._take(bytes(self._rest))
-            self._rest.clear()
+        self._cutter.flush()
         self._transport = None
         if not self.ended.done():
             self.ended.set_result(None)
@@ -240,17 +282,6 @@ class LinePipe(asyncio.Protocol):
         """Stop reading."""
         if self._transport is not None:
             self._transport.close()
-
-    def _throttle(self, size: int, lines: int) -> None:
-        """Read no more for the rest of a window in which a lot came: the plugin has to wait."""
-        now = self._loop.time()
-        if now >= self._window_end:
-            self._window_end, self._bytes, self._lines = now + WINDOW_S, 0, 0
-        self._bytes += size
-        self._lines += lines
-        if self._transport is not None and (self._bytes > _READ_BYTES or self._lines > _READ_LINES):
-            self._transport.pause_reading()
-            self._loop.call_at(self._window_end, self._resume)
 
     def _resume(self) -> None:
         if self._transport is not None:
