@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from cryptography.hazmat.primitives.serialization import load_der_private_key
 
-from spire_hw.errors import SpireHwError
+from spire_hw.clock import SystemClock
+from spire_hw.errors import NotFoundError, NotReadyError, SpireHwError
+from spire_hw.key import spki_der
+from spire_hw.log import get_logger
 from spire_hw.spiffeid import SpiffeId
-from spire_hw.svid.x509svid import parse_x509_svid
+from spire_hw.svid.x509svid import parse_x509_svid, verify_x509_svid
 from spire_hw.x509.certificate import load_chain
+from spire_hw_server.hostservices import ServerServices
 from spire_hw_sim.workload import Workload, eventually, refusal
 from spire_hw_sim.world import World
 
@@ -85,3 +90,31 @@ async def test_join_token_cannot_be_taken_over(outside: Outside) -> None:
     with pytest.raises(SpireHwError, match="is part of server and agent and cannot be external"):
         async with World(server_plugins=keys + block):
             pass
+
+
+@pytest.mark.asyncio
+async def test_what_a_server_offers_to_plugins() -> None:
+    starting = ServerServices(clock=SystemClock(), log=get_logger("catalog")).offered
+    assert starting.identity_provider is not None
+    assert starting.agent_store is not None
+    with pytest.raises(NotReadyError):
+        await starting.identity_provider.fetch_x509_identity()
+    with pytest.raises(NotReadyError):
+        await starting.agent_store.check_known(
+            SpiffeId.parse("spiffe://sim.example/spire/agent/x/y")
+        )
+    async with World() as world, await world.agent() as agent:
+        offered = world.server._services.offered
+        assert offered.identity_provider is not None
+        assert offered.agent_store is not None
+        found = await offered.identity_provider.fetch_x509_identity()
+        svid = parse_x509_svid(found.chain)
+        assert str(svid.spiffe_id) == "spiffe://sim.example/spire/server"
+        key = load_der_private_key(found.private_key, None)
+        assert spki_der(key.public_key()) == spki_der(svid.public_key)  # type: ignore[arg-type]
+        assert verify_x509_svid(svid, found.bundle, SystemClock().now())
+        current = agent.identity.current
+        assert current is not None
+        await offered.agent_store.check_known(current.spiffe_id)
+        with pytest.raises(NotFoundError):
+            await offered.agent_store.check_known(SpiffeId.parse(f"{current.spiffe_id}-other"))
