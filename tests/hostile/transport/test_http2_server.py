@@ -656,6 +656,33 @@ async def test_handlers_that_hold_on_take_their_callers_places(tmp_path: Path) -
 
 
 @pytest.mark.asyncio
+async def test_handlers_that_hold_on_do_not_keep_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("spire_hw.rpc.h2.server._CLOSE_S", 0.1)
+    running, free, gone = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def own(request: StringValue, _call: Call) -> StringValue:
+        running.set()
+        while not free.is_set():
+            try:
+                await free.wait()
+            except asyncio.CancelledError:
+                continue
+        gone.set()
+        return request
+
+    path = tmp_path / "own.sock"
+    async with serving(path, own) as server, client(path) as peer:
+        peer.send(whole(1, "Own"))
+        await running.wait()
+        await server.close(0)
+        assert "Calls do not end" in capsys.readouterr().out
+        free.set()
+        await asyncio.wait_for(gone.wait(), PATIENCE_S)
+
+
+@pytest.mark.asyncio
 async def test_a_handler_that_gives_up_is_answered(tmp_path: Path) -> None:
     async def own(request: StringValue, _call: Call) -> StringValue:
         raise asyncio.CancelledError
