@@ -6,9 +6,11 @@ A program of its own, run by the tests as an external KeyManager of a server.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -41,6 +43,7 @@ LINE_FD = os.dup(1)
 KEY_MANAGER = "spire.plugin.server.keymanager.v1.KeyManager"
 CONFIG = "spire.service.common.config.v1.Config"
 HUGE = 100 << 20
+HELD: list[Any] = []
 
 
 def say(text: str) -> None:
@@ -125,6 +128,17 @@ class Config:
             time.sleep(3600)  # noqa: ASYNC251 - that is what is wrong with it
         if "bad" in text:
             raise InvalidInputError("bad is \x1b[31mbad\n")
+        if MODE == "leaks":
+            path = await self.broker.address
+            for _ in range(300):
+                held = socket.socket(socket.AF_UNIX)
+                held.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    held.connect(path)
+                HELD.append(held)
+            HELD.extend(open(os.devnull) for _ in range(200))  # noqa: SIM115, ASYNC230, PTH123
+        if MODE == "dies_later":
+            asyncio.get_running_loop().call_later(0.05, os._exit, 9)
         if MODE == "asks_host":
             path = await self.broker.address
             async with connect_unix(path) as channel:

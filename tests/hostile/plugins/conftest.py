@@ -28,6 +28,7 @@ from spire_hw.spiffeid import TrustDomain
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from spire_hw.clock import Clock
     from spire_hw.errors import ConfigFault
 
 HERE = Path(__file__).parent
@@ -42,6 +43,7 @@ class Stage:
         self.temp = temp
         self.limits = PATIENT
         self.services = HostServices()
+        self.clock: Clock = SystemClock()
         self.environ: dict[str, str] = {"PATH": os.environ.get("PATH", "/usr/bin:/bin")}
 
     def program(self, script: str = "bad_guest.py") -> Path:
@@ -87,7 +89,7 @@ class Stage:
             trust_domain=TrustDomain("example.org"),
             data_dir=self.temp,
             log=get_logger("catalog"),
-            clock=SystemClock(),
+            clock=self.clock,
         )
 
     @property

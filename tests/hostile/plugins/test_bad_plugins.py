@@ -7,6 +7,7 @@ import contextlib
 import os
 import select
 from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -16,6 +17,7 @@ from spire_hw.errors import ConfigError, ErrorKind, PluginError, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions
 from spire_hw.plugin.info import PluginKind
 from spire_hw.plugin.keymanager import Keys, ManagedSigner
+from spire_hw_sim.clock import SimClock
 
 if TYPE_CHECKING:
     from spire_hw.catalog import Catalog
@@ -277,6 +279,57 @@ def _wait(process: psutil.Process) -> None:
             select.select([held], [], [])
         finally:
             os.close(held)
+
+
+@pytest.mark.asyncio
+async def test_a_plugin_that_cannot_stay_up_is_tried_ever_more_rarely(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = SimClock()
+    stage.clock = clock
+    catalog = await stage.load(stage.config("dies_later"))
+    try:
+        (check,) = catalog.checks().values()
+        waits: list[float] = []
+        for _ in range(3):
+            await until_down(check)
+            began = clock.monotonic()
+            while await is_down(check):
+                await clock.advance(timedelta(seconds=0.25))
+                # A start takes real time, in which the simulated one stands still.
+                await asyncio.sleep(0.02)
+            waits.append(clock.monotonic() - began)
+    finally:
+        await catalog.close()
+    assert waits[0] < waits[-1]
+    assert capsys.readouterr().out.count("it is started again") >= 3
+
+
+async def is_down(check: Any) -> bool:
+    try:
+        await check()
+    except SpireHwError:
+        return True
+    return False
+
+
+async def until_down(check: Any) -> None:
+    while not await is_down(check):  # noqa: ASYNC110 - a process has to end
+        await asyncio.sleep(0.02)
+
+
+@pytest.mark.asyncio
+async def test_connections_and_descriptors_of_a_plugin_do_not_exhaust_the_host(
+    stage: Stage,
+) -> None:
+    before = psutil.Process().num_fds()
+    catalog = await stage.load(stage.config("leaks"))
+    try:
+        assert psutil.Process().num_fds() - before < 200
+        assert await (await signer_of(catalog)).sign(DIGEST, SHA256)
+    finally:
+        await catalog.close()
+    assert psutil.Process().num_fds() <= before
 
 
 # -- the log --------------------------------------------------------------------------------------
