@@ -1,8 +1,8 @@
 """Agent half of the `x509pop` node attestor: shows a certificate and signs with its key.
 
-The key is a file, or one of the agent's KeyManager (`private_key_path = "keymanager:<id>"`), where
-it never leaves the device. A key of the KeyManager that is not there yet is made, and a certificate
-request for it is written for the operator's CA.
+The key is a file, one of the agent's KeyManager (`private_key_path = "keymanager:<id>"`), or one in
+a PKCS#11 token (`pkcs11:...`); from the latter two it never comes out. A key of the KeyManager that
+is not there yet is made, and a certificate request for it is written for the operator's CA.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import asyncio
 import os
 import secrets
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -34,6 +35,7 @@ from spire_hw.x509.certificate import load_certificate, parse_pem, public_key_of
 from spire_hw.x509.csr import build_csr
 from spire_hw.x509.name import Subject
 from spire_hw_plugins.nodeattestor.x509pop import wire
+from spire_hw_plugins.nodeattestor.x509pop.token import SCHEME, TokenKey, check_uri
 
 if TYPE_CHECKING:
     from spire_hw.config.hcl import Body
@@ -54,10 +56,13 @@ class Config(Model):
     """The plugin_data.
 
     Attributes:
-        private_key_path: PEM file, or `keymanager:<id>` for a key of the agent's KeyManager.
+        private_key_path: PEM file, `keymanager:<id>` for a key of the agent's KeyManager, or a
+            `pkcs11:` URI.
         certificate_path: PEM file, the node's certificate first, intermediates after it.
         intermediates_path: PEM file with further intermediates.
     """
+
+    unsupported: ClassVar[Mapping[str, object]] = {"spiffe_endpoint_socket": ""}
 
     private_key_path: str = ""
     certificate_path: str = ""
@@ -78,6 +83,7 @@ class X509PopAgent:
     def __init__(self, host: HostInfo) -> None:
         self._host = host
         self._settings: Config | None = None
+        self._token: TokenKey | None = None
 
     def validate(self, config: Body) -> list[ConfigFault]:
         """Return the faults of a configuration without touching any file."""
@@ -95,7 +101,12 @@ class X509PopAgent:
         settings = decode(config, Config)
         if found := _conflicts(settings):
             raise ConfigError(config.file or "configuration", found)
-        if not _key_id(settings):
+        path = settings.private_key_path
+        if path.startswith(SCHEME):
+            if self._settings is None or self._settings.private_key_path != path:
+                self._token = TokenKey(path, self._host.log)
+            await asyncio.to_thread(_load_chain, settings)
+        elif not _key_id(settings):
             await asyncio.to_thread(_from_files, settings)
         self._settings = settings
 
@@ -108,21 +119,14 @@ class X509PopAgent:
         settings = self._settings
         if settings is None:
             raise NotReadyError("not configured")
-        if key_id := _key_id(settings):
-            proof = await self._from_key_manager(settings, key_id, svid_key)
+        if settings.private_key_path.startswith(SCHEME) and self._token is not None:
+            chain = await asyncio.to_thread(_load_chain, settings)
+            async with self._token.open(public_key_of(load_certificate(chain[0]))) as signer:
+                await _prove(exchange, _Proof(chain, signer))
+        elif key_id := _key_id(settings):
+            await _prove(exchange, await self._from_key_manager(settings, key_id, svid_key))
         else:
-            proof = await asyncio.to_thread(_from_files, settings)
-        await exchange.send(wire.encode_payload(proof.certificates))
-        challenge = wire.decode_challenge(await exchange.receive())
-        if challenge.scheme is not wire.Scheme.of(proof.signer.public_key):
-            raise InvalidInputError(
-                f"challenge asks for {challenge.scheme.value}, which this node's key cannot give"
-            )
-        nonce = secrets.token_bytes(wire.NONCE_BYTES)
-        digest = wire.combined(challenge.nonce, nonce)
-        signature = await proof.signer.sign(digest, challenge.scheme.options)
-        response = wire.Response(challenge.scheme, nonce, signature)
-        await exchange.send(wire.encode_response(response))
+            await _prove(exchange, await asyncio.to_thread(_from_files, settings))
 
     async def _from_key_manager(
         self, settings: Config, key_id: str, svid_key: SvidKey | None
@@ -149,6 +153,20 @@ class X509PopAgent:
             ) from e
 
 
+async def _prove(exchange: AgentExchange, proof: _Proof) -> None:
+    await exchange.send(wire.encode_payload(proof.certificates))
+    challenge = wire.decode_challenge(await exchange.receive())
+    if challenge.scheme is not wire.Scheme.of(proof.signer.public_key):
+        raise InvalidInputError(
+            f"challenge asks for {challenge.scheme.value}, which this node's key cannot give"
+        )
+    nonce = secrets.token_bytes(wire.NONCE_BYTES)
+    digest = wire.combined(challenge.nonce, nonce)
+    signature = await proof.signer.sign(digest, challenge.scheme.options)
+    response = wire.Response(challenge.scheme, nonce, signature)
+    await exchange.send(wire.encode_response(response))
+
+
 def _key_id(settings: Config) -> str:
     path = settings.private_key_path
     return path.removeprefix(_MANAGED) if path.startswith(_MANAGED) else ""
@@ -160,6 +178,11 @@ def _conflicts(settings: Config) -> list[ConfigFault]:
         for name in ("private_key_path", "certificate_path")
         if not getattr(settings, name)
     ]
+    if settings.private_key_path.startswith(SCHEME):
+        try:
+            check_uri(settings.private_key_path)
+        except InvalidInputError as e:
+            found.append(ConfigFault(settings.line("private_key_path"), e.message))
     if settings.private_key_path.startswith(_MANAGED):
         key_id = _key_id(settings)
         legal = key_id and all(c.isascii() and (c.isalnum() or c in "-_") for c in key_id)
@@ -176,14 +199,19 @@ def _from_files(settings: Config) -> _Proof:
     return _from_certificates(settings, SoftwareSigner(_load_key(settings.private_key_path)))
 
 
-def _from_certificates(settings: Config, signer: Signer) -> _Proof:
+def _load_chain(settings: Config) -> list[bytes]:
     certificates = _load_certificates(settings.certificate_path)
+    if settings.intermediates_path.strip():
+        certificates += _load_certificates(settings.intermediates_path)
+    return certificates
+
+
+def _from_certificates(settings: Config, signer: Signer) -> _Proof:
+    certificates = _load_chain(settings)
     if spki_der(public_key_of(load_certificate(certificates[0]))) != spki_der(signer.public_key):
         raise InvalidInputError(
             f"the first certificate in {settings.certificate_path} is for another key"
         )
-    if settings.intermediates_path.strip():
-        certificates += _load_certificates(settings.intermediates_path)
     return _Proof(certificates, signer)
 
 
