@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import os
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from spire_hw.errors import InvalidInputError, LimitError
@@ -24,7 +23,7 @@ from spire_hw.rpc.h2.stream import Fault
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from spire_hw.rpc.h2.limits import Pool
+    from spire_hw.rpc.h2.limits import Pool, Windows
     from spire_hw.rpc.h2.stream import Stream
     from spire_hw.transport.relay import Half
 
@@ -39,21 +38,6 @@ _EARNED: Final = 10.0
 _GOAWAY_BYTES: Final = 8
 # Table size 0: owed to a peer whose table is smaller than ours is at first (RFC 7541 section 4.2).
 _NO_TABLE: Final = b"\x20"
-
-
-@dataclass(frozen=True, slots=True)
-class Windows:
-    """How much a peer may send ahead of its reader.
-
-    Attributes:
-        stream: bytes per stream.
-        connection: bytes on all streams together.
-        held: bytes of messages that are incomplete, unread or worked on, on all streams together.
-    """
-
-    stream: int
-    connection: int
-    held: int
 
 
 class Connection(ABC):

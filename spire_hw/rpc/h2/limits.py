@@ -5,12 +5,28 @@ Source: RFC 9113 section 10.5.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 _BURST: Final = 1_000.0
 _REFILL_PER_S: Final = 100.0
 # A connection holds this much whatever the others do.
 FREE_BYTES: Final = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """How much a peer may send ahead of its reader.
+
+    Attributes:
+        stream: bytes per stream.
+        connection: bytes on all streams together.
+        held: bytes of messages that are incomplete, unread or worked on, on all streams together.
+    """
+
+    stream: int
+    connection: int
+    held: int
 
 
 class Budget:

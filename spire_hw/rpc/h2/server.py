@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from contextlib import aclosing
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
 
 from spire_hw.aio.tasks import Tasks
-from spire_hw.errors import (
-    ErrorKind,
-    InvalidInputError,
-    LimitError,
-    SpireHwError,
-    UnavailableError,
-)
+from spire_hw.errors import ErrorKind, LimitError, SpireHwError, UnavailableError
 from spire_hw.rpc.h2 import frames, hpack, wire
-from spire_hw.rpc.h2.connection import Connection, Windows
+from spire_hw.rpc.h2.connection import Connection
 from spire_hw.rpc.h2.frames import Code
-from spire_hw.rpc.h2.limits import Pool
-from spire_hw.rpc.h2.stream import Fault, Stream, StreamEndedError
-from spire_hw.rpc.status import WireStatus, to_wire
+from spire_hw.rpc.h2.limits import Pool, Windows
+from spire_hw.rpc.h2.request import HttpError, Request, parse
+from spire_hw.rpc.h2.serverstream import ServerStream
+from spire_hw.rpc.h2.stream import Fault
+from spire_hw.rpc.status import to_wire
 from spire_hw.transport.peer import TcpPeer
 from spire_hw.transport.relay import PREFACE
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Iterator
+    from collections.abc import Iterator
 
     from spire_hw.log import Logger
     from spire_hw.rpc.endpoint import Endpoint, RpcLimits
@@ -40,272 +33,6 @@ _WINDOWS: Final = Windows(stream=64 * 1024, connection=1024 * 1024, held=16 * 10
 _DRAIN_WAIT_S: Final = 1.0
 _CLOSE_S: Final = 2.0
 _AGE_SPREAD: Final = 0.1
-_OK_BLOCK: Final = hpack.encode([(":status", "200"), ("content-type", wire.CONTENT_TYPE)])
-_END_BLOCK: Final = hpack.encode([("grpc-status", "0")])
-_PSEUDO: Final = frozenset({":method", ":scheme", ":path", ":authority"})
-_NOT_METADATA: Final = frozenset({"content-type", "te", "host"})
-_FORBIDDEN: Final = frozenset(
-    {"connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"}
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """What the headers of a call say."""
-
-    path: str
-    metadata: tuple[Field, ...]
-    timeout_s: float | None
-
-
-class _HttpError(Exception):
-    """Not a gRPC call; answered with a status of HTTP."""
-
-    def __init__(self, status: str) -> None:
-        super().__init__(status)
-        self.status = status
-
-
-def _parse(fields: tuple[Field, ...]) -> _Request:
-    """Read the headers of a call.
-
-    Raises:
-        ValueError: against RFC 9113 section 8.3.1.
-        _HttpError: not gRPC.
-        SpireHwError: what the call is answered.
-    """
-    plain = next((n for n, (name, _) in enumerate(fields) if name[0] != ":"), len(fields))
-    pseudo, rest = dict(fields[:plain]), fields[plain:]
-    said = dict(reversed(rest))
-    path = pseudo.get(":path", "")
-    if (
-        len(pseudo) != plain
-        or not path
-        or not {":method", ":scheme"} <= pseudo.keys() <= _PSEUDO
-        or any(name[0] == ":" or name in _FORBIDDEN for name, _ in rest)
-    ):
-        raise ValueError("not a request of HTTP/2")
-    if pseudo[":method"] != "POST":
-        raise _HttpError("405")
-    if not wire.is_content_type(said.get("content-type", "")):
-        raise _HttpError("415")
-    if said.get("grpc-encoding", "identity") != "identity":
-        raise SpireHwError("compressed messages are not taken", kind=ErrorKind.UNIMPLEMENTED)
-    timeout = said.get("grpc-timeout")
-    metadata = tuple(field for field in rest if _is_metadata(field[0]))
-    return _Request(path, metadata, None if timeout is None else wire.parse_timeout(timeout))
-
-
-def _is_metadata(name: str) -> bool:
-    return not (name in _NOT_METADATA or name.startswith("grpc-") or name.endswith("-bin"))
-
-
-class ServerStream(Stream):
-    """One call being served."""
-
-    __slots__ = (
-        "_endpoint",
-        "_headers_sent",
-        "_messages",
-        "_more",
-        "_request",
-        "_task",
-        "_timer",
-    )
-    connection: ServerConnection
-
-    def __init__(
-        self, connection: ServerConnection, number: int, request: _Request, endpoint: Endpoint
-    ) -> None:
-        super().__init__(connection, number, connection.engine.limits.max_request_bytes)
-        self._endpoint = endpoint
-        self._request = request
-        self._messages: deque[bytes] = deque()
-        self._more: asyncio.Future[None] | None = None
-        self._headers_sent = False
-        self._task: asyncio.Task[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        if request.timeout_s is not None:
-            self._timer = asyncio.get_running_loop().call_later(request.timeout_s, self._expire)
-        if endpoint.client_streaming:
-            self._start()
-
-    def _start(self) -> None:
-        self._task = self.connection.engine.tasks.spawn("call", self._run())
-
-    @override
-    def on_headers(self, block: Block, *, end: bool) -> None:
-        if self.recv_ended or not end:
-            self.connection.break_off(self, Code.PROTOCOL_ERROR)
-            return
-        self.on_data(b"", 0, end=True)
-
-    @override
-    def on_message(self, message: bytes) -> None:
-        if self.send_ended:
-            return
-        if not self._endpoint.client_streaming and self._messages:
-            self.refuse(InvalidInputError("more than one request"))
-            return
-        self._messages.append(message)
-        self._tell()
-
-    @override
-    def on_end(self) -> None:
-        if self._endpoint.client_streaming:
-            self._tell()
-        elif self._messages:
-            self._start()
-        elif not self.send_ended:
-            self.refuse(InvalidInputError("the request is missing"))
-
-    @override
-    def on_reset(self, code: Code) -> None:
-        self._cancel()
-
-    @override
-    def refuse(self, error: SpireHwError) -> None:
-        self._cancel()
-        self.finish(to_wire(error))
-
-    def _cancel(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        task, self._task = self._task, None
-        if task is not None and not task.done():
-            task.cancel()
-            self.connection.linger(task)
-
-    def _expire(self) -> None:
-        self.refuse(SpireHwError("deadline exceeded", kind=ErrorKind.DEADLINE_EXCEEDED))
-
-    def _tell(self) -> None:
-        if self._more is not None and not self._more.done():
-            self._more.set_result(None)
-
-    async def _run(self) -> None:
-        endpoint = self._endpoint
-        call = None
-        try:
-            left = None if self._timer is None else self._timer.when() - _now()
-            request: Any
-            call = endpoint.call(self.connection.peer, self._request.metadata, left)
-            if endpoint.client_streaming:
-                request = _Requests(self)
-            else:
-                request = endpoint.decode(self._messages.popleft())
-            if not endpoint.server_streaming:
-                await self._answer(endpoint.encode(await endpoint.handler(request, call)))
-                return
-            async with aclosing(endpoint.handler(request, call)) as responses:
-                async for response in responses:
-                    await self._send(endpoint.encode(response))
-            self.finish(None)
-        except StreamEndedError:
-            return
-        except asyncio.CancelledError:
-            # Not the caller's doing when the stream still stands: what the handler waited for went.
-            self.finish(to_wire(UnavailableError("the call was given up; try again")))
-            raise
-        except Exception as e:  # noqa: BLE001 - the edge: everything becomes a status
-            self.finish(endpoint.status(e, call))
-
-    async def next_request(self) -> Any:
-        """Return the next request of a stream of them.
-
-        Raises:
-            StopAsyncIteration: there are no more.
-            InvalidInputError: it does not decode.
-        """
-        while not self._messages:
-            if self.recv_ended:
-                raise StopAsyncIteration
-            self._more = asyncio.get_running_loop().create_future()
-            await self._more
-        raw = self._messages.popleft()
-        self.take_up(raw)
-        return self._endpoint.decode(raw)
-
-    async def _answer(self, message: bytes) -> None:
-        """Send the one response and the end, in one piece where that fits."""
-        connection = self.connection
-        packed = wire.pack(message)
-        size = len(packed)
-        limit = connection.engine.limits.max_response_bytes
-        if (
-            connection.is_full
-            or 0 <= limit < len(message)
-            or size > self.send_window
-            or size > connection.send_window
-            or size > connection.peer_max_frame
-        ):
-            await self._send(message)
-            self.finish(None)
-            return
-        if self.send_ended:
-            return
-        self._headers_sent = self.send_ended = True
-        if self._timer is not None:
-            self._timer.cancel()
-        connection.write_answer(self, _OK_BLOCK, packed, _END_BLOCK)
-        self._let_go()
-
-    async def _send(self, message: bytes) -> None:
-        limit = self.connection.engine.limits.max_response_bytes
-        if 0 <= limit < len(message):
-            raise LimitError(f"the answer is larger than {limit} bytes")
-        if self.send_ended:
-            raise StreamEndedError
-        self._open()
-        await self.send_message(wire.pack(message))
-
-    def _open(self) -> None:
-        if not self._headers_sent:
-            self._headers_sent = True
-            self.connection.write_headers(self.id, _OK_BLOCK, end=False)
-
-    def finish(self, status: WireStatus | None) -> None:
-        """Say how the call ended, None for well, and let go of it."""
-        if self.send_ended:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        connection = self.connection
-        if status is None:
-            self._open()
-            block = _END_BLOCK
-        else:
-            fields: list[Field] = []
-            if not self._headers_sent:
-                fields = [(":status", "200"), ("content-type", wire.CONTENT_TYPE)]
-            fields.append(("grpc-status", str(status.code)))
-            fields.append(("grpc-message", wire.encode_message(status.message)))
-            fields += [(key, wire.encode_binary(value)) for key, value in status.trailing]
-            block = hpack.encode(fields)
-        connection.write_headers(self.id, block, end=True)
-        self.send_ended = True
-        self._let_go()
-
-    def _let_go(self) -> None:
-        if self.recv_ended:
-            self.connection.drop(self)
-        else:
-            self.connection.reset(self, Code.NO_ERROR)
-
-
-class _Requests:
-    """The requests of one call, for its handler."""
-
-    __slots__ = ("_stream",)
-
-    def __init__(self, stream: ServerStream) -> None:
-        self._stream = stream
-
-    def __aiter__(self) -> Self:
-        return self
-
-    def __anext__(self) -> Awaitable[Any]:
-        return self._stream.next_request()
 
 
 class ServerConnection(Connection):
@@ -323,10 +50,12 @@ class ServerConnection(Connection):
         super().__init__(half, _WINDOWS, pool, own, skip=len(PREFACE))
         self.peer = peer
         self.engine = engine
+        self.limits = limits
+        self.tasks = engine.tasks
         self._highest = 0  # number a client used, for a call that was refused as well
         self._lingering = 0
         self._last_block: Block | None = None
-        self._last_request: _Request | None = None
+        self._last_request: Request | None = None
         self._draining = False
         self._opened_at = self._quiet_since = self.heard_at
         spread = 1 + _AGE_SPREAD * ((id(self) >> 6) % 21 - 10) / 10  # not all at once
@@ -358,7 +87,7 @@ class ServerConnection(Connection):
         engine = self.engine
         try:
             stream = ServerStream(self, number, *self._accept(block))
-        except _HttpError as e:
+        except HttpError as e:
             self._refuse(number, [(":status", e.status)], end=end)
             return
         except SpireHwError as e:
@@ -383,8 +112,8 @@ class ServerConnection(Connection):
         if end:
             stream.on_data(b"", 0, end=True)
 
-    def _accept(self, block: Block) -> tuple[_Request, Endpoint]:
-        limits = self.engine.limits
+    def _accept(self, block: Block) -> tuple[Request, Endpoint]:
+        limits = self.limits
         if block.size > limits.max_header_bytes:
             raise LimitError(f"the headers are larger than {limits.max_header_bytes} bytes")
         if block is self._last_block and self._last_request is not None:
@@ -392,7 +121,7 @@ class ServerConnection(Connection):
         else:
             if block.malformed:
                 raise ValueError("not a request of HTTP/2")
-            request = _parse(block.fields)
+            request = parse(block.fields)
             self._last_block, self._last_request = block, request
         endpoint = self.engine.endpoints.get(request.path)
         if endpoint is None:
@@ -461,7 +190,7 @@ class ServerConnection(Connection):
 
     def _watch(self) -> None:
         """Set the timer for whatever is due next."""
-        limits = self.engine.limits
+        limits = self.limits
         now = _now()
         due = []
         if self._max_age_s is not None:
@@ -477,7 +206,7 @@ class ServerConnection(Connection):
 
     def _look(self) -> None:
         """See what is due."""
-        limits = self.engine.limits
+        limits = self.limits
         now = _now()
         if self._max_age_s is not None and now >= self._opened_at + self._max_age_s:
             self.drain(at_once=False)
@@ -491,7 +220,7 @@ class ServerConnection(Connection):
             self._timer = None
             return
         if limits.keepalive_s is not None and now >= self.heard_at + limits.keepalive_s:
-            self.engine.tasks.start("keepalive", self._check_alive(limits.keepalive_timeout_s))
+            self.tasks.start("keepalive", self._check_alive(limits.keepalive_timeout_s))
             return
         self._watch()
 

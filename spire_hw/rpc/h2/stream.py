@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from spire_hw.errors import ErrorKind, InvalidInputError, LimitError, SpireHwError
 from spire_hw.rpc.h2 import frames
@@ -15,8 +15,8 @@ from spire_hw.rpc.h2.frames import Code
 from spire_hw.rpc.h2.wire import Assembler
 
 if TYPE_CHECKING:
-    from spire_hw.rpc.h2.connection import Connection
     from spire_hw.rpc.h2.hpack import Block
+    from spire_hw.rpc.h2.limits import Account, Windows
 
 # What a message costs that is empty.
 MESSAGE_OVERHEAD: Final = 64
@@ -38,6 +38,60 @@ class StreamEndedError(Exception):
     """The stream is over; what is to be said about it was said elsewhere."""
 
 
+class Carrier(Protocol):
+    """What a stream needs of its connection; see `connection.Connection`."""
+
+    windows: Windows
+    account: Account
+    streams: dict[int, Stream]
+    blocked: dict[Stream, None]
+    send_window: int
+    peer_window: int
+    peer_max_frame: int
+    is_closed: bool
+
+    @property
+    def is_full(self) -> bool:
+        """Tell whether DATA has to wait."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """Send frames."""
+        ...
+
+    def write_headers(self, number: int, block: bytes, *, end: bool) -> None:
+        """Send a header block."""
+        ...
+
+    def write_data(self, stream: Stream, data: bytes, *, end: bool, earns: bool = True) -> None:
+        """Send one DATA frame."""
+        ...
+
+    def write_answer(self, stream: Stream, first: bytes, packed: bytes, last: bytes) -> None:
+        """Send a whole answer."""
+        ...
+
+    def spend(self, cost: float = 1.0) -> None:
+        """Count what brings no call on."""
+        ...
+
+    def break_off(self, stream: Stream, code: Code) -> None:
+        """End a stream over what the peer did."""
+        ...
+
+    def reset(self, stream: Stream, code: Code) -> None:
+        """End a stream at once."""
+        ...
+
+    def settle(self, stream: Stream) -> None:
+        """Let go of a stream that both ends have ended."""
+        ...
+
+    def drop(self, stream: Stream) -> None:
+        """Let go of a stream."""
+        ...
+
+
 class Stream(ABC):
     """One call on a connection."""
 
@@ -56,7 +110,7 @@ class Stream(ABC):
         "unread",
     )
 
-    def __init__(self, connection: Connection, number: int, max_message_bytes: int) -> None:
+    def __init__(self, connection: Carrier, number: int, max_message_bytes: int) -> None:
         self.connection = connection
         self.id = number
         self.recv_ended = False

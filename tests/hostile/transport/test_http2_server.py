@@ -15,7 +15,8 @@ import pytest_asyncio
 from google.protobuf.wrappers_pb2 import StringValue
 
 from spire_hw.rpc.h2.limits import FREE_BYTES
-from spire_hw.rpc.h2.server import H2Engine, ServerConnection, ServerStream
+from spire_hw.rpc.h2.server import H2Engine, ServerConnection
+from spire_hw.rpc.h2.serverstream import ServerStream
 from spire_hw.rpc.server import TCP_RPC_LIMITS, RpcLimits, RpcServer
 from spire_hw.rpc.service import Call, Method
 from spire_hw.transport.front import UnixFront

@@ -13,9 +13,9 @@ from typing_extensions import override
 
 from spire_hw.errors import SpireHwError
 from spire_hw.rpc.h2 import frames
-from spire_hw.rpc.h2.connection import Connection, Windows
+from spire_hw.rpc.h2.connection import Connection
 from spire_hw.rpc.h2.hpack import STATIC, Decoder, encode
-from spire_hw.rpc.h2.limits import Pool
+from spire_hw.rpc.h2.limits import Pool, Windows
 from spire_hw.rpc.h2.wire import (
     Assembler,
     encode_binary,
