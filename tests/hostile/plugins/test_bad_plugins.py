@@ -6,17 +6,28 @@ import asyncio
 import contextlib
 import os
 import select
+import stat
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from google.protobuf.empty_pb2 import Empty
 
-from spire_hw.errors import ConfigError, ErrorKind, PluginError, SpireHwError
+from spire_hw.errors import (
+    ConfigError,
+    DeniedError,
+    ErrorKind,
+    NotFoundError,
+    PluginError,
+    SpireHwError,
+)
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions
+from spire_hw.plugin.hostservices import HostServices
 from spire_hw.plugin.info import PluginKind
 from spire_hw.plugin.keymanager import Keys, ManagedSigner
+from spire_hw.rpc.client import connect_unix
 from spire_hw_sim.clock import SimClock
 
 if TYPE_CHECKING:
@@ -189,8 +200,6 @@ async def test_a_plugin_that_hangs_is_killed_after_its_deadline(stage: Stage) ->
         channel: Any = catalog.one(PluginKind.KEY_MANAGER).plugin._link.channel()
         (process,) = stage.processes()
         path = "/spire.plugin.server.keymanager.v1.KeyManager/SignData"
-        from google.protobuf.empty_pb2 import Empty  # noqa: PLC0415
-
         with pytest.raises(SpireHwError) as caught:
             await channel.unary(path, b"\x0a\x01x\x18\x05", Empty)
         assert caught.value.kind is ErrorKind.DEADLINE_EXCEEDED
@@ -207,8 +216,6 @@ async def test_one_slow_call_does_not_cost_a_plugin_its_life(stage: Stage) -> No
     try:
         channel: Any = catalog.one(PluginKind.KEY_MANAGER).plugin._link.channel()
         path = "/spire.plugin.server.keymanager.v1.KeyManager/SignData"
-        from google.protobuf.empty_pb2 import Empty  # noqa: PLC0415
-
         (process,) = stage.processes()
         for attempt in range(4):
             with pytest.raises(SpireHwError) as caught:
@@ -424,9 +431,6 @@ async def test_it_inherits_no_descriptor_and_leads_its_own_session(
 
 @pytest.mark.asyncio
 async def test_host_services_answer_over_the_broker(stage: Stage) -> None:
-    from spire_hw.errors import NotFoundError  # noqa: PLC0415
-    from spire_hw.plugin.hostservices import HostServices  # noqa: PLC0415
-
     class Agents:
         async def check_known(self, agent_id: object) -> None:
             raise NotFoundError(f"no agent {agent_id}")
@@ -436,3 +440,27 @@ async def test_host_services_answer_over_the_broker(stage: Stage) -> None:
         await stage.load(stage.config("asks_host"))
     # An empty request: the service was reached and says what is wrong with it.
     assert "SPIFFE ID" in caught.value.message or "spiffe" in caught.value.message.lower()
+
+
+@pytest.mark.asyncio
+async def test_host_services_are_for_the_plugin_alone(stage: Stage) -> None:
+    class Agents:
+        async def check_known(self, agent_id: object) -> None:
+            raise AssertionError(f"a stranger asked for {agent_id}")
+
+    stage.services = HostServices(agent_store=Agents())
+    catalog = await stage.load(stage.config("good"))
+    try:
+        (path,) = stage.temp.glob("spire-hw-plugins-*/*/host.sock")
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        async with connect_unix(path) as channel:
+            with pytest.raises(DeniedError, match="for the plugin it was made for"):
+                await channel.unary(
+                    "/spire.hostservice.server.agentstore.v1.AgentStore/GetAgentInfo",
+                    b"",
+                    Empty,
+                    10,
+                )
+    finally:
+        await catalog.close()
