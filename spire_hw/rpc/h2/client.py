@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from spire_hw.transport.dialer import Dialer
 
 _WINDOWS: Final = Windows(stream=256 * 1024, connection=2 * 1024 * 1024, held=128 * 1024 * 1024)
-_MAX_STREAMS: Final = 100  # until the server says
+_MAX_STREAMS: Final = 100  # of a server that sets no limit
 _ALIVE_S: Final = 5.0
 _CLOSE_S: Final = 5.0
 _LAST_ID: Final = 2**30
@@ -46,7 +46,9 @@ class ClientConnection(Connection):
         super().__init__(half, _WINDOWS, Pool(_WINDOWS.held), own, preface=PREFACE)
         self._channel = channel
         self._next = 1
-        self._limit = _MAX_STREAMS
+        # Servers with a lower limit take more calls than that before they said so for an attack.
+        self._limit = 1
+        self._is_limit_known = False
         self._slots: deque[asyncio.Future[None]] = deque()
         self._is_suspected = False
         self.farewell = ""
@@ -117,7 +119,13 @@ class ClientConnection(Connection):
     @override
     def on_limit(self, max_streams: int) -> None:
         self._limit = max_streams
+        self._is_limit_known = True
         self._let_in()
+
+    @override
+    def on_settings(self) -> None:
+        if not self._is_limit_known:
+            self.on_limit(_MAX_STREAMS)
 
     @override
     def on_dropped(self) -> None:

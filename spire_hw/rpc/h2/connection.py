@@ -127,6 +127,10 @@ class Connection(ABC):
     def on_limit(self, max_streams: int) -> None:
         """Take the peer's limit of concurrent streams."""
 
+    @abstractmethod
+    def on_settings(self) -> None:
+        """Take note that the peer has said its settings, the first or new ones."""
+
     # The transport's half calls these.
 
     def send(self, data: bytes) -> None:
@@ -462,6 +466,7 @@ class Connection(ABC):
             return
         for key, value in frames.take_settings(payload):
             self._setting(key, value)
+        self.on_settings()
         self.write(frames.frame(frames.SETTINGS, frames.ACK, 0))
 
     def _setting(self, key: int, value: int) -> None:

@@ -163,6 +163,10 @@ class ServerConnection(Connection):
         """We open no streams."""
 
     @override
+    def on_settings(self) -> None:
+        """Nothing waits for them."""
+
+    @override
     def on_goaway(self, last: int, code: Code) -> None:
         """The client opens no more streams; its end of the connection follows."""
 

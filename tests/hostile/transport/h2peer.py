@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -143,7 +143,7 @@ class H2Peer:
         while (got := await self.frame()) is not None:
             if got.kind in kinds and stream in {None, got.stream}:
                 return got
-        raise AssertionError("the connection ended")
+        raise ConnectionResetError("the connection ended")
 
     async def rest(self) -> list[Frame]:
         """Return everything until the connection ends."""
@@ -196,20 +196,25 @@ class H2Server:
 
     Attributes:
         connections: how many came.
+        open: how many are here.
     """
 
-    def __init__(self, script: Callable[[H2Peer], Awaitable[None]]) -> None:
+    def __init__(self, script: Callable[[H2Peer], Awaitable[None]], *, greets: bool) -> None:
         self.connections = 0
+        self.open = 0
+        self._greets = greets
         self.failure: BaseException | None = None
         self._script = script
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Play the script on a connection, then end it."""
         self.connections += 1
+        self.open += 1
         peer = H2Peer(reader, writer)
         try:
             assert await reader.readexactly(len(PREFACE)) == PREFACE
-            peer.send(frame(SETTINGS, 0, 0))
+            if self._greets:
+                peer.send(frame(SETTINGS, 0, 0))
             await self._script(peer)
             await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
@@ -218,18 +223,22 @@ class H2Server:
             self.failure = e
         finally:
             writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+            self.open -= 1
 
 
 @asynccontextmanager
 async def serving(
-    path: Path, script: Callable[[H2Peer], Awaitable[None]]
+    path: Path, script: Callable[[H2Peer], Awaitable[None]], *, greets: bool = True
 ) -> AsyncIterator[H2Server]:
-    """Let a script answer on a unix socket."""
-    server = H2Server(script)
+    """Let a script answer on a unix socket, after our settings when it `greets`."""
+    server = H2Server(script, greets=greets)
     listening = await asyncio.start_unix_server(server.serve, str(path))
     try:
         yield server
     finally:
         listening.close()
         await listening.wait_closed()
+        await until(lambda: not server.open)
     assert server.failure is None

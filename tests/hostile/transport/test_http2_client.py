@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -328,6 +329,31 @@ async def held(channel: Channel, count: int) -> list[asyncio.Task[str]]:
     tasks = [asyncio.create_task(say(channel)) for _ in range(count)]  # noqa: TID251
     await asyncio.sleep(0)
     return tasks
+
+
+@pytest.mark.asyncio
+async def test_no_more_than_one_call_is_made_before_the_server_has_said_how_many(
+    tmp_path: Path,
+) -> None:
+    seen = 0
+
+    async def script(peer: H2Peer) -> None:
+        nonlocal seen
+        first = await asked(peer)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await asked(peer)
+                seen += 1
+        peer.send(frame(SETTINGS, 0, 0), answer(first))
+        numbers = [await asked(peer) for _ in range(20)]
+        peer.send(*map(answer, numbers))
+        await peer.rest()
+
+    path = tmp_path / "s"
+    async with serving(path, script, greets=False), connect_unix(path) as channel:
+        got = await asyncio.gather(*(say(channel) for _ in range(21)))
+        assert got == ["hello"] * 21
+    assert seen == 0
 
 
 @pytest.mark.asyncio

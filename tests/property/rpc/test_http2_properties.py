@@ -154,6 +154,10 @@ class Listening(Connection):
         self.told.append((self.why,))
 
     @override
+    def on_settings(self) -> None:
+        self.told.append(("settings",))
+
+    @override
     def on_limit(self, max_streams: int) -> None:
         self.told.append((max_streams,))
 
