@@ -19,7 +19,7 @@ from spire_hw.pkcs11.keys import CKM_ECDSA, CKM_RSA_PKCS, CKM_RSA_PKCS_PSS, Sign
 from spire_hw.pkcs11.wire import pack_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from spire_hw.pkcs11.token import TokenSession
 
@@ -220,20 +220,18 @@ class TokenObjects:
 
     def sign(
         self, cka_id: bytes, scheme: SignScheme, digests: Sequence[bytes]
-    ) -> list[bytes | TokenError]:
-        """Return the token's raw outputs; a lost session or a stale handle is replaced once."""
+    ) -> Iterator[bytes | TokenError]:
+        """Yield the token's raw outputs; a lost session or a stale handle is replaced once."""
         mechanism, param = _MECHANISMS[scheme.mechanism], None
         if scheme.pss is not None:
             hash_mechanism, mgf, salt = scheme.pss
             param = (Mechanism(hash_mechanism), MGF(mgf), salt)
-        results = []
         for digest in digests:
             data = scheme.data(digest)
             result = self._sign_once(cka_id, data, mechanism, param)
             if isinstance(result, TokenError) and result.cure in {Cure.SESSION, Cure.KEY}:
                 result = self._sign_once(cka_id, data, mechanism, param)
-            results.append(result)
-        return results
+            yield result
 
     def _sign_once(
         self, cka_id: bytes, data: bytes, mechanism: Mechanism, param: Any

@@ -13,13 +13,13 @@ import resource
 import signal
 import socket
 import sys
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.errors import EncodingError, ErrorKind, InvalidInputError
-from spire_hw.pkcs11.checker import Checker
+from spire_hw.pkcs11.checker import Checker, groups
 from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.pkcs11.keys import check_request, sign_scheme
-from spire_hw.pkcs11.known import KnownKeys, Signed
+from spire_hw.pkcs11.known import KnownKeys, Refused, Signed
 from spire_hw.pkcs11.wire import (
     HEADER,
     Kind,
@@ -31,6 +31,9 @@ from spire_hw.pkcs11.wire import (
     encode_json,
     unpack_bytes,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
@@ -102,20 +105,23 @@ class Service:
             raise TokenError("no token is open", reason="hsm.not_open", operation=kind.name.lower())
         return encode_json(self._control(kind, decode_json(body)))
 
-    def sign(self, run: SignRun) -> Signed:
-        """Have the token sign one run; nothing is verified yet."""
+    def sign(self, run: SignRun) -> Iterator[Signed | Refused]:
+        """Have the token sign one run; nothing of it is verified yet."""
         if self._objects is None:
             not_open = TokenError("no token is open", reason="hsm.not_open", operation="sign")
-            return Signed.refused(run, not_open)
+            yield Refused(not_open, len(run.digests))
+            return
         try:
             key = self._keys.get(run.key.spki)
             for digest in run.digests:
                 check_request(key.key_type, digest, run.options)
         except InvalidInputError as e:
             odd = TokenError(e.message, reason="hsm.odd", operation="sign", kind=e.kind)
-            return Signed.refused(run, odd)
+            yield Refused(odd, len(run.digests))
+            return
         scheme = sign_scheme(key.key_type, run.options)
-        return Signed(run, key, self._objects.sign(run.key.cka_id, scheme, run.digests))
+        raws = self._objects.sign(run.key.cka_id, scheme, run.digests)
+        yield from groups(key, run.options, run.digests, raws)
 
     def _control(self, kind: Kind, fields: dict[str, Any]) -> dict[str, Any]:
         objects = self._objects
@@ -188,7 +194,10 @@ def serve(channel: Channel, service: Service) -> None:
         while (request := channel.receive()) is not None:
             kind, number, body = request
             if kind is Kind.SIGN:
-                checker.check(number, [service.sign(run) for run in decode_items(body)])
+                for run in decode_items(body):
+                    for some in service.sign(run):
+                        checker.check(some)
+                checker.answer_signed(number)
             else:
                 checker.answer(*_answer(service, kind, number, body))
     finally:

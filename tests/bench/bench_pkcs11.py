@@ -2,8 +2,9 @@
 
 Raw is a loop over python-pkcs11 in as many processes as the key manager has signing workers, by
 default the one it has without configuration. Both sign with the same P-256 key in turns; the ratio
-of the best rounds is printed, nothing is asserted. The key manager needs a core for its host beside
-the workers: where there is none to spare, its CPU times, printed too, tell more than the rates.
+of the best rounds is printed, nothing is asserted. A worker signs on one core and verifies on
+another, beside the host: where none is to spare, the CPU times of the threads, printed too, tell
+more than the rates, and so does the ratio of raw to the slowest of them.
 Run as `python tests/bench/bench_pkcs11.py [workers...]` for other numbers of workers, and for the
 other types of keys with `--all`.
 """
@@ -57,7 +58,7 @@ for _ in sys.stdin:
     while time.perf_counter() - start < float(seconds):
         key.sign(data, mechanism=mechanism)
         count += 1
-    print(count / (time.perf_counter() - start), flush=True)
+    print(count, time.perf_counter() - start, flush=True)
 """
 
 
@@ -68,34 +69,40 @@ class Cost:
     Attributes:
         best: highest rate of a round, per second.
         signed: signatures of all rounds.
-        cpu_s: CPU seconds of all rounds.
+        cpu_s: CPU seconds of all rounds; of the first threads of the processes, and of the others.
     """
 
     best: float = 0.0
-    signed: float = 0.0
-    cpu_s: float = 0.0
+    signed: int = 0
+    cpu_s: tuple[float, float] = (0.0, 0.0)
 
     @property
-    def each_us(self) -> float:
-        """Return the CPU microseconds of one signature."""
-        return self.cpu_s / self.signed * 1e6
+    def each_us(self) -> tuple[float, float]:
+        """Return the CPU microseconds of one signature, divided as `cpu_s` is."""
+        first, others = (seconds / self.signed * 1e6 for seconds in self.cpu_s)
+        return first, others
 
-    def add(self, rate: float) -> None:
+    def add(self, signed: int, seconds: float) -> None:
         """Count a round."""
-        self.best = max(self.best, rate)
-        self.signed += rate * SECONDS
+        self.best = max(self.best, signed / seconds)
+        self.signed += signed
 
     @contextmanager
     def over(self, pids: Sequence[int]) -> Iterator[None]:
         """Count the CPU time of these processes while the context is open."""
         before = self._used_s(pids)
         yield
-        self.cpu_s += self._used_s(pids) - before
+        after = self._used_s(pids)
+        first, others = (c + a - b for c, a, b in zip(self.cpu_s, after, before, strict=True))
+        self.cpu_s = first, others
 
     @staticmethod
-    def _used_s(pids: Sequence[int]) -> float:
-        times = [psutil.Process(pid).cpu_times() for pid in pids]
-        return sum(t.user + t.system for t in times)
+    def _used_s(pids: Sequence[int]) -> tuple[float, float]:
+        used = [0.0, 0.0]
+        for pid in pids:
+            for thread in psutil.Process(pid).threads():
+                used[thread.id != pid] += thread.user_time + thread.system_time
+        return used[0], used[1]
 
 
 class RawLoops:
@@ -128,13 +135,16 @@ class RawLoops:
     def _read(process: subprocess.Popen[str]) -> str:
         return process.stdout.readline().rstrip("\n") if process.stdout is not None else ""
 
-    def rate(self) -> float:
-        """Return the signatures per second of one round."""
+    def round(self) -> tuple[int, float]:
+        """Return the signatures of one round and the seconds it took."""
         for process in self._started:
             if process.stdin is not None:
                 process.stdin.write("go\n")
                 process.stdin.flush()
-        return sum(float(self._read(process)) for process in self._started)
+        answers = [self._read(process).split() for process in self._started]
+        rate = sum(int(count) / float(seconds) for count, seconds in answers)
+        signed = sum(int(count) for count, _ in answers)
+        return signed, signed / rate
 
     def close(self) -> None:
         """End the processes."""
@@ -142,8 +152,8 @@ class RawLoops:
             process.communicate()
 
 
-async def managed_rate(manager: pkcs11.Pkcs11KeyManager, key_id: str) -> float:
-    """Signatures per second through sign_data with many callers."""
+async def managed_round(manager: pkcs11.Pkcs11KeyManager, key_id: str) -> tuple[int, float]:
+    """Return the signatures of one round through sign_data, with many callers, and its seconds."""
     options = SignOptions(HashAlgorithm.SHA256)
     stop = time.perf_counter() + SECONDS
     counts = [0] * CALLERS
@@ -155,7 +165,7 @@ async def managed_rate(manager: pkcs11.Pkcs11KeyManager, key_id: str) -> float:
 
     start = time.perf_counter()
     await asyncio.gather(*(call(n) for n in range(CALLERS)))
-    return sum(counts) / (time.perf_counter() - start)
+    return sum(counts), time.perf_counter() - start
 
 
 async def ratio(
@@ -168,20 +178,22 @@ async def ratio(
     loops = await asyncio.to_thread(RawLoops, hsm, cka_id, key_type, workers)
     raw, worker, host = Cost(), Cost(), Cost()
     try:
-        await managed_rate(manager, name)
+        await managed_round(manager, name)
         for _ in range(ROUNDS):
             with raw.over(loops.pids):
-                raw.add(await asyncio.to_thread(loops.rate))
+                raw.add(*await asyncio.to_thread(loops.round))
             with worker.over(manager.worker_pids), host.over([os.getpid()]):
-                rate = await managed_rate(manager, name)
-                worker.add(rate)
-                host.add(rate)
+                done = await managed_round(manager, name)
+            worker.add(*done)
+            host.add(*done)
     finally:
         await asyncio.to_thread(loops.close)
+    (raw_us, _), (sign_us, verify_us), host_us = raw.each_us, worker.each_us, sum(host.each_us)
     sys.stdout.write(
         f"{name} processes={workers} raw={raw.best:.0f}/s managed={worker.best:.0f}/s "
-        f"ratio={worker.best / raw.best:.2f}; CPU time of a signature: raw {raw.each_us:.0f} us, "
-        f"workers {worker.each_us:.0f} us, host {host.each_us:.0f} us\n"
+        f"ratio={worker.best / raw.best:.2f}; CPU time of a signature: raw {raw_us:.0f} us, "
+        f"workers sign {sign_us:.0f} us and verify {verify_us:.0f} us, host {host_us:.0f} us; "
+        f"ratio with cores to spare {raw_us / max(sign_us, verify_us, host_us):.2f}\n"
     )
     return worker.best / raw.best
 

@@ -5,6 +5,7 @@ import hashlib
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 
+from spire_hw.errors import InvalidInputError
 from spire_hw.key import (
     HashAlgorithm,
     KeyType,
@@ -15,88 +16,100 @@ from spire_hw.key import (
     spki_der,
     verify_digest,
 )
-from spire_hw.pkcs11.checker import Checker
 from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.known import KnownKey, KnownKeys, Signed
-from spire_hw.pkcs11.wire import Kind, SignKey, SignRun, decode_results
+from spire_hw.pkcs11.known import KnownKey, KnownKeys, Refused, Signed
 
-OPTIONS = SignOptions(HashAlgorithm.SHA256)
+SHA256 = SignOptions(HashAlgorithm.SHA256)
+SHA512 = SignOptions(HashAlgorithm.SHA512)
+PSS = SignOptions(HashAlgorithm.SHA256, pss=True)
 AWAY = TokenError("token is away", reason="hsm.token_missing", operation="sign")
-ENOUGH = 501
 
 
-def run_of(key: PrivateKey, count: int) -> SignRun:
-    digests = [hashlib.sha256(n.to_bytes(4)).digest() for n in range(count)]
-    return SignRun(SignKey(b"id", spki_der(key.public_key())), OPTIONS, digests)
+def known_of(key: PrivateKey) -> KnownKey:
+    return KnownKeys().get(spki_der(key.public_key()))
 
 
-def outputs(key: PrivateKey, run: SignRun) -> list[bytes | TokenError]:
-    """Return what a token would make of a run: r and s for ECDSA, RSA as it is."""
-    made: list[bytes | TokenError] = []
-    for digest in run.digests:
-        signature = sign_digest(key, digest, run.options)
-        if isinstance(key, ec.EllipticCurvePrivateKey):
-            half = (key.key_size + 7) // 8
-            r, s = utils.decode_dss_signature(signature)
-            signature = r.to_bytes(half) + s.to_bytes(half)
-        made.append(signature)
-    return made
+def output(key: PrivateKey, digest: bytes, options: SignOptions) -> bytes:
+    """Return what a token makes of a digest: r and s for ECDSA, RSA as it is."""
+    signature = sign_digest(key, digest, options)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        return signature
+    half = key.key_size // 8
+    return b"".join(n.to_bytes(half) for n in utils.decode_dss_signature(signature))
 
 
-def verified(known: KnownKey, run: SignRun, raws: list[bytes | TokenError]) -> None:
-    """Check that good outputs pass as signatures and that the others are told."""
-    for digest, result in zip(run.digests, known.verified(run, raws, quickly=True), strict=True):
-        assert isinstance(result, bytes)
-        verify_digest(known.public_key, digest, result, run.options)
-    swapped = [*raws[1:], raws[0]]
-    for result in known.verified(run, swapped, quickly=True):
-        assert isinstance(result, TokenError)
-        assert result.reason == "hsm.bad_signature"
-    first = known.verified(run, [AWAY, b"", *raws[2:]], quickly=True)
-    assert first[0] is AWAY
-    assert isinstance(first[1], TokenError)
-    assert all(isinstance(result, bytes) for result in first[2:])
+def is_bad(result: bytes | TokenError) -> bool:
+    return isinstance(result, TokenError) and result.reason == "hsm.bad_signature"
 
 
-@pytest.mark.parametrize("key_type", [KeyType.EC_P256, KeyType.EC_P384, KeyType.RSA_2048])
-def test_only_what_verifies_leaves_before_and_after_a_key_is_made_quick(key_type: KeyType) -> None:
+@pytest.mark.parametrize(
+    ("key_type", "options"),
+    [
+        (KeyType.EC_P256, SHA256),
+        (KeyType.EC_P256, SHA512),
+        (KeyType.EC_P384, SHA256),
+        (KeyType.EC_P384, SHA512),
+        (KeyType.RSA_2048, SHA512),
+        (KeyType.RSA_2048, PSS),
+    ],
+)
+def test_only_what_verifies_leaves(key_type: KeyType, options: SignOptions) -> None:
     key = generate_private_key(key_type)
-    known = KnownKeys().get(spki_der(key.public_key()))
+    known = known_of(key)
     assert known.key_type is key_type
-    run = run_of(key, 5)
-    raws = outputs(key, run)
-    verified(known, run, raws)
-    known.speed_up()
-    assert not known.is_quick
-    for _ in range(ENOUGH // len(raws) + 1):
-        known.verified(run, raws, quickly=True)
-    known.speed_up()
-    assert known.is_quick <= (key_type is KeyType.EC_P256)
-    verified(known, run, raws)
+    digests = [options.hash.digest(bytes([n])) for n in range(5)]
+    raws = [output(key, digest, options) for digest in digests]
+    for digest, result in zip(
+        digests, Signed(known, options, digests, raws).results(), strict=True
+    ):
+        assert isinstance(result, bytes)
+        verify_digest(key.public_key(), digest, result, options)
+    swapped = [*raws[1:], raws[0]]
+    assert all(map(is_bad, Signed(known, options, digests, swapped).results()))
+    foreign = [output(generate_private_key(key_type), digests[0], options)]
+    assert all(map(is_bad, Signed(known, options, digests[:1], foreign).results()))
 
 
-def test_answers_leave_in_the_order_of_the_requests() -> None:
-    slow, fast = (generate_private_key(t) for t in (KeyType.EC_P384, KeyType.EC_P256))
+def test_one_bad_output_does_not_spoil_its_neighbours() -> None:
+    key = generate_private_key(KeyType.EC_P256)
+    digests = [hashlib.sha256(bytes([n])).digest() for n in range(9)]
+    raws: list[bytes | TokenError] = [output(key, digest, SHA256) for digest in digests]
+    raws[1], raws[3], raws[4], raws[6] = b"", bytes(63), bytes(64), b"\xff" * 64
+    raws[7] = AWAY
+    results = Signed(known_of(key), SHA256, digests, raws).results()
+    assert [n for n, result in enumerate(results) if is_bad(result)] == [1, 3, 4, 6]
+    assert results[7] is AWAY
+    assert all(isinstance(results[n], bytes) for n in (0, 2, 5, 8))
+
+
+def test_no_bit_of_an_output_may_change() -> None:
+    key = generate_private_key(KeyType.EC_P256)
+    known = known_of(key)
+    digest = bytes(range(32))
+    raw = int.from_bytes(output(key, digest, SHA256))
+    assert isinstance(known.checked(digest, raw.to_bytes(64), SHA256), bytes)
+    for bit in range(512):
+        assert is_bad(known.checked(digest, (raw ^ 1 << bit).to_bytes(64), SHA256))
+
+
+def test_what_was_not_signed_is_an_error_for_each_digest() -> None:
+    assert Refused(AWAY, 3).results() == [AWAY] * 3
+
+
+def test_keys_are_parsed_once_and_only_some_are_kept() -> None:
     keys = KnownKeys()
-    runs = {key: run_of(key, 3) for key in (slow, fast)}
-    for _ in range(ENOUGH):
-        signed = Signed(runs[fast], keys.get(runs[fast].key.spki), outputs(fast, runs[fast]))
-        assert len(signed.results(quickly=False)) == 3
-    keys.get(runs[fast].key.spki).speed_up()
-    sent: list[tuple[Kind, int, bytes]] = []
-    checker = Checker(lambda *answer: sent.append(answer))
-    order = [slow, fast, None, slow, fast, fast, None, slow]
-    for number, key in enumerate(order):
-        if key is None:
-            checker.answer(Kind.OK, number, b"{}")
-        else:
-            run = runs[key]
-            signed = Signed(run, keys.get(run.key.spki), outputs(key, run))
-            checker.check(number, [signed, Signed.refused(run, AWAY)])
-    checker.close()
-    assert [number for _, number, _ in sent] == list(range(len(order)))
-    for key, (kind, _, body) in zip(order, sent, strict=True):
-        assert kind is Kind.OK
-        if key is not None:
-            results = decode_results(body, 6)
-            assert [isinstance(r, bytes) for r in results] == [True] * 3 + [False] * 3
+    spkis = [spki_der(generate_private_key(KeyType.EC_P256).public_key()) for _ in range(100)]
+    first = keys.get(spkis[0])
+    assert keys.get(spkis[0]) is first
+    for spki in spkis:
+        assert spki_der(keys.get(spki).public_key) == spki
+    again = keys.get(spkis[0])
+    assert again is not first
+    assert again.public_key == first.public_key
+
+
+def test_keys_that_are_none_of_ours_are_refused() -> None:
+    with pytest.raises(InvalidInputError):
+        KnownKeys().get(b"no key")
+    with pytest.raises(InvalidInputError):
+        KnownKeys().get(spki_der(ec.generate_private_key(ec.SECP521R1()).public_key()))
