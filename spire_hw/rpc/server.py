@@ -18,14 +18,19 @@ if TYPE_CHECKING:
     from spire_hw.rpc.interceptors import Guard, Interceptor
     from spire_hw.rpc.service import Method
     from spire_hw.transport.front import Front
+    from spire_hw.transport.half import Half
     from spire_hw.transport.peer import Peer
-    from spire_hw.transport.relay import Half
 
 __all__ = ["TCP_RPC_LIMITS", "RpcLimits", "RpcServer"]
 
 
 class Engine(Protocol):
     """Serves calls on connections that fronts have proved; iterates over who is connected."""
+
+    @property
+    def descriptors(self) -> int:
+        """Return how many it opens for each connection."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -1,7 +1,7 @@
-"""Out to a server known by its SPIFFE ID: grpcio talks to a private socket, we talk TLS.
+"""Out to a server known by its SPIFFE ID, over TLS that is verified before a byte is handed on.
 
-Each connection grpcio opens to the private socket becomes one TLS connection, verified before a
-byte of it is relayed. Device keys sign in a thread; the loop never waits for them.
+Our RPC engine takes the connection itself; grpcio has a private socket, and each connection it opens
+there is relayed. Device keys sign in a thread; the loop never waits for them.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from spire_hw.errors import (
     VerificationError,
 )
 from spire_hw.log import Logger, get_logger
+from spire_hw.transport.half import Half, keep_alive
 from spire_hw.transport.headers import HeaderWatch
 from spire_hw.transport.process import is_own_process
-from spire_hw.transport.relay import Half, PrivateDirectory, keep_alive
+from spire_hw.transport.relay import PrivateDirectory, join
 from spire_hw.transport.tls import (
     TlsContext,
     TlsHalf,
@@ -216,7 +217,7 @@ class Dialer:
             return
         if self._alpn == "h2":
             outbound.watch = HeaderWatch()
-        inbound.join(outbound)
+        join(inbound, outbound)
 
     def _failed(self, error: SpireHwError) -> None:
         self.last_error = error

@@ -32,9 +32,9 @@ from spire_hw.errors import (
 )
 from spire_hw.hardening import check_directory
 from spire_hw.log import Logger, get_logger
+from spire_hw.transport.half import PREFACE, Half, keep_alive
 from spire_hw.transport.peer import TcpPeer, UnixPeer, source_of
 from spire_hw.transport.process import Process, peer_credentials
-from spire_hw.transport.relay import PREFACE, Half, keep_alive
 from spire_hw.transport.tls import (
     TlsContext,
     TlsHalf,
@@ -55,7 +55,7 @@ _ACCEPT_BATCH: Final = 64
 _EXHAUSTED: Final = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _EXHAUSTED_PAUSE_S: Final = 0.2
 _REAP_INTERVAL_S: Final = 5.0
-_FDS_PER_CONNECTION: Final = 4
+_FDS_PER_CONNECTION: Final = 2  # its socket, and on unix the process at the other end
 _FDS_FOR_THE_REST: Final = 256
 _CLOSE_S: Final = 5.0
 _MIN_CONNECTIONS: Final = 16
@@ -93,6 +93,11 @@ UNIX_LIMITS: Final = FrontLimits()
 
 class Inner(Protocol):
     """What is behind a front: serves the connections it hands over."""
+
+    @property
+    def descriptors(self) -> int:
+        """Return how many it opens for each connection."""
+        ...
 
     async def attach(self, outer: Half, peer: TcpPeer | UnixPeer) -> None:
         """Serve a connection whose peer was proved.
@@ -144,7 +149,10 @@ class Front(ABC):
             raise NotReadyError("this front was started before")
         self._inner = inner
         soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        room = max(_MIN_CONNECTIONS, (soft - _FDS_FOR_THE_REST) // _FDS_PER_CONNECTION)
+        room = max(
+            _MIN_CONNECTIONS,
+            (soft - _FDS_FOR_THE_REST) // (_FDS_PER_CONNECTION + inner.descriptors),
+        )
         if room < self.limits.max_connections:
             self._max_connections = room
             self._max_per_caller = min(self.limits.max_per_caller, room // _SHARES)

@@ -30,7 +30,7 @@ from spire_hw.errors import (
 from spire_hw.key import HashAlgorithm, PrivateKey, Signer, SignOptions, spki_der
 from spire_hw.svid.x509svid import X509Svid, parse_x509_svid, verify_x509_svid
 from spire_hw.transport import keymethod
-from spire_hw.transport.relay import Half
+from spire_hw.transport.half import Half
 from spire_hw.x509.certificate import encode_pem
 from spire_hw.x509.chain import MAX_CHAIN, UnknownAuthorityError
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 12
 WARM = 20
-CALLERS = 1
+CALLERS = 4
 
 
 async def attest(node: TpmNode, port: int, bundle: Bundle) -> None:

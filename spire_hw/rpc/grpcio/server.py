@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from spire_hw.rpc.endpoint import Endpoint, RpcLimits
     from spire_hw.rpc.service import Call
     from spire_hw.rpc.status import WireStatus
+    from spire_hw.transport.half import Half
     from spire_hw.transport.peer import Peer
-    from spire_hw.transport.relay import Half
 
     _Context = grpc.aio.ServicerContext[Any, Any]
     _RpcMethodHandler = grpc.RpcMethodHandler[Any, Any]
@@ -67,6 +67,8 @@ class GrpcioEngine:
         self._limits = limits
         self._callers = Callers()
         self._server: grpc.aio.Server | None = None
+
+    descriptors = 2  # the two ends of the private connection
 
     def __len__(self) -> int:
         return len(self._callers)

@@ -19,7 +19,7 @@ from spire_hw.rpc.h2.connection import Connection
 from spire_hw.rpc.h2.frames import Code
 from spire_hw.rpc.h2.limits import Pool, Windows
 from spire_hw.rpc.h2.stream import Fault
-from spire_hw.transport.relay import PREFACE, Half
+from spire_hw.transport.half import PREFACE, Half
 
 if TYPE_CHECKING:
     from spire_hw.rpc.client import Metadata, RawCall

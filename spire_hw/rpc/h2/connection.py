@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from spire_hw.rpc.h2.limits import Pool, Windows
     from spire_hw.rpc.h2.stream import Stream
-    from spire_hw.transport.relay import Half
+    from spire_hw.transport.half import Half
 
 _MAX_BLOCK_FRAMES: Final = 16
 # A header block up to this size is ordinary; decoding a longer one costs.

@@ -17,8 +17,8 @@ from spire_hw.rpc.h2.request import HttpError, Request, parse
 from spire_hw.rpc.h2.serverstream import ServerStream
 from spire_hw.rpc.h2.stream import Fault
 from spire_hw.rpc.status import to_wire
+from spire_hw.transport.half import PREFACE
 from spire_hw.transport.peer import TcpPeer
-from spire_hw.transport.relay import PREFACE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from spire_hw.log import Logger
     from spire_hw.rpc.endpoint import Endpoint, RpcLimits
     from spire_hw.rpc.h2.hpack import Block, Field
+    from spire_hw.transport.half import Half
     from spire_hw.transport.peer import Peer
-    from spire_hw.transport.relay import Half
 
 _WINDOWS: Final = Windows(stream=64 * 1024, connection=1024 * 1024, held=16 * 1024 * 1024)
 _DRAIN_WAIT_S: Final = 1.0
@@ -257,6 +257,8 @@ class H2Engine:
         self._connections: dict[ServerConnection, None] = {}
         self._emptied: asyncio.Future[None] | None = None
         self._stopping = False
+
+    descriptors = 0
 
     def __len__(self) -> int:
         return len(self._connections)

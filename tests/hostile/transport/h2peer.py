@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from spire_hw.rpc.h2.hpack import Decoder
-from spire_hw.transport.relay import PREFACE
+from spire_hw.transport.half import PREFACE
 from spire_hw_sim.echo import PREFIX
 
 if TYPE_CHECKING:

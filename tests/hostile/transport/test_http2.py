@@ -15,8 +15,8 @@ import pytest_asyncio
 
 from spire_hw.errors import InvalidInputError, LimitError, SpireHwError
 from spire_hw.rpc.server import TCP_RPC_LIMITS
+from spire_hw.transport.half import PREFACE
 from spire_hw.transport.headers import MAX_BLOCK_BYTES, MAX_FIELDS, HeaderWatch
-from spire_hw.transport.relay import PREFACE
 from spire_hw.transport.tls import build_context
 from spire_hw_sim.echo import PREFIX, TIMEOUT_S, EchoWorld, echo_world, say
 

@@ -26,7 +26,7 @@ from spire_hw.rpc.h2.wire import (
     parse_message,
     parse_timeout,
 )
-from spire_hw.transport.relay import Half
+from spire_hw.transport.half import Half
 
 if TYPE_CHECKING:
     from spire_hw.rpc.h2.frames import Code

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from spire_hw.errors import InvalidInputError, UnavailableError
+from spire_hw.transport.half import Half
 from spire_hw.transport.peer import TcpPeer
-from spire_hw.transport.relay import Callers, Half, PrivateDirectory
+from spire_hw.transport.relay import Callers, PrivateDirectory, join
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,7 +40,7 @@ async def test_bytes_that_came_early_arrive_first() -> None:
     (one, far_one), (two, far_two) = await half(begins=b"he"), await half()
     far_one.send(b"hello")
     await one.begun()
-    one.join(two)
+    join(one, two)
     far_one.send(b" world")
     assert await read(far_two, 11) == b"hello world"
     far_two.send(b"back")
@@ -82,7 +83,7 @@ async def test_little_is_read_before_joining() -> None:
         await asyncio.sleep(0.01)
     assert one._gate is not None
     assert len(one._gate.data) < 1 << 17
-    one.join(two)
+    join(one, two)
     assert await read(far_two, len(sent)) == sent
     await sending
     for end in (one, two):
@@ -94,7 +95,7 @@ async def test_little_is_read_before_joining() -> None:
 @pytest.mark.asyncio
 async def test_a_full_end_stops_the_other_and_nothing_is_lost() -> None:
     (one, far_one), (two, far_two) = await half(), await half()
-    one.join(two)
+    join(one, two)
     assert one.transport is not None
     block = os.urandom(1 << 16)
     sent = bytearray()
@@ -123,7 +124,7 @@ async def test_the_end_of_one_is_the_end_of_both_and_is_told_once() -> None:
     told: list[str] = []
     one, far_one = await half(on_end=lambda: told.append("one"))
     two, far_two = await half(on_end=lambda: told.append("two"))
-    one.join(two)
+    join(one, two)
     far_two.shutdown(socket.SHUT_WR)
     assert await read(far_one, 1) == b""
     assert await read(far_two, 1) == b""
