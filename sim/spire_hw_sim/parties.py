@@ -217,7 +217,20 @@ class Agent:
         *,
         name: str = "agent",
         plugins: str = "",
+        keys: str = "",
+        certificate: Holder | None = None,
     ) -> None:
+        """Set it up.
+
+        Args:
+            party: has a server already.
+            make: whose agent.
+            attestor: `join_token`, `x509pop`, or the name of one that is in `plugins`.
+            name: of its directory.
+            plugins: blocks beside attestor and `unix`; a KeyManager on disk when empty.
+            keys: more keys of `agent { }`.
+            certificate: the node's, for x509pop; a new one of the party's PKI when None.
+        """
         self.make = make
         self.attestor = attestor
         self._party = party
@@ -228,7 +241,7 @@ class Agent:
         (self.home / "data").mkdir(mode=0o700)
         self._bundle = self.home / "bootstrap.pem"
         self._bundle.write_text(party.server.command("bundle", "show"))
-        self.certificate = party.root.issue(common_name=name)
+        self.certificate = certificate or party.root.issue(common_name=name)
         self.certificate.write(self.home, "node")
         self.conf.write_text(
             _AGENT_CONF.format(
@@ -237,6 +250,7 @@ class Agent:
                 home=self.home,
                 attestor=_ATTESTORS.get(attestor, "").format(home=self.home),
                 plugins=plugins or _AGENT_KEYS.format(home=self.home),
+                keys=keys,
             )
         )
 
@@ -396,6 +410,7 @@ agent {{
   socket_path       = "{home}/p/api.sock"
   trust_bundle_path = "{home}/bootstrap.pem"
   log_level         = "DEBUG"
+  {keys}
   experimental {{ sync_interval = "1s" }}
 }}
 

@@ -32,7 +32,12 @@ class Shop:
     def block(self, make: Make, kind: str, name: str, data: str = "") -> str:
         """Return the block of a plugin of ours: external in upstream's programs."""
         row = self.launchers[kind, name]
-        external = f'plugin_cmd = "{row["path"]}"\n plugin_checksum = "{row["checksum"]}"'
+        memory = self.party.directory / "remembered"
+        memory.mkdir(mode=0o700, exist_ok=True)
+        external = (
+            f'plugin_cmd = "{row["path"]}"\n plugin_checksum = "{row["checksum"]}"\n'
+            f' plugin_args = ["-dataDir", "{memory}"]'
+        )
         return (
             f'{kind} "{name}" {{\n {external if make is Make.UPSTREAM else ""}\n'
             f" plugin_data {{ {data} }}\n}}"
