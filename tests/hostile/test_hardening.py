@@ -13,8 +13,8 @@ import structlog
 
 from spire_hw.errors import NotReadyError, UnavailableError
 from spire_hw.hardening import check_directory
+from spire_hw.rpc.server import RpcServer
 from spire_hw.transport.front import FrontLimits, UnixFront
-from spire_hw.transport.relay import Callers
 from spire_hw_agent.storage import Storage
 from spire_hw_server.app import prepare_data_dir
 
@@ -80,24 +80,23 @@ def test_a_directory_open_to_all_is_remarked_on(tmp_path: Path) -> None:
 @pytest.mark.asyncio
 async def test_no_socket_is_opened_in_a_directory_of_another_user(tmp_path: Path) -> None:
     front = UnixFront(foreign(tmp_path, 0o1777) / "s", 0o777)
-    callers = Callers()
     with pytest.raises(UnavailableError, match="belongs to user"):
-        await front.start(callers)
-    callers.close()
+        await front.start(RpcServer([]).engine)
 
 
 @pytest.mark.asyncio
 async def test_one_caller_never_has_all_of_few_connections(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rpc_engine: str
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
-    callers = Callers()
+    server = RpcServer([])
     front = UnixFront(tmp_path / "s", 0o777, limits=FrontLimits())
-    await front.start(callers)
-    assert front._max_connections == 192
-    assert front._max_per_caller == 48
-    await front.close()
-    callers.close()
+    server.add_front(front)
+    await server.start()
+    room = (1024 - 256) // {"h2": 2, "grpcio": 4}[rpc_engine]
+    assert front._max_connections == room
+    assert front._max_per_caller == room // 4
+    await server.close(0)
 
 
 HARDENED = """
