@@ -1,7 +1,7 @@
 """The authorities of this server across restarts: records, and their bytes in the store.
 
 The bytes are upstream's protobuf message, so a server that takes over upstream's database finds
-its authorities. What the records mean is decided by `ca.slots` and `ca.manager`.
+its authorities. What the records mean is decided by `ca.slots` and `ca.restore`.
 """
 
 from __future__ import annotations

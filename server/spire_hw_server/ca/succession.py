@@ -1,0 +1,146 @@
+"""Takes the steps by which one authority follows another: prepare, publish, activate.
+
+Each step is durable before the next one: the key in the KeyManager, the authority in the bundle,
+the record in the journal, and only then its use. Which step is due is decided by `ca.slots`, on
+whose word one is taken out of turn by `ca.manager`. The callers see to it that there is one step
+at a time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from spire_hw.errors import SpireHwError
+from spire_hw_server.ca.slots import Record, Slots, Step
+
+if TYPE_CHECKING:
+    from spire_hw.clock import Clock
+    from spire_hw.log import Logger
+    from spire_hw.plugin.keymanager import Keys
+    from spire_hw_server.bundles import Bundles
+    from spire_hw_server.ca.keeper import JournalKeeper
+    from spire_hw_server.ca.line import JwtLine, Line, X509Line
+
+R = TypeVar("R", bound=Record)
+
+
+class Succession:
+    """The steps of both kinds of authority, which share one journal.
+
+    Args:
+        x509: the X.509 authorities; nothing is journalled before one of them is active.
+        jwt: the JWT keys; None when there are none, their records stay as they are.
+        keys: where new keys are made.
+        bundles: where authorities are published.
+        keeper: the journal.
+    """
+
+    def __init__(
+        self,
+        x509: X509Line,
+        jwt: JwtLine | None,
+        *,
+        keys: Keys,
+        bundles: Bundles,
+        keeper: JournalKeeper,
+        clock: Clock,
+        log: Logger,
+    ) -> None:
+        self._x509 = x509
+        self._jwt = jwt
+        self._keys = keys
+        self._bundles = bundles
+        self._keeper = keeper
+        self._clock = clock
+        self._log = log
+        self._unsaved = False
+
+    async def advance(self, line: Line[R]) -> None:
+        """Take the steps that are due now; save what could not be saved before.
+
+        Raises:
+            SpireHwError: a step failed; those before it stay taken.
+        """
+        step = line.slots.due(self._clock.now())
+        if step in {Step.PREPARE, Step.PREPARE_AND_ACTIVATE}:
+            await self.prepare(line)
+        elif self._unsaved:
+            await self._save()
+        if step in {Step.ACTIVATE, Step.PREPARE_AND_ACTIVATE}:
+            await self.activate(line)
+
+    async def prepare(self, line: Line[R]) -> R:
+        """Make and publish the next authority, replacing one that waits.
+
+        Raises:
+            SpireHwError: the KeyManager, the UpstreamAuthority or the store failed.
+        """
+        slot = line.slots.free_slot
+        signer = await self._keys.generate(line.key_id(slot), line.key_type)
+        record = await line.make(signer, slot)
+        await self._bundles.append(line.publication(record))
+        line.slots = line.slots.prepare(record)
+        line.signers[record.authority_id] = signer
+        self._unsaved = True
+        self._log.info(
+            "authority prepared",
+            kind=line.name,
+            slot=slot.value,
+            authority_id=record.authority_id,
+            expiration=record.not_after.isoformat(),
+        )
+        await self._save()
+        return record
+
+    async def activate(self, line: Line[R], authority_id: str | None = None) -> R:
+        """Let the prepared authority sign.
+
+        Args:
+            line: its kind.
+            authority_id: the one that is meant, None for whichever is prepared.
+
+        Raises:
+            NotReadyError: none is prepared.
+            InvalidInputError: another one is prepared.
+            SpireHwError: the journal could not be saved; the one before goes on signing.
+        """
+        before = line.slots
+        line.slots = before.activate(authority_id)
+        record = line.slots.active
+        if record is None:
+            raise SpireHwError("activation left no active authority")
+        try:
+            await self._save()
+        except BaseException:
+            line.slots = before
+            raise
+        line.adopt(record, line.signers[record.authority_id])
+        line.signers = {r.authority_id: line.signers[r.authority_id] for r in line.slots.records()}
+        self._log.info(
+            "authority activated",
+            kind=line.name,
+            slot=record.slot.value,
+            authority_id=record.authority_id,
+            expiration=record.not_after.isoformat(),
+        )
+        return record
+
+    async def forget_old(self, line: Line[R]) -> None:
+        """Empty the slot beside the active authority's.
+
+        Raises:
+            SpireHwError: the journal could not be saved; it is at the next step.
+        """
+        line.slots = Slots(line.slots.active)
+        self._unsaved = True
+        await self._save()
+
+    async def _save(self) -> None:
+        active = self._x509.slots.active
+        if active is None:
+            return
+        journal = self._keeper.journal.updated(
+            self._x509.slots, None if self._jwt is None else self._jwt.slots
+        )
+        await self._keeper.save(journal, active.authority_id)
+        self._unsaved = False
