@@ -111,6 +111,25 @@ async def test_a_server_that_gets_an_upstream_authority_makes_a_new_ca(outside: 
 
 
 @pytest.mark.asyncio
+async def test_a_server_whose_upstream_authority_is_gone_makes_a_ca_of_its_own(
+    outside: Outside,
+) -> None:
+    above = outside.block("UpstreamAuthority", "above")
+    async with World(server_plugins=KEYS + above) as world:
+        before = world.server.manager.x509_slots.active
+        assert before is not None
+        port = await world.stop_server()
+        world._server_plugins = world._server_plugins.removesuffix(above)
+        await world.start_server(port)
+        active = world.server.manager.x509_slots.active
+        assert active is not None
+        assert active.authority_id != before.authority_id
+        assert active.upstream_authority_id == ""
+        ids = {r.authority_id for r in (await world.bundle()).x509_authorities}
+        assert ids == {active.authority_id, root_id(outside, "first")}
+
+
+@pytest.mark.asyncio
 async def test_authorities_above_are_tainted_and_revoked_by_hand(outside: Outside) -> None:
     plugins = KEYS + outside.block("UpstreamAuthority", "above")
     async with World(server_plugins=plugins) as world:
