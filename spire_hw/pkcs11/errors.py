@@ -132,6 +132,20 @@ _REMEDIES: Final = {
     "TOKEN_NOT_PRESENT": "; bring the token back",
     "TOKEN_WRITE_PROTECTED": "; the token is write-protected",
 }
+# What C_Login answers for other reasons than the PIN: device, session or user are in a wrong state.
+_BEFORE_PIN: Final = frozenset(
+    {
+        *("CRYPTOKI_NOT_INITIALIZED", "HOST_MEMORY", "FUNCTION_CANCELED", "OPERATION_ACTIVE"),
+        *("DEVICE_ERROR", "DEVICE_MEMORY", "DEVICE_REMOVED", "SLOT_ID_INVALID"),
+        *("SESSION_CLOSED", "SESSION_COUNT", "SESSION_HANDLE_INVALID", "SESSION_READ_ONLY_EXISTS"),
+        *("SESSION_READ_WRITE_SO_EXISTS", "TOKEN_NOT_PRESENT", "TOKEN_NOT_RECOGNIZED"),
+        *("TOKEN_WRITE_PROTECTED", "USER_ALREADY_LOGGED_IN", "USER_ANOTHER_ALREADY_LOGGED_IN"),
+        "USER_TOO_MANY_TYPES",
+    }
+)
+# SoftHSM says so when it cannot read the token just now, others may when the PIN is wrong.
+_UNCLEAR: Final = frozenset({"GENERAL_ERROR", "FUNCTION_FAILED"})
+_LOGIN_REFUSED: Final = "hsm.login_refused"
 _UNMAPPED = re.compile(r"0x([0-9a-fA-F]{1,16})")
 _VENDOR_DEFINED: Final = 0x80000000
 
@@ -206,10 +220,49 @@ class TokenError(DeviceError):
             kind=row.kind,
         )
 
+    @classmethod
+    def of_login(cls, error: BaseException, device: str) -> TokenError:
+        """Translate what came of sending a PIN.
+
+        Many tokens count wrong PINs and some have codes of their own for them. So a code that does
+        not name another cause is a refusal, cured by an operator and not by trying again.
+        """
+        row = ckr_of(error)
+        if row.cure is not Cure.OPERATOR and row.name in _BEFORE_PIN | _UNCLEAR:
+            return cls.of(error, "login", device)
+        code = f"CKR_{row.name}" if row.value else row.name
+        is_plain = row.cure is Cure.OPERATOR
+        message = (
+            f"PIN refused: {code} says token {device}; correct the PIN at its source, the refused "
+            "one will not be tried again"
+        )
+        if not is_plain:
+            message = (
+                f"login refused: {code} says token {device}, which may have counted it as a wrong "
+                "PIN; this PIN will not be tried again: correct it at its source or, if it is right, "
+                "see to the token and restart"
+            )
+        return cls(
+            message,
+            reason=f"hsm.{row.name.lower()}" if is_plain else _LOGIN_REFUSED,
+            operation="login",
+            device=device,
+            code=row.value,
+            cure=Cure.OPERATOR,
+            kind=ErrorKind.FAILED_PRECONDITION,
+        )
+
     @property
     def is_pin_refusal(self) -> bool:
         """Tell whether the token was given a PIN and did not take it."""
-        return self.cure is Cure.OPERATOR and self.code != 0
+        # Flags that forbid a login have a reason of their own and no code: no PIN was sent.
+        was_sent = self.code != 0 or self.reason == _LOGIN_REFUSED
+        return self.operation == "login" and self.cure is Cure.OPERATOR and was_sent
+
+    @property
+    def may_be_pin_refusal(self) -> bool:
+        """Tell whether the token was given a PIN and does not say what it did not like."""
+        return self.operation == "login" and self.reason in {f"hsm.{n.lower()}" for n in _UNCLEAR}
 
     def to_dict(self) -> dict[str, str | int]:
         """Return the fields that travel from a worker to its host."""

@@ -97,6 +97,7 @@ class PinGuard:
         self._source = source
         self._salt = secrets.token_bytes(32)
         self._refused: dict[bytes, str] = {}
+        self._doubted: set[bytes] = set()
 
     def take(self) -> str:
         """Return the PIN.
@@ -120,10 +121,29 @@ class PinGuard:
         """Remember that the token refused this PIN, and in what words."""
         self._refused[self._mark(pin)] = message
 
+    def doubt(self, pin: str, message: str) -> None:
+        """Remember that a login failed and nobody knows why; at the second time it is a refusal.
+
+        Tokens that count wrong PINs allow three, so one more try does not lock them.
+        """
+        mark = self._mark(pin)
+        if mark in self._doubted:
+            self._refused[mark] = (
+                f"{message}; two logins failed so, which may have been counted as wrong PINs: this "
+                "PIN will not be tried again; correct it at its source or, if it is right, see to "
+                "the token and restart"
+            )
+        self._doubted.add(mark)
+
+    def accept(self, pin: str) -> None:
+        """Forget doubts: the token took this PIN."""
+        self._doubted.discard(self._mark(pin))
+
     def inherit(self, older: PinGuard) -> None:
         """Take over what an older guard learnt, so that a new configuration forgets nothing."""
         self._salt = older._salt
         self._refused = older._refused
+        self._doubted = older._doubted
 
     def _mark(self, pin: str) -> bytes:
         return hashlib.blake2b(pin.encode("utf-8"), key=self._salt, digest_size=32).digest()

@@ -80,13 +80,17 @@ class Opening:
         try:
             body = encode_json({**self.token, "pin": pin})
             answer = await worker.ask(Kind.OPEN, body, limit_s=self.limit_s, what="open token")
-            return worker, _facts(decode_json(answer))
+            facts = _facts(decode_json(answer))
         except BaseException as e:
             # Only what C_Login answered is held against the PIN: flags are asked before each try.
-            if isinstance(e, TokenError) and e.operation == "login" and e.is_pin_refusal:
+            if isinstance(e, TokenError) and e.is_pin_refusal:
                 self.guard.refuse(pin, e.message)
+            elif isinstance(e, TokenError) and e.may_be_pin_refusal:
+                self.guard.doubt(pin, e.message)
             await worker.end()
             raise
+        self.guard.accept(pin)
+        return worker, facts
 
 
 def _facts(fields: dict[str, Any]) -> TokenFacts:

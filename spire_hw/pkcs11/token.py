@@ -65,7 +65,8 @@ class TokenSession:
         """Log in, once.
 
         Raises:
-            TokenError: the PIN was refused (cure OPERATOR), or the token would be put at risk.
+            TokenError: the PIN was or may have been refused (cure OPERATOR), the token would be put
+                at risk, or it is in no state to log in.
         """
         flags = self.token.flags
         if flags & TokenFlag.USER_PIN_LOCKED:
@@ -75,23 +76,16 @@ class TokenSession:
                 "hsm.pin_final_try",
                 "the next wrong PIN locks the token; log in once by hand to reset its counter",
             )
+        rw = self._may_write()
         try:
-            self._anchor = self.token.open(rw=self._may_write(), user_pin=pin)
-            self._session = self.token.open(rw=self.can_write)
+            # Before the login, which is then the only thing left to fail in what follows.
+            self._session = self.token.open(rw=rw)
         except PKCS11Error as e:
-            row = ckr_of(e)
-            if row.cure is Cure.OPERATOR:
-                raise TokenError(
-                    f"PIN refused: CKR_{row.name} says token {self.device}; correct the PIN at its "
-                    "source, the refused one will not be tried again",
-                    reason=f"hsm.{row.name.lower()}",
-                    operation="login",
-                    device=self.device,
-                    code=row.value,
-                    cure=Cure.OPERATOR,
-                    kind=row.kind,
-                ) from e
-            raise TokenError.of(e, "login", self.device) from e
+            raise TokenError.of(e, "open session", self.device) from e
+        try:
+            self._anchor = self.token.open(rw=rw, user_pin=pin)
+        except Exception as e:
+            raise TokenError.of_login(e, self.device) from e
 
     def _may_write(self) -> bool:
         self.can_write = not self.token.flags & TokenFlag.WRITE_PROTECTED

@@ -73,3 +73,23 @@ def test_every_exception_of_the_library_is_known_or_internal() -> None:
     for value in vars(exceptions).values():
         if isinstance(value, type) and issubclass(value, exceptions.PKCS11Error):
             assert ckr_of(value()).kind in ErrorKind
+
+
+def test_a_login_that_names_no_other_cause_is_a_refusal() -> None:
+    unclear = {"GeneralError", "FunctionFailed"}
+    states = {"TokenNotPresent", "DeviceRemoved", "DeviceError", "SessionCount", "HostMemory"}
+    states |= {"UserAlreadyLoggedIn", "AnotherUserAlreadyLoggedIn", "SessionReadWriteSOExists"}
+    for name in unclear | states:
+        error = TokenError.of_login(getattr(exceptions, name)(), "token/1")
+        assert not error.is_pin_refusal
+        assert error.may_be_pin_refusal == (name in unclear)
+        assert error.operation == "login"
+    refusals: list[Exception] = [ValueError("odd"), exceptions.PKCS11Error("no number")]
+    refusals += [exceptions.PKCS11Error(f"Unmapped error code {c}") for c in ("0x80000001", "0x1b")]
+    refusals += [exceptions.ArgumentsBad(), exceptions.DataInvalid(), exceptions.PinIncorrect()]
+    for cause in refusals:
+        error = TokenError.from_dict(dict(TokenError.of_login(cause, "token/1").to_dict()))
+        assert error.is_pin_refusal
+        assert error.kind is ErrorKind.FAILED_PRECONDITION
+        assert error.cure is Cure.OPERATOR
+    assert not TokenError.of(exceptions.PinIncorrect(), "find key").is_pin_refusal

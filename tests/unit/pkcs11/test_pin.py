@@ -74,3 +74,20 @@ def test_a_refused_pin_is_not_handed_out_until_the_source_changes(tmp_path: Path
     with pytest.raises(TokenError):
         heir.take()
     assert "1111" not in repr(vars(guard))
+
+
+def test_a_doubted_pin_is_handed_out_once_more_unless_it_was_taken_since(tmp_path: Path) -> None:
+    guard = PinGuard(write(tmp_path / "pin", b"1111"))
+    for _ in range(3):
+        guard.doubt(guard.take(), "login failed")
+        guard.accept(guard.take())
+    guard.doubt(guard.take(), "login failed")
+    heir = PinGuard(FilePin(tmp_path / "pin"))
+    heir.inherit(guard)
+    heir.doubt(heir.take(), "login failed")
+    for one in (guard, heir):
+        with pytest.raises(TokenError, match="login failed; two logins") as caught:
+            one.take()
+        assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
+    write(tmp_path / "pin", b"2222")
+    assert heir.take() == "2222"
