@@ -59,6 +59,8 @@ class Collector:
 def name_of(nodeid: str) -> str:
     """Return `file/test[parameters]` for pytest's id of a test, without the word `test_`."""
     path, _, rest = nodeid.partition("::")
+    if "]@" in rest:  # the group of pytest-xdist
+        rest = rest[: rest.index("]@") + 1]
     function, bracket, parameters = rest.rpartition("::")[2].partition("[")
     stem = Path(path).stem.removeprefix("test_")
     return f"{stem}/{function.removeprefix('test_')}{bracket}{parameters}"

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     """Mark the tests here, and keep those of one deployment in one worker of pytest-xdist."""
     for item in items:
@@ -21,6 +22,7 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
         item.add_marker(pytest.mark.interop)
         callspec = getattr(item, "callspec", None)
         if callspec is not None and "deployment" in callspec.params:
-            item.add_marker(pytest.mark.xdist_group(f"interop-{callspec.id}"))
+            group = f"{item.path.stem}-{callspec.params['deployment']}"
+            item.add_marker(pytest.mark.xdist_group(group))
             # A step that was made cannot be made again in the same deployment.
             item.add_marker(pytest.mark.flaky(reruns=0))
