@@ -402,6 +402,8 @@ class TlsHalf(Half):
                     ended = True
                     break
                 chunks.append(chunk)
+                if not (self._in.pending or self._tls.pending()):
+                    break  # asking for more would only make an exception
         except ssl.SSLWantReadError:
             ended = False
         except ssl.SSLError as e:

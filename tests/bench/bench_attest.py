@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from spire_hw.bundle.bundle import Bundle
 
-ROUNDS = 12
+ROUNDS = 30
 WARM = 20
 CALLERS = 4
 
@@ -106,7 +106,7 @@ def config(directory: Path, vendor: Vendor) -> str:
 def main() -> None:
     """Start the server, measure, stop it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--attestations", type=int, default=800)
+    parser.add_argument("--attestations", type=int, default=1500)
     arguments = parser.parse_args()
     vendor = Vendor.make()
     with tempfile.TemporaryDirectory(prefix="bench") as name:
