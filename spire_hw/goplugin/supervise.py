@@ -36,6 +36,14 @@ _MISSES_TOLERATED: Final = 3
 _END_NOTICED_S: Final = 0.2
 _NO_METADATA: Final[Metadata] = ()
 
+# A plugin that answers its old configuration with one of these will do so again, and what it tries
+# in vain, such as a PIN, may be counted by a device.
+_FINAL: Final = {
+    ErrorKind.INVALID_ARGUMENT,
+    ErrorKind.FAILED_PRECONDITION,
+    ErrorKind.PERMISSION_DENIED,
+}
+
 Explain = Callable[[SpireHwError], Awaitable[SpireHwError]]
 
 
@@ -89,6 +97,7 @@ class Supervisor:
         self._text: str | None = None
         self._misses = 0
         self._opened = False
+        self._given_up: asyncio.Event | None = None  # set when it is worth trying again
         self._tasks = Tasks(self._task_failed)
         self._changing = asyncio.Lock()
 
@@ -112,7 +121,11 @@ class Supervisor:
             SpireHwError: it failed, or is not up.
         """
         async with self._changing:
-            await self._up().configure(text)
+            if self._given_up is None or self._given_up.is_set():
+                await self._up().configure(text)
+            else:
+                self._run = await self._started(text)
+                self._given_up.set()
             self._text = text
 
     async def validate(self, text: str) -> list[str]:
@@ -242,23 +255,35 @@ class Supervisor:
                     backoff.reset()
             await self._clock.sleep(backoff.next_s())
             await self._start_again()
+            if self._given_up is not None:
+                await self._given_up.wait()
+                self._given_up = None
 
     async def _start_again(self) -> None:
         try:
-            run = await Run.start(self._launch)
-            try:
-                async with self._changing:
-                    if self._text is not None:
-                        await run.configure(self._text)
-                    self._run, self._misses = run, 0
-            except BaseException:
-                await run.kill()
-                raise
+            async with self._changing:
+                run = self._run = await self._started(self._text)
         except SpireHwError as e:
             self._why_not = e.message
             self._log.error("External plugin did not come up again", error=e.message)
         else:
             self._log.info("External plugin was started again", pid=run.pid)
+
+    async def _started(self, text: str | None) -> Run:
+        """Return a new run that has taken a configuration."""
+        run = await Run.start(self._launch)
+        try:
+            if text is not None:
+                await run.configure(text)
+        except BaseException as e:
+            await run.kill()
+            if isinstance(e, SpireHwError) and e.kind in _FINAL and self._given_up is None:
+                self._given_up = asyncio.Event()
+                remedy = "it is not started again before it is given another configuration"
+                raise SpireHwError(f"{e.message}; {remedy}", kind=e.kind) from e
+            raise
+        self._misses = 0
+        return run
 
     async def _probe_now_and_then(self) -> None:
         while True:

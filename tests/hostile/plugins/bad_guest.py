@@ -27,7 +27,7 @@ from spire_hw._pb import (
     plugin_server_keymanager_pb2,
 )
 from spire_hw.clock import SystemClock
-from spire_hw.errors import InvalidInputError, SpireHwError, UnavailableError
+from spire_hw.errors import InvalidInputError, NotReadyError, SpireHwError, UnavailableError
 from spire_hw.goplugin.facade import keymanager
 from spire_hw.log import get_logger
 from spire_hw.plugin.info import HostInfo, Side
@@ -126,6 +126,12 @@ class Config:
         log(**{"@level": "info", "@message": "configured", "text": text})
         if MODE == "hangs_in_configure":
             time.sleep(3600)  # noqa: ASYNC251 - that is what is wrong with it
+        if MODE == "locked_once_restarted":
+            tries = Path(text.split('"')[1])
+            before = tries.read_text()  # noqa: ASYNC240
+            tries.write_text(before + "x")  # noqa: ASYNC240
+            if before:
+                raise NotReadyError("PIN refused")
         if "bad" in text:
             raise InvalidInputError("bad is \x1b[31mbad\n")
         if MODE == "leaks":
@@ -161,7 +167,7 @@ class Config:
 class KeyManager(keymanager.KeyManagerService):
     async def sign_data(self, request: Any, call: Any) -> Any:
         match MODE:
-            case "dies_in_call":
+            case "dies_in_call" | "locked_once_restarted":
                 os.kill(os.getpid(), signal.SIGSEGV)
             case "hangs_in_call":
                 time.sleep(3600)  # noqa: ASYNC251

@@ -192,6 +192,38 @@ async def test_a_plugin_that_dies_in_a_call_is_started_and_configured_again(
 
 
 @pytest.mark.asyncio
+async def test_what_a_restarted_plugin_refuses_is_not_tried_again(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A PIN that a device counts would be sent at every start."""
+    tries, others = stage.temp / "tries", stage.temp / "others"
+    tries.touch()
+    others.touch()
+    clock = stage.clock = SimClock()
+    catalog = await stage.load(stage.config("locked_once_restarted", data=f'a = "{tries}"'))
+    try:
+        signer = await signer_of(catalog)
+        with pytest.raises(PluginError, match="went away during the call"):
+            await signer.sign(DIGEST, SHA256)
+        async with asyncio.timeout(30):
+            while "did not come up again" not in capsys.readouterr().out:
+                await clock.advance(timedelta(seconds=1))
+                await asyncio.sleep(0.05)
+        for _ in range(20):
+            await clock.advance(timedelta(minutes=2))
+            await asyncio.sleep(0.05)
+        assert tries.read_text() == "xx"
+        with pytest.raises(PluginError, match="before it is given another configuration"):
+            await keys_of(catalog).list()
+        supervisor: Any = catalog.one(PluginKind.KEY_MANAGER).plugin._link.channel()
+        await supervisor.configure(f'a = "{others}"')
+        assert await keys_of(catalog).list() == []
+    finally:
+        await catalog.close()
+    assert (tries.read_text(), others.read_text()) == ("xx", "x")
+
+
+@pytest.mark.asyncio
 async def test_a_plugin_that_hangs_is_killed_after_its_deadline(stage: Stage) -> None:
     stage.limits = replace(stage.limits, call_s=1, probe_s=1)
     catalog = await stage.load(stage.config("hangs_in_call"))

@@ -101,7 +101,9 @@ async def test_a_new_svid_is_put_once_over_the_old_one(rig: Rig) -> None:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize(
-    "later", [[], [entry(store=False)], [replace(entry(), entry_id="e2")]], ids=str
+    "later",
+    [[], [entry(store=False)], [replace(entry(), entry_id="e2")]],
+    ids=["gone", "not stored", "another entry"],
 )
 async def test_what_nobody_asks_for_any_more_is_taken_out(rig: Rig, later: Any) -> None:
     rig.has(entry(), svid())
