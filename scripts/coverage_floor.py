@@ -31,6 +31,7 @@ CORE = {
         "plugins/spire_hw_plugins/nodeattestor/tpm/config.py",
     ),
     "transport": ("spire_hw/transport/",),
+    "rpc": ("spire_hw/rpc/",),
 }
 
 
