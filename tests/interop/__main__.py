@@ -23,6 +23,7 @@ HERE: Final = Path(__file__).resolve().parent
 ROOT: Final = HERE.parents[1]
 REPORT: Final = ROOT / "build" / "interop.json"
 _WIDTH: Final = 160
+_MOST_COLUMNS = 6  # more do not fit: then a line for each case
 _REASON: Final = 300
 _SIGNS: Final = {
     "passed": "[green]passed[/]",
@@ -81,8 +82,16 @@ def show(cases: list[Case], console: Console) -> None:
         test, _, parameters = one["case"].partition("[")
         file, _, step = test.partition("/")
         files.setdefault(file, {}).setdefault(step, {})[parameters.rstrip("]")] = one
-    for file, steps in files.items():
+    for file, found in files.items():
+        steps = found
         columns = list(dict.fromkeys(name for row in steps.values() for name in row))
+        if len(columns) > _MOST_COLUMNS:
+            steps = {
+                f"{step} {name}": {"": one}
+                for step, row in found.items()
+                for name, one in row.items()
+            }
+            columns = [""]
         table = Table(title=file, title_justify="left")
         table.add_column("")
         for name in columns:
