@@ -53,7 +53,6 @@ class Loaded:
     kind: PluginKind
     name: str
     plugin: Any
-    is_external: bool = False
 
     @property
     def prefix(self) -> str:
@@ -272,7 +271,7 @@ class _Slot:
     @property
     def loaded(self) -> Loaded:
         plugin = self.builtin if self.external is None else self.external.contract
-        return Loaded(self.config.kind, self.config.name, plugin, self.external is not None)
+        return Loaded(self.config.kind, self.config.name, plugin)
 
     async def make_ready(self) -> None:
         if self.external is not None:

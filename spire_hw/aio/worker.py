@@ -62,19 +62,7 @@ class Worker:
 
     def _loop(self) -> None:
         while (item := self._queue.get()) is not _STOP:
-            function, future = item
-            if future.cancelled():
-                continue
-            result: Any = None
-            error: BaseException | None = None
-            try:
-                result = function()
-            except BaseException as e:  # noqa: BLE001 - handed to the caller as it is
-                error = e
-            try:
-                future.get_loop().call_soon_threadsafe(_settle, future, result, error)
-            except RuntimeError:
-                continue  # the caller's loop is gone, nobody waits
+            run_for(*item)
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Finish what is queued and end the thread; one that hangs is left behind.
@@ -90,7 +78,39 @@ class Worker:
             await asyncio.to_thread(self._thread.join, timeout_s)
 
 
-def _settle(future: asyncio.Future[Any], result: object, error: BaseException | None) -> None:
+def run_for(
+    function: Callable[[], T],
+    future: asyncio.Future[T],
+    done: Callable[[T], None] | None = None,
+) -> None:
+    """Run a function in this thread and settle a future in the event loop it belongs to.
+
+    Args:
+        function: what runs, unless its caller went away before.
+        future: what the caller waits for.
+        done: called in the event loop with what the function returned, before the caller goes on
+            and whether or not it still waits.
+    """
+    if future.cancelled():
+        return
+    result: Any = None
+    error: BaseException | None = None
+    try:
+        result = function()
+    except BaseException as e:  # noqa: BLE001 - handed to the caller as it is
+        error = e
+    with contextlib.suppress(RuntimeError):  # the caller's loop is gone, nobody waits
+        future.get_loop().call_soon_threadsafe(_settle, future, result, error, done)
+
+
+def _settle(
+    future: asyncio.Future[Any],
+    result: Any,
+    error: BaseException | None,
+    done: Callable[[Any], None] | None,
+) -> None:
+    if error is None and done is not None:
+        done(result)
     if future.done():
         return
     if error is not None:

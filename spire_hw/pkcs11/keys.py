@@ -10,7 +10,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric import ec, rsa, utils
 
-from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError
+from spire_hw.errors import InvalidInputError, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, PublicKey, SignOptions, check_digest
 
 CKM_RSA_PKCS_KEY_PAIR_GEN: Final = 0x0
@@ -199,8 +199,3 @@ def _ec_key_of(material: PublicMaterial) -> PublicKey:
         return ec.EllipticCurvePublicKey.from_encoded_point(_CURVES[key_type], point)
     except ValueError as e:
         raise InvalidInputError("undecodable EC point: not on the curve") from e
-
-
-def unfit(message: str) -> SpireHwError:
-    """Return the error for a key that the operator must look at."""
-    return SpireHwError(message, kind=ErrorKind.FAILED_PRECONDITION)

@@ -62,13 +62,13 @@ def _ms(seconds: float) -> int:
 class GrpcioEngine:
     """Serves calls through grpcio; every connection is dialled in the name of its peer."""
 
+    descriptors = 2  # the two ends of the private connection
+
     def __init__(self, endpoints: dict[str, Endpoint], limits: RpcLimits) -> None:
         self._endpoints = endpoints
         self._limits = limits
         self._callers = Callers()
         self._server: grpc.aio.Server | None = None
-
-    descriptors = 2  # the two ends of the private connection
 
     def __len__(self) -> int:
         return len(self._callers)

@@ -246,6 +246,8 @@ class H2Engine:
         tasks: of calls and connections.
     """
 
+    descriptors = 0
+
     def __init__(self, endpoints: dict[str, Endpoint], limits: RpcLimits, log: Logger) -> None:
         self.endpoints = endpoints
         self.limits = limits
@@ -257,8 +259,6 @@ class H2Engine:
         self._connections: dict[ServerConnection, None] = {}
         self._emptied: asyncio.Future[None] | None = None
         self._stopping = False
-
-    descriptors = 0
 
     def __len__(self) -> int:
         return len(self._connections)

@@ -7,13 +7,14 @@ import queue
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from spire_hw.aio.worker import run_for
 from spire_hw.errors import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
-_Job = tuple["Callable[[], Any]", "Callable[[Any], None]", "asyncio.Future[Any]"]
+_Job = tuple["Callable[[], Any]", "asyncio.Future[Any]", "Callable[[Any], None]"]
 
 
 class Writer:
@@ -43,7 +44,7 @@ class Writer:
         with self._lock:
             if self._closed:
                 raise UnavailableError("the datastore is closed")
-            self._jobs.put((function, done, future))
+            self._jobs.put((function, future, done))
         return future
 
     def close(self) -> None:
@@ -56,32 +57,4 @@ class Writer:
 
     def _loop(self) -> None:
         while (job := self._jobs.get()) is not None:
-            function, done, future = job
-            if future.cancelled():
-                continue
-            result: Any = None
-            error: BaseException | None = None
-            try:
-                result = function()
-            except BaseException as e:  # noqa: BLE001 - handed to the caller as it is
-                error = e
-            try:
-                future.get_loop().call_soon_threadsafe(_settle, future, result, error, done)
-            except RuntimeError:
-                continue  # the caller's loop is gone, nobody waits
-
-
-def _settle(
-    future: asyncio.Future[Any],
-    result: Any,
-    error: BaseException | None,
-    done: Callable[[Any], None],
-) -> None:
-    if error is None:
-        done(result)
-    if future.done():
-        return
-    if error is not None:
-        future.set_exception(error)
-    else:
-        future.set_result(result)
+            run_for(*job)
