@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spire_hw.config.hcl import Body
     from spire_hw.errors import ConfigFault
     from spire_hw.log import Logger
+    from spire_hw.posture.judge import Judge
     from spire_hw.spiffeid import TrustDomain
 
 
@@ -62,6 +63,7 @@ class HostInfo:
         join_token: the agent's single-use token, "" when it has none; a secret.
         trust_bundle: returns the server's own bundle as it is now, raises NotReadyError while the
             server starts; None in the agent.
+        judge: policies and the memory of nodes; None in the agent and under a host without them.
     """
 
     side: Side
@@ -73,6 +75,7 @@ class HostInfo:
     join_token: str = field(default="", repr=False)
     services: HostServices = field(default_factory=HostServices)
     trust_bundle: Callable[[], Bundle] | None = None
+    judge: Judge | None = None
 
 
 class Plugin(Protocol):

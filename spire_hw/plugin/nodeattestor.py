@@ -11,6 +11,8 @@ from spire_hw.spiffeid import SpiffeId
 if TYPE_CHECKING:
     from spire_hw.key import PublicKey
     from spire_hw.plugin.keymanager import KeyManager
+    from spire_hw.posture.evidence import Evidence
+    from spire_hw.posture.verdict import Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +76,16 @@ class AttestedIdentity:
         can_reattest: whether the agent attests again instead of renewing.
         attestation_key: DER SubjectPublicKeyInfo of the key that spoke for the machine; the host
             sees to it that no other node has it. None when there is none.
+        evidence: what was proved about the machine, for the host to keep; None when nothing was.
+        verdict: what the host's judge made of it, None when there was no judge.
     """
 
     agent_id: SpiffeId
     selector_values: list[str]
     can_reattest: bool
     attestation_key: bytes | None = None
+    evidence: Evidence | None = None
+    verdict: Verdict | None = None
 
 
 # Sends one challenge to the agent, returns its answer.

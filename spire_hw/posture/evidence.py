@@ -1,0 +1,217 @@
+"""What one exchange with a node proved: facts only, each of them verified.
+
+Whoever makes these values has checked signatures, replayed the logs against quoted PCRs, and left
+out what nothing vouches for. They are what policies are evaluated over, what is stored, and what
+`policy test` reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+# (bank, PCR number) to value.
+PcrValues = Mapping[tuple[str, int], bytes]
+
+
+class Occasion(Enum):
+    """What the evidence was given for."""
+
+    ATTESTATION = "attestation"
+    HEARTBEAT = "heartbeat"
+
+
+class Tier(Enum):
+    """How much the exchange proved."""
+
+    ACTIVATION = "activation"  # which TPM it is
+    QUOTE = "quote"  # and in what state its machine is
+
+
+@dataclass(frozen=True, slots=True)
+class EkFacts:
+    """The endorsement key.
+
+    Attributes:
+        hash: lower-case hex SHA-256 of its SubjectPublicKeyInfo.
+        methods: how it was allowed, of `ca` and `hash`.
+        root: lower-case hex SHA-256 of the manufacturer's root certificate; None without a
+            verified certificate, as are the next three.
+        manufacturer: such as `id:4E544300`.
+        model: manufacturer's name of the part.
+        version: manufacturer's firmware version.
+    """
+
+    hash: str
+    methods: tuple[str, ...]
+    root: str | None = None
+    manufacturer: str | None = None
+    model: str | None = None
+    version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """The TPM's own, true (not scrambled) values.
+
+    Attributes:
+        clock_ms: powered-on milliseconds since the last clear.
+        reset_count: restarts of the machine.
+        restart_count: resumes since the last restart.
+        safe: the clock cannot have gone back.
+        firmware_version: vendor's number.
+    """
+
+    clock_ms: int
+    reset_count: int
+    restart_count: int
+    safe: bool
+    firmware_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class BootImage:
+    """An image firmware started: the PCR it was measured into, and its Authenticode digest."""
+
+    pcr: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class BootFacts:
+    """What a replayed boot log vouches for. Digests of variables are SHA-256 of their data.
+
+    Attributes:
+        log_sha256: lower-case hex SHA-256 of the log.
+        bank: bank it was replayed in.
+        explained: PCRs whose quoted value the log reproduces.
+        secure_boot: on or off; None where PCR 7 was not quoted.
+        debug_mode: firmware measured "UEFI Debug Mode".
+        dma_protection: False when firmware measured that it is disabled.
+        firmware_error: a PCR ends with the error separator.
+        variables: name (`PK`, `KEK`, `db`, `dbx`, ...) to hex SHA-256 of the variable's data.
+        db: hex SHA-256 of each entry (certificate or hash) of db.
+        dbx: the same of dbx.
+        sbat: first line of SbatLevel, such as `sbat,1,2023012900`.
+        authorities: hex SHA-256 of each certificate that let an image start.
+        images: images in PCR 2 and 4 in order, up to the hand-over.
+        commands: commands and kernel command lines that match their digests (PCR 8, 12).
+        files: digests of loaded files (PCR 9 of GRUB and the Linux stub).
+        uki: hex value of PCR 11 after the stub's measurements, None without a stub.
+        mok: shim's lists are in PCR 14; None where PCR 14 was not quoted.
+        mok_digests: their digests, in order.
+        crtm_version: firmware's version text or hex, "" when not measured.
+        workarounds: names of known faults of firmware that had to be made up for.
+    """
+
+    log_sha256: str
+    bank: str
+    explained: tuple[int, ...]
+    secure_boot: bool | None = None
+    debug_mode: bool = False
+    dma_protection: bool = True
+    firmware_error: bool = False
+    variables: Mapping[str, str] = field(default_factory=dict)
+    db: tuple[str, ...] = ()
+    dbx: frozenset[str] = frozenset()
+    sbat: str = ""
+    authorities: tuple[str, ...] = ()
+    images: tuple[BootImage, ...] = ()
+    commands: tuple[str, ...] = ()
+    files: tuple[bytes, ...] = ()
+    uki: str | None = None
+    mok: bool | None = None
+    mok_digests: tuple[bytes, ...] = ()
+    crtm_version: str = ""
+    workarounds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ImaEntry:
+    """One file (or buffer) the kernel measured.
+
+    Attributes:
+        path: as the kernel wrote it; any bytes but newline and NUL.
+        algorithm: of the digest, such as `sha256`.
+        digest: of the file's content.
+        template: `ima`, `ima-ng`, `ima-sig` or `ima-buf`.
+        signature: the file's signature as the kernel listed it, b"" without one.
+    """
+
+    path: bytes
+    algorithm: str
+    digest: bytes
+    template: str
+    signature: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class ImaState:
+    """How far a node's list was replayed; the next part starts here.
+
+    Attributes:
+        count: entries so far, of this boot.
+        pcr: value of PCR 10 after them.
+        sha256: running digest over the entries, to tell a rewritten list.
+    """
+
+    count: int
+    pcr: bytes
+    sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ImaFacts:
+    """A part of the kernel's list that replays to the quoted PCR 10.
+
+    Attributes:
+        start: number of its first entry.
+        state: where it ends.
+        entries: without violations and the boot aggregate.
+        violations: how many of them the kernel marked as not reliable, in this part.
+        padded_sha1: the kernel extends SHA-1 into larger banks (before 5.8).
+    """
+
+    start: int
+    state: ImaState
+    entries: tuple[ImaEntry, ...] = ()
+    violations: int = 0
+    padded_sha1: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """All of it.
+
+    Attributes:
+        made_at: server's time when it was checked.
+        occasion: what it was given for.
+        tier: how much it proves.
+        ek: the endorsement key.
+        ak_public: TPMT_PUBLIC of the attestation key.
+        ak_hierarchy: `endorsement` or `owner`.
+        key_in_tpm: the SVID's key was certified.
+        counters: None when the attestation key's place hides them.
+        pcrs: what was quoted.
+        boot: None when no boot log was asked for.
+        ima: None when no IMA list was asked for.
+        boot_id: the kernel's boot id, as claimed; only ever a hint.
+    """
+
+    made_at: datetime
+    occasion: Occasion
+    tier: Tier
+    ek: EkFacts
+    ak_public: bytes
+    ak_hierarchy: str = "endorsement"
+    key_in_tpm: bool = False
+    counters: Counters | None = None
+    pcrs: PcrValues = field(default_factory=dict)
+    boot: BootFacts | None = None
+    ima: ImaFacts | None = None
+    boot_id: str | None = None

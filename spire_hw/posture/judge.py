@@ -1,0 +1,51 @@
+"""The seam between an attestor, which proves facts, and its host, which knows policies and nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from spire_hw.posture.evidence import EkFacts, Evidence, ImaState
+    from spire_hw.posture.verdict import Verdict
+    from spire_hw.spiffeid import SpiffeId
+
+
+@dataclass(frozen=True, slots=True)
+class EvidenceRequest:
+    """What a node has to show.
+
+    Attributes:
+        pcrs: bank and PCR numbers, ascending, one quote per bank; empty for the attestor's own.
+        boot_log: whether the boot log is wanted.
+        ima: where the kernel's list goes on from (`count` 0 at the first time); None when it is
+            not wanted.
+    """
+
+    pcrs: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    boot_log: bool = False
+    ima: ImaState | None = None
+
+
+class Judge(Protocol):
+    """The host's side."""
+
+    async def request(self, agent_id: SpiffeId, ek: EkFacts) -> EvidenceRequest:
+        """Return what to ask of a node whose claimed endorsement key was accepted.
+
+        Raises:
+            AttestationError: `no_policy`, none applies and the default is deny.
+            DeniedError: the node is banned.
+        """
+        ...
+
+    async def judge(self, agent_id: SpiffeId, evidence: Evidence) -> Verdict:
+        """Return what policy and the memory of the node make of proved evidence.
+
+        Called after the activation secret and the attestation key's signatures were verified, so
+        a verdict that does not hold changes the node's state.
+
+        Raises:
+            AttestationError: with the findings of the checks that do not hold.
+        """
+        ...
