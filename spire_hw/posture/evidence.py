@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from spire_hw.errors import Finding
+
 # (bank, PCR number) to value.
 PcrValues = Mapping[tuple[str, int], bytes]
 
@@ -195,12 +197,15 @@ class Evidence:
         ek: the endorsement key.
         ak_public: TPMT_PUBLIC of the attestation key.
         ak_hierarchy: `endorsement` or `owner`.
+        ak_qualified_name: where in it that key is, as all its statements say; b"" for a primary.
         key_in_tpm: the SVID's key was certified.
         counters: None when the attestation key's place hides them.
         pcrs: what was quoted.
         boot: None when no boot log was asked for.
         ima: None when no IMA list was asked for.
         boot_id: the kernel's boot id, as claimed; only ever a hint.
+        findings: what speaks against the node although its key signed it: `bank_unused`,
+            `ima_rollback`. Such evidence never holds; it reaches the judge for the node's state.
     """
 
     made_at: datetime
@@ -209,9 +214,11 @@ class Evidence:
     ek: EkFacts
     ak_public: bytes
     ak_hierarchy: str = "endorsement"
+    ak_qualified_name: bytes = b""
     key_in_tpm: bool = False
     counters: Counters | None = None
     pcrs: PcrValues = field(default_factory=dict)
     boot: BootFacts | None = None
     ima: ImaFacts | None = None
     boot_id: str | None = None
+    findings: tuple[Finding, ...] = ()

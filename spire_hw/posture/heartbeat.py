@@ -64,6 +64,7 @@ class KnownNode:
         ak_hierarchy: where that key lives.
         svid_spki_sha256: of the certificate that authenticates the heartbeat's stream.
         key_in_tpm: that certificate's key was certified at attestation.
+        ak_qualified_name: as in its evidence.
     """
 
     ek: EkFacts
@@ -71,6 +72,7 @@ class KnownNode:
     ak_hierarchy: str
     svid_spki_sha256: bytes
     key_in_tpm: bool
+    ak_qualified_name: bytes = b""
 
 
 @runtime_checkable

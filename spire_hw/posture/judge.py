@@ -20,11 +20,16 @@ class EvidenceRequest:
         boot_log: whether the boot log is wanted.
         ima: where the kernel's list goes on from (`count` 0 at the first time); None when it is
             not wanted.
+        reset_count: of the boot `ima` belongs to: under another count the list starts at 0. None
+            when `ima.count` is 0.
+        counters: whether the TPM's true counters are needed; `counters_hidden` without them.
     """
 
     pcrs: tuple[tuple[str, tuple[int, ...]], ...] = ()
     boot_log: bool = False
     ima: ImaState | None = None
+    reset_count: int | None = None
+    counters: bool = False
 
 
 class Judge(Protocol):
