@@ -26,13 +26,12 @@ from spire_hw.errors import (
 from spire_hw.plugin.nodeattestor import AttestedIdentity
 from spire_hw.spiffeid import agent_id
 from spire_hw.tpm import verify
-from spire_hw.tpm.certificate import parse_certificate
 from spire_hw.tpm.credential import make_credential
-from spire_hw.tpm.ekcert import VerifiedEk, verify_ek_certificate
-from spire_hw.tpm.public import check_ak, check_ek, check_svid_key, parse_public
+from spire_hw.tpm.public import check_ak, check_svid_key, parse_public
 from spire_hw.tpm.verify import NO_CSR, Quote, Statement, qualifier
 from spire_hw_plugins.nodeattestor.tpm import wire
 from spire_hw_plugins.nodeattestor.tpm.config import build_settings, find_faults
+from spire_hw_plugins.nodeattestor.tpm.endorsement import accept_ek, read_ek
 from spire_hw_plugins.nodeattestor.tpm.exchanges import MAX_OPEN, Exchanges
 
 if TYPE_CHECKING:
@@ -42,10 +41,10 @@ if TYPE_CHECKING:
     from spire_hw.errors import ConfigFault
     from spire_hw.plugin.info import HostInfo
     from spire_hw.plugin.nodeattestor import AttestationRequest
-    from spire_hw.tpm.certificate import Certificate
     from spire_hw.tpm.public import TpmPublic
     from spire_hw.tpm.wire import PcrSelection
     from spire_hw_plugins.nodeattestor.tpm.config import Settings
+    from spire_hw_plugins.nodeattestor.tpm.endorsement import Endorsement
     from spire_hw_plugins.nodeattestor.tpm.exchanges import Place
 
 NAME: Final = "tpm"
@@ -62,20 +61,10 @@ def build(host: HostInfo) -> TpmServer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Endorsement:
-    """An accepted endorsement key."""
-
-    public: TpmPublic
-    hash: str
-    methods: tuple[str, ...]
-    verified: VerifiedEk | None
-
-
-@dataclass(frozen=True, slots=True)
 class _Device:
     """What is known about a node before it answered the challenge; all still claims."""
 
-    ek: _Endorsement
+    ek: Endorsement
     ak: TpmPublic
     creation: verify.Creation
     key: TpmPublic | None
@@ -168,9 +157,9 @@ class TpmServer:
         self, settings: Settings, request: AttestationRequest, claimed: dict[str, str]
     ) -> AttestedIdentity:
         data = wire.decode_attestation_data(request.payload)
-        public, leaf = _read_ek(data)
+        public, leaf = read_ek(data)
         claimed["ek_hash"] = hashlib.sha256(public.spki).hexdigest()
-        ek = await self._check_ek(settings, public, leaf, data.ek_chain)
+        ek = await accept_ek(settings, self._host, public, leaf, data.ek_chain)
         identity = agent_id(self._host.trust_domain, NAME, ek.hash)
         await request.admit(identity)
         with self._open.hold(ek.hash, request.source) as place:
@@ -195,56 +184,6 @@ class TpmServer:
             can_reattest=True,
             attestation_key=device.ak.spki,
         )
-
-    async def _check_ek(
-        self,
-        settings: Settings,
-        public: TpmPublic,
-        leaf: Certificate | None,
-        chain: tuple[bytes, ...],
-    ) -> _Endorsement:
-        key_hash = hashlib.sha256(public.spki).hexdigest()
-        verified, denied = self._check_certificate(settings, leaf, chain)
-        methods = ["ca"] if verified is not None else []
-        if settings.use_hash and (settings.need_both or not methods):
-            if await self._is_listed(settings, key_hash):
-                methods.append("hash")
-            else:
-                text = "ek: endorsement key is not registered"
-                denied.append(Finding("ek_unlisted", text, ErrorKind.PERMISSION_DENIED))
-        if not methods or (settings.need_both and denied):
-            raise AttestationError(denied)
-        return _Endorsement(public, key_hash, tuple(methods), verified)
-
-    def _check_certificate(
-        self, settings: Settings, leaf: Certificate | None, chain: tuple[bytes, ...]
-    ) -> tuple[VerifiedEk | None, list[Finding]]:
-        """Return the verified certificate, or why there is none."""
-        if not settings.use_ca:
-            return None, []
-        if leaf is None:
-            if settings.use_hash and not settings.need_both:
-                return None, []
-            text = "ek: endorsement certificate is missing"
-            return None, [Finding("ek_no_certificate", text, ErrorKind.PERMISSION_DENIED)]
-        try:
-            now = self._host.clock.now()
-            verified = verify_ek_certificate(
-                leaf, chain, settings.roots, now, chain_time=settings.chain_time
-            )
-        except AttestationError as e:
-            return None, list(e.findings)
-        return verified, []
-
-    async def _is_listed(self, settings: Settings, key_hash: str) -> bool:
-        if key_hash in settings.hashes:
-            return True
-        if settings.hash_dir is not None and await asyncio.to_thread(
-            (settings.hash_dir / key_hash).is_file
-        ):
-            return True
-        listed = self._host.ek_list
-        return listed is not None and await listed.is_ek_allowed(key_hash)
 
     async def _ask(
         self, settings: Settings, request: AttestationRequest, message: bytes, place: Place
@@ -288,24 +227,6 @@ class TpmServer:
 
 def _refuse(code: str, text: str, kind: ErrorKind = ErrorKind.INVALID_ARGUMENT) -> AttestationError:
     return AttestationError([Finding(code, text, kind)])
-
-
-def _read_ek(data: wire.AttestationData) -> tuple[TpmPublic, Certificate | None]:
-    public = parse_public(data.ek_pub, "ek: public area")
-    check_ek(public)
-    leaf = None
-    if data.ek_certificate is not None:
-        leaf = parse_certificate(data.ek_certificate)
-        if data.ek_spki is not None and leaf.spki != data.ek_spki:
-            text = "ek: certificate and public key are different keys"
-            raise _refuse("ek_key_mismatch", text)
-        if leaf.spki != public.spki:
-            text = "ek: public area and certificate are different keys"
-            raise _refuse("ek_key_mismatch", text)
-    if data.ek_spki is not None and data.ek_spki != public.spki:
-        text = "ek: public area and public key are different keys, or not in canonical form"
-        raise _refuse("ek_key_mismatch", text)
-    return public, leaf
 
 
 def _check_ak(
