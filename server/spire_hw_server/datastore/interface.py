@@ -138,6 +138,7 @@ class Node:
         serial_number: decimal serial of its current SVID, "" when banned.
         new_serial_number: serial of a renewed SVID that was not used yet, "" when there is none.
         selectors: with the attestor's name as type.
+        quarantine: reason code of the quarantine it is in, "" when it is in none.
     """
 
     agent_id: SpiffeId
@@ -149,6 +150,7 @@ class Node:
     can_reattest: bool = False
     agent_version: str = ""
     selectors: tuple[Selector, ...] = ()
+    quarantine: str = ""
 
     @property
     def banned(self) -> bool:
@@ -253,6 +255,7 @@ class ChangeKind(Enum):
     NODE = "node"
     BUNDLE = "bundle"
     FEDERATION = "federation"
+    POLICY = "policy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +265,7 @@ class Change:
     Attributes:
         event_id: grows by exactly one from change to change, in the order they became visible.
         kind: what it is about.
-        key: entry id, agent ID or trust domain name.
+        key: entry id, agent ID, trust domain name or name of a policy.
         node: the node as this change left it, None when only asking the store can tell.
     """
 

@@ -133,6 +133,8 @@ nodes = Table(
     Column("can_reattest", Boolean(), nullable=False),
     Column("agent_version", Exact(1024), nullable=False),
     Column("selectors", json_text(), nullable=False),
+    # Reason code of the quarantine it is in, NULL when it is in none.
+    Column("quarantine", Exact(255), nullable=True),
     UniqueConstraint("agent_id"),
     Index(None, "expires_at"),
     sqlite_autoincrement=True,
@@ -163,6 +165,79 @@ node_keys = Table(
     sqlite_with_rowid=False,
 )
 
+# What is known of a node's machine; `memory` is what the next evidence is compared with, `evidence`
+# the last that was accepted (deflated document), without the entries of its IMA list.
+node_postures = Table(
+    "node_postures",
+    metadata,
+    Column(
+        "node_row", row_number(), ForeignKey("nodes.row_id", ondelete="CASCADE"), nullable=False
+    ),
+    Column("state", Ascii(16), nullable=False),
+    Column("reasons", json_text(), nullable=False),
+    Column("message", Exact(4096), nullable=False),
+    Column("since", seconds(), nullable=False),
+    Column("last_good_at", seconds(), nullable=True),
+    Column("last_seen_at", seconds(), nullable=True),
+    Column("policy", Exact(NAME_CHARACTERS), nullable=False),
+    Column("policy_version", Integer(), nullable=False),
+    Column("memory", json_text(), nullable=False),
+    Column("evidence", blob(), nullable=True),
+    Column("records", seconds(), nullable=False),
+    PrimaryKeyConstraint("node_row"),
+    Index(None, "last_good_at"),
+)
+
+# The IMA list of a node's present boot, part by part: the number of its first entry, the entries.
+node_ima = Table(
+    "node_ima",
+    metadata,
+    Column(
+        "node_row", row_number(), ForeignKey("nodes.row_id", ondelete="CASCADE"), nullable=False
+    ),
+    Column("first", seconds(), nullable=False),
+    Column("entries", blob(), nullable=False),
+    PrimaryKeyConstraint("node_row", "first"),
+)
+
+# What a node showed and what became of it; numbers count up per node.
+node_evidence = Table(
+    "node_evidence",
+    metadata,
+    Column(
+        "node_row", row_number(), ForeignKey("nodes.row_id", ondelete="CASCADE"), nullable=False
+    ),
+    Column("number", seconds(), nullable=False),
+    Column("made_at", seconds(), nullable=False),
+    Column("occasion", Ascii(16), nullable=False),
+    Column("verdict", Ascii(16), nullable=False),
+    Column("state", Ascii(16), nullable=False),
+    Column("findings", json_text(), nullable=False),
+    Column("policy", Exact(NAME_CHARACTERS), nullable=False),
+    Column("policy_version", Integer(), nullable=False),
+    Column("policy_sha256", Ascii(64), nullable=False),
+    Column("evidence_sha256", Ascii(64), nullable=False),
+    Column("summary", Exact(4096), nullable=False),
+    Column("document", blob(), nullable=True),
+    PrimaryKeyConstraint("node_row", "number"),
+)
+
+# Versions of named policies; the highest is in force.
+policies = Table(
+    "policies",
+    metadata,
+    Column("row_id", row_number(), primary_key=True, autoincrement=True),
+    Column("name", Exact(NAME_CHARACTERS), nullable=False),
+    Column("version", Integer(), nullable=False),
+    Column("text", blob(), nullable=False),
+    Column("sha256", Ascii(64), nullable=False),
+    Column("comment", Exact(4096), nullable=False),
+    Column("created_at", seconds(), nullable=False),
+    Column("created_by", Exact(4096), nullable=False),
+    UniqueConstraint("name", "version"),
+    sqlite_autoincrement=True,
+)
+
 join_tokens = Table(
     "join_tokens",
     metadata,
@@ -190,6 +265,7 @@ enrolled_eks = Table(
     Column("ek_hash", Ascii(64), nullable=False),
     Column("comment", Exact(4096), nullable=False),
     Column("created_at", seconds(), nullable=False),
+    Column("owner", Exact(1024), nullable=True),
     UniqueConstraint("ek_hash"),
 )
 

@@ -290,12 +290,14 @@ def _values(node: Node) -> dict[str, Any]:
         "can_reattest": node.can_reattest,
         "agent_version": node.agent_version,
         "selectors": selectors,
+        "quarantine": node.quarantine or None,
     }
 
 
 def _node(row: Sequence[Any]) -> Node:
     """Return the node of a row that has the table's columns in the table's order."""
-    _, agent_id, kind, serial, expires_at, new_serial, new_expires_at, again, version, marks = row
+    (_, agent_id, kind, serial, expires_at, new_serial, new_expires_at, again) = row[:8]
+    version, marks, quarantine = row[8:]
     return Node(
         agent_id=SpiffeId(agent_id),
         attestation_type=kind,
@@ -306,4 +308,5 @@ def _node(row: Sequence[Any]) -> Node:
         can_reattest=again,
         agent_version=version,
         selectors=tuple([Selector(kind, value) for kind, value in decode_list(marks)]),
+        quarantine=quarantine or "",
     )
