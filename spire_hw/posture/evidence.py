@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -102,12 +102,13 @@ class BootFacts:
         sbat: first line of SbatLevel, such as `sbat,1,2023012900`.
         authorities: hex SHA-256 of each certificate that let an image start.
         images: images in PCR 2 and 4 in order, up to the hand-over.
-        commands: commands and kernel command lines that match their digests (PCR 8, 12).
+        commands: commands and kernel command lines (PCR 8, 12); `digest:` and hex for one that
+            does not match its digest, `hex:` and its bytes for one that is not text.
         files: digests of loaded files (PCR 9 of GRUB and the Linux stub).
         uki: hex value of PCR 11 after the stub's measurements, None without a stub.
-        mok: shim's lists are in PCR 14; None where PCR 14 was not quoted.
+        mok: PCR 14 is not empty, so shim's lists are in it; None where PCR 14 was not quoted.
         mok_digests: their digests, in order.
-        crtm_version: firmware's version text or hex, "" when not measured.
+        crtm_version: firmware's version text, or `hex:` and its bytes, "" when not measured.
         workarounds: names of known faults of firmware that had to be made up for.
     """
 
@@ -133,12 +134,11 @@ class BootFacts:
     workarounds: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ImaEntry:
-    """One file (or buffer) the kernel measured.
+class ImaEntry(NamedTuple):
+    """One file (or buffer) the kernel measured; there are ten thousand of them in a list.
 
     Attributes:
-        path: as the kernel wrote it; any bytes but newline and NUL.
+        path: as the kernel wrote it; any bytes but NUL, blanks as `_`.
         algorithm: of the digest, such as `sha256`.
         digest: of the file's content.
         template: `ima`, `ima-ng`, `ima-sig` or `ima-buf`.
