@@ -1,4 +1,4 @@
-"""Check what a TPM signed: creation, certify and quote statements.
+"""Check what a TPM signed: creation, certify, quote and time statements.
 
 Each function takes bytes and what is expected, collects every fault it finds as a `Finding` with
 a stable code, and either raises `AttestationError` with all of them or returns what was proved.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from spire_hw.tpm.wire import Attest, ClockInfo, PcrSelection
 
 _DOMAIN: Final = b"spire-hw tpm v2\x00"
-ROLES: Final = frozenset({"quote", "certify", "time"})
+ROLES: Final = frozenset({"quote", "certify", "time", "heartbeat"})
 NONCE_BYTES: Final = 32
 # The CSR field of a qualifier under a host that cannot tell which key the CSR is for.
 NO_CSR: Final = bytes(32)
@@ -54,6 +54,7 @@ _ORDERS: Final[dict[str, int]] = {
     ),
 }
 _FIRMWARE_PCRS: Final = range(8)
+_BLANKS: Final = {size: (bytes(size), b"\xff" * size) for _, size in wire.HASHES.values()}
 
 
 def qualifier(
@@ -62,10 +63,12 @@ def qualifier(
     """Return the qualifying data of one statement of one exchange.
 
     Args:
-        role: `quote`, `certify` or `time`; keeps statements of one exchange apart.
+        role: `quote`, `certify` or `time`, keeps statements of one attestation apart; `heartbeat`
+            for a quote of a node that attested before.
         nonce: 32 random bytes of the server.
-        csr_spki_sha256: SHA-256 of the CSR's DER SubjectPublicKeyInfo, or `NO_CSR`.
-        secret: what activation gave; binds the statement to this activation.
+        csr_spki_sha256: SHA-256 of the CSR's DER SubjectPublicKeyInfo, or `NO_CSR`; in a heartbeat
+            of that of the SVID which authenticates its stream.
+        secret: what activation gave, binds the statement to this activation; empty in a heartbeat.
         ak_name: Name of the signing key.
 
     Returns:
@@ -145,6 +148,14 @@ class _Faults:
     def done(self) -> None:
         if self.found:
             raise AttestationError(self.found)
+
+
+@dataclass(frozen=True, slots=True)
+class TrueTime:
+    """What a time statement proved: counters as they are, from any attestation key."""
+
+    clock: ClockInfo
+    firmware_version: int
 
 
 def verify_creation(
@@ -259,8 +270,7 @@ def verify_quote(
     Raises:
         AttestationError: codes `quote_malformed`, `quote_scheme`, `quote_signature`, `magic`,
             `quote_type`, `quote_signer`, `nonce_mismatch`, `pcr_selection`, `pcr_values`,
-            `quote_digest_size`, `pcr_digest`, `bank_unused` (denied: sound, but the firmware
-            measured nothing).
+            `quote_digest_size`, `pcr_digest`.
 
     Spec: TPM 2.0 Library, Part 3 "TPM2_Quote".
     """
@@ -278,9 +288,70 @@ def verify_quote(
     _check_digest(faults, ak, body.pcr_digest, ordered)
     faults.done()
     pcrs = {(bank, n): values[bank][n] for bank, n in wire.order_selection(selections)}
-    _check_used(faults, pcrs)
-    faults.done()
     return Quote(pcrs, attest.clock, attest.firmware_version)
+
+
+def verify_time(
+    ak: TpmPublic,
+    ak_qualified_name: bytes,
+    *,
+    expected: bytes,
+    statement: Statement,
+    quote: Quote,
+) -> TrueTime:
+    """Check a time statement, which has the counters in clear whatever key signs it.
+
+    Args:
+        ak: the attestation key that signs.
+        ak_qualified_name: its place, from `verify_creation`.
+        expected: the qualifier of this exchange, role `time`.
+        statement: the time statement.
+        quote: a quote of the same exchange: both heads must be scrambled alike.
+
+    Raises:
+        AttestationError: codes `time_malformed`, `time_scheme`, `time_signature`, `magic`,
+            `time_type`, `time_signer`, `nonce_mismatch`.
+
+    Spec: TPM 2.0 Library, Part 3 "TPM2_GetTime".
+    """
+    faults = _Faults("counters")
+    attest = _open(faults, ak, statement, wire.ST_TIME, "time")
+    if attest is None:
+        raise AttestationError(faults.found)
+    _check_head(faults, attest, ak_qualified_name, expected, "time")
+    try:
+        body = wire.parse_time_body(attest.body, "counters: structure")
+    except EncodingError as e:
+        raise AttestationError([Finding("time_malformed", e.message), *faults.found]) from e
+    heads = [
+        (clock.reset_count, clock.restart_count, firmware)
+        for clock, firmware in (
+            (attest.clock, attest.firmware_version),
+            (quote.clock, quote.firmware_version),
+        )
+    ]
+    faults.check(
+        heads[0] == heads[1] and attest.clock.clock_ms == body.clock.clock_ms,
+        "nonce_mismatch",
+        "not for this exchange: head and body do not belong together",
+    )
+    faults.done()
+    return TrueTime(body.clock, body.firmware_version)
+
+
+def find_unused_banks(pcrs: Mapping[tuple[str, int], bytes]) -> list[Finding]:
+    """Return `bank_unused` for each bank of quoted PCRs that the firmware measured nothing into.
+
+    Such a quote is sound, and worth nothing: whoever runs later fills the bank as they like.
+    """
+    found = []
+    for bank in dict.fromkeys(bank for bank, _ in pcrs):
+        values = [pcrs[bank, n] for n in _FIRMWARE_PCRS if (bank, n) in pcrs]
+        size = wire.HASHES[wire.BANKS[bank]][1]
+        if values and any(values.count(blank) == len(values) for blank in _BLANKS[size]):
+            text = f"quote: bank {bank} was not used by the firmware"
+            found.append(Finding("bank_unused", text, ErrorKind.PERMISSION_DENIED))
+    return found
 
 
 def _check_selection(
@@ -347,16 +418,6 @@ def _check_digest(faults: _Faults, ak: TpmPublic, digest: bytes, ordered: bytes 
         digest, hashlib.new(name, ordered).digest()
     ):
         faults.add("pcr_digest", "PCR values do not match the signed digest")
-
-
-def _check_used(faults: _Faults, pcrs: Mapping[tuple[str, int], bytes]) -> None:
-    for bank in {bank for bank, _ in pcrs}:
-        found = [pcrs[bank, n] for n in _FIRMWARE_PCRS if (bank, n) in pcrs]
-        size = wire.HASHES[wire.BANKS[bank]][1]
-        for blank in (bytes(size), b"\xff" * size):
-            if found and all(value == blank for value in found):
-                text = f"bank {bank} was not used by the firmware"
-                faults.add("bank_unused", text, ErrorKind.PERMISSION_DENIED)
 
 
 def _name_pair(faults: _Faults, attest: Attest, stage: str) -> wire.NamePairBody:

@@ -264,6 +264,27 @@ def parse_name_pair(body: bytes, what: str) -> NamePairBody:
     return pair
 
 
+@dataclass(frozen=True, slots=True)
+class TimeBody:
+    """What a time statement says: counters and firmware version as they are, never scrambled."""
+
+    clock: ClockInfo
+    firmware_version: int
+
+
+def parse_time_body(body: bytes, what: str = "time") -> TimeBody:
+    """Read the body of a time statement.
+
+    Raises:
+        EncodingError: malformed, or bytes are left over.
+    """
+    r = Reader(body, what)
+    r.u64()  # milliseconds since the TPM was powered on
+    time = TimeBody(_read_clock(r), r.u64())
+    r.end()
+    return time
+
+
 def _read_selections(r: Reader) -> tuple[PcrSelection, ...]:
     count = r.u32()
     if count > _MAX_SELECTIONS:
