@@ -1,0 +1,145 @@
+"""Signatures on files as IMA lists them: does a key of ours vouch for a digest?
+
+A key id alone proves nothing, it can be copied onto any file; so the signature is verified.
+
+Source: struct signature_v2_hdr of the kernel's security/integrity/integrity.h; key ids as evmctl
+and the kernel make them, the last 4 bytes of the subject key identifier.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
+
+from spire_hw.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+
+    from spire_hw.posture.evidence import ImaEntry
+
+_HEADER: Final = struct.Struct(">BBB4sH")
+_DIGSIG: Final = 3
+_VERSION: Final = 2
+_KEY_ID_BYTES: Final = 4
+_MIN_RSA_BITS: Final = 2048
+_PEM: Final = b"-----BEGIN "
+# The kernel's numbers (include/uapi/linux/hash_info.h).
+_HASHES: Final[dict[int, tuple[str, hashes.HashAlgorithm]]] = {
+    4: ("sha256", hashes.SHA256()),
+    5: ("sha384", hashes.SHA384()),
+    6: ("sha512", hashes.SHA512()),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FileKey:
+    """A key that signs files.
+
+    Attributes:
+        key_id: 4 bytes by which signatures name it.
+        spki: DER SubjectPublicKeyInfo; RSA of 2048 bits or more, or EC.
+    """
+
+    key_id: bytes
+    spki: bytes
+
+    def check(self, algorithm: hashes.HashAlgorithm, digest: bytes, signature: bytes) -> bool:
+        """Tell whether this key signed a digest."""
+        key = serialization.load_der_public_key(self.spki)
+        prehashed = utils.Prehashed(algorithm)
+        try:
+            if isinstance(key, rsa.RSAPublicKey):
+                key.verify(signature, digest, padding.PKCS1v15(), prehashed)
+            elif isinstance(key, ec.EllipticCurvePublicKey):
+                key.verify(signature, digest, ec.ECDSA(prehashed))
+            else:
+                return False
+        except InvalidSignature:
+            return False
+        return True
+
+
+def load_keys(pem: bytes) -> list[FileKey]:
+    """Return the keys of PEM certificates and public keys.
+
+    Raises:
+        InvalidInputError: nothing usable is in it, or something else.
+    """
+    found = []
+    for block in _blocks(pem):
+        try:
+            if b"CERTIFICATE" in block.splitlines()[0]:
+                found.append(_of_certificate(x509.load_pem_x509_certificate(block)))
+            else:
+                key = serialization.load_pem_public_key(block)
+                found.append(FileKey(_key_id(key), _spki(key)))
+        except (ValueError, UnsupportedAlgorithm) as e:
+            raise InvalidInputError("holds something that is no certificate or public key") from e
+    if not found:
+        raise InvalidInputError("holds no PEM certificate or public key")
+    return found
+
+
+def is_signed(entry: ImaEntry, keyring: Iterable[FileKey]) -> bool:
+    """Tell whether a key of the keyring signed an entry's digest."""
+    raw = entry.signature
+    if len(raw) <= _HEADER.size:
+        return False
+    kind, version, number, key_id, size = _HEADER.unpack_from(raw)
+    name, algorithm = _HASHES.get(number, ("", None))
+    signature = raw[_HEADER.size :]
+    if kind != _DIGSIG or version != _VERSION or algorithm is None or size != len(signature):
+        return False
+    if name != entry.algorithm or len(entry.digest) != algorithm.digest_size:
+        return False
+    return any(
+        key.key_id == key_id and key.check(algorithm, entry.digest, signature) for key in keyring
+    )
+
+
+def _blocks(pem: bytes) -> list[bytes]:
+    return [_PEM + part for part in pem.split(_PEM)[1:]]
+
+
+def _of_certificate(certificate: x509.Certificate) -> FileKey:
+    key = certificate.public_key()
+    try:
+        extension = certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
+    except x509.ExtensionNotFound:
+        return FileKey(_key_id(key), _spki(key))
+    return FileKey(extension.value.digest[-_KEY_ID_BYTES:], _spki(key))
+
+
+def _key_id(key: PublicKeyTypes) -> bytes:
+    """Return the id of a key without certificate: from the SHA-1 of its bits."""
+    if isinstance(key, rsa.RSAPublicKey):
+        bits = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.PKCS1)
+    elif isinstance(key, ec.EllipticCurvePublicKey):
+        form = serialization.PublicFormat.UncompressedPoint
+        bits = key.public_bytes(serialization.Encoding.X962, form)
+    else:
+        raise InvalidInputError("holds a key that is neither RSA nor EC")
+    return hashlib.sha1(bits, usedforsecurity=False).digest()[-_KEY_ID_BYTES:]
+
+
+def _spki(key: PublicKeyTypes) -> bytes:
+    if isinstance(key, rsa.RSAPublicKey):
+        if key.key_size < _MIN_RSA_BITS:
+            raise InvalidInputError(
+                f"holds an RSA key of {key.key_size} bits, needs {_MIN_RSA_BITS}"
+            )
+    elif not isinstance(key, ec.EllipticCurvePublicKey):
+        raise InvalidInputError("holds a key that is neither RSA nor EC")
+    return key.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
