@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dspire_hw/_pb/hw_posture.proto\x12\x12spire_hw.server.v1\"\xa7\x02\n\x10HeartbeatRequest\x12;\n\x05hello\x18\x01 \x01(\x0b\x32*.spire_hw.server.v1.HeartbeatRequest.HelloH\x00\x12\x34\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\".spire_hw.server.v1.HeartbeatReplyH\x00\x12J\n\rcannot_answer\x18\x03 \x01(\x0b\x32\x31.spire_hw.server.v1.HeartbeatRequest.CannotAnswerH\x00\x1a,\n\x05Hello\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x12\n\ncan_answer\x18\x02 \x01(\x08\x1a\x1e\n\x0c\x43\x61nnotAnswer\x12\x0e\n\x06reason\x18\x01 \x01(\tB\x06\n\x04step\"\xa7\x03\n\x0eHeartbeatReply\x12\x38\n\x06quotes\x18\x01 \x03(\x0b\x32(.spire_hw.server.v1.HeartbeatReply.Quote\x12\x15\n\x08\x62oot_log\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x12\x10\n\x03ima\x18\x03 \x01(\x0cH\x01\x88\x01\x01\x12\x15\n\x08ima_from\x18\x04 \x01(\x04H\x02\x88\x01\x01\x12\x0f\n\x07\x62oot_id\x18\x05 \x01(\t\x1ai\n\x05Quote\x12\x0e\n\x06\x61ttest\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12=\n\x06values\x18\x03 \x03(\x0b\x32-.spire_hw.server.v1.HeartbeatReply.BankValues\x1aU\n\nBankValues\x12\x0c\n\x04\x62\x61nk\x18\x01 \x01(\t\x12\x39\n\x04pcrs\x18\x02 \x03(\x0b\x32+.spire_hw.server.v1.HeartbeatReply.PcrValue\x1a&\n\x08PcrValue\x12\x0b\n\x03pcr\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x0c\x42\x0b\n\t_boot_logB\x06\n\x04_imaB\x0b\n\t_ima_from\"\xcd\x03\n\x11HeartbeatResponse\x12\x44\n\tchallenge\x18\x01 \x01(\x0b\x32/.spire_hw.server.v1.HeartbeatResponse.ChallengeH\x00\x12<\n\x05state\x18\x02 \x01(\x0b\x32+.spire_hw.server.v1.HeartbeatResponse.StateH\x00\x1a\xa5\x01\n\tChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12?\n\x06quotes\x18\x02 \x03(\x0b\x32/.spire_hw.server.v1.HeartbeatResponse.Selection\x12\x10\n\x08\x62oot_log\x18\x03 \x01(\x08\x12\x15\n\x08ima_from\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\ntimeout_ms\x18\x05 \x01(\rB\x0b\n\t_ima_from\x1a\'\n\tSelection\x12\x0c\n\x04\x62\x61nk\x18\x01 \x01(\t\x12\x0c\n\x04pcrs\x18\x02 \x03(\r\x1a[\n\x05State\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0f\n\x07reasons\x18\x02 \x03(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0f\n\x07next_ms\x18\x04 \x01(\r\x12\x10\n\x08reattest\x18\x05 \x01(\x08\x42\x06\n\x04step\"\xdb\x01\n\x0bNodePosture\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07reasons\x18\x03 \x03(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\r\n\x05since\x18\x05 \x01(\x03\x12\x14\n\x0clast_good_at\x18\x06 \x01(\x03\x12\x14\n\x0clast_seen_at\x18\x07 \x01(\x03\x12\x0e\n\x06policy\x18\x08 \x01(\t\x12\x16\n\x0epolicy_version\x18\t \x01(\r\x12\x13\n\x0b\x62y_operator\x18\n \x01(\x08\x12\x11\n\tconnected\x18\x0b \x01(\x08\"\xf6\x02\n\x0e\x45videnceRecord\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x10\n\x08\x61gent_id\x18\x02 \x01(\t\x12\x0f\n\x07made_at\x18\x03 \x01(\x03\x12\x10\n\x08occasion\x18\x04 \x01(\t\x12\x0f\n\x07verdict\x18\x05 \x01(\t\x12\r\n\x05state\x18\x06 \x01(\t\x12<\n\x08\x66indings\x18\x07 \x03(\x0b\x32*.spire_hw.server.v1.EvidenceRecord.Finding\x12\x0e\n\x06policy\x18\x08 \x01(\t\x12\x16\n\x0epolicy_version\x18\t \x01(\r\x12\x15\n\rpolicy_sha256\x18\n \x01(\t\x12\x17\n\x0f\x65vidence_sha256\x18\x0b \x01(\t\x12\x0f\n\x07summary\x18\x0c \x01(\t\x12\x14\n\x0chas_document\x18\r \x01(\x08\x1a\x46\n\x07\x46inding\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\"#\n\x0fGetStateRequest\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\"J\n\x11ListStatesRequest\x12\x0e\n\x06states\x18\x01 \x03(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"]\n\x12ListStatesResponse\x12.\n\x05nodes\x18\x01 \x03(\x0b\x32\x1f.spire_hw.server.v1.NodePosture\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"N\n\x13ListEvidenceRequest\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"d\n\x14ListEvidenceResponse\x12\x33\n\x07records\x18\x01 \x03(\x0b\x32\".spire_hw.server.v1.EvidenceRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"2\n\x12GetEvidenceRequest\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\x04\"[\n\x13GetEvidenceResponse\x12\x32\n\x06record\x18\x01 \x01(\x0b\x32\".spire_hw.server.v1.EvidenceRecord\x12\x10\n\x08\x64ocument\x18\x02 \x01(\x0c\"3\n\x0eReleaseRequest\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x0f\n\x07\x63omment\x18\x02 \x01(\t\"6\n\x11QuarantineRequest\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x0f\n\x07\x63omment\x18\x02 \x01(\t2g\n\x07Posture\x12\\\n\tHeartbeat\x12$.spire_hw.server.v1.HeartbeatRequest\x1a%.spire_hw.server.v1.HeartbeatResponse(\x01\x30\x01\x32\xa6\x04\n\x0cPostureAdmin\x12P\n\x08GetState\x12#.spire_hw.server.v1.GetStateRequest\x1a\x1f.spire_hw.server.v1.NodePosture\x12[\n\nListStates\x12%.spire_hw.server.v1.ListStatesRequest\x1a&.spire_hw.server.v1.ListStatesResponse\x12\x61\n\x0cListEvidence\x12\'.spire_hw.server.v1.ListEvidenceRequest\x1a(.spire_hw.server.v1.ListEvidenceResponse\x12^\n\x0bGetEvidence\x12&.spire_hw.server.v1.GetEvidenceRequest\x1a\'.spire_hw.server.v1.GetEvidenceResponse\x12N\n\x07Release\x12\".spire_hw.server.v1.ReleaseRequest\x1a\x1f.spire_hw.server.v1.NodePosture\x12T\n\nQuarantine\x12%.spire_hw.server.v1.QuarantineRequest\x1a\x1f.spire_hw.server.v1.NodePostureb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dspire_hw/_pb/hw_posture.proto\x12\x12spire_hw.server.v1\"\xa7\x02\n\x10HeartbeatRequest\x12;\n\x05hello\x18\x01 \x01(\x0b\x32*.spire_hw.server.v1.HeartbeatRequest.HelloH\x00\x12\x34\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\".spire_hw.server.v1.HeartbeatReplyH\x00\x12J\n\rcannot_answer\x18\x03 \x01(\x0b\x32\x31.spire_hw.server.v1.HeartbeatRequest.CannotAnswerH\x00\x1a,\n\x05Hello\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x12\n\ncan_answer\x18\x02 \x01(\x08\x1a\x1e\n\x0c\x43\x61nnotAnswer\x12\x0e\n\x06reason\x18\x01 \x01(\tB\x06\n\x04step\"\xa7\x03\n\x0eHeartbeatReply\x12\x38\n\x06quotes\x18\x01 \x03(\x0b\x32(.spire_hw.server.v1.HeartbeatReply.Quote\x12\x15\n\x08\x62oot_log\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x12\x10\n\x03ima\x18\x03 \x01(\x0cH\x01\x88\x01\x01\x12\x15\n\x08ima_from\x18\x04 \x01(\x04H\x02\x88\x01\x01\x12\x0f\n\x07\x62oot_id\x18\x05 \x01(\t\x1ai\n\x05Quote\x12\x0e\n\x06\x61ttest\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12=\n\x06values\x18\x03 \x03(\x0b\x32-.spire_hw.server.v1.HeartbeatReply.BankValues\x1aU\n\nBankValues\x12\x0c\n\x04\x62\x61nk\x18\x01 \x01(\t\x12\x39\n\x04pcrs\x18\x02 \x03(\x0b\x32+.spire_hw.server.v1.HeartbeatReply.PcrValue\x1a&\n\x08PcrValue\x12\x0b\n\x03pcr\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x0c\x42\x0b\n\t_boot_logB\x06\n\x04_imaB\x0b\n\t_ima_from\"\xf7\x03\n\x11HeartbeatResponse\x12\x44\n\tchallenge\x18\x01 \x01(\x0b\x32/.spire_hw.server.v1.HeartbeatResponse.ChallengeH\x00\x12<\n\x05state\x18\x02 \x01(\x0b\x32+.spire_hw.server.v1.HeartbeatResponse.StateH\x00\x1a\xcf\x01\n\tChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12?\n\x06quotes\x18\x02 \x03(\x0b\x32/.spire_hw.server.v1.HeartbeatResponse.Selection\x12\x10\n\x08\x62oot_log\x18\x03 \x01(\x08\x12\x15\n\x08ima_from\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\ntimeout_ms\x18\x05 \x01(\r\x12\x18\n\x0breset_count\x18\x06 \x01(\rH\x01\x88\x01\x01\x42\x0b\n\t_ima_fromB\x0e\n\x0c_reset_count\x1a\'\n\tSelection\x12\x0c\n\x04\x62\x61nk\x18\x01 \x01(\t\x12\x0c\n\x04pcrs\x18\x02 \x03(\r\x1a[\n\x05State\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0f\n\x07reasons\x18\x02 \x03(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0f\n\x07next_ms\x18\x04 \x01(\r\x12\x10\n\x08reattest\x18\x05 \x01(\x08\x42\x06\n\x04step\"\xdb\x01\n\x0bNodePosture\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07reasons\x18\x03 \x03(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\r\n\x05since\x18\x05 \x01(\x03\x12\x14\n\x0clast_good_at\x18\x06 \x01(\x03\x12\x14\n\x0clast_seen_at\x18\x07 \x01(\x03\x12\x0e\n\x06policy\x18\x08 \x01(\t\x12\x16\n\x0epolicy_version\x18\t \x01(\r\x12\x13\n\x0b\x62y_operator\x18\n \x01(\x08\x12\x11\n\tconnected\x18\x0b \x01(\x08\"\xf6\x02\n\x0e\x45videnceRecord\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x10\n\x08\x61gent_id\x18\x02 \x01(\t\x12\x0f\n\x07made_at\x18\x03 \x01(\x03\x12\x10\n\x08occasion\x18\x04 \x01(\t\x12\x0f\n\x07verdict\x18\x05 \x01(\t\x12\r\n\x05state\x18\x06 \x01(\t\x12<\n\x08\x66indings\x18\x07 \x03(\x0b\x32*.spire_hw.server.v1.EvidenceRecord.Finding\x12\x0e\n\x06policy\x18\x08 \x01(\t\x12\x16\n\x0epolicy_version\x18\t \x01(\r\x12\x15\n\rpolicy_sha256\x18\n \x01(\t\x12\x17\n\x0f\x65vidence_sha256\x18\x0b \x01(\t\x12\x0f\n\x07summary\x18\x0c \x01(\t\x12\x14\n\x0chas_document\x18\r \x01(\x08\x1a\x46\n\x07\x46inding\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\"#\n\x0fGetStateRequest\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\"J\n\x11ListStatesRequest\x12\x0e\n\x06states\x18\x01 \x03(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"]\n\x12ListStatesResponse\x12.\n\x05nodes\x18\x01 \x03(\x0b\x32\x1f.spire_hw.server.v1.NodePosture\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"N\n\x13ListEvidenceRequest\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"d\n\x14ListEvidenceResponse\x12\x33\n\x07records\x18\x01 \x03(\x0b\x32\".spire_hw.server.v1.EvidenceRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"2\n\x12GetEvidenceRequest\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\x04\"[\n\x13GetEvidenceResponse\x12\x32\n\x06record\x18\x01 \x01(\x0b\x32\".spire_hw.server.v1.EvidenceRecord\x12\x10\n\x08\x64ocument\x18\x02 \x01(\x0c\"3\n\x0eReleaseRequest\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x0f\n\x07\x63omment\x18\x02 \x01(\t\"6\n\x11QuarantineRequest\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12\x0f\n\x07\x63omment\x18\x02 \x01(\t2g\n\x07Posture\x12\\\n\tHeartbeat\x12$.spire_hw.server.v1.HeartbeatRequest\x1a%.spire_hw.server.v1.HeartbeatResponse(\x01\x30\x01\x32\xa6\x04\n\x0cPostureAdmin\x12P\n\x08GetState\x12#.spire_hw.server.v1.GetStateRequest\x1a\x1f.spire_hw.server.v1.NodePosture\x12[\n\nListStates\x12%.spire_hw.server.v1.ListStatesRequest\x1a&.spire_hw.server.v1.ListStatesResponse\x12\x61\n\x0cListEvidence\x12\'.spire_hw.server.v1.ListEvidenceRequest\x1a(.spire_hw.server.v1.ListEvidenceResponse\x12^\n\x0bGetEvidence\x12&.spire_hw.server.v1.GetEvidenceRequest\x1a\'.spire_hw.server.v1.GetEvidenceResponse\x12N\n\x07Release\x12\".spire_hw.server.v1.ReleaseRequest\x1a\x1f.spire_hw.server.v1.NodePosture\x12T\n\nQuarantine\x12%.spire_hw.server.v1.QuarantineRequest\x1a\x1f.spire_hw.server.v1.NodePostureb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,39 +46,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEARTBEATREPLY_PCRVALUE']._serialized_start=703
   _globals['_HEARTBEATREPLY_PCRVALUE']._serialized_end=741
   _globals['_HEARTBEATRESPONSE']._serialized_start=778
-  _globals['_HEARTBEATRESPONSE']._serialized_end=1239
+  _globals['_HEARTBEATRESPONSE']._serialized_end=1281
   _globals['_HEARTBEATRESPONSE_CHALLENGE']._serialized_start=932
-  _globals['_HEARTBEATRESPONSE_CHALLENGE']._serialized_end=1097
-  _globals['_HEARTBEATRESPONSE_SELECTION']._serialized_start=1099
-  _globals['_HEARTBEATRESPONSE_SELECTION']._serialized_end=1138
-  _globals['_HEARTBEATRESPONSE_STATE']._serialized_start=1140
-  _globals['_HEARTBEATRESPONSE_STATE']._serialized_end=1231
-  _globals['_NODEPOSTURE']._serialized_start=1242
-  _globals['_NODEPOSTURE']._serialized_end=1461
-  _globals['_EVIDENCERECORD']._serialized_start=1464
-  _globals['_EVIDENCERECORD']._serialized_end=1838
-  _globals['_EVIDENCERECORD_FINDING']._serialized_start=1768
-  _globals['_EVIDENCERECORD_FINDING']._serialized_end=1838
-  _globals['_GETSTATEREQUEST']._serialized_start=1840
-  _globals['_GETSTATEREQUEST']._serialized_end=1875
-  _globals['_LISTSTATESREQUEST']._serialized_start=1877
-  _globals['_LISTSTATESREQUEST']._serialized_end=1951
-  _globals['_LISTSTATESRESPONSE']._serialized_start=1953
-  _globals['_LISTSTATESRESPONSE']._serialized_end=2046
-  _globals['_LISTEVIDENCEREQUEST']._serialized_start=2048
-  _globals['_LISTEVIDENCEREQUEST']._serialized_end=2126
-  _globals['_LISTEVIDENCERESPONSE']._serialized_start=2128
-  _globals['_LISTEVIDENCERESPONSE']._serialized_end=2228
-  _globals['_GETEVIDENCEREQUEST']._serialized_start=2230
-  _globals['_GETEVIDENCEREQUEST']._serialized_end=2280
-  _globals['_GETEVIDENCERESPONSE']._serialized_start=2282
-  _globals['_GETEVIDENCERESPONSE']._serialized_end=2373
-  _globals['_RELEASEREQUEST']._serialized_start=2375
-  _globals['_RELEASEREQUEST']._serialized_end=2426
-  _globals['_QUARANTINEREQUEST']._serialized_start=2428
-  _globals['_QUARANTINEREQUEST']._serialized_end=2482
-  _globals['_POSTURE']._serialized_start=2484
-  _globals['_POSTURE']._serialized_end=2587
-  _globals['_POSTUREADMIN']._serialized_start=2590
-  _globals['_POSTUREADMIN']._serialized_end=3140
+  _globals['_HEARTBEATRESPONSE_CHALLENGE']._serialized_end=1139
+  _globals['_HEARTBEATRESPONSE_SELECTION']._serialized_start=1141
+  _globals['_HEARTBEATRESPONSE_SELECTION']._serialized_end=1180
+  _globals['_HEARTBEATRESPONSE_STATE']._serialized_start=1182
+  _globals['_HEARTBEATRESPONSE_STATE']._serialized_end=1273
+  _globals['_NODEPOSTURE']._serialized_start=1284
+  _globals['_NODEPOSTURE']._serialized_end=1503
+  _globals['_EVIDENCERECORD']._serialized_start=1506
+  _globals['_EVIDENCERECORD']._serialized_end=1880
+  _globals['_EVIDENCERECORD_FINDING']._serialized_start=1810
+  _globals['_EVIDENCERECORD_FINDING']._serialized_end=1880
+  _globals['_GETSTATEREQUEST']._serialized_start=1882
+  _globals['_GETSTATEREQUEST']._serialized_end=1917
+  _globals['_LISTSTATESREQUEST']._serialized_start=1919
+  _globals['_LISTSTATESREQUEST']._serialized_end=1993
+  _globals['_LISTSTATESRESPONSE']._serialized_start=1995
+  _globals['_LISTSTATESRESPONSE']._serialized_end=2088
+  _globals['_LISTEVIDENCEREQUEST']._serialized_start=2090
+  _globals['_LISTEVIDENCEREQUEST']._serialized_end=2168
+  _globals['_LISTEVIDENCERESPONSE']._serialized_start=2170
+  _globals['_LISTEVIDENCERESPONSE']._serialized_end=2270
+  _globals['_GETEVIDENCEREQUEST']._serialized_start=2272
+  _globals['_GETEVIDENCEREQUEST']._serialized_end=2322
+  _globals['_GETEVIDENCERESPONSE']._serialized_start=2324
+  _globals['_GETEVIDENCERESPONSE']._serialized_end=2415
+  _globals['_RELEASEREQUEST']._serialized_start=2417
+  _globals['_RELEASEREQUEST']._serialized_end=2468
+  _globals['_QUARANTINEREQUEST']._serialized_start=2470
+  _globals['_QUARANTINEREQUEST']._serialized_end=2524
+  _globals['_POSTURE']._serialized_start=2526
+  _globals['_POSTURE']._serialized_end=2629
+  _globals['_POSTUREADMIN']._serialized_start=2632
+  _globals['_POSTUREADMIN']._serialized_end=3182
 # @@protoc_insertion_point(module_scope)

@@ -68,18 +68,20 @@ class HeartbeatReply(_message.Message):
 class HeartbeatResponse(_message.Message):
     __slots__ = ("challenge", "state")
     class Challenge(_message.Message):
-        __slots__ = ("nonce", "quotes", "boot_log", "ima_from", "timeout_ms")
+        __slots__ = ("nonce", "quotes", "boot_log", "ima_from", "timeout_ms", "reset_count")
         NONCE_FIELD_NUMBER: _ClassVar[int]
         QUOTES_FIELD_NUMBER: _ClassVar[int]
         BOOT_LOG_FIELD_NUMBER: _ClassVar[int]
         IMA_FROM_FIELD_NUMBER: _ClassVar[int]
         TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+        RESET_COUNT_FIELD_NUMBER: _ClassVar[int]
         nonce: bytes
         quotes: _containers.RepeatedCompositeFieldContainer[HeartbeatResponse.Selection]
         boot_log: bool
         ima_from: int
         timeout_ms: int
-        def __init__(self, nonce: _Optional[bytes] = ..., quotes: _Optional[_Iterable[_Union[HeartbeatResponse.Selection, _Mapping]]] = ..., boot_log: bool = ..., ima_from: _Optional[int] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+        reset_count: int
+        def __init__(self, nonce: _Optional[bytes] = ..., quotes: _Optional[_Iterable[_Union[HeartbeatResponse.Selection, _Mapping]]] = ..., boot_log: bool = ..., ima_from: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., reset_count: _Optional[int] = ...) -> None: ...
     class Selection(_message.Message):
         __slots__ = ("bank", "pcrs")
         BANK_FIELD_NUMBER: _ClassVar[int]
