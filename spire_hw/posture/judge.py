@@ -23,6 +23,9 @@ class EvidenceRequest:
         reset_count: of the boot `ima` belongs to: under another count the list starts at 0. None
             when `ima.count` is 0.
         counters: whether the TPM's true counters are needed; `counters_hidden` without them.
+        tolerate: what is refused unless it is among these: `sha1_log` (a boot log in the old
+            format), `empty_secure_boot`, `early_authority` (see `tpm.boot.BootRules`),
+            `padded_sha1` (an IMA list of a kernel before 5.8).
     """
 
     pcrs: tuple[tuple[str, tuple[int, ...]], ...] = ()
@@ -30,6 +33,7 @@ class EvidenceRequest:
     ima: ImaState | None = None
     reset_count: int | None = None
     counters: bool = False
+    tolerate: frozenset[str] = frozenset()
 
 
 class Judge(Protocol):

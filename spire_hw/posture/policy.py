@@ -130,6 +130,7 @@ class BootRules:
         firmware_versions: what firmware may call itself.
         firmware_floor: least version it may call itself, compared number by number.
         workarounds: names of firmware faults that may be made up for; None for any.
+        tolerate: of `EvidenceRequest.tolerate`, those about the boot log.
     """
 
     secure_boot: SecureBoot = "on"
@@ -151,6 +152,7 @@ class BootRules:
     firmware_versions: frozenset[str] | None = None
     firmware_floor: str | None = None
     workarounds: frozenset[str] | None = None
+    tolerate: frozenset[str] = frozenset()
 
     def covered(self) -> Iterator[int]:
         """Yield the PCRs these rules say something about."""
@@ -275,10 +277,14 @@ class Policy:
             wanted.update((self.bank, n) for n in (*_AGGREGATE_PCRS, IMA_PCR))
         banks = dict.fromkeys(sorted(bank for bank, _ in wanted))
         start = None if self.ima is None else ima or ima_start(self.bank)
+        tolerate = self.boot.tolerate if self.boot is not None else frozenset[str]()
+        if self.ima is not None and self.ima.padded_sha1:
+            tolerate |= {"padded_sha1"}
         return EvidenceRequest(
             pcrs=tuple((bank, tuple(sorted(n for b, n in wanted if b == bank))) for bank in banks),
             boot_log=self.boot is not None,
             ima=start,
             reset_count=reset_count if start is not None and start.count else None,
             counters=self.tpm.counters or bool(self.tpm.firmware_floors),
+            tolerate=tolerate,
         )
