@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from spire_hw_sim import demo as demo_module
+from spire_hw_sim.fleet.command import fleet
 from spire_hw_sim.manufacturer import EkKind, Manufacturer
 from spire_hw_sim.softhsm import SoftHsm
 from spire_hw_sim.swtpm import Swtpm
@@ -20,6 +21,9 @@ _TOOLS = ("swtpm", "swtpm_setup", "softhsm2-util", "pkcs11-tool", "openssl", "se
 @click.group()
 def root() -> None:
     """Simulators for development: a TPM, a PKCS#11 token, and the demo that uses both."""
+
+
+root.add_command(fleet)
 
 
 @root.command()

@@ -69,6 +69,7 @@ class Dialer:
         identity: TlsIdentity | None = None,
         on_chain: Callable[[tuple[bytes, ...]], None] | None = None,
         alpn: str = "h2",
+        local_address: str = "",
         connect_s: float = 15.0,
         handshake_s: float = 30.0,
         clock: Clock | None = None,
@@ -85,6 +86,7 @@ class Dialer:
             identity: what we show; a new SVID wants a new dialer, as grpcio shares connections.
             on_chain: called with the DER chain of every handshake; may raise to refuse it.
             alpn: `h2`, or `http/1.1` for a bundle endpoint.
+            local_address: IP address to call from, "" for the one the kernel chooses.
             connect_s: for one address.
             handshake_s: for TLS, the device's signature included.
             clock: what time certificates are held against.
@@ -99,6 +101,7 @@ class Dialer:
         self._identity = identity
         self._on_chain = on_chain
         self._alpn = alpn
+        self._local_address = local_address
         self._connect_s = connect_s
         self._handshake_s = handshake_s
         self._clock = clock or SystemClock()
@@ -253,6 +256,8 @@ class Dialer:
             try:
                 connection.setblocking(False)
                 keep_alive(connection)
+                if self._local_address:
+                    connection.bind((self._local_address, 0))
                 async with asyncio.timeout(self._connect_s):
                     await asyncio.get_running_loop().sock_connect(connection, where)
             except (OSError, TimeoutError) as e:

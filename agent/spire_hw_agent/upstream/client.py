@@ -7,19 +7,21 @@ here: a page without end, entries nobody asked for or a token for somebody else 
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from google.protobuf.message import Message
 
 from spire_hw._pb import (
+    hw_posture_pb2,
     server_agent_pb2,
     server_bundle_pb2,
     server_entry_pb2,
     server_svid_pb2,
     types_pb2,
 )
+from spire_hw.aio.watch import Watch
 from spire_hw.errors import SpireHwError, UnavailableError
 from spire_hw.rpc.client import Channel, connect
 from spire_hw.rpc.status import item_error
@@ -30,9 +32,10 @@ from spire_hw_agent.upstream.answers import read_bundle, read_token
 from spire_hw_agent.upstream.attestation import Exchange
 from spire_hw_agent.upstream.connection import Connection
 from spire_hw_agent.upstream.entries import EntryBook
+from spire_hw_agent.upstream.posture import HEARTBEAT, HeartbeatStream
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
     from spire_hw.bundle.bundle import Bundle
     from spire_hw.clock import Clock
@@ -77,6 +80,7 @@ class Upstream:
 
     Attributes:
         version: counts the identities used so far; tells which one a refusal was about.
+        identity: the one in use, None while there is none.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class Upstream:
         self._connection: Connection | None = None
         self._entries = EntryBook(trust_domain, log)
         self.version = 0
+        self.identity: Watch[TlsIdentity | None] = Watch(None)
 
     async def use_identity(self, identity: TlsIdentity | None) -> None:
         """Make later calls with this identity, over a new connection; None: make no more calls."""
@@ -105,6 +110,7 @@ class Upstream:
         self.version += 1
         if identity is not None:
             self._connection = Connection(await self._dial(identity))
+        self.identity.set(identity)  # a heartbeat stream on the old connection ends now
         if old is not None:
             await old.retire()
 
@@ -205,6 +211,15 @@ class Upstream:
         """Tell the server which version runs here."""
         request = server_agent_pb2.PostStatusRequest(agent_version=agent_version)
         await self._call(_AGENT + "PostStatus", request, server_agent_pb2.PostStatusResponse)
+
+    # -- heartbeats ------------------------------------------------------------
+
+    @asynccontextmanager
+    async def heartbeat(self) -> AsyncIterator[HeartbeatStream]:
+        """Open a heartbeat stream; errors as in any call, UNIMPLEMENTED from servers without it."""
+        with self._use() as channel:
+            async with channel.bidi(HEARTBEAT, hw_posture_pb2.HeartbeatResponse) as call:
+                yield HeartbeatStream(call)
 
     # -- bundles -------------------------------------------------------------
 
