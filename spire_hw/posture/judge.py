@@ -20,8 +20,9 @@ class EvidenceRequest:
         boot_log: whether the boot log is wanted.
         ima: where the kernel's list goes on from (`count` 0 at the first time); None when it is
             not wanted.
-        reset_count: of the boot `ima` belongs to: under another count the list starts at 0. None
-            when `ima.count` is 0.
+        reset_count: of the boot `ima` or `known_ima` belongs to: under another count the list
+            starts at 0. None without either.
+        known_ima: an earlier state of that same boot which a list from its start must pass through.
         counters: whether the TPM's true counters are needed; `counters_hidden` without them.
         tolerate: what is refused unless it is among these: `sha1_log` (a boot log in the old
             format), `empty_secure_boot`, `early_authority` (see `tpm.boot.BootRules`),
@@ -32,6 +33,7 @@ class EvidenceRequest:
     boot_log: bool = False
     ima: ImaState | None = None
     reset_count: int | None = None
+    known_ima: ImaState | None = None
     counters: bool = False
     tolerate: frozenset[str] = frozenset()
 
