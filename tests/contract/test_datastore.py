@@ -52,6 +52,7 @@ from spire_hw_server.datastore.interface import (
     NodeFilter,
     Page,
     SimilarEntryError,
+    StoredPolicy,
 )
 from spire_hw_server.datastore.sql.dialects import open_engine
 from spire_hw_server.datastore.sql.migrations.versions import r0001_first
@@ -792,6 +793,114 @@ async def test_endorsement_keys_are_listed_by_hash(store: Datastore, clock: SimC
         await store.deny_ek(hash_a)
     with pytest.raises(InvalidInputError):
         await store.allow_ek(EnrolledEk(hash_a.upper()))
+
+
+# Policies
+
+
+def make_policy(version: int = 1, name: str = "web", **changes: Any) -> StoredPolicy:
+    made = StoredPolicy(name, version, f"text {version} ☃", f"{version:064x}", "why", None, "ops")
+    return replace(made, **changes)
+
+
+def ended(policy: StoredPolicy) -> StoredPolicy:
+    return replace(policy, version=policy.version + 1, text="", sha256="")
+
+
+@pytest.mark.asyncio
+async def test_newest_version_of_a_policy_is_in_force(store: Datastore, clock: SimClock) -> None:
+    first = await store.add_policy(make_policy(), 0)
+    assert first == make_policy(created_at=START)
+    await clock.advance(timedelta(minutes=1))
+    third = await store.add_policy(make_policy(3), 1)
+    other = await store.add_policy(make_policy(name="db"), 0)
+    assert await store.list_policies() == [other, third]
+    assert await store.get_policy("web") == third
+    assert await store.get_policy("web", 1) == first
+    versions = await store.list_policy_versions("web")
+    assert versions == [replace(first, text=""), replace(third, text="")]
+    for version in (2, 4, -1, 2**31):
+        with pytest.raises(NotFoundError):
+            await store.get_policy("web", version)
+    for name in ("WEB", "web ", "we", "", "☃"):
+        with pytest.raises(NotFoundError):
+            await store.get_policy(name)
+        assert await store.list_policy_versions(name) == []
+
+
+@pytest.mark.asyncio
+async def test_versions_of_a_deleted_policy_are_not_given_again(store: Datastore) -> None:
+    first = await store.add_policy(make_policy(), 0)
+    end = await store.add_policy(ended(first), 1)
+    assert end.deleted
+    assert await store.list_policies() == []
+    with pytest.raises(NotFoundError):
+        await store.get_policy("web")
+    assert await store.get_policy("web", 1) == first
+    with pytest.raises(AlreadyExistsError):
+        await store.add_policy(make_policy(), 0)
+    again = await store.add_policy(make_policy(3), 2)
+    assert await store.list_policies() == [again]
+    assert [p.deleted for p in await store.list_policy_versions("web")] == [False, True, False]
+
+
+@pytest.mark.asyncio
+async def test_policies_are_followed_by_name(store: Datastore) -> None:
+    start = await store.last_change()
+    await store.add_policy(make_policy(), 0)
+    changes = await store.list_changes(start, 10)
+    assert [(c.kind, c.key) for c in changes] == [(ChangeKind.POLICY, "web")]
+
+
+@pytest.mark.asyncio
+async def test_one_of_many_makes_the_next_version_of_a_policy(opened: Any) -> None:
+    stores = [await opened(), await opened()]
+    for after in (0, 1):
+        results = await asyncio.gather(
+            *(
+                stores[i % 2].add_policy(make_policy(after + 1, created_by=str(i)), after)
+                for i in range(8)
+            ),
+            return_exceptions=True,
+        )
+        won = [r for r in results if isinstance(r, StoredPolicy)]
+        assert len(won) == 1
+        assert sum(isinstance(r, AlreadyExistsError) for r in results) == len(results) - 1
+        assert await stores[0].get_policy("web") == won[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": ""},
+        {"name": "a b"},
+        {"name": "ä"},
+        {"name": "x" * 256},
+        {"version": 0},
+        {"version": 2**31},
+        {"sha256": "A" * 64},
+        {"sha256": ""},
+        {"text": ""},
+        {"text": "\ud800"},
+        {"text": "x" * (8 * 1024 * 1024 + 1)},
+        {"comment": "x" * 1025},
+        {"created_by": "☃" * 342},
+    ],
+)
+@pytest.mark.asyncio
+async def test_policy_that_cannot_be_stored_is_refused(
+    store: Datastore, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidInputError):
+        await store.add_policy(make_policy(**changes), 0)
+    assert await store.list_policies() == []
+
+
+@pytest.mark.asyncio
+async def test_largest_policy_fits(store: Datastore) -> None:
+    policy = make_policy(text="☃" * (1024 * 1024), comment="x" * 1024, created_by="y" * 1024)
+    await store.add_policy(policy, 0)
+    assert (await store.get_policy("web")).text == policy.text
 
 
 # Changes

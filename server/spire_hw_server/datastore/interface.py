@@ -212,6 +212,34 @@ class EnrolledEk:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredPolicy:
+    """One version of a policy.
+
+    Attributes:
+        name: its name, ASCII.
+        version: from 1; never given twice, not even after the policy was deleted.
+        text: whole, with the files it refers to; "" in lists, and when this version deletes it.
+        sha256: lower-case hex digest of the text, "" when this version deletes it.
+        comment: for people.
+        created_at: set by the store.
+        created_by: who made this version.
+    """
+
+    name: str
+    version: int
+    text: str = field(repr=False)
+    sha256: str
+    comment: str = ""
+    created_at: datetime | None = None
+    created_by: str = ""
+
+    @property
+    def deleted(self) -> bool:
+        """Tell whether the policy ends with this version."""
+        return not self.sha256
+
+
+@dataclass(frozen=True, slots=True)
 class JournalRow:
     """One server's CA journal.
 
@@ -572,6 +600,35 @@ class Datastore(Protocol):
 
     async def is_ek_allowed(self, ek_hash: str) -> bool:
         """Tell whether a TPM is enrolled."""
+        ...
+
+    async def add_policy(self, policy: StoredPolicy, after: int) -> StoredPolicy:
+        """Store the next version of a policy, or of a new one.
+
+        Args:
+            policy: its version is greater than any before.
+            after: the newest version the caller knows, 0 for none.
+
+        Raises:
+            AlreadyExistsError: the newest version is another one.
+            InvalidInputError: the version is not greater, or something is too long.
+        """
+        ...
+
+    async def list_policies(self) -> list[StoredPolicy]:
+        """Return the newest version of each policy by name, with texts; deleted ones left out."""
+        ...
+
+    async def list_policy_versions(self, name: str) -> list[StoredPolicy]:
+        """Return all versions of a policy without their texts, oldest first."""
+        ...
+
+    async def get_policy(self, name: str, version: int = 0) -> StoredPolicy:
+        """Return a version of a policy; 0 for the one in force.
+
+        Raises:
+            NotFoundError: no such version; version 0 and the policy is deleted.
+        """
         ...
 
     async def list_changes(self, after: int, limit: int) -> list[Change]:

@@ -15,6 +15,7 @@ from spire_hw_server.datastore.sql import (
     events,
     journal,
     nodes,
+    policies,
     tokens,
 )
 from spire_hw_server.datastore.sql.sets import seconds_of
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         NodeKeys,
         NodePage,
         Page,
+        StoredPolicy,
     )
 
 
@@ -262,6 +264,22 @@ class SqlDatastore(Datastore):
     @override
     async def is_ek_allowed(self, ek_hash: str) -> bool:
         return await self._database.read(lambda tx: eks.is_allowed(tx, ek_hash))
+
+    @override
+    async def add_policy(self, policy: StoredPolicy, after: int) -> StoredPolicy:
+        return await self._database.write(lambda tx: policies.add(tx, policy, after))
+
+    @override
+    async def list_policies(self) -> list[StoredPolicy]:
+        return await self._database.read(policies.list_newest)
+
+    @override
+    async def list_policy_versions(self, name: str) -> list[StoredPolicy]:
+        return await self._database.read(lambda tx: policies.list_versions(tx, name))
+
+    @override
+    async def get_policy(self, name: str, version: int = 0) -> StoredPolicy:
+        return await self._database.read(lambda tx: policies.get(tx, name, version))
 
     @override
     async def list_changes(self, after: int, limit: int) -> list[Change]:
