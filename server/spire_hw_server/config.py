@@ -43,6 +43,13 @@ from spire_hw.plugin.section import (
     read_plugins,
 )
 from spire_hw.spiffeid import SpiffeId, TrustDomain
+from spire_hw_server.postureconfig import (
+    DEFAULT_POSTURE,
+    PostureKeys,
+    PostureSettings,
+    find_posture_faults,
+    posture_settings,
+)
 
 DEFAULT_CONFIG: Final = Path("conf/server/server.conf")
 DEFAULT_SOCKET: Final = Path("/tmp/spire-server/private/api.sock")  # noqa: S108 - upstream's default
@@ -74,6 +81,7 @@ class ServerSettings:
         accept_lost_authorities: authority ids whose keys are gone for good; a new CA may be
             started in their place.
         health: None when probes are not answered over HTTP.
+        posture: the block `posture { }`.
         plugins: in the order of the file, disabled ones too.
         notices: what the operator should hear at start.
         file: the file the settings come from.
@@ -108,6 +116,7 @@ class ServerSettings:
     prune_events_older_than: timedelta = timedelta(hours=12)
     accept_lost_authorities: frozenset[str] = frozenset()
     health: HealthSettings | None = None
+    posture: PostureSettings = DEFAULT_POSTURE
     notices: tuple[str, ...] = ()
     file: str = ""
 
@@ -201,6 +210,7 @@ class ServerFile(Model):
     server: ServerKeys
     plugins: Body = Body.empty()
     health_checks: HealthChecks | None = None
+    posture: PostureKeys | None = None
 
 
 def load_settings(
@@ -272,10 +282,11 @@ def _store_faults(stores: list[StoreConfig]) -> list[ConfigFault]:
 
 def _cross_faults(raw: ServerFile) -> list[ConfigFault]:
     more = raw.server.experimental
-    if more.full_cache_reload_interval > more.cache_reload_interval:
-        return []
-    message = '"full_cache_reload_interval" must be longer than cache_reload_interval'
-    return [ConfigFault(more.line("full_cache_reload_interval"), message)]
+    faults = [] if raw.posture is None else list(find_posture_faults(raw.posture))
+    if more.full_cache_reload_interval <= more.cache_reload_interval:
+        message = '"full_cache_reload_interval" must be longer than cache_reload_interval'
+        faults.append(ConfigFault(more.line("full_cache_reload_interval"), message))
+    return faults
 
 
 def _build(
@@ -312,6 +323,7 @@ def _build(
         prune_events_older_than=more.prune_events_older_than,
         accept_lost_authorities=frozenset(more.accept_lost_authorities),
         health=health_settings(raw.health_checks),
+        posture=posture_settings(raw.posture),
         file=file,
     )
 

@@ -51,10 +51,17 @@ _POLICY: Final = {
 
 # How evidence differs from what the node showed before.
 _DRIFT: Final = {
+    "ak_changed": Action.REFUSE,
     "bank_unused": Action.QUARANTINE,
+    "clock_rollback": Action.REFUSE,
     "cloned_tpm": Action.QUARANTINE,
+    "counter_rollback": Action.REFUSE,
+    "downgrade": Action.REFUSE,
+    "duplicate_id": Action.REFUSE,
     "ima_rollback": Action.BAN,
     "pcr_changed_without_reset": Action.BAN,
+    "pcr_lost": Action.QUARANTINE,
+    "pcr_phase": Action.QUARANTINE,
     "tpm_replaced": Action.BAN,
     "tpm_reset_without_reboot": Action.QUARANTINE,
 }

@@ -9,8 +9,10 @@ from spire_hw.config.hcl import parse
 from spire_hw.errors import ConfigError
 from spire_hw.key import KeyType
 from spire_hw.log import Format, Level
+from spire_hw.posture.verdict import Action
 from spire_hw.spiffeid import SpiffeId
 from spire_hw_server.config import ServerSettings, build_settings, load_settings
+from spire_hw_server.postureconfig import SyslogSettings, WebhookSettings
 
 SAMPLE = Path(__file__).parents[3] / "server" / "server.conf"
 PLUGINS = 'plugins { DataStore "sql" { plugin_data { a = 1 } } KeyManager "disk" {} }'
@@ -178,3 +180,63 @@ def test_secrets_of_plugins_stay_out_of_the_repr() -> None:
     text = 'server { trust_domain = "a.b" data_dir = "d" } plugins { KeyManager "x" {} DataStore "sql" {'
     made = build_settings(parse(text + 'plugin_data { connection_string = "password=hush" } } }'))
     assert "hush" not in repr(made)
+
+
+def test_without_a_posture_block_its_defaults_stand() -> None:
+    made = settings().posture
+    assert not made.given
+    assert made.heartbeat_interval == timedelta(seconds=60)
+    assert (made.stale_after, made.stale_action) == (3, Action.ACCEPT)
+    assert made.min_boot_time == timedelta(seconds=8)
+    assert made.evidence_retention == timedelta(days=90)
+    assert (made.policy_dir, made.webhook, made.syslog, made.drift) == (None, None, None, {})
+
+
+def test_posture_block_is_read() -> None:
+    made = settings(
+        rest="""posture {
+            policy_dir = "/etc/policies"
+            heartbeat_interval = "0s"
+            stale_after = 5
+            stale_action = "quarantine"
+            min_boot_time = "1m"
+            evidence_retention = "24h"
+            drift { pcr_changed_without_reset = "quarantine" ima_rollback = "accept" }
+            webhook { url = "https://hooks.test/node" secret_path = "/s" }
+            syslog { address = "tcp://log.test" facility = "local3" }
+        }"""
+    ).posture
+    assert made.given
+    assert made.policy_dir == Path("/etc/policies")
+    assert made.heartbeat_interval is None
+    assert (made.stale_after, made.stale_action) == (5, Action.QUARANTINE)
+    assert made.drift == {
+        "pcr_changed_without_reset": Action.QUARANTINE,
+        "ima_rollback": Action.ACCEPT,
+    }
+    assert made.webhook == WebhookSettings("https://hooks.test/node", Path("/s"))
+    assert made.syslog == SyslogSettings("tcp", "log.test", 601, facility=19)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ('heartbeat_interval = "500ms"', "heartbeat_interval"),
+        ('heartbeat_interval = "25h"', "heartbeat_interval"),
+        ("stale_after = 0", "stale_after"),
+        ('stale_action = "ban"', "stale_action"),
+        ('drift { pcr_mismach = "ban" }', "pcr_mismatch"),
+        ('drift { pcr_mismatch = "banish" }', "banish"),
+        ("drift { pcr_mismatch = 1 }", "pcr_mismatch"),
+        ('webhook { url = "http://hooks.test/" }', "http://"),
+        ('webhook { url = "https://u:p@hooks.test/" }', "secret_path"),
+        ('webhook { url = "https:///x" }', "https://host"),
+        ("webhook { }", "url"),
+        ('syslog { address = "unix://dev/log" }', "unix:///path"),
+        ('syslog { address = "udp://host:99999" }', "udp://host"),
+        ('syslog { address = "udp://host" facility = "mail" }', "facility"),
+        ("heartbeats = 3", "heartbeats"),
+    ],
+)
+def test_faults_of_the_posture_block_are_named(keys: str, said: str) -> None:
+    assert said in refused(rest=f"posture {{ {keys} }}")
