@@ -61,14 +61,29 @@ _DRIFT: Final = {
     "ima_rollback": Action.BAN,
     "pcr_changed_without_reset": Action.BAN,
     "pcr_lost": Action.QUARANTINE,
-    "pcr_phase": Action.QUARANTINE,
     "tpm_replaced": Action.BAN,
     "tpm_reset_without_reboot": Action.QUARANTINE,
 }
 
 DEFAULT_ACTIONS: Final[Mapping[str, Action]] = MappingProxyType({**_POLICY, **_DRIFT})
 
+# What nothing can make up for: evidence is not there, or was tampered with.
+NEVER_ACCEPTED: Final = frozenset(
+    {
+        "activation_only",
+        "bank_unused",
+        "ima_missing",
+        "ima_rollback",
+        "log_missing",
+        "no_policy",
+        "pcr_missing",
+    }
+)
+
 
 def action_of(code: str, overrides: Mapping[str, Action]) -> Action:
     """Return what a reason does; codes without a row refuse the exchange."""
-    return overrides.get(code) or DEFAULT_ACTIONS.get(code, Action.REFUSE)
+    action = overrides.get(code) or DEFAULT_ACTIONS.get(code, Action.REFUSE)
+    if action is Action.ACCEPT and code in NEVER_ACCEPTED:
+        return Action.REFUSE
+    return action

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
@@ -32,6 +33,7 @@ _DIGSIG: Final = 3
 _VERSION: Final = 2
 _KEY_ID_BYTES: Final = 4
 _MIN_RSA_BITS: Final = 2048
+_MAX_SIGNATURE: Final = 1024
 _PEM: Final = b"-----BEGIN "
 # The kernel's numbers (include/uapi/linux/hash_info.h).
 _HASHES: Final[dict[int, tuple[str, hashes.HashAlgorithm]]] = {
@@ -55,7 +57,7 @@ class FileKey:
 
     def check(self, algorithm: hashes.HashAlgorithm, digest: bytes, signature: bytes) -> bool:
         """Tell whether this key signed a digest."""
-        key = serialization.load_der_public_key(self.spki)
+        key = _public_key(self.spki)
         prehashed = utils.Prehashed(algorithm)
         try:
             if isinstance(key, rsa.RSAPublicKey):
@@ -83,6 +85,8 @@ def load_keys(pem: bytes) -> list[FileKey]:
             else:
                 key = serialization.load_pem_public_key(block)
                 found.append(FileKey(_key_id(key), _spki(key)))
+        except InvalidInputError:
+            raise
         except (ValueError, UnsupportedAlgorithm) as e:
             raise InvalidInputError("holds something that is no certificate or public key") from e
     if not found:
@@ -100,11 +104,24 @@ def is_signed(entry: ImaEntry, keyring: Iterable[FileKey]) -> bool:
     signature = raw[_HEADER.size :]
     if kind != _DIGSIG or version != _VERSION or algorithm is None or size != len(signature):
         return False
-    if name != entry.algorithm or len(entry.digest) != algorithm.digest_size:
+    if size > _MAX_SIGNATURE or name != entry.algorithm:
+        return False
+    if len(entry.digest) != algorithm.digest_size:
         return False
     return any(
-        key.key_id == key_id and key.check(algorithm, entry.digest, signature) for key in keyring
+        key.key_id == key_id and _is_signed(key, number, entry.digest, signature) for key in keyring
     )
+
+
+# Machines of a fleet show the same files again and again.
+@lru_cache(maxsize=8192)
+def _is_signed(key: FileKey, number: int, digest: bytes, signature: bytes) -> bool:
+    return key.check(_HASHES[number][1], digest, signature)
+
+
+@lru_cache(maxsize=64)
+def _public_key(spki: bytes) -> PublicKeyTypes:
+    return serialization.load_der_public_key(spki)
 
 
 def _blocks(pem: bytes) -> list[bytes]:
