@@ -29,10 +29,11 @@ from spire_hw.tpm import wire
 from spire_hw.tpm.device import Hierarchy
 from spire_hw.tpm.endorsement import Endorsement, endorsement_key
 from spire_hw.tpm.errors import STALE, Rc, TpmError
-from spire_hw.tpm.keys import KeyBlob, create_primary, loaded_key, name_of_handle
+from spire_hw.tpm.keys import KeyBlob, loaded_key
 from spire_hw.tpm.public import (
     USER_WITH_AUTH,
 )
+from spire_hw.tpm.storage import create_primary, name_of_handle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -152,6 +153,18 @@ def _attestation_key(connection: Connection) -> Iterator[Any]:
 
     with connection.cached(_AK_LABEL, make) as handle:
         yield handle
+
+
+def attestation_key_name(connection: Connection) -> bytes:
+    """Return the Name of the attestation key, which is loaded or made for it.
+
+    Raises:
+        TpmError: the TPM refused.
+    """
+    with _attestation_key(connection) as handle:
+        name = name_of_handle(connection, handle)
+        connection.remember(name)
+        return name
 
 
 def activate(connection: Connection, ek: Endorsement, credential: bytes, secret: bytes) -> bytes:

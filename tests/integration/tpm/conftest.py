@@ -14,6 +14,7 @@ from spire_hw.spiffeid import TrustDomain
 from spire_hw_sim.clock import SimClock
 from spire_hw_sim.manufacturer import Manufacturer
 from spire_hw_sim.swtpm import Swtpm, is_available
+from tests.integration.tpm.parties import Bench
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,3 +91,8 @@ def _host(side: Side, data_dir: Path) -> HostInfo:
     return HostInfo(
         side, TrustDomain.parse("example.org"), data_dir, get_logger("test"), SimClock()
     )
+
+
+@pytest.fixture
+def bench(factory: Factory, agent_host: HostInfo, server_host: HostInfo, tmp_path: Path) -> Bench:
+    return Bench(factory, agent_host, server_host, tmp_path)

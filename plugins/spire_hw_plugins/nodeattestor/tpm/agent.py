@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -23,18 +22,19 @@ from spire_hw.tpm import attest, verify
 from spire_hw.tpm.device import Hierarchy, TpmDevice, load_password, shared
 from spire_hw.tpm.endorsement import EkType, Endorsement, find_endorsement
 from spire_hw.tpm.keys import KeyBlob
-from spire_hw_plugins.nodeattestor.tpm import wire
+from spire_hw_plugins.nodeattestor.tpm import machine, wire
+from spire_hw_plugins.nodeattestor.tpm.machine import BOOT_LOG, IMA_LOG, Machine
+from spire_hw_plugins.nodeattestor.tpm.source import answer_heartbeat
 
 if TYPE_CHECKING:
     from spire_hw.config.hcl import Body
     from spire_hw.plugin.info import HostInfo
     from spire_hw.plugin.nodeattestor import AgentExchange, SvidKey
+    from spire_hw.posture.heartbeat import HeartbeatAnswer, HeartbeatChallenge
     from spire_hw.tpm.attest import AttestationKey
     from spire_hw.tpm.device import Connection
 
 NAME: Final = wire.NAME
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # An RSA endorsement key takes slow hardware most of a minute to make.
 _IDENTIFY_TIMEOUT_S: Final = 120.0
 _MIN_ANSWER_S, _MAX_ANSWER_S = 5.0, 120.0
@@ -50,6 +50,8 @@ class Config(Model):
         owner_auth_path: the same for the owner hierarchy.
         ek_type: `auto`, `ec-p256` or `rsa-2048`.
         bind_csr: answer only servers whose attestor binds evidence to the certificate request.
+        boot_log_path: firmware's log, where it is not in the kernel's usual place.
+        ima_log_path: the kernel's list of measured files in ASCII, likewise.
     """
 
     tpm_device_path: str = ""
@@ -58,6 +60,8 @@ class Config(Model):
     owner_auth_path: str = ""
     ek_type: str = EkType.AUTO.value
     bind_csr: bool = True
+    boot_log_path: str = ""
+    ima_log_path: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,7 @@ class TpmAgentAttestor:
         self._device: TpmDevice | None = None
         self._ek_type = EkType.AUTO
         self._bind_csr = True
+        self._machine = Machine()
 
     def validate(self, config: Body) -> list[ConfigFault]:
         """Return the faults of a configuration without touching the TPM."""
@@ -115,6 +120,9 @@ class TpmAgentAttestor:
         loaded = {h: await asyncio.to_thread(load_password, p) for h, p in passwords.items()}
         await self.open(settings.tcti or settings.tpm_device_path, EkType(settings.ek_type), loaded)
         self._bind_csr = settings.bind_csr
+        self._machine = Machine(
+            Path(settings.boot_log_path or BOOT_LOG), Path(settings.ima_log_path or IMA_LOG)
+        )
 
     async def open(
         self,
@@ -151,7 +159,7 @@ class TpmAgentAttestor:
             raise NotReadyError("not configured")
         key = self._bind(svid_key)
         node = await device.run("identify the TPM", self._identify, timeout_s=_IDENTIFY_TIMEOUT_S)
-        boot_id = await asyncio.to_thread(_read_boot_id)
+        boot_id = await asyncio.to_thread(machine.boot_id)
         self._host.log.info("attesting", ek_hash=node.ek.hash, ek_template=node.ek.label)
         await exchange.send(wire.encode_attestation_data(_payload(node, key, boot_id)))
         challenge = wire.decode_challenge(await exchange.receive())
@@ -164,6 +172,15 @@ class TpmAgentAttestor:
             timeout_s=limit_s,
         )
         await exchange.send(wire.encode_response(answer))
+
+    async def heartbeat(
+        self, challenge: HeartbeatChallenge, svid_spki_sha256: bytes
+    ) -> HeartbeatAnswer:
+        """Answer; see `spire_hw.posture.heartbeat.HeartbeatSource`."""
+        device = self._device
+        if device is None:
+            raise NotReadyError("not configured")
+        return await answer_heartbeat(device, self._machine, challenge, svid_spki_sha256)
 
     def _identify(self, connection: Connection) -> _Node:
         ek = find_endorsement(connection, self._ek_type)
@@ -251,15 +268,6 @@ def _answer(
         signed = attest.certify(connection, key.blob, bound("certify"))
         certified = wire.SignedStatement(signed.attest, signed.signature)
     return wire.Response(secret=secret, quotes=tuple(quotes), certify=certified)
-
-
-def _read_boot_id() -> str | None:
-    """Return the kernel's boot id, None where there is no such file."""
-    try:
-        text = _BOOT_ID.read_text("ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return text if _UUID.fullmatch(text) else None
 
 
 def _conflicts(settings: Config) -> list[ConfigFault]:

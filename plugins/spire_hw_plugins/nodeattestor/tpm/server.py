@@ -33,14 +33,18 @@ from spire_hw_plugins.nodeattestor.tpm import wire
 from spire_hw_plugins.nodeattestor.tpm.config import build_settings, find_faults
 from spire_hw_plugins.nodeattestor.tpm.endorsement import accept_ek, read_ek
 from spire_hw_plugins.nodeattestor.tpm.exchanges import MAX_OPEN, Exchanges
+from spire_hw_plugins.nodeattestor.tpm.heartbeat import check_heartbeat
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from datetime import datetime
 
     from spire_hw.config.hcl import Body
     from spire_hw.errors import ConfigFault
     from spire_hw.plugin.info import HostInfo
     from spire_hw.plugin.nodeattestor import AttestationRequest
+    from spire_hw.posture.evidence import Evidence
+    from spire_hw.posture.heartbeat import HeartbeatAnswer, HeartbeatChallenge, KnownNode
     from spire_hw.tpm.public import TpmPublic
     from spire_hw.tpm.wire import PcrSelection
     from spire_hw_plugins.nodeattestor.tpm.config import Settings
@@ -152,6 +156,16 @@ class TpmServer:
                 claimed["remedy"] = f"spire-hw-server tpm allow {claimed['ek_hash']}"
             self._log.warning("TPM attestation refused", codes=codes, findings=findings, **claimed)
             raise
+
+    async def check_heartbeat(
+        self,
+        node: KnownNode,
+        challenge: HeartbeatChallenge,
+        answer: HeartbeatAnswer,
+        now: datetime,
+    ) -> Evidence:
+        """Return what a heartbeat proved; see `spire_hw.posture.heartbeat.HeartbeatVerifier`."""
+        return await check_heartbeat(node, challenge, answer, now)
 
     async def _attest(
         self, settings: Settings, request: AttestationRequest, claimed: dict[str, str]
@@ -313,6 +327,7 @@ def _check_response(
             quote = _collect(findings, partial(_quote, device, drawn, selection, evidence))
             if quote is not None:
                 quotes.append(quote)
+                findings.extend(verify.find_unused_banks(quote.pcrs))
                 findings.extend(_policy_findings(settings, quote))
     if findings:
         raise AttestationError(findings)

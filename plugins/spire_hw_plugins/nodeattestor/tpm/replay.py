@@ -1,0 +1,219 @@
+"""The boot log and the IMA list of a node: unpacked within bounds, replayed into what was quoted."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from spire_hw.errors import ErrorKind, LimitError, NotReadyError
+from spire_hw.tpm import boot, eventlog, ima
+from spire_hw.tpm.boot import BootRules
+from spire_hw.tpm.inflate import inflate
+from spire_hw.tpm.wire import BANKS, HASHES
+from spire_hw_plugins.nodeattestor.tpm.statements import refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from spire_hw.posture.evidence import BootFacts, ImaFacts, PcrValues
+    from spire_hw.posture.judge import EvidenceRequest
+    from spire_hw.tpm.wire import PcrSelection
+
+FIRMWARE_PCRS: Final = tuple(range(8))
+# The kernel's aggregate covers two more than firmware extends.
+AGGREGATE_PCRS: Final = tuple(range(10))
+# More than this is replayed in a thread: the event loop has others to serve.
+_SHORT_BYTES: Final = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Logs:
+    """What a node sent besides its quotes, unpacked.
+
+    Attributes:
+        boot: firmware's log, None when not asked for.
+        ima: lines of the kernel's list, None when not asked for.
+        ima_from: number of the first of them.
+    """
+
+    boot: bytes | None = None
+    ima: bytes | None = None
+    ima_from: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Proved:
+    """What the quotes said that logs are held against.
+
+    Attributes:
+        pcrs: verified values.
+        reset_count: true count of resets; None when the key that signed hides the counters.
+    """
+
+    pcrs: PcrValues
+    reset_count: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What the logs tell."""
+
+    boot: BootFacts | None
+    ima: ImaFacts | None
+
+
+def unpack_log(data: bytes | None, announced: tuple[int, str] | None = None) -> bytes:
+    """Return a boot log that was asked for.
+
+    Args:
+        data: zlib, as it came.
+        announced: size and lower-case hex SHA-256 it has to have.
+
+    Raises:
+        LimitError: too large.
+        InvalidInputError: not zlib.
+        AttestationError: `log_missing`, `log_announced`.
+    """
+    raw = inflate(data, eventlog.MAX_BYTES, "log") if data else b""
+    if not raw:
+        raise refusal("log_missing", "log: boot log is missing")
+    if announced is not None and announced != (len(raw), hashlib.sha256(raw).hexdigest()):
+        raise refusal("log_announced", "log: boot log is not the one announced")
+    return raw
+
+
+def unpack_ima(data: bytes | None, room: int = ima.MAX_BYTES) -> bytes:
+    """Return a part of an IMA list that was asked for.
+
+    Args:
+        data: zlib, as it came; an empty stream when nothing was measured since.
+        room: bytes it may have.
+
+    Raises:
+        LimitError: too large.
+        InvalidInputError: not zlib.
+        AttestationError: `ima_missing`.
+    """
+    if data is None:
+        raise refusal("ima_missing", "ima: list is missing")
+    try:
+        return inflate(data, room, "ima")
+    except LimitError as e:
+        raise LimitError(f"ima: larger than {ima.MAX_BYTES} bytes") from e
+
+
+async def replay_logs(
+    wanted: EvidenceRequest,
+    asked: Sequence[PcrSelection],
+    logs: Logs,
+    proved: Proved,
+) -> Replayed:
+    """Return what a node's logs prove, given what it quoted.
+
+    Args:
+        wanted: what the host asked for.
+        asked: what was quoted for it.
+        logs: what came.
+        proved: what the quotes said.
+
+    Raises:
+        AttestationError: a log that does not replay, or contradicts what is known of this boot.
+        InvalidInputError: a log that does not parse.
+        LimitError: too many events or entries.
+    """
+    size = len(logs.boot or b"") + len(logs.ima or b"")
+    if size <= _SHORT_BYTES:
+        return _replay(wanted, asked, logs, proved)
+    return await asyncio.to_thread(_replay, wanted, asked, logs, proved)
+
+
+def _replay(
+    wanted: EvidenceRequest,
+    asked: Sequence[PcrSelection],
+    logs: Logs,
+    proved: Proved,
+) -> Replayed:
+    bank = log_bank(wanted, asked)
+    if any((bank, n) not in proved.pcrs for n in needed_pcrs(wanted)):
+        raise NotReadyError("policy: asks for a log, but not for the PCRs it is replayed into")
+    found, logged = None, None
+    if logs.boot is not None:
+        log = eventlog.parse(logs.boot, allow_legacy="sha1_log" in wanted.tolerate)
+        rules = BootRules(
+            empty_secure_boot="empty_secure_boot" in wanted.tolerate,
+            early_authority="early_authority" in wanted.tolerate,
+        )
+        found = boot.facts(log, proved.pcrs, bank, rules)
+        logged = {(bank, n): value for n, value in eventlog.replay(log, bank).items()}
+    listed = None
+    if logs.ima is not None:
+        listed = _replay_ima(wanted, bank, logs, proved, logged)
+    return Replayed(found, listed)
+
+
+def _replay_ima(
+    wanted: EvidenceRequest,
+    bank: str,
+    logs: Logs,
+    proved: Proved,
+    logged: PcrValues | None,
+) -> ImaFacts:
+    if logs.ima is None or wanted.ima is None:
+        raise refusal("evidence_unasked", "envelope: evidence that was not asked for")
+    start, known = (wanted.ima if wanted.ima.count else None), wanted.known_ima
+    if proved.reset_count is None:
+        same_boot = start is None or logs.ima_from != 0  # the node's word: nothing else tells
+    else:
+        same_boot = wanted.reset_count is None or wanted.reset_count == proved.reset_count
+    if not same_boot:
+        if logs.ima_from:
+            raise refusal("ima_restart", "ima: list must start at entry 0 after a reset")
+        start = known = None
+    elif logs.ima_from == 0 and start is not None:
+        start, known = None, start  # the whole list instead: it must pass where the part begins
+    elif logs.ima_from != (0 if start is None else start.count):
+        denied = ErrorKind.PERMISSION_DENIED
+        raise refusal("ima_rollback", "ima: list was rewritten: it begins elsewhere", denied)
+    return ima.replay(
+        logs.ima,
+        start,
+        proved.pcrs,
+        bank,
+        logged=logged,
+        known=known,
+        allow_padded_sha1="padded_sha1" in wanted.tolerate,
+    )
+
+
+def needed_pcrs(wanted: EvidenceRequest) -> frozenset[int]:
+    """Return the PCRs the logs that are asked for are replayed into."""
+    needed: set[int] = set()
+    if wanted.boot_log:
+        needed.update(FIRMWARE_PCRS)
+    if wanted.ima is not None:
+        needed.add(ima.PCR)
+        if not wanted.boot_log and not wanted.ima.count:
+            needed.update(AGGREGATE_PCRS)
+    return frozenset(needed)
+
+
+def extended(wanted: EvidenceRequest, asked: tuple[PcrSelection, ...]) -> tuple[PcrSelection, ...]:
+    """Return what has to be quoted so that the logs asked for can be replayed."""
+    needed = needed_pcrs(wanted)
+    if not needed:
+        return asked
+    bank = log_bank(wanted, asked)
+    return tuple(
+        replace(s, pcrs=tuple(sorted(needed.union(s.pcrs)))) if s.bank == bank else s for s in asked
+    )
+
+
+def log_bank(wanted: EvidenceRequest, asked: Sequence[PcrSelection]) -> str:
+    """Return the bank that logs are replayed in: that of the list's state, else the best covered."""
+    needed = needed_pcrs(wanted)
+    if wanted.ima is not None:
+        size = len(wanted.ima.pcr)
+        asked = [s for s in asked if HASHES[BANKS[s.bank]][1] == size] or asked
+    return max(asked, key=lambda s: len(needed.intersection(s.pcrs))).bank

@@ -1,0 +1,101 @@
+"""Agent's side of a heartbeat: one quote per bank, bound to the nonce and to the SVID's key.
+
+The attestation key was made when the node attested, and its context stays saved, so that a
+heartbeat costs the TPM little more than the quote.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from spire_hw.errors import InvalidInputError
+from spire_hw.posture.heartbeat import HeartbeatAnswer, SignedQuote
+from spire_hw.tpm import attest, verify
+from spire_hw.tpm.wire import BANKS, PCR_COUNT, PcrSelection
+from spire_hw_plugins.nodeattestor.tpm import machine
+
+if TYPE_CHECKING:
+    from spire_hw.posture.heartbeat import HeartbeatChallenge
+    from spire_hw.tpm.device import Connection, TpmDevice
+    from spire_hw_plugins.nodeattestor.tpm.machine import Machine
+
+_SPKI_HASH_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Logs:
+    boot_log: bytes | None
+    ima: bytes | None
+    ima_from: int | None
+
+
+async def answer_heartbeat(
+    device: TpmDevice, machine_: Machine, challenge: HeartbeatChallenge, svid_spki_sha256: bytes
+) -> HeartbeatAnswer:
+    """Answer; see `spire_hw.posture.heartbeat.HeartbeatSource`.
+
+    Raises:
+        InvalidInputError: a challenge that is malformed.
+        SpireHwError: the TPM or a log cannot be read now.
+    """
+    asked = _check(challenge, svid_spki_sha256)
+    quotes = await device.run(
+        "answer a heartbeat",
+        lambda connection: _quote(connection, challenge, asked, svid_spki_sha256),
+    )
+    # After the quote: the list may only be longer than what was quoted.
+    logs = await asyncio.to_thread(_read, machine_, challenge)
+    return HeartbeatAnswer(
+        quotes=quotes,
+        boot_log=logs.boot_log,
+        ima=logs.ima,
+        ima_from=logs.ima_from,
+        boot_id=machine.boot_id(),
+    )
+
+
+def _check(challenge: HeartbeatChallenge, svid_spki_sha256: bytes) -> tuple[PcrSelection, ...]:
+    if len(challenge.nonce) != verify.NONCE_BYTES or len(svid_spki_sha256) != _SPKI_HASH_BYTES:
+        raise InvalidInputError(f"challenge: nonce must be {verify.NONCE_BYTES} bytes")
+    pcrs = challenge.wanted.pcrs
+    banks = {bank for bank, _ in pcrs}
+    if not pcrs or len(banks) != len(pcrs) or banks - BANKS.keys():
+        raise InvalidInputError("challenge: PCR request is malformed")
+    if any(
+        not numbers
+        or len(set(numbers)) != len(numbers)
+        or not set(numbers) <= set(range(PCR_COUNT))
+        for _, numbers in pcrs
+    ):
+        raise InvalidInputError("challenge: PCR request is malformed")
+    return tuple(PcrSelection(bank, tuple(sorted(numbers))) for bank, numbers in pcrs)
+
+
+def _quote(
+    connection: Connection,
+    challenge: HeartbeatChallenge,
+    asked: tuple[PcrSelection, ...],
+    svid_spki_sha256: bytes,
+) -> tuple[SignedQuote, ...]:
+    name = attest.attestation_key_name(connection)
+    bound = verify.qualifier("heartbeat", challenge.nonce, svid_spki_sha256, b"", name)
+    quotes = []
+    for selection in asked:
+        made = attest.quote(connection, selection, bound)
+        values = {selection.bank: made.values}
+        quotes.append(SignedQuote(made.signed.attest, made.signed.signature, values))
+    return tuple(quotes)
+
+
+def _read(machine_: Machine, challenge: HeartbeatChallenge) -> _Logs:
+    wanted = challenge.wanted
+    boot_log = machine.compress(machine_.boot_log()) if wanted.boot_log else None
+    if wanted.ima is None:
+        return _Logs(boot_log, None, None)
+    listed = machine_.ima_list()
+    # A list that is shorter than what the server has seen is a new one: show all of it.
+    start = wanted.ima.count if wanted.ima.count <= len(listed) else 0
+    part, _ = listed.part(start, len(listed.raw))
+    return _Logs(boot_log, machine.compress(part), start)
