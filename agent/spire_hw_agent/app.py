@@ -20,10 +20,13 @@ from spire_hw.plugin.info import HostInfo, PluginKind, Side
 from spire_hw.plugin.keymanager import Keys
 from spire_hw.plugin.metrics import LoggedMetrics
 from spire_hw.plugin.section import AGENT_RULES
+from spire_hw.posture.heartbeat import HeartbeatSource
 from spire_hw.rotation import draw_jitter, rotation_due_at
 from spire_hw.rpc.probes import Health, HealthListener
 from spire_hw_agent.cache import Cache
+from spire_hw_agent.cutoff import CutOff
 from spire_hw_agent.enroll import Enroller
+from spire_hw_agent.heartbeat import Heartbeat
 from spire_hw_agent.identity import AgentIdentity
 from spire_hw_agent.storage import Storage
 from spire_hw_agent.svidstore import SvidStores
@@ -42,8 +45,10 @@ if TYPE_CHECKING:
     from spire_hw.errors import ConfigFault
     from spire_hw.plugin.info import Builder
     from spire_hw_agent.config import AgentSettings
+    from spire_hw_agent.upstream.posture import Standing
 
 _STARTING = "the agent is starting: it has not synchronised with the server yet"
+_HEALED = "this node is out of quarantine: the agent has not synchronised with the server yet"
 
 
 class Agent:
@@ -60,7 +65,7 @@ class Agent:
         self._clock = clock or SystemClock()
         self._stack = AsyncExitStack()
         self._ended: asyncio.Future[None] | None = None
-        self._synchronised = False
+        self._why_not_ready = _STARTING
         self.is_started = False
         self._random = random.SystemRandom()
         self._health_listener: HealthListener | None = None
@@ -69,6 +74,7 @@ class Agent:
         self.identity: AgentIdentity
         self._sync: Synchroniser
         self._stores: SvidStores
+        self._cutoff: CutOff
 
     async def __aenter__(self) -> Self:
         try:
@@ -113,12 +119,14 @@ class Agent:
         self.identity = self._identity(catalog, upstream, trust, storage)
         self._sync = self._synchroniser(upstream, trust)
         self._stores = self._svid_stores(catalog)
+        self._cutoff = CutOff(self.cache, log=get_logger("posture"), on_healed=self._on_healed)
         await self._serve(catalog, upstream)
         await self._listen_for_probes(catalog)
         await self.identity.start()
         tasks.start("identity", self.identity.run())
         tasks.start("entries", self._sync.run_entries())
         tasks.start("svids", self._sync.run_svids())
+        tasks.start("heartbeat", self._heartbeat(catalog, upstream).run())
         tasks.start("status", self._post_status(upstream))
         tasks.start("SVID stores", self._stores.run())
         self.is_started = True
@@ -177,6 +185,17 @@ class Agent:
             on_denied=self.identity.denied,
         )
 
+    def _heartbeat(self, catalog: Catalog, upstream: Upstream) -> Heartbeat:
+        attestor = catalog.one(PluginKind.NODE_ATTESTOR).plugin
+        return Heartbeat(
+            upstream,
+            attestor if isinstance(attestor, HeartbeatSource) else None,
+            clock=self._clock,
+            log=get_logger("posture"),
+            on_standing=self._on_standing,
+            on_denied=self.identity.denied,
+        )
+
     def _svid_stores(self, catalog: Catalog) -> SvidStores:
         return SvidStores(
             self.cache,
@@ -188,8 +207,16 @@ class Agent:
     def _on_new_identity(self) -> None:
         self._sync.wake()
 
+    def _on_standing(self, standing: Standing | None) -> None:
+        self._cutoff.follow(standing)
+        self.identity.follow(standing)
+
+    def _on_healed(self) -> None:
+        self._why_not_ready = _HEALED
+        self._sync.wake()
+
     def _on_synchronised(self) -> None:
-        self._synchronised = True
+        self._why_not_ready = ""
 
     def _renew_at(self, not_before: datetime, not_after: datetime) -> datetime:
         return rotation_due_at(
@@ -233,7 +260,7 @@ class Agent:
             self.cache,
             attestors,
             clock=self._clock,
-            ready=self.why_not_ready,
+            check=self.check_ready,
             new_jwt_svid=upstream.new_jwt_svid,
             open_bundles=self.settings.allow_unauthenticated_verifiers,
             foreign_claims=self.settings.allowed_foreign_jwt_claims,
@@ -259,7 +286,7 @@ class Agent:
         log = get_logger("health")
         health = Health(
             waiting={
-                "agent": self._check_synchronised,
+                "agent": self._check_ready,
                 "agent.svid": self._check_identity,
                 **catalog.checks(),
             },
@@ -278,22 +305,31 @@ class Agent:
         self._health_listener = listener
         log.info("Serving health checks", address=f"{where.bind_address}:{listener.port}")
 
-    async def _check_synchronised(self) -> None:
-        why_not = self.why_not_ready()
-        if why_not is not None:
-            raise UnavailableError(why_not)
+    async def _check_ready(self) -> None:
+        self.check_ready()
 
     async def _check_identity(self) -> None:
         if not self.identity.is_alive():
             raise NotReadyError("the agent has no SVID that is alive")
 
-    def why_not_ready(self) -> str | None:
-        """Return why workloads cannot be served yet, None when they can."""
-        return None if self._synchronised else _STARTING
+    def check_ready(self) -> None:
+        """Say why workloads cannot be served now.
+
+        Raises:
+            DeniedError: the server has this node in quarantine, or banned it.
+            UnavailableError: the agent has not synchronised yet.
+        """
+        self._cutoff.check()
+        if self._why_not_ready:
+            raise UnavailableError(self._why_not_ready)
 
     async def is_healthy(self) -> bool:
         """Tell whether the agent can serve workloads and its own identity is alive."""
-        return self.why_not_ready() is None and self.identity.is_alive()
+        try:
+            self.check_ready()
+        except SpireHwError:
+            return False
+        return self.identity.is_alive()
 
     async def _post_status(self, upstream: Upstream) -> None:
         try:

@@ -106,6 +106,7 @@ class Cache:
         self._groups: dict[Selectors, _Group] = {}
         self._used: OrderedDict[str, None] = OrderedDict()
         self._max_svids = max_svids
+        self._is_cut_off = False
         self.tokens = JwtCache(max_tokens=max_tokens)
         self.demand = Watch(0)
 
@@ -131,8 +132,11 @@ class Cache:
     # -- what the server says ------------------------------------------------
 
     def set_entries(self, entries: Iterable[AgentEntry]) -> None:
-        """Replace all entries; SVIDs of vanished ones are dropped at once."""
-        fresh = {e.entry_id: e for e in entries}
+        """Replace all entries; SVIDs of vanished ones are dropped at once.
+
+        Nothing is taken while the node is cut off: an answer may have been under way.
+        """
+        fresh = {} if self._is_cut_off else {e.entry_id: e for e in entries}
         if fresh == self._entries:
             return
         self._entries = fresh
@@ -184,6 +188,24 @@ class Cache:
         """Forget everything that was granted: the agent lost its own identity."""
         self.set_entries(())
         self.tokens.clear()
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Tell whether nothing is granted on this node, whatever its entries say."""
+        return self._is_cut_off
+
+    def cut_off(self) -> None:
+        """Forget everything that was granted and take nothing new; every open stream is told."""
+        if self._is_cut_off:
+            return
+        self._is_cut_off = True
+        self.revoke()
+        for group in self._groups.values():
+            group.updates.set(self._update_for(group.selectors, None))
+
+    def restore(self) -> None:
+        """Take entries again, from the next synchronisation on."""
+        self._is_cut_off = False
 
     # -- what is due ----------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.aio.alarm import Alarm
@@ -14,6 +15,7 @@ from spire_hw.errors import (
     SpireHwError,
     VerificationError,
 )
+from spire_hw.posture.verdict import NodeState
 from spire_hw.transport.tls import TlsIdentity
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from spire_hw_agent.storage import Storage
     from spire_hw_agent.trust import Trust
     from spire_hw_agent.upstream.client import Upstream
+    from spire_hw_agent.upstream.posture import Standing
 
 _CHECK_INTERVAL_S: Final = 5.0
 _FIRST_BACKOFF_S: Final = 1.0
@@ -85,6 +88,7 @@ class AgentIdentity:
         self._on_new = on_new
         self._on_new_trust = on_new_trust
         self._current: AgentSvid | None = None
+        self._standing: Standing | None = None
         self._tainted_too = ""
         self._alarm = Alarm(clock)
         self._lock = asyncio.Lock()
@@ -146,7 +150,10 @@ class AgentIdentity:
             wait = _CHECK_INTERVAL_S
             try:
                 await self.renew_if_due()
-                backoff.reset()
+                if self._is_quarantined:
+                    wait = backoff.next_s()
+                else:
+                    backoff.reset()
             except SpireHwError as e:
                 if self._is_end(e):
                     return
@@ -164,13 +171,26 @@ class AgentIdentity:
             svid = self._current
             if svid is None or self._trust.is_rebootstrap_due():
                 await self._attest_again()
-            elif not self._is_due(svid) and not await self._lost_key(svid):
+            elif not (self._is_due(svid) or self._is_wanted(svid) or await self._lost_key(svid)):
                 return
             elif svid.reattestable:
                 await self._attest_again()
             else:
                 await self._use(await self._enroller.renew(svid))
             self._note_taint()
+
+    @property
+    def _is_quarantined(self) -> bool:
+        return self._standing is not None and self._standing.state is NodeState.QUARANTINED
+
+    def _is_wanted(self, svid: AgentSvid) -> bool:
+        """Tell whether to attest again because of what the server said; it may heal the node."""
+        standing = self._standing
+        return (
+            svid.reattestable
+            and standing is not None
+            and (standing.reattest or self._is_quarantined)
+        )
 
     async def _lost_key(self, svid: AgentSvid) -> bool:
         """Tell whether to attest again because the key is gone."""
@@ -195,6 +215,8 @@ class AgentIdentity:
     async def _attest_again(self) -> None:
         before = self._trust.bundle
         await self._use(await self._enroller.attest(self._current))
+        if self._standing is not None:
+            self._standing = replace(self._standing, reattest=False)
         after = self._trust.bundle
         if before is not None and after is not None:
             known = {root.der for root in before.x509_authorities}
@@ -208,7 +230,7 @@ class AgentIdentity:
         if isinstance(error, DeniedError) and error.reason is DeniedReason.AGENT_BANNED:
             self._lose(self._banned())
             return True
-        if is_final(error) and (svid is None or svid.reattestable):
+        if is_final(error) and (svid is None or svid.reattestable) and not self._is_watched(svid):
             self._lose(
                 DeniedError(
                     f"this node lost its identity and the server does not let it attest again "
@@ -229,6 +251,20 @@ class AgentIdentity:
             )
             return True
         return False
+
+    def _is_watched(self, svid: AgentSvid | None) -> bool:
+        """Tell whether a refused attestation is left to the server's word on the node's state.
+
+        A machine that policy does not allow now may be allowed later, by itself or by another
+        policy; what ends the agent then is a ban.
+        """
+        return self._is_quarantined or (self._standing is not None and svid is not None)
+
+    def follow(self, standing: Standing | None) -> None:
+        """React to what the server says of this node; None when it knows no states."""
+        self._standing = standing
+        if standing is not None and standing.state is NodeState.BANNED:
+            self._lose(self._banned())
 
     async def denied(self, error: DeniedError, version: int) -> None:
         """React to the server's verdict on this agent, whichever call brought it.

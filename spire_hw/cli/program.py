@@ -11,7 +11,7 @@ import click
 from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 
 from spire_hw.cli.flags import F, GoCommand, GoGroup, flag
-from spire_hw.cli.output import Printer, complain, output_flags
+from spire_hw.cli.output import Printer, complain, output_flags, shown
 from spire_hw.cli.run import exit_code
 from spire_hw.errors import ConfigError, ConfigFault, SpireHwError
 
@@ -55,7 +55,10 @@ class Target(Protocol):
 
 
 def healthcheck_command(
-    what: str, flags: Decorate, ask: Callable[[Any, Any], Any]
+    what: str,
+    flags: Decorate,
+    ask: Callable[[Any, Any], Any],
+    why: Callable[[Any], str] = lambda _: "",
 ) -> click.Command:
     """Return `healthcheck`.
 
@@ -63,6 +66,7 @@ def healthcheck_command(
         what: `server` or `agent`.
         flags: adds the flags that find the socket; the command gets a `Target` first.
         ask: calls `grpc.health.v1.Health/Check` on that target with a request.
+        why: says in words why a target does not serve, "" when it cannot tell.
     """
 
     @click.pass_context
@@ -84,7 +88,10 @@ def healthcheck_command(
             if serving:
                 click.echo(f"{what.capitalize()} is healthy.")
             else:
+                reason = why(target)
                 complain(f"Error: {what} is unhealthy: {what} returned status {word}")
+                if reason:
+                    complain(shown(reason))
 
         target.printer.message(answer, pretty)
         if not serving:

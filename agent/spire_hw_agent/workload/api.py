@@ -63,7 +63,7 @@ class WorkloadApi:
     """`SpiffeWorkloadAPI`, methods in proto order.
 
     Args:
-        ready: why the agent cannot answer yet, None when it can.
+        check: raises why the agent cannot answer anybody now.
         new_jwt_svid: asks the server for one token.
         open_bundles: serve the own bundle to callers without an identity too.
     """
@@ -74,7 +74,7 @@ class WorkloadApi:
         attestors: Attestors,
         *,
         clock: Clock,
-        ready: Callable[[], str | None],
+        check: Callable[[], None],
         new_jwt_svid: NewJwtSvid,
         open_bundles: bool = False,
         foreign_claims: Collection[str] = (),
@@ -83,7 +83,7 @@ class WorkloadApi:
         self._attestors = attestors
         self._clock = clock
         self._refusals = Sampler(clock)
-        self._ready = ready
+        self._check = check
         self._new_jwt_svid = new_jwt_svid
         self._open_bundles = open_bundles
         self._foreign_claims = _OWN_CLAIMS | frozenset(foreign_claims)
@@ -191,9 +191,7 @@ class WorkloadApi:
     # -- who is calling, and what for ------------------------------------------
 
     async def _caller(self, call: Call) -> tuple[CallerProcess, frozenset[Selector]]:
-        why_not = self._ready()
-        if why_not is not None:
-            raise UnavailableError(why_not)
+        self._check()
         if not isinstance(call.peer, UnixPeer):
             raise SpireHwError("caller is not local", kind=ErrorKind.UNAUTHENTICATED)
         process = call.peer.process
@@ -212,6 +210,7 @@ class WorkloadApi:
         process, selectors = await self._caller(call)
         with self._cache.subscribe(selectors) as watch:
             async for update in watch:
+                self._check()
                 if not process.alive():
                     raise SpireHwError(
                         "the calling process has ended", kind=ErrorKind.UNAUTHENTICATED
