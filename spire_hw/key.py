@@ -15,6 +15,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
 
+from spire_hw import roca
 from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError
 
 PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
@@ -292,23 +293,7 @@ def check_public_key(key: object) -> PublicKey:
             )
         if key.public_numbers().e < _MIN_RSA_EXPONENT:
             raise InvalidInputError("RSA exponent below 65537 is not accepted")
-        if _has_roca_shape(key.public_numbers().n):
+        if roca.is_marked(key.public_numbers().n):
             raise InvalidInputError("RSA key was made by a faulty generator (CVE-2017-15361)")
         return key
     raise InvalidInputError(f"{type(key).__name__} is not an RSA or EC key")
-
-
-def _odd_primes(limit: int) -> list[int]:
-    return [n for n in range(3, limit, 2) if all(n % d for d in range(3, n, 2))]
-
-
-# The faulty generator made primes that are powers of 65537 modulo each small prime; an ordinary
-# modulus passes all of these tests with a chance below 2^-27.
-_ROCA = [
-    (prime, frozenset(pow(_MIN_RSA_EXPONENT, k, prime) for k in range(prime)))
-    for prime in _odd_primes(168)
-]
-
-
-def _has_roca_shape(modulus: int) -> bool:
-    return all(modulus % prime in powers for prime, powers in _ROCA)

@@ -1,7 +1,7 @@
 """Read X.509 certificates of TPM vendors as they are, and check one signature.
 
 Strict where it matters for safety (lengths, dates, keys, duplicate extensions), silent about what
-genuine certificates get wrong (order of sets, sign of serials, key identifiers).
+genuine certificates get wrong (order of sets, sign and padding of serials, key identifiers).
 
 Spec: RFC 5280, section 4; RFC 4055 (OAEP and PSS identifiers).
 """
@@ -190,7 +190,7 @@ def parse_certificate(raw: bytes, what: str = "ek: certificate") -> Certificate:
         tbs=tbs.raw,
         signature_algorithm=parts[1].raw,
         signature=der.bit_string(parts[2]),
-        serial=der.integer(serial),
+        serial=der.any_integer(serial),
         issuer=issuer.expect(der.SEQUENCE).raw,
         subject=subject.expect(der.SEQUENCE).raw,
         not_before=not_before,
@@ -374,8 +374,8 @@ def _read_algorithm(
     if kind not in _SIGNATURES:
         raise InvalidInputError(f"ek: signature algorithm {kind or 'none'} is not accepted")
     algorithm, is_rsa = _SIGNATURES[kind]
-    allowed = ([], [b"\x05\x00"]) if is_rsa else ([],)
-    if [one.raw for one in parts[1:]] not in allowed:
+    # NULL has no place after an ECDSA identifier, but one manufacturer's root has it there.
+    if [one.raw for one in parts[1:]] not in ([], [b"\x05\x00"]):
         raise InvalidInputError("ek: signature algorithm has unexpected parameters")
     return algorithm, padding.PKCS1v15() if is_rsa else None
 

@@ -129,11 +129,22 @@ def integer(value: Value) -> int:
     Raises:
         EncodingError: not an INTEGER in its shortest form.
     """
+    content = value.content
+    if len(content) > 1 and (content[0], content[1] >> 7) in {(0x00, 0), (0xFF, 1)}:
+        value.expect(INTEGER)
+        raise value.fail("integer is not DER")
+    return any_integer(value)
+
+
+def any_integer(value: Value) -> int:
+    """Return an INTEGER that may have needless bytes in front, as serials of one manufacturer do.
+
+    Raises:
+        EncodingError: not an INTEGER, or empty.
+    """
     content = value.expect(INTEGER).content
     if not content:
         raise value.fail("empty integer")
-    if len(content) > 1 and (content[0], content[1] >> 7) in {(0x00, 0), (0xFF, 1)}:
-        raise value.fail("integer is not DER")
     return int.from_bytes(content, "big", signed=True)
 
 

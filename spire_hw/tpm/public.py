@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from spire_hw.errors import AttestationError, EncodingError, ErrorKind, Finding, InvalidInputError
 from spire_hw.key import PublicKey, fingerprint, spki_der
+from spire_hw.roca import is_marked, primes
 from spire_hw.tpm import wire
 from spire_hw.tpm.wire import Reader
 
@@ -61,6 +62,10 @@ _RSA_EXPONENT: Final = 65537
 _STRONG_HASHES: Final = frozenset({wire.ALG_SHA256, wire.ALG_SHA384, wire.ALG_SHA512})
 _TWO_FIELD_SCHEMES: Final = frozenset({wire.ALG_ECDAA})
 _MAX_POLICY = 64
+
+
+class WeakKeyError(InvalidInputError):
+    """A key whose private half can be computed from the public one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +270,8 @@ def build_rsa_key(modulus: int, exponent: int, what: str) -> rsa.RSAPublicKey:
 
     Raises:
         InvalidInputError: size other than 2048, 3072 or 4096 bits, exponent other than 65537,
-            modulus even, with a small factor, or made by the faulty generator of CVE-2017-15361.
+            modulus even or with a small factor.
+        WeakKeyError: made by the faulty generator of CVE-2017-15361.
     """
     bits = modulus.bit_length()
     if modulus <= 0:
@@ -276,8 +282,8 @@ def build_rsa_key(modulus: int, exponent: int, what: str) -> rsa.RSAPublicKey:
         raise InvalidInputError(f"{what}: RSA exponent must be {_RSA_EXPONENT}")
     if math.gcd(modulus, _SMALL_PRIMES_PRODUCT) != 1:
         raise InvalidInputError(f"{what}: RSA modulus is not acceptable: it has a small factor")
-    if all(modulus % p in residues for p, residues in _ROCA):
-        raise InvalidInputError(
+    if is_marked(modulus):
+        raise WeakKeyError(
             f"{what}: RSA modulus is not acceptable: it is from a faulty key generator "
             "(CVE-2017-15361)"
         )
@@ -287,29 +293,7 @@ def build_rsa_key(modulus: int, exponent: int, what: str) -> rsa.RSAPublicKey:
         raise InvalidInputError(f"{what}: RSA key is not acceptable") from e
 
 
-def _primes(limit: int) -> list[int]:
-    sieve = [True] * limit
-    for n in range(2, math.isqrt(limit) + 1):
-        if sieve[n]:
-            sieve[n * n :: n] = [False] * len(sieve[n * n :: n])
-    return [n for n in range(2, limit) if sieve[n]]
-
-
-def _subgroup(prime: int) -> frozenset[int]:
-    found, power = set(), 1
-    while power not in found:
-        found.add(power)
-        power = power * _RSA_EXPONENT % prime
-    return frozenset(found)
-
-
-_SMALL_PRIMES_PRODUCT: Final = math.prod(_primes(1000))
-# Keys of the faulty generator lie in the subgroup of 65537 modulo every small prime. Primes whose
-# subgroup is the whole group tell nothing; the smallest subgroups tell most and come first.
-_ROCA: Final = sorted(
-    ((p, _subgroup(p)) for p in _primes(168) if p > 2 and len(_subgroup(p)) < p - 1),  # noqa: PLR2004
-    key=lambda entry: len(entry[1]) / entry[0],
-)
+_SMALL_PRIMES_PRODUCT: Final = math.prod(primes(1000))
 
 
 def check_ak(public: TpmPublic) -> None:
