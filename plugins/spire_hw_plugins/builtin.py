@@ -25,6 +25,7 @@ TABLE: Final[dict[tuple[PluginKind, str, Side], str]] = {
     (PluginKind.KEY_MANAGER, "memory", _AGENT): "keymanager.memory",
     (PluginKind.KEY_MANAGER, "disk", _SERVER): "keymanager.disk",
     (PluginKind.KEY_MANAGER, "disk", _AGENT): "keymanager.disk",
+    (PluginKind.KEY_MANAGER, "tpm", _SERVER): "keymanager.tpm",
     (PluginKind.KEY_MANAGER, "tpm", _AGENT): "keymanager.tpm",
     (PluginKind.KEY_MANAGER, "pkcs11", _SERVER): "keymanager.pkcs11",
     (PluginKind.NODE_ATTESTOR, "join_token", _AGENT): "nodeattestor.join_token",

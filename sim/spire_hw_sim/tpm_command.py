@@ -20,11 +20,17 @@ OWNER, LOCKOUT, ENDORSEMENT, PLATFORM = 0x40000001, 0x4000000A, 0x4000000B, 0x40
 _PASSWORD_SESSION = 0x40000009
 _NO_SESSIONS, _SESSIONS = 0x8001, 0x8002
 _CAP_HANDLES = 1
+_RETRY = 0x922
 _NV_CHUNK = 512
 
 # Written by the platform, readable by platform, owner and with the index's own empty password,
 # outside dictionary attack protection: what vendors set for certificates (TCG EK profile).
 _VENDOR_NV = 0x42070001
+
+# TPMT_PUBLIC template of a P-256 signing key without noDA.
+_LOCKABLE_KEY = bytes.fromhex(
+    "0023000b000400720000" + "0010" + "0018000b" + "00030010" + "00000000"
+)
 
 HASH_IDS = {"sha1": 0x0004, "sha256": 0x000B, "sha384": 0x000C, "sha512": 0x000D}
 
@@ -56,13 +62,55 @@ class Commands:
             body += struct.pack(">H", HASH_IDS[bank]) + digest
         self._run("PCR_Extend", 0x182, [index], body, authorised=1)
 
-    def create_primary(self, hierarchy: int, template: bytes) -> tuple[int, bytes]:
+    def create_primary(
+        self, hierarchy: int, template: bytes, password: bytes = b""
+    ) -> tuple[int, bytes]:
         """Make a primary key from TPMT_PUBLIC bytes; return its handle and TPMT_PUBLIC."""
-        no_sensitive = struct.pack(">HHH", 4, 0, 0)
-        body = no_sensitive + _sized(template) + struct.pack(">HI", 0, 0)
+        sensitive = _sized(_sized(password) + _sized(b""))
+        body = sensitive + _sized(template) + struct.pack(">HI", 0, 0)
         answer = self._run("CreatePrimary", 0x131, [hierarchy], body, authorised=1)
         handle, _, size = struct.unpack_from(">IIH", answer)
         return handle, answer[10 : 10 + size]
+
+    def create_child(self, parent: int, parent_password: bytes, password: bytes) -> int:
+        """Make and load a P-256 signing key that wrong passwords for it can lock; return it.
+
+        Raises:
+            DeviceError: the TPM refused.
+        """
+        self.passwords[parent] = parent_password
+        try:
+            sensitive = _sized(_sized(password) + _sized(b""))
+            body = sensitive + _sized(_LOCKABLE_KEY) + _sized(b"") + bytes(4)
+            answer = self._run("Create", 0x153, [parent], body, authorised=1)
+            _, first = struct.unpack_from(">IH", answer)
+            private = answer[4 : 6 + first]
+            (second,) = struct.unpack_from(">H", answer, 6 + first)
+            public = answer[6 + first : 8 + first + second]
+            loaded = self._run("Load", 0x157, [parent], private + public, authorised=1)
+        finally:
+            del self.passwords[parent]
+        return int.from_bytes(loaded[:4], "big")
+
+    def sign_with_password(self, key: int, password: bytes) -> int:
+        """Sign with a key under a password; return the response code."""
+        scheme, no_ticket = bytes.fromhex("0018000b"), bytes.fromhex("8024400000070000")
+        body = _sized(bytes(32)) + scheme + no_ticket
+        self.passwords[key] = password
+        code = _RETRY
+        while code == _RETRY:  # the TPM writes its counters first
+            try:
+                self._run("Sign", 0x15D, [key], body, authorised=1)
+                code = 0
+            except DeviceError as e:
+                code = e.code
+        del self.passwords[key]
+        return code
+
+    def set_dictionary_attack_limit(self, tries: int) -> None:
+        """Lock after so many wrong passwords, for an hour each."""
+        body = struct.pack(">III", tries, 3600, 3600)
+        self._run("DictionaryAttackParameters", 0x13A, [LOCKOUT], body, authorised=1)
 
     def read_public(self, handle: int) -> bytes:
         """Return the TPMT_PUBLIC of a loaded or persistent object."""

@@ -13,7 +13,7 @@ import struct
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from spire_hw.aio.worker import Worker
 from spire_hw.errors import InvalidInputError, NotReadyError, SpireHwError, UnavailableError
 from spire_hw.log import get_logger
-from spire_hw.tpm.errors import STALE, TRANSIENT, Rc, TpmError, is_transport_failure
+from spire_hw.tpm.errors import (
+    FULL,
+    STALE,
+    TRANSIENT,
+    WRONG_PASSWORD,
+    Rc,
+    TpmError,
+    is_transport_failure,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,6 +55,10 @@ _PATIENCE_S: Final = 2.0
 _BETWEEN_NOTICES_S: Final = 30.0
 _CLOSE_TIMEOUT_S: Final = 5.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.02, 1.0
+# How long others may hold all slots of a TPM without resource manager before a job is given up,
+# and how long an object of ours has to be seen unchanged to be one that a dead process left.
+_FULL_PATIENCE_S: Final = 3.0
+_LEFTOVER_S: Final = 1.0
 _CAPABILITY_PAGE: Final = 64
 _MAX_CONTEXTS: Final = 32
 _MAX_PASSWORD_BYTES: Final = 1024
@@ -115,11 +127,54 @@ HASH_NAMES: Final = {
 }
 
 
+@dataclass(slots=True)
+class Passwords:
+    """Passwords of hierarchies, and which of them the TPM refused.
+
+    A refused one is not sent again before it is another one: it may be counted.
+    """
+
+    known: dict[Hierarchy, bytes] = field(default_factory=dict)
+    refused: set[Hierarchy] = field(default_factory=set)
+
+    def put(self, hierarchy: Hierarchy, password: bytes) -> bool:
+        """Take a password; tell whether it is another one than before."""
+        if self.known.get(hierarchy) == password:
+            return False
+        self.known[hierarchy] = password
+        self.refused.discard(hierarchy)
+        return True
+
+
 @dataclass(frozen=True, slots=True)
 class _Context:
     """A saved object; useless after a reset of the TPM."""
 
     saved: Any
+
+
+@dataclass(slots=True)
+class _Shortage:
+    """What is known about a TPM without a free slot, while one command waits for it.
+
+    Attributes:
+        deadline: of the job, monotonic seconds.
+        began_at: when it was met first, None before that.
+        seen: handle and Name of leftovers of ours at that time.
+    """
+
+    deadline: float
+    began_at: float | None = None
+    seen: dict[int, bytes] = field(default_factory=dict)
+
+    @property
+    def give_up_at(self) -> float:
+        """Return when waiting ends."""
+        began = time.monotonic() if self.began_at is None else self.began_at
+        return min(self.deadline, began + _FULL_PATIENCE_S)
+
+
+_NO_OBJECT_SLOT: Final = frozenset({Rc.OBJECT_MEMORY, Rc.OBJECT_HANDLES})
 
 
 class Connection:
@@ -130,12 +185,12 @@ class Connection:
         is_lost: the TPM does not answer; the device will open a new connection.
     """
 
-    def __init__(self, tcti: str, passwords: dict[Hierarchy, bytes], names: set[bytes]) -> None:
+    def __init__(self, tcti: str, passwords: Passwords, names: set[bytes]) -> None:
         """Open the TPM.
 
         Args:
             tcti: TCTI string.
-            passwords: hierarchy passwords.
+            passwords: shared hierarchy passwords.
             names: shared set of object Names we made, see `remember`.
 
         Raises:
@@ -145,7 +200,7 @@ class Connection:
         self.is_lost = False
         self._loaded: list[Any] = []
         self._names = names
-        self._passwords = dict(passwords)
+        self._passwords = passwords
         self._contexts: OrderedDict[bytes, _Context] = OrderedDict()
         self._operation, self._deadline = "open", 0.0
         try:
@@ -155,7 +210,7 @@ class Connection:
                 f"no TPM answers at {tcti}: check that the device exists and that this process "
                 "may open it (group tss)"
             ) from e
-        for hierarchy, password in passwords.items():
+        for hierarchy, password in passwords.known.items():
             self.esys.tr_set_auth(ESYS_TR(hierarchy.value), password)
 
     def begin(self, operation: str, deadline: float) -> None:
@@ -175,18 +230,19 @@ class Connection:
             TpmError: the TPM refused.
             UnavailableError: the TPM is gone or did not answer in time.
         """
-        wait_s, may_reclaim = _FIRST_WAIT_S, True
+        wait_s, shortage = _FIRST_WAIT_S, _Shortage(self._deadline)
         while True:
             self._check_alive()
             try:
                 return command(*args, **kwargs)
             except TSS2_Exception as e:
                 error = self._translate(int(e.rc), e)
-                if error.is_any(frozenset({Rc.OBJECT_MEMORY})) and may_reclaim:
-                    may_reclaim = False
-                    if self._reclaim():
-                        continue
-                if not error.is_any(TRANSIENT) or time.monotonic() + wait_s > self._deadline:
+                if error.is_any(FULL):
+                    self._make_room(error, shortage)
+                elif not error.is_any(TRANSIENT):
+                    raise error from e
+                limit = shortage.give_up_at if error.is_any(FULL) else self._deadline
+                if time.monotonic() + wait_s > limit:
                     raise error from e
             time.sleep(wait_s)
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
@@ -224,17 +280,31 @@ class Connection:
         """Give the handle of a hierarchy and the session that authorises its use.
 
         Where a password is set it is proved by HMAC, so that it does not cross the bus.
+
+        Raises:
+            UnavailableError: the TPM refused this password before.
         """
-        if not self._passwords.get(hierarchy):
+        if not self._passwords.known.get(hierarchy):
             yield ESYS_TR(hierarchy.value), ESYS_TR.PASSWORD
             return
+        if hierarchy in self._passwords.refused:
+            raise UnavailableError(
+                f"{self._operation}: the TPM refused the password of the "
+                f"{hierarchy.name.lower()} hierarchy, it is not sent again: correct its file and "
+                "restart"
+            )
         none = ESYS_TR.NONE
         cipher = TPMT_SYM_DEF(algorithm=TPM2_ALG.NULL)
         session = self.call(
             self.esys.start_auth_session, none, none, TPM2_SE.HMAC, cipher, TPM2_ALG.SHA256
         )
         with self.loaded(session):
-            yield ESYS_TR(hierarchy.value), session
+            try:
+                yield ESYS_TR(hierarchy.value), session
+            except TpmError as e:
+                if e.is_any(WRONG_PASSWORD):
+                    self._passwords.refused.add(hierarchy)
+                raise
 
     def forget(self, label: bytes) -> None:
         """Drop a saved context."""
@@ -326,22 +396,38 @@ class Connection:
             # Whatever was wrong, this connection cannot be trusted to be clean any more.
             self.is_lost = True
 
-    def _reclaim(self) -> bool:
-        """Flush objects of ours that an earlier process left behind; never those of others."""
+    def _make_room(self, error: TpmError, shortage: _Shortage) -> None:
+        """Flush objects of ours that a dead process left behind; never those of others.
+
+        What another process of ours has loaded just now looks the same, but not for long.
+        """
+        now = time.monotonic()
+        if shortage.began_at is None:
+            shortage.began_at = now
+            shortage.seen = self._leftovers() if error.is_any(_NO_OBJECT_SLOT) else {}
+        elif shortage.seen and now - shortage.began_at >= _LEFTOVER_S:
+            present = self._leftovers()
+            for handle, name in shortage.seen.items():
+                if present.get(handle) == name:
+                    with contextlib.suppress(TpmError):  # gone in the meantime
+                        object_ = self.call(self.esys.tr_from_tpmpublic, handle)
+                        self.call(self.esys.flush_context, object_)
+            shortage.seen = {}
+
+    def _leftovers(self) -> dict[int, bytes]:
+        """Return handle and Name of objects that only we make and this process did not load."""
         mine = {int(self.esys.tr_get_tpm_handle(h)) for h in self._loaded}
-        gained = False
+        found = {}
         for handle in self.handles(TRANSIENT_HANDLES):
             if handle in mine:
                 continue
             with contextlib.suppress(TpmError):
                 object_ = self.call(self.esys.tr_from_tpmpublic, handle)
                 name = bytes(self.esys.tr_get_name(object_))
+                self.esys.tr_close(object_)
                 if name in self._names:
-                    self.call(self.esys.flush_context, object_)
-                    gained = True
-                else:
-                    self.esys.tr_close(object_)
-        return gained
+                    found[handle] = name
+        return found
 
     def _check_alive(self) -> None:
         if self.is_lost:
@@ -378,7 +464,7 @@ class TpmDevice:
         self.tcti = resolve_tcti(tcti)
         self._worker = Worker(f"TPM {self.tcti}")
         self._connection: Connection | None = None
-        self._passwords: dict[Hierarchy, bytes] = {}
+        self._passwords = Passwords()
         self._password_changed = False
         self._names: set[bytes] = set()
         self._users = 1
@@ -434,8 +520,7 @@ class TpmDevice:
 
     def set_password(self, hierarchy: Hierarchy, password: bytes) -> None:
         """Use a hierarchy password from the next connection on."""
-        if self._passwords.get(hierarchy) != password:
-            self._passwords[hierarchy] = password
+        if self._passwords.put(hierarchy, password):
             self._password_changed = True
 
     async def close(self) -> None:

@@ -20,7 +20,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from spire_hw.errors import InvalidInputError, NotReadyError
 from spire_hw.tpm import wire
 from spire_hw.tpm.device import NV_HANDLES, PERSISTENT_HANDLES, Capability, Hierarchy
-from spire_hw.tpm.keys import create_primary, name_of_handle
 from spire_hw.tpm.public import (
     EK_TEMPLATES,
     USER_WITH_AUTH,
@@ -30,6 +29,7 @@ from spire_hw.tpm.public import (
     key_label,
     parse_public,
 )
+from spire_hw.tpm.storage import create_primary, name_of_handle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

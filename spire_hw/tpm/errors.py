@@ -22,15 +22,20 @@ class Rc(IntEnum):
     FAILURE = 0x101
     AUTH_TYPE = 0x124
     AUTH_UNAVAILABLE = 0x12F
+    PCR_CHANGED = 0x128
     REBOOT = 0x130
     NV_UNINITIALIZED = 0x14A
+    NV_SPACE = 0x14B
+    NV_DEFINED = 0x14C
     COMMAND_CODE = 0x143
+    ASYMMETRIC = 0x081
     ATTRIBUTES = 0x082
     VALUE = 0x084
     HIERARCHY = 0x085
     KEY_SIZE = 0x087
     TYPE = 0x08A
     HANDLE = 0x08B
+    RANGE = 0x08D
     AUTH_FAIL = 0x08E
     SCHEME = 0x092
     SIZE = 0x095
@@ -59,6 +64,19 @@ TRANSIENT: Final = frozenset({Rc.YIELDED, Rc.TESTING, Rc.NV_RATE, Rc.RETRY})
 # Codes that mean a saved context, blob or handle is of another TPM, reset or owner.
 STALE: Final = frozenset({Rc.HANDLE, Rc.INTEGRITY, Rc.VALUE, Rc.SIZE, Rc.HIERARCHY})
 
+# Codes that say that a free slot is missing, which whoever holds them may give back.
+FULL: Final = frozenset(
+    {Rc.OBJECT_MEMORY, Rc.SESSION_MEMORY, Rc.SESSION_HANDLES, Rc.OBJECT_HANDLES}
+)
+
+# What a TPM says to the parameters of a key it cannot make.
+NOT_SUPPORTED: Final = frozenset(
+    {Rc.VALUE, Rc.KEY_SIZE, Rc.CURVE, Rc.SCHEME, Rc.TYPE, Rc.ASYMMETRIC, Rc.RANGE}
+)
+
+# What a TPM says to a wrong password; a further try may lock it.
+WRONG_PASSWORD: Final = frozenset({Rc.AUTH_FAIL, Rc.BAD_AUTH})
+
 _LAYERS: Final = {
     6: "ESYS resource manager",
     7: "ESYS",
@@ -84,7 +102,6 @@ _OTHER_NAMES: Final = {
     0x125: "AUTH_MISSING",
     0x126: "POLICY",
     0x127: "PCR",
-    0x128: "PCR_CHANGED",
     0x12D: "UPGRADE",
     0x12E: "TOO_MANY_CONTEXTS",
     0x131: "UNBALANCED",
@@ -95,20 +112,16 @@ _OTHER_NAMES: Final = {
     0x147: "NV_SIZE",
     0x148: "NV_LOCKED",
     0x149: "NV_AUTHORIZATION",
-    0x14B: "NV_SPACE",
-    0x14C: "NV_DEFINED",
     0x150: "BAD_CONTEXT",
     0x151: "CPHASH",
     0x152: "PARENT",
     0x153: "NEEDS_TEST",
     0x154: "NO_RESULT",
     0x155: "SENSITIVE",
-    0x081: "ASYMMETRIC",
     0x083: "HASH",
     0x088: "MGF",
     0x089: "MODE",
     0x08C: "KDF",
-    0x08D: "RANGE",
     0x08F: "NONCE",
     0x090: "PP",
     0x096: "SYMMETRIC",
@@ -134,6 +147,9 @@ _HINTS: Final[dict[int, str]] = {
     Rc.AUTH_UNAVAILABLE: "the object has no password or no private part",
     Rc.REBOOT: "the TPM wants a restart of the machine, as after a firmware update",
     Rc.NV_UNINITIALIZED: "the NV index was never written",
+    Rc.NV_SPACE: "the TPM's persistent memory is full; list it with tpm2_getcap handles-persistent "
+    "and remove what nobody needs with tpm2_evictcontrol",
+    Rc.NV_DEFINED: "the handle is taken",
     Rc.COMMAND_CODE: "this TPM does not have the command",
     Rc.ATTRIBUTES: "the attributes of the key do not allow this",
     Rc.VALUE: "a value is out of range or not supported by this TPM",
@@ -172,11 +188,8 @@ _UNAVAILABLE: Final = frozenset(
         Rc.INITIALIZE,
         Rc.REBOOT,
         Rc.BAD_AUTH,
+        *FULL,
         Rc.CONTEXT_GAP,
-        Rc.OBJECT_MEMORY,
-        Rc.SESSION_MEMORY,
-        Rc.SESSION_HANDLES,
-        Rc.OBJECT_HANDLES,
         Rc.LOCKOUT,
     }
 )

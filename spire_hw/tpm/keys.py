@@ -1,7 +1,9 @@
-"""Signing keys of a TPM: create under a storage primary, load, sign digests.
+"""Signing keys of a TPM: create under a storage key, load, sign digests.
 
 All functions are parts of a job: they take a `Connection` and run in the device's thread. A key is
-kept as two blobs only this TPM can use; what is loaded is flushed at the end of each block.
+kept as two blobs only this TPM can use; what is loaded is flushed at the end of each block. A key
+may besides have a persistent handle, be bound to PCR values, and be used under sessions that
+protect it from whoever sits on the bus.
 """
 
 from __future__ import annotations
@@ -11,46 +13,54 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from cryptography.hazmat.primitives.asymmetric import utils
+from cryptography.hazmat.primitives.asymmetric import rsa, utils
+from tpm2_pytss.constants import ESYS_TR, TPM2_SE
 from tpm2_pytss.types import (
     TPM2B_PRIVATE,
     TPM2B_PUBLIC,
     TPM2B_SENSITIVE_CREATE,
+    TPML_PCR_SELECTION,
     TPMT_PUBLIC_PARMS,
     TPMT_SIG_SCHEME,
+    TPMT_SIGNATURE,
 )
 
 from spire_hw.errors import EncodingError, InvalidInputError, NotReadyError, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, check_digest, verify_digest
 from spire_hw.tpm import wire
-from spire_hw.tpm.device import PERSISTENT_HANDLES, Capability, Hierarchy
-from spire_hw.tpm.errors import STALE, TpmError
+from spire_hw.tpm.device import Capability
+from spire_hw.tpm.errors import NOT_SUPPORTED, STALE, Rc, TpmError
+from spire_hw.tpm.pcrpolicy import (
+    Approval,
+    Binding,
+    approved_digest,
+    authorized_policy,
+    find_approval,
+)
+from spire_hw.tpm.persistent import kept_key
+from spire_hw.tpm.pss import pss_salt_bytes
 from spire_hw.tpm.public import TpmPublic, parse_public
+from spire_hw.tpm.storage import (
+    KeyLostError,
+    encrypting,
+    plain_policy_session,
+    public_from,
+    salted_session,
+    storage,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from spire_hw.tpm.device import Connection
 
-# restricted decrypt, fixedTPM, fixedParent, sensitiveDataOrigin, userWithAuth, noDA: the TCG
-# storage root key on P-256 with an empty `unique`.
-_STORAGE_ATTRIBUTES: Final = 0x00030472
-# sign, fixedTPM, fixedParent, sensitiveDataOrigin, userWithAuth, noDA. adminWithPolicy is clear,
-# so that an attestation key may certify it.
-_SIGNING_ATTRIBUTES: Final = 0x00040472
+# sign, fixedTPM, fixedParent, sensitiveDataOrigin, noDA; userWithAuth unless a policy guards the
+# key. adminWithPolicy is clear, so that an attestation key may certify it.
+_SIGNING_ATTRIBUTES: Final = 0x00040432
+_USER_WITH_AUTH: Final = 0x00000040
 
 _NULL: Final = struct.pack(">H", wire.ALG_NULL)
-_AES_128_CFB: Final = struct.pack(">HHH", wire.ALG_AES, 128, wire.ALG_CFB)
 _EMPTY: Final = struct.pack(">H", 0)
-_P256: Final = struct.pack(">H", wire.CURVE_P256)
-_STORAGE_TEMPLATE: Final = (
-    struct.pack(">HHI", wire.ALG_ECC, wire.ALG_SHA256, _STORAGE_ATTRIBUTES)
-    + _EMPTY  # no policy
-    + (_AES_128_CFB + _NULL + _P256 + _NULL)
-    + (_EMPTY + _EMPTY)
-)
-_STORAGE_LABEL: Final = b"storage primary"
-_STORAGE_HANDLES: Final = (0x81000001, 0x81000002)
 
 _CURVES: Final = {KeyType.EC_P256: wire.CURVE_P256, KeyType.EC_P384: wire.CURVE_P384}
 _RSA_BITS: Final = {KeyType.RSA_2048: 2048, KeyType.RSA_4096: 4096}
@@ -59,6 +69,8 @@ _HASH_IDS: Final = {
     HashAlgorithm.SHA384: wire.ALG_SHA384,
     HashAlgorithm.SHA512: wire.ALG_SHA512,
 }
+# What a TPM says to a policy that is not met, and to one whose PCRs changed since it was.
+_UNMET: Final = frozenset({Rc.POLICY_FAIL, Rc.PCR_CHANGED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +79,7 @@ class KeyBlob:
 
     Attributes:
         public: TPM2B_PUBLIC bytes.
-        private: TPM2B_PRIVATE bytes, wrapped by the storage primary.
+        private: TPM2B_PRIVATE bytes, wrapped by the storage key.
         parsed: the public area.
     """
 
@@ -89,6 +101,28 @@ class KeyBlob:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyUse:
+    """What it takes to use a key.
+
+    Attributes:
+        storage_name: Name of the storage key it is wrapped by, where that is known.
+        handle: persistent handle, None for a key that is loaded each time.
+        binding: PCRs it is bound to.
+        approvals: of the binding's authority, as they are now.
+        salted: whether commands go under sessions that protect them on the bus.
+    """
+
+    storage_name: bytes | None = None
+    handle: int | None = None
+    binding: Binding | None = None
+    approvals: tuple[Approval, ...] = ()
+    salted: bool = False
+
+
+_AS_IT_IS: Final = KeyUse()
+
+
+@dataclass(frozen=True, slots=True)
 class Abilities:
     """What a TPM can do for us."""
 
@@ -98,122 +132,67 @@ class Abilities:
 
 def read_abilities(connection: Connection) -> Abilities:
     """Ask the TPM which key types and hashes it has."""
-    esys = connection.esys
-    types = set()
-    curves = {curve for (curve,) in connection.capability(Capability.CURVES)}
-    types |= {key_type for key_type, curve in _CURVES.items() if curve in curves}
-    for key_type in _RSA_BITS:
-        parameters, _ = TPMT_PUBLIC_PARMS.unmarshal(
-            struct.pack(">H", wire.ALG_RSA) + _parameters(key_type)
-        )
-        with contextlib.suppress(TpmError):
-            connection.call(esys.test_parms, parameters)
-            types.add(key_type)
+    types = frozenset(key_type for key_type in KeyType if _is_supported(connection, key_type))
     algorithms = {number for number, _ in connection.capability(Capability.ALGORITHMS)}
     hashes = frozenset(h for h, number in _HASH_IDS.items() if number in algorithms)
-    return Abilities(frozenset(types), hashes)
+    return Abilities(types, hashes)
 
 
-def public_from(template: bytes) -> Any:
-    """Return TPMT_PUBLIC bytes as the library's TPM2B_PUBLIC."""
-    public, _ = TPM2B_PUBLIC.unmarshal(wire.sized(template))
-    return public
+def _is_supported(connection: Connection, key_type: KeyType) -> bool:
+    kind = wire.ALG_ECC if key_type in _CURVES else wire.ALG_RSA
+    raw = struct.pack(">H", kind) + _parameters(key_type)
+    parameters, _ = TPMT_PUBLIC_PARMS.unmarshal(raw)
+    try:
+        connection.call(connection.esys.test_parms, parameters)
+    except TpmError as e:
+        if not e.is_any(NOT_SUPPORTED):
+            raise
+        return False
+    return True
 
 
-def name_of_handle(connection: Connection, handle: Any) -> bytes:
-    """Return the Name of a loaded object."""
-    name = connection.esys.tr_get_name(handle)
-    return bytes(name)
-
-
-@contextlib.contextmanager
-def storage(connection: Connection, wanted: bytes | None = None) -> Iterator[tuple[Any, bytes]]:
-    """Make the storage primary usable for the block; give its handle and Name.
-
-    Args:
-        connection: the TPM.
-        wanted: Name of the primary that keys at hand were made under; a persistent one of that
-            Name saves making it again.
-
-    Raises:
-        NotReadyError: the TPM has no primary of the wanted Name any more.
-    """
-    found = _find_persistent(connection, wanted) if wanted is not None else None
-    if found is not None and wanted is not None:
-        yield found, wanted
-        return
-    with connection.cached(_STORAGE_LABEL, lambda: _create_storage(connection)) as handle:
-        name = name_of_handle(connection, handle)
-        if wanted is not None and name != wanted:
-            raise NotReadyError(
-                "TPM was cleared or replaced: its storage key is not the one the keys were made "
-                "under; they are lost and must be regenerated"
-            )
-        yield handle, name
-
-
-def create_primary(connection: Connection, hierarchy: Hierarchy, template: bytes) -> Any:
-    """Make a primary key; the caller unloads it.
-
-    Args:
-        connection: the TPM.
-        hierarchy: whose seed it comes from.
-        template: TPMT_PUBLIC.
-
-    Returns:
-        Handle, public area, creation data, its hash and ticket, as the library's types.
-
-    Raises:
-        TpmError: the TPM refused.
-    """
-    with connection.authorised(hierarchy) as (handle, session):
-        return connection.call(
-            connection.esys.create_primary,
-            TPM2B_SENSITIVE_CREATE(),
-            public_from(template),
-            handle,
-            session1=session,
-        )
-
-
-def _create_storage(connection: Connection) -> Any:
-    return create_primary(connection, Hierarchy.OWNER, _STORAGE_TEMPLATE)[0]
-
-
-def _find_persistent(connection: Connection, name: bytes) -> Any:
-    present = set(connection.handles(PERSISTENT_HANDLES))
-    for number in _STORAGE_HANDLES:
-        if number in present:
-            handle = connection.call(connection.esys.tr_from_tpmpublic, number)
-            if name_of_handle(connection, handle) == name:
-                return handle
-            connection.esys.tr_close(handle)
-    return None
-
-
-def create_key(connection: Connection, key_type: KeyType) -> tuple[KeyBlob, bytes]:
+def create_key(
+    connection: Connection,
+    key_type: KeyType,
+    *,
+    binding: Binding | None = None,
+    salted: bool = False,
+) -> tuple[KeyBlob, bytes]:
     """Make a signing key.
 
+    Args:
+        connection: the TPM.
+        key_type: one of `read_abilities`.
+        binding: PCRs to bind it to.
+        salted: whether the commands are protected on the bus.
+
     Returns:
-        The key and the Name of the storage primary it was made under.
+        The key and the Name of the storage key it was made under.
 
     Raises:
+        InvalidInputError: a PCR of the binding is in no active bank.
         TpmError: the TPM refused.
     """
+    policy = b"" if binding is None else _policy_of(connection, binding)
+    attributes = _SIGNING_ATTRIBUTES | (0 if policy else _USER_WITH_AUTH)
+    kind = wire.ALG_ECC if key_type in _CURVES else wire.ALG_RSA
     template = (
-        struct.pack(
-            ">HHI",
-            wire.ALG_ECC if key_type in _CURVES else wire.ALG_RSA,
-            wire.ALG_SHA256,
-            _SIGNING_ATTRIBUTES,
-        )
-        + _EMPTY
+        struct.pack(">HHI", kind, wire.ALG_SHA256, attributes)
+        + wire.sized(policy)
         + _parameters(key_type)
         + (_EMPTY + _EMPTY if key_type in _CURVES else _EMPTY)
     )
-    with storage(connection) as (parent, parent_name):
+    with contextlib.ExitStack() as stack:
+        session: Any = ESYS_TR.PASSWORD
+        if salted:
+            session = encrypting(connection, stack.enter_context(salted_session(connection)))
+        parent, parent_name = stack.enter_context(storage(connection))
         made = connection.call(
-            connection.esys.create, parent, TPM2B_SENSITIVE_CREATE(), public_from(template)
+            connection.esys.create,
+            parent,
+            TPM2B_SENSITIVE_CREATE(),
+            public_from(template),
+            session1=session,
         )
         private, public = bytes(made[0].marshal()), bytes(made[1].marshal())
     blob = KeyBlob.parse(public, private)
@@ -228,37 +207,84 @@ def _parameters(key_type: KeyType) -> bytes:
     return _NULL + _NULL + struct.pack(">HI", _RSA_BITS[key_type], 0)
 
 
+def check_banks(connection: Connection, binding: Binding) -> None:
+    """Refuse PCRs the TPM does not have: a policy over them would hold in any state.
+
+    Raises:
+        InvalidInputError: a bank is not active, or lacks a PCR.
+    """
+    banks = connection.pcr_banks()
+    for entry in binding.selections:
+        if not set(entry.pcrs) <= set(banks.get(entry.bank, ())):
+            active = ", ".join(bank for bank, pcrs in banks.items() if pcrs)
+            raise InvalidInputError(
+                f"PCR bank {entry.bank} is not active on this TPM; active are {active}"
+            )
+
+
+def _policy_of(connection: Connection, binding: Binding) -> bytes:
+    check_banks(connection, binding)
+    if binding.signer is not None:
+        return authorized_policy(binding.signer.name, binding.ref)
+    return present_policy(connection, binding)
+
+
+def present_policy(connection: Connection, binding: Binding) -> bytes:
+    """Return the policy that holds in the present state of a binding's PCRs.
+
+    Raises:
+        TpmError: the TPM refused.
+    """
+    with plain_policy_session(connection, TPM2_SE.TRIAL) as trial:
+        return _satisfy_pcrs(connection, trial, binding)
+
+
+def _satisfy_pcrs(connection: Connection, session: Any, binding: Binding) -> bytes:
+    """Put present PCR values into a policy session; return its policy."""
+    chosen, _ = TPML_PCR_SELECTION.unmarshal(wire.encode_selections(binding.selections))
+    connection.call(connection.esys.policy_pcr, session, b"", chosen)
+    return bytes(connection.call(connection.esys.policy_get_digest, session))
+
+
 @contextlib.contextmanager
-def loaded_key(
-    connection: Connection, blob: KeyBlob, storage_name: bytes | None = None
-) -> Iterator[Any]:
+def loaded_key(connection: Connection, blob: KeyBlob, use: KeyUse = _AS_IT_IS) -> Iterator[Any]:
     """Load a key for the block and give its handle.
 
     Args:
         connection: the TPM.
         blob: from `create_key`.
-        storage_name: the primary it was made under, where that is known.
+        use: where it may be persistent, and what it was made under.
 
     Raises:
-        NotReadyError: the TPM was cleared or is another one; the key is lost.
+        KeyLostError: the TPM was cleared or is another one; the key is lost.
         TpmError: the TPM refused.
     """
     name = blob.parsed.name
-    with connection.cached(name, lambda: _load(connection, blob, storage_name)) as handle:
+    if use.handle is not None:
+        with kept_key(connection, use.handle, name) as kept:
+            if kept is not None:
+                yield kept
+                return
+    with connection.cached(name, lambda: _load(connection, blob, use)) as handle:
         connection.remember(name)
         yield handle
 
 
-def _load(connection: Connection, blob: KeyBlob, storage_name: bytes | None) -> Any:
+def _load(connection: Connection, blob: KeyBlob, use: KeyUse) -> Any:
     public, _ = TPM2B_PUBLIC.unmarshal(blob.public)
     private, _ = TPM2B_PRIVATE.unmarshal(blob.private)
-    with storage(connection, storage_name) as (parent, _name):
+    with contextlib.ExitStack() as stack:
+        session: Any = ESYS_TR.PASSWORD
+        if use.salted:
+            made = salted_session(connection, storage_name=use.storage_name)
+            session = encrypting(connection, stack.enter_context(made))
+        parent, _name = stack.enter_context(storage(connection, use.storage_name))
         try:
-            return connection.call(connection.esys.load, parent, private, public)
+            return connection.call(connection.esys.load, parent, private, public, session1=session)
         except TpmError as e:
             if not e.is_any(STALE):
                 raise
-            raise NotReadyError(
+            raise KeyLostError(
                 "TPM was cleared or replaced, or the key's file was damaged: the key does not "
                 f"load and must be regenerated ({e.decoded.name})"
             ) from e
@@ -288,7 +314,7 @@ def sign(
     blob: KeyBlob,
     digest: bytes,
     options: SignOptions,
-    storage_name: bytes | None = None,
+    use: KeyUse = _AS_IT_IS,
 ) -> bytes:
     """Sign a digest and check the signature.
 
@@ -297,14 +323,15 @@ def sign(
         blob: the key.
         digest: made with `options.hash`.
         options: hash and padding.
-        storage_name: the primary the key was made under.
+        use: what it takes to use the key.
 
     Returns:
         DER ECDSA-Sig-Value, or the RSA signature at modulus length.
 
     Raises:
         InvalidInputError: see `check_sign_options`.
-        NotReadyError: the key is lost.
+        KeyLostError: the key is lost.
+        NotReadyError: nobody approved the present state of the machine.
         TpmError: the TPM refused.
         SpireHwError: the TPM gave a signature that does not verify.
     """
@@ -314,11 +341,88 @@ def sign(
     else:
         scheme_id = wire.ALG_RSAPSS if options.pss else wire.ALG_RSASSA
     scheme, _ = TPMT_SIG_SCHEME.unmarshal(struct.pack(">HH", scheme_id, _HASH_IDS[options.hash]))
-    with loaded_key(connection, blob, storage_name) as handle:
-        made = connection.call(connection.esys.sign, handle, digest, scheme)
-        signature = _plain_signature(bytes(made.marshal()), blob)
+    try:
+        made = _sign(connection, blob, use, digest, scheme)
+    except TpmError as e:
+        if use.binding is None or not e.is_any(_UNMET):
+            raise
+        # A PCR may have changed between policy and signature.
+        made = _sign_again(connection, blob, use, digest, scheme)
+    signature = _plain_signature(made, blob)
     _verify(blob, digest, signature, options)
     return signature
+
+
+def _sign(connection: Connection, blob: KeyBlob, use: KeyUse, digest: bytes, scheme: Any) -> bytes:
+    with (
+        _authority(connection, use) as session,
+        loaded_key(connection, blob, use) as handle,
+    ):
+        made = connection.call(connection.esys.sign, handle, digest, scheme, session1=session)
+        return bytes(made.marshal())
+
+
+def _sign_again(
+    connection: Connection, blob: KeyBlob, use: KeyUse, digest: bytes, scheme: Any
+) -> bytes:
+    try:
+        return _sign(connection, blob, use, digest, scheme)
+    except TpmError as e:
+        if not e.is_any(_UNMET):
+            raise
+        raise KeyLostError(
+            "PCRs changed since the key was made, and it is bound to their values: it must be "
+            "regenerated (bind keys to an authority to have approvals instead)"
+        ) from e
+
+
+@contextlib.contextmanager
+def _authority(connection: Connection, use: KeyUse) -> Iterator[Any]:
+    """Give the session that authorises use of a key."""
+    if use.binding is None and not use.salted:
+        yield ESYS_TR.PASSWORD
+        return
+    kind = TPM2_SE.HMAC if use.binding is None else TPM2_SE.POLICY
+    opened = (
+        salted_session(connection, kind, use.storage_name)
+        if use.salted
+        else plain_policy_session(connection, kind)
+    )
+    with opened as session:
+        if use.binding is not None:
+            _satisfy(connection, session, use.binding, use.approvals)
+        yield session
+
+
+def _satisfy(
+    connection: Connection, session: Any, binding: Binding, approvals: tuple[Approval, ...]
+) -> None:
+    present = _satisfy_pcrs(connection, session, binding)
+    signer = binding.signer
+    if signer is None:
+        return
+    approval = find_approval(approvals, present, binding)
+    if approval is None:
+        raise NotReadyError(
+            "the present state of this machine's PCRs is not approved: take "
+            "`spire-hw-agent tpm policy read` to whoever holds the policy authority's key, and "
+            f"put the approval into approvals_path (policy {present.hex()})"
+        )
+    esys = connection.esys
+    signature, _ = TPMT_SIGNATURE.unmarshal(approval.signature)
+    handle = connection.call(esys.load_external, public_from(signer.raw), hierarchy=ESYS_TR.OWNER)
+    with connection.loaded(handle):
+        ticket = connection.call(
+            esys.verify_signature, handle, approved_digest(present, binding.ref), signature
+        )
+    connection.call(
+        esys.policy_authorize,
+        session,
+        approved_policy=present,
+        key_sign=signer.name,
+        check_ticket=ticket,
+        policy_ref=binding.ref,
+    )
 
 
 def _plain_signature(raw: bytes, blob: KeyBlob) -> bytes:
@@ -333,5 +437,12 @@ def _verify(blob: KeyBlob, digest: bytes, signature: bytes, options: SignOptions
     try:
         verify_digest(blob.parsed.key, digest, signature, options)
     except SpireHwError as e:
-        salt = " or pads PSS with a salt that others refuse; use an EC key" if options.pss else ""
-        raise SpireHwError(f"the TPM gave a signature that does not verify{salt}") from e
+        key, salt = blob.parsed.key, None
+        if options.pss and isinstance(key, rsa.RSAPublicKey):
+            salt = pss_salt_bytes(key, signature, options.hash)
+        if salt is not None and salt != options.salt_bytes:
+            raise SpireHwError(
+                f"this TPM makes PSS salts of {salt} bytes, which others refuse: "
+                f"{options.salt_bytes} are needed; use an EC key"
+            ) from e
+        raise SpireHwError("the TPM gave a signature that does not verify") from e

@@ -24,6 +24,7 @@ from spire_hw.plugin.nodeattestor import AttestationRequest, SvidKey
 from spire_hw.spiffeid import SpiffeId, TrustDomain
 from spire_hw.tpm.endorsement import EkType
 from spire_hw_plugins.keymanager.tpm import TpmKeyManager
+from spire_hw_plugins.keymanager.tpm_config import Settings
 from spire_hw_plugins.nodeattestor.tpm.agent import TpmAgentAttestor
 from spire_hw_plugins.nodeattestor.tpm.server import TpmServer
 from spire_hw_sim.manufacturer import Manufacturer
@@ -103,7 +104,7 @@ async def bench(folder: Path, tpm: Swtpm) -> None:
     agent_host = HostInfo(Side.AGENT, td, folder, log, SystemClock())
     server_host = HostInfo(Side.SERVER, td, folder, log, SystemClock())
     keys, server = TpmKeyManager(agent_host), TpmServer(server_host)
-    await keys.open(tpm.tcti, folder / "keys")
+    await keys.open(Settings(tpm.tcti, folder / "keys"))
     roots = maker.write_roots(folder / "roots.pem")
     await server.configure(Body.from_dict({"ek_policy": "ca", "endorsement_ca_path": str(roots)}))
     info = await keys.generate_key("A", KeyType.EC_P256)

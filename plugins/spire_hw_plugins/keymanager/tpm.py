@@ -1,65 +1,53 @@
 """KeyManager `tpm`: keys are made in a TPM and never leave it.
 
-Each key is a pair of blobs that only this TPM can load, kept in a directory; nothing is stored in
-the TPM itself. After TPM2_Clear, or with another TPM, the keys are lost: they are reported and
-left out, so that the host makes new ones.
+Each key is a pair of blobs that only this TPM can load, kept in a directory; on request it is kept
+under a persistent handle as well, bound to PCR values, and used under protected sessions. After
+TPM2_Clear, with another TPM, or where a key is bound to values the PCRs do not have any more, the
+key is lost: it is reported and left out, so that the host makes a new one.
 """
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from spire_hw.config.schema import Model, decode, faults
-from spire_hw.errors import (
-    ConfigError,
-    ConfigFault,
-    InvalidInputError,
-    NotFoundError,
-    NotReadyError,
-)
+from spire_hw.errors import InvalidInputError, NotFoundError, NotReadyError, SpireHwError
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo, KeySignature
-from spire_hw.tpm import keys
+from spire_hw.tpm import keys, persistent
 from spire_hw.tpm.device import Hierarchy, TpmDevice, load_password, shared
 from spire_hw.tpm.info import read_identity
-from spire_hw_plugins.keymanager.tpm_store import StoredKey, TpmKeyStore, made_now
+from spire_hw.tpm.storage import KeyLostError, storage
+from spire_hw_plugins.keymanager.tpm_config import (
+    PERSISTENT_COUNT,
+    Settings,
+    build_settings,
+    find_faults,
+    load_approvals,
+    read_config,
+)
+from spire_hw_plugins.keymanager.tpm_store import StoredKey, TpmKeyStore
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from spire_hw.config.hcl import Body
+    from spire_hw.errors import ConfigFault
     from spire_hw.key import KeyType, SignOptions
     from spire_hw.tpm.device import Connection
+    from spire_hw.tpm.pcrpolicy import Approval
 
 NAME: Final = "tpm"
-_KEYS_FOLDER: Final = "keys-tpm"
 # RSA keys take a slow TPM a minute to make, and other jobs may stand in front.
 _GENERATE_TIMEOUT_S: Final = 180.0
-
-
-class Config(Model):
-    """The plugin_data.
-
-    Attributes:
-        tpm_device_path: device node; the kernel's resource manager when unset.
-        tcti: TCTI string instead of a device, such as `swtpm:host=localhost,port=2321`.
-        keys_path: directory of the wrapped keys; `keys-tpm` in the data directory when unset.
-        owner_auth_path: file with the password of the owner hierarchy, if one is set.
-    """
-
-    tpm_device_path: str = ""
-    tcti: str = ""
-    keys_path: str = ""
-    owner_auth_path: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
     """What a configured plugin works with."""
 
+    settings: Settings
     device: TpmDevice
     store: TpmKeyStore
     abilities: keys.Abilities
@@ -85,50 +73,52 @@ class TpmKeyManager:
         self._host = host
         self._ready: _Ready | None = None
         self._keys: dict[str, _Held] = {}
+        # Whatever has a file, lost keys too: a successor takes their persistent handle away.
+        self._stored: dict[str, StoredKey] = {}
         self._generating = asyncio.Lock()
+        self._complaints: set[str] = set()
 
     def validate(self, config: Body) -> list[ConfigFault]:
         """Return the faults of a configuration without touching the TPM."""
-        found = faults(config, Config)
-        if found:
-            return found
-        return _conflicts(decode(config, Config))
+        return find_faults(config)
 
     async def configure(self, config: Body) -> None:
         """Open the TPM and read the keys.
 
         Raises:
-            ConfigError: something unknown is set, or device and TCTI both.
-            NotReadyError: no TPM, or the key directory cannot be used.
+            ConfigError: the configuration has faults.
+            NotReadyError: no TPM, a file cannot be read, or the key directory cannot be used.
+            InvalidInputError: a file holds something else, or a PCR bank is not active.
             UnavailableError: the TPM does not answer.
         """
-        settings = decode(config, Config)
-        if conflicts := _conflicts(settings):
-            raise ConfigError(config.file or "configuration", conflicts)
-        directory = Path(settings.keys_path or self._host.data_dir / _KEYS_FOLDER)
-        password = await asyncio.to_thread(load_password, settings.owner_auth_path)
-        await self.open(settings.tcti or settings.tpm_device_path, directory, password)
+        raw = read_config(config)
+        settings = await asyncio.to_thread(build_settings, raw, self._host.data_dir)
+        password = await asyncio.to_thread(load_password, raw.owner_auth_path)
+        await self.open(settings, password)
 
-    async def open(self, tcti: str, directory: Path, owner_password: bytes = b"") -> None:
+    async def open(self, settings: Settings, owner_password: bytes = b"") -> None:
         """Open the TPM and read the keys; what `configure` does with its settings.
 
         Args:
-            tcti: TCTI or device path; empty for the kernel's resource manager.
-            directory: where the wrapped keys are; made when missing.
+            settings: which TPM, which directory, how keys are made and used.
             owner_password: password of the owner hierarchy.
         """
-        device = shared(tcti)
+        device = shared(settings.tcti)
         try:
             if owner_password:
                 device.set_password(Hierarchy.OWNER, owner_password)
-            store = await asyncio.to_thread(TpmKeyStore, directory)
+            store = await asyncio.to_thread(TpmKeyStore, settings.directory)
             abilities = await device.run("read what the TPM can do", keys.read_abilities)
-            held = await self._load(device, store)
+            binding = settings.binding
+            if binding is not None:
+                await device.run("read PCR banks", lambda c: keys.check_banks(c, binding))
+            stored, held = await self._load(device, store)
+            await self._warn_of_leftovers(settings, device, stored.values())
         except BaseException:
             await device.close()
             raise
-        before, self._ready = self._ready, _Ready(device, store, abilities)
-        self._keys = held
+        before, self._ready = self._ready, _Ready(settings, device, store, abilities)
+        self._stored, self._keys = stored, held
         if before is not None:
             await before.device.close()
         if self._host.side is Side.SERVER:
@@ -138,7 +128,7 @@ class TpmKeyManager:
             )
 
     async def close(self) -> None:
-        """Give the TPM back; the keys stay in their directory."""
+        """Give the TPM back; the keys stay where they are."""
         ready, self._ready = self._ready, None
         if ready is not None:
             await ready.device.close()
@@ -150,17 +140,14 @@ class TpmKeyManager:
         if key_type not in ready.abilities.key_types:
             raise InvalidInputError(f"key type {key_type.name} is not supported by this TPM")
         async with self._generating:
-            blob, storage_name = await ready.device.run(
-                f"make {key_type.name} key",
-                lambda c: keys.create_key(c, key_type),
-                timeout_s=_GENERATE_TIMEOUT_S,
-            )
-            serial = 1 + max((k.stored.serial for k in self._keys.values()), default=0)
-            stored = made_now(key_id, serial, blob, storage_name, self._host.clock.now())
-            await asyncio.to_thread(ready.store.put, stored)
+            stored = await self._make(ready, key_id, key_type)
+            await self._store(ready, stored)
+            old = self._stored.get(key_id)
             made = _Held.of(stored)
             self._keys.pop(key_id, None)  # a replaced key moves to the end
-            self._keys[key_id] = made
+            self._keys[key_id], self._stored[key_id] = made, stored
+            if old is not None and old.handle is not None:
+                await self._evict(ready, old, old.handle)
         return made.info
 
     async def get_public_key(self, key_id: str) -> KeyInfo:
@@ -180,13 +167,20 @@ class TpmKeyManager:
         keys.check_sign_options(stored.blob, digest, options)
         if options.hash not in ready.abilities.hashes:
             raise InvalidInputError(f"hash {options.hash.name} is not supported by this TPM")
+        use = keys.KeyUse(
+            stored.storage_name,
+            stored.handle,
+            stored.binding,
+            await self._approvals(ready, stored),
+            ready.settings.salted,
+        )
 
         def job(connection: Connection) -> bytes:
-            return keys.sign(connection, stored.blob, digest, options, stored.storage_name)
+            return keys.sign(connection, stored.blob, digest, options, use)
 
         try:
             signature = await ready.device.run(f'sign with key "{key_id}"', job)
-        except NotReadyError as e:
+        except KeyLostError as e:
             self._drop(held, e)
             raise NotReadyError(f'key "{key_id}": {e.message}') from e
         return KeySignature(signature, held.info.fingerprint)
@@ -198,37 +192,118 @@ class TpmKeyManager:
 
     async def key_evidence(self, key_id: str) -> KeyEvidence:
         """Return where a key lives; see `KeyEvidenceSource`."""
-        held = self._find(key_id)
+        stored = self._find(key_id).stored
         ready = self._require("not configured")
         about = await ready.device.run("identify the TPM", read_identity)
-        parsed = held.stored.blob.parsed
-        return KeyEvidence(
-            location=f"TPM {about.manufacturer} {about.vendor} at {ready.device.tcti}",
-            attributes={
-                "name": parsed.name.hex(),
-                "attributes": f"0x{parsed.attributes:08x}",
-                "storage_name": held.stored.storage_name.hex(),
-                "firmware": about.firmware,
-                "created_at": held.stored.created_at,
-                "exportable": "no: fixedTPM, fixedParent, sensitiveDataOrigin",
-            },
+        attributes = {
+            "name": stored.name.hex(),
+            "attributes": f"0x{stored.blob.parsed.attributes:08x}",
+            "storage_name": stored.storage_name.hex(),
+            "firmware": about.firmware,
+            "created_at": stored.created_at,
+            "exportable": "no: fixedTPM, fixedParent, sensitiveDataOrigin",
+        }
+        if stored.handle is not None:
+            attributes["handle"] = f"0x{stored.handle:08x}"
+        if stored.binding is not None:
+            attributes["policy"] = stored.blob.parsed.auth_policy.hex()
+        where = f"TPM {about.manufacturer} {about.vendor} at {ready.device.tcti}"
+        return KeyEvidence(location=where, attributes=attributes)
+
+    async def _make(self, ready: _Ready, key_id: str, key_type: KeyType) -> StoredKey:
+        settings = ready.settings
+
+        def job(connection: Connection) -> tuple[keys.KeyBlob, bytes, int | None]:
+            blob, name = keys.create_key(
+                connection, key_type, binding=settings.binding, salted=settings.salted
+            )
+            if settings.first_handle is None:
+                return blob, name, None
+            handle = _free_handle(connection, settings.first_handle)
+            with keys.loaded_key(
+                connection, blob, keys.KeyUse(name, salted=settings.salted)
+            ) as key:
+                persistent.persist(connection, key, handle)
+            return blob, name, handle
+
+        blob, storage_name, handle = await ready.device.run(
+            f"make {key_type.name} key", job, timeout_s=_GENERATE_TIMEOUT_S
+        )
+        return StoredKey(
+            key_id=key_id,
+            serial=1 + max((k.serial for k in self._stored.values()), default=0),
+            blob=blob,
+            storage_name=storage_name,
+            created_at=self._host.clock.now().isoformat(timespec="seconds"),
+            handle=handle,
+            binding=settings.binding,
         )
 
-    async def _load(self, device: TpmDevice, store: TpmKeyStore) -> dict[str, _Held]:
-        """Read the directory; leave out keys of another storage primary."""
+    async def _store(self, ready: _Ready, stored: StoredKey) -> None:
+        try:
+            await asyncio.to_thread(ready.store.put, stored)
+        except BaseException:
+            if stored.handle is not None:
+                await self._evict(ready, stored, stored.handle)
+            raise
+
+    async def _evict(self, ready: _Ready, stored: StoredKey, handle: int) -> None:
+        """Free a persistent handle; a key that stays is told at the next start."""
+        try:
+            await ready.device.run(
+                "remove a replaced key", lambda c: persistent.evict(c, handle, stored.name)
+            )
+        except SpireHwError as e:
+            self._host.log.warning(
+                "A key that is not needed any more stays in the TPM",
+                handle=f"0x{handle:08x}",
+                error=e.message,
+            )
+
+    async def _approvals(self, ready: _Ready, stored: StoredKey) -> tuple[Approval, ...]:
+        """Return the approvals there are now for a key that needs one."""
+        if stored.binding is None or stored.binding.authority is None:
+            return ()
+        found, complaints = await asyncio.to_thread(load_approvals, ready.settings.approvals)
+        for complaint in complaints:
+            if complaint not in self._complaints:
+                self._host.log.warning("Approval is not usable", reason=complaint)
+        self._complaints = set(complaints)
+        return tuple(found)
+
+    async def _load(
+        self, device: TpmDevice, store: TpmKeyStore
+    ) -> tuple[dict[str, StoredKey], dict[str, _Held]]:
+        """Read the directory; return what has a file, and what of it can be used."""
         found, complaints = await asyncio.to_thread(store.load)
         for complaint in complaints:
             self._host.log.warning("TPM key file is not usable", reason=complaint)
         lost = await device.run("find storage primary", lambda c: _lost(c, found))
-        for key in found:
-            if key.storage_name in lost:
-                self._host.log.error(
-                    "TPM was cleared or replaced: key is lost and must be regenerated",
-                    key_id=key.key_id,
-                )
-        return {key.key_id: _Held.of(key) for key in found if key.storage_name not in lost}
+        for key_id, reason in lost.items():
+            self._host.log.error(reason, key_id=key_id)
+        stored = {key.key_id: key for key in found}
+        return stored, {k: _Held.of(key) for k, key in stored.items() if k not in lost}
 
-    def _drop(self, held: _Held, error: NotReadyError) -> None:
+    async def _warn_of_leftovers(
+        self, settings: Settings, device: TpmDevice, stored: Iterable[StoredKey]
+    ) -> None:
+        first = settings.first_handle
+        if first is None:
+            return
+        present = await device.run(
+            "list persistent keys",
+            lambda c: persistent.persistent_names(c, first, PERSISTENT_COUNT),
+        )
+        ours = {key.handle: key.name for key in stored}
+        for handle, name in present.items():
+            if ours.get(handle) != name:
+                self._host.log.warning(
+                    "A persistent handle of our range holds a key of no file: another program's, "
+                    "or left by a crash; if nobody needs it, free it with tpm2_evictcontrol",
+                    handle=f"0x{handle:08x}",
+                )
+
+    def _drop(self, held: _Held, error: KeyLostError) -> None:
         key_id = held.info.key_id
         if self._keys.get(key_id) is held:
             del self._keys[key_id]
@@ -248,24 +323,44 @@ class TpmKeyManager:
         return self._ready
 
 
-def _lost(connection: Connection, found: Sequence[StoredKey]) -> set[bytes]:
-    """Return Names of storage primaries this TPM does not have any more."""
-    lost = set()
+def _free_handle(connection: Connection, first: int) -> int:
+    taken = persistent.persistent_names(connection, first, PERSISTENT_COUNT)
+    for handle in range(first, first + PERSISTENT_COUNT):
+        if handle not in taken:
+            return handle
+    raise NotReadyError(
+        f"all persistent handles from 0x{first:08x} to 0x{first + PERSISTENT_COUNT - 1:08x} are "
+        "taken: free what nobody needs with tpm2_evictcontrol, or choose another range"
+    )
+
+
+def _lost(connection: Connection, found: Sequence[StoredKey]) -> dict[str, str]:
+    """Return ids of the keys this TPM cannot use any more, and why."""
+    gone = set()
     for key in found:
-        connection.remember(key.blob.parsed.name)
+        connection.remember(key.name)
     for name in {key.storage_name for key in found}:
         try:
-            with keys.storage(connection, name):
+            with storage(connection, name):
                 pass
-        except NotReadyError:
-            lost.add(name)
+        except KeyLostError:
+            gone.add(name)
+    lost = {}
+    for key in found:
+        if key.storage_name in gone:
+            lost[key.key_id] = "TPM was cleared or replaced: key is lost and must be regenerated"
+        elif _is_out_of_policy(connection, key):
+            lost[key.key_id] = (
+                "PCRs have other values than those the key is bound to: it must be regenerated"
+            )
     return lost
 
 
-def _conflicts(settings: Config) -> list[ConfigFault]:
-    if settings.tcti and settings.tpm_device_path:
-        return [ConfigFault(settings.line("tcti"), "set tpm_device_path or tcti, not both")]
-    return []
+def _is_out_of_policy(connection: Connection, key: StoredKey) -> bool:
+    binding = key.binding
+    if binding is None or binding.authority is not None:
+        return False
+    return keys.present_policy(connection, binding) != key.blob.parsed.auth_policy
 
 
 def _check_key_id(key_id: str) -> None:

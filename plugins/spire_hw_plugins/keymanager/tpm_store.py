@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Final
 from spire_hw.errors import DeviceError, InvalidInputError, NotReadyError
 from spire_hw.key import KeyType, key_type_of
 from spire_hw.tpm.keys import KeyBlob
+from spire_hw.tpm.pcrpolicy import Binding
 
 if TYPE_CHECKING:
-    from datetime import datetime
     from pathlib import Path
 
 _SUFFIX: Final = ".tpmkey"
@@ -39,6 +39,8 @@ class StoredKey:
         blob: the key itself.
         storage_name: Name of the storage primary it is wrapped by.
         created_at: when it was made, RFC 3339.
+        handle: persistent handle it was given, None for none.
+        binding: PCRs it is bound to, None for none.
     """
 
     key_id: str
@@ -46,18 +48,18 @@ class StoredKey:
     blob: KeyBlob
     storage_name: bytes
     created_at: str
+    handle: int | None = None
+    binding: Binding | None = None
+
+    @property
+    def name(self) -> bytes:
+        """Return its Name."""
+        return self.blob.parsed.name
 
     @property
     def key_type(self) -> KeyType:
         """Return its type."""
         return key_type_of(self.blob.parsed.key)
-
-
-def made_now(
-    key_id: str, serial: int, blob: KeyBlob, storage_name: bytes, now: datetime
-) -> StoredKey:
-    """Return a new key's record."""
-    return StoredKey(key_id, serial, blob, storage_name, now.isoformat(timespec="seconds"))
 
 
 class TpmKeyStore:
@@ -143,7 +145,7 @@ def file_name(key_id: str) -> str:
 
 def encode(key: StoredKey) -> bytes:
     """Return the content of a key's file."""
-    document = {
+    document: dict[str, object] = {
         "version": _VERSION,
         "key_id": key.key_id,
         "serial": key.serial,
@@ -152,6 +154,10 @@ def encode(key: StoredKey) -> bytes:
         "public": base64.b64encode(key.blob.public).decode(),
         "private": base64.b64encode(key.blob.private).decode(),
     }
+    if key.handle is not None:
+        document["handle"] = f"0x{key.handle:08x}"
+    if key.binding is not None:
+        document["policy"] = key.binding.document()
     return json.dumps(document, indent="\t").encode()
 
 
@@ -173,6 +179,8 @@ def decode(content: bytes) -> StoredKey:
             ),
             storage_name=bytes.fromhex(document["storage_name"]),
             created_at=_text(document["created_at"]),
+            handle=int(document["handle"], 16) if "handle" in document else None,
+            binding=Binding.parse(document["policy"]) if "policy" in document else None,
         )
     except InvalidInputError:
         raise

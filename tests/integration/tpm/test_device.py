@@ -28,6 +28,7 @@ from spire_hw.tpm.device import (
     shared,
 )
 from spire_hw.tpm.errors import TpmError
+from spire_hw.tpm.storage import storage
 from spire_hw_sim.tpm_command import ENDORSEMENT, OWNER
 from tests.integration.tpm.leaks import loaded, nothing_left_behind
 
@@ -77,7 +78,7 @@ async def test_jobs_of_many_tasks_run_one_at_a_time(device: TpmDevice, tpm: Swtp
 
 async def test_what_a_failing_job_loaded_is_flushed(device: TpmDevice, tpm: Swtpm) -> None:
     def job(connection: Connection) -> None:
-        with keys.storage(connection):
+        with storage(connection):
             assert len(loaded(tpm)) == 1
             raise InvalidInputError("on purpose")
 
@@ -109,12 +110,13 @@ async def test_a_tpm_that_is_gone_is_unavailable_and_used_again_when_it_is_back(
 async def test_saved_contexts_that_a_reset_made_useless_are_made_again(
     device: TpmDevice, tpm: Swtpm
 ) -> None:
-    blob, storage = await device.run("make key", lambda c: keys.create_key(c, KeyType.EC_P256))
+    blob, name = await device.run("make key", lambda c: keys.create_key(c, KeyType.EC_P256))
+    use = keys.KeyUse(name)
     for clean in (True, False):
-        await device.run("sign", lambda c: keys.sign(c, blob, DIGEST, OPTIONS, storage))
+        await device.run("sign", lambda c: keys.sign(c, blob, DIGEST, OPTIONS, use))
         tpm.reset(clean=clean)
         with nothing_left_behind(tpm):
-            await device.run("sign", lambda c: keys.sign(c, blob, DIGEST, OPTIONS, storage))
+            await device.run("sign", lambda c: keys.sign(c, blob, DIGEST, OPTIONS, use))
 
 
 async def test_a_hanging_tpm_fails_the_caller_in_time_and_recovers(

@@ -19,10 +19,11 @@ from spire_hw.errors import (
 )
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, verify_digest
 from spire_hw.plugin.keymanager import KeyEvidenceSource, TpmKeys
-from spire_hw.tpm import keys
 from spire_hw.tpm.keys import KeyBlob
 from spire_hw.tpm.public import check_svid_key
+from spire_hw.tpm.storage import StorageKey
 from spire_hw_plugins.keymanager.tpm import TpmKeyManager, build
+from spire_hw_plugins.keymanager.tpm_config import Settings
 from tests.integration.tpm.leaks import nothing_left_behind
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ async def test_a_persistent_storage_key_of_the_right_name_is_used(
     manager: TpmKeyManager, agent_host: HostInfo, tpm: Swtpm
 ) -> None:
     made = await manager.generate_key("A", KeyType.EC_P256)
-    handle, _ = tpm.commands.create_primary(0x40000001, keys._STORAGE_TEMPLATE)
+    handle, _ = tpm.commands.create_primary(0x40000001, StorageKey.ECC.value)
     tpm.commands.persist(handle, 0x81000001)
     tpm.commands.flush(handle)
     tpm.commands.set_password(0x40000001, b"set by somebody else")
@@ -289,4 +290,4 @@ async def test_a_key_directory_that_cannot_be_written_is_told(
     directory = tmp_path / "sealed"
     directory.mkdir(mode=0o500)
     with pytest.raises(NotReadyError, match="not writable"):
-        await TpmKeyManager(agent_host).open(tpm.tcti, directory)
+        await TpmKeyManager(agent_host).open(Settings(tpm.tcti, directory))

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,7 +18,6 @@ from spire_hw_plugins.keymanager.tpm_store import (
     decode,
     encode,
     file_name,
-    made_now,
 )
 
 if TYPE_CHECKING:
@@ -36,9 +34,8 @@ def blob() -> KeyBlob:
 
 
 def stored(key_id: str, serial: int = 1) -> StoredKey:
-    return made_now(
-        key_id, serial, blob(), b"\x00\x0b" + bytes(32), datetime(2026, 1, 1, tzinfo=UTC)
-    )
+    storage_name = b"\x00\x0b" + bytes(32)
+    return StoredKey(key_id, serial, blob(), storage_name, "2026-01-01T00:00:00+00:00")
 
 
 def test_keys_come_back_oldest_first(tmp_path: Path) -> None:
