@@ -42,7 +42,9 @@ from spire_hw_server.datastore.interface import (
     EnrolledEk,
     Entry,
     EntryFilter,
+    EvidenceRecord,
     Federation,
+    ImaPart,
     JoinToken,
     JournalRow,
     KeyInUseError,
@@ -51,6 +53,10 @@ from spire_hw_server.datastore.interface import (
     Node,
     NodeFilter,
     Page,
+    Posture,
+    PostureUpdate,
+    QuarantinedError,
+    Sighting,
     SimilarEntryError,
     StoredPolicy,
 )
@@ -904,6 +910,186 @@ async def test_largest_policy_fits(store: Datastore) -> None:
 
 
 # Changes
+
+
+def make_posture(node: Node, state: str = "attested", *reasons: str, **changes: Any) -> Posture:
+    posture = Posture(node.agent_id, state, reasons, "words", START, last_good_at=START)
+    return replace(posture, memory="{}", evidence=b"evidence", **changes)
+
+
+def make_record(**changes: Any) -> EvidenceRecord:
+    return replace(EvidenceRecord(START, "attestation", "accept", "attested"), **changes)
+
+
+@pytest.mark.asyncio
+async def test_posture_is_stored_with_its_node(store: Datastore) -> None:
+    node = make_node("n", "tpm:a")
+    record = make_record(findings="[]", policy="web", policy_version=3, document=b"all of it")
+    posture = make_posture(node, "drifted", "dbx_old", policy="web", policy_version=3)
+    parts = [ImaPart(0, b"first"), ImaPart(5, b"second")]
+    await store.put_node(node, {}, PostureUpdate(posture, record, parts[0]))
+    assert await store.get_posture(node.agent_id) == replace(posture, records=1)
+    assert await store.list_ima(node.agent_id) == parts[:1]
+    page = await store.list_evidence(node.agent_id, Page())
+    kept = replace(record, number=1, has_document=True)
+    assert page.records == [replace(kept, document=None)]
+    assert await store.get_evidence(node.agent_id, 1) == kept
+    await store.put_node(node, {}, PostureUpdate(replace(posture, evidence=None), None, parts[1]))
+    assert await store.get_posture(node.agent_id) == replace(posture, records=1)
+    assert await store.list_ima(node.agent_id) == parts
+    await store.put_node(node, {}, PostureUpdate(posture, None, ImaPart(0, b"anew")))
+    assert await store.list_ima(node.agent_id) == [ImaPart(0, b"anew")]
+    brief = replace(posture, records=1, evidence=None)
+    assert await store.get_postures([node.agent_id, PARENT]) == {node.agent_id: brief}
+    assert await store.list_postures(Page()) == ([brief], "")
+
+
+@pytest.mark.asyncio
+async def test_nothing_is_known_of_a_node_without_evidence_and_of_one_that_is_gone(
+    store: Datastore,
+) -> None:
+    node = await store.put_node(make_node())
+    assert await store.get_posture(node.agent_id) is None
+    assert (await store.list_evidence(node.agent_id, Page())).records == []
+    await store.set_posture(PostureUpdate(make_posture(node), make_record(), ImaPart(0, b"x")))
+    await store.delete_node(node.agent_id)
+    assert await store.get_posture(node.agent_id) is None
+    assert await store.list_ima(node.agent_id) == []
+    with pytest.raises(NotFoundError):
+        await store.list_evidence(node.agent_id, Page())
+    with pytest.raises(NotFoundError):
+        await store.set_posture(PostureUpdate(make_posture(node)))
+    await store.put_node(node)
+    assert (await store.list_evidence(node.agent_id, Page())).records == []
+
+
+@pytest.mark.asyncio
+async def test_quarantine_is_in_the_node_and_evidence_lifts_it(store: Datastore) -> None:
+    node = await store.put_node(make_node())
+    held = await store.set_posture(
+        PostureUpdate(make_posture(node, "quarantined", "pcr_mismatch", "uki"))
+    )
+    assert held.quarantine == "pcr_mismatch"
+    assert held == await store.get_node(node.agent_id)
+    with pytest.raises(QuarantinedError, match="pcr_mismatch"):
+        await store.put_node(node)
+    assert (await store.get_node(node.agent_id)).quarantine == "pcr_mismatch"
+    freed = await store.put_node(node, {}, PostureUpdate(make_posture(node)))
+    assert freed.quarantine == ""
+    assert (await store.get_node(node.agent_id)).quarantine == ""
+
+
+@pytest.mark.asyncio
+async def test_quarantine_of_an_operator_ends_by_an_operator_only(store: Datastore) -> None:
+    node = await store.put_node(make_node())
+    hold = make_posture(node, "quarantined", "operator")
+    await store.set_posture(PostureUpdate(hold, by_operator=True))
+    for posture in (make_posture(node), make_posture(node, "quarantined", "stale")):
+        with pytest.raises(QuarantinedError, match="operator"):
+            await store.set_posture(PostureUpdate(posture))
+        with pytest.raises(QuarantinedError, match="operator"):
+            await store.put_node(node, {}, PostureUpdate(posture))
+    assert (await store.get_posture(node.agent_id)) == hold
+    freed = await store.set_posture(PostureUpdate(make_posture(node), by_operator=True))
+    assert freed.quarantine == ""
+
+
+@pytest.mark.asyncio
+async def test_ban_by_evidence_is_a_ban(store: Datastore) -> None:
+    node = await store.put_node(make_node())
+    banned = await store.set_posture(PostureUpdate(make_posture(node, "banned", "tpm_replaced")))
+    assert banned.banned
+    with pytest.raises(DeniedError):
+        await store.put_node(node, {}, PostureUpdate(make_posture(node)))
+    with pytest.raises(DeniedError):
+        await store.set_posture(PostureUpdate(make_posture(node), by_operator=True))
+    posture = await store.get_posture(node.agent_id)
+    assert posture is not None
+    assert (posture.state, posture.reasons) == ("banned", ("tpm_replaced",))
+
+
+@pytest.mark.asyncio
+async def test_history_of_a_node_is_bounded_and_read_backwards(store: Datastore) -> None:
+    node = await store.put_node(make_node())
+    other = await store.put_node(make_node("other"))
+    for n in range(70):
+        made = make_record(made_at=START + timedelta(seconds=n), summary=str(n), document=b"d")
+        await store.set_posture(PostureUpdate(make_posture(node), made))
+    await store.set_posture(PostureUpdate(make_posture(other), make_record()))
+    found: list[str] = []
+    token = ""
+    while True:
+        page = await store.list_evidence(node.agent_id, Page(size=30, token=token))
+        found += [r.summary for r in page.records]
+        token = page.next_token
+        if not token:
+            break
+    assert found == [str(n) for n in range(69, 5, -1)]
+    with pytest.raises(NotFoundError):
+        await store.get_evidence(node.agent_id, 6)
+    assert (await store.get_evidence(node.agent_id, 7)).document == b"d"
+    assert await store.prune_evidence(START + timedelta(seconds=68)) == 63
+    left = await store.list_evidence(node.agent_id, Page())
+    assert [r.number for r in left.records] == [70, 69]
+    assert (await store.list_evidence(other.agent_id, Page())).records == []
+    posture = await store.get_posture(node.agent_id)
+    assert posture is not None
+    assert posture.records == 70
+
+
+@pytest.mark.asyncio
+async def test_sightings_are_stored_without_a_change(store: Datastore) -> None:
+    nodes = [await store.put_node(make_node(name)) for name in ("a", "b", "c")]
+    for node in nodes[:2]:
+        await store.set_posture(PostureUpdate(make_posture(node), make_record()))
+    before, later = await store.last_change(), START + timedelta(minutes=5)
+    ids = [node.agent_id for node in nodes]
+    await store.note_sightings(
+        [
+            Sighting(ids[0], 1, later, "new", ImaPart(3, b"more")),
+            Sighting(ids[1], 0, later, "of another time"),
+            Sighting(ids[2], 0, later, "never seen"),
+            Sighting(PARENT, 0, later, "no node"),
+        ]
+    )
+    assert await store.last_change() == before
+    a, b, c = [await store.get_posture(i) for i in ids]
+    assert a is not None
+    assert (a.last_good_at, a.last_seen_at, a.memory) == (later, later, "new")
+    assert a.evidence == b"evidence"
+    assert await store.list_ima(ids[0]) == [ImaPart(3, b"more")]
+    assert b is not None
+    assert (b.last_good_at, b.memory) == (START, "{}")
+    assert c is None
+
+
+@pytest.mark.asyncio
+async def test_silent_nodes_are_found_oldest_first(store: Datastore) -> None:
+    states = ("attested", "drifted", "stale", "quarantined", "attested", "attested")
+    nodes = [await store.put_node(make_node(f"n{i}")) for i in range(len(states))]
+    for n, (node, state) in enumerate(zip(nodes, states, strict=True)):
+        good = START - timedelta(minutes=n) if n < 5 else None
+        posture = make_posture(node, state, *["x"] * (state == "quarantined"))
+        await store.set_posture(PostureUpdate(replace(posture, last_good_at=good)))
+    found = await store.list_silent(START, 10)
+    assert found == [nodes[4].agent_id, nodes[1].agent_id]
+    assert await store.list_silent(START, 1) == [nodes[4].agent_id]
+    everyone = await store.list_silent(START + timedelta(seconds=1), 10)
+    assert everyone == [nodes[4].agent_id, nodes[1].agent_id, nodes[0].agent_id]
+
+
+@pytest.mark.asyncio
+async def test_posture_is_bounded(store: Datastore) -> None:
+    node = await store.put_node(make_node())
+    for wrong in (
+        make_posture(node, "attested", *["r"] * 65),
+        make_posture(node, "attested", "r" * 65),
+        make_posture(node, message="m" * 1025),
+        make_posture(node, "no such state at all"),
+    ):
+        with pytest.raises(InvalidInputError):
+            await store.set_posture(PostureUpdate(wrong))
+    assert await store.get_posture(node.agent_id) is None
 
 
 @pytest.mark.asyncio

@@ -86,6 +86,18 @@ class KeyInUseError(DeniedError):
         self.owner = owner
 
 
+class QuarantinedError(DeniedError):
+    """A node is in quarantine, and what was to be done does not lift it.
+
+    Attributes:
+        reason_code: why it is in quarantine.
+    """
+
+    def __init__(self, agent_id: SpiffeId, reason_code: str) -> None:
+        super().__init__(f'agent "{agent_id}" is in quarantine: {reason_code}')
+        self.reason_code = reason_code
+
+
 class Match(Enum):
     """How a stored set is compared with the one asked for (upstream's numbers).
 
@@ -169,6 +181,131 @@ class KeyRole(Enum):
 # Keys a node has for itself: SHA-256 of the DER SubjectPublicKeyInfo by role.
 NodeKeys = Mapping[KeyRole, bytes]
 NO_KEYS: Final[NodeKeys] = MappingProxyType({})
+
+
+# Reason code of a quarantine that an operator alone lifts.
+BY_OPERATOR: Final = "operator"
+QUARANTINED: Final = "quarantined"
+BANNED: Final = "banned"
+
+
+@dataclass(frozen=True, slots=True)
+class Posture:
+    """What is known of a node's machine.
+
+    Attributes:
+        state: one of the words of `NodeState`, but for those that follow from the node itself.
+        reasons: codes, the decisive one first; at most 64, each at most 64 ASCII characters.
+        message: at most 1024 characters.
+        since: when it got into this state.
+        last_good_at: when evidence was last accepted, None for never.
+        last_seen_at: when evidence last came.
+        policy: name of the policy it was last judged by, "" for none.
+        policy_version: its version, 0 for none.
+        memory: what the next evidence is compared with; ASCII.
+        evidence: the last that was accepted; None for none, and where it was not asked for.
+        records: how many records of its history were ever made; the store counts.
+    """
+
+    agent_id: SpiffeId
+    state: str
+    reasons: tuple[str, ...]
+    message: str
+    since: datetime
+    last_good_at: datetime | None = None
+    last_seen_at: datetime | None = None
+    policy: str = ""
+    policy_version: int = 0
+    memory: str = ""
+    evidence: bytes | None = None
+    records: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EvidenceRecord:
+    """One line of a node's history.
+
+    Attributes:
+        made_at: server's time.
+        occasion: `attestation`, `heartbeat`, `policy_update` or `operator`.
+        verdict: what became of it: accept, refuse, quarantine or ban.
+        state: of the node after it.
+        findings: JSON, ASCII.
+        policy: name of the policy, "" for none; version and digest of its text with it.
+        evidence_sha256: lower-case hex digest of the whole document, "" for none.
+        summary: in a few words; at most 1024 characters.
+        document: the whole evidence; None when it is not kept, and in lists.
+        has_document: it is kept.
+        number: given by the store, from 1 for each node.
+    """
+
+    made_at: datetime
+    occasion: str
+    verdict: str
+    state: str
+    findings: str = ""
+    policy: str = ""
+    policy_version: int = 0
+    policy_sha256: str = ""
+    evidence_sha256: str = ""
+    summary: str = ""
+    document: bytes | None = field(default=None, repr=False)
+    has_document: bool = False
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ImaPart:
+    """A part of a node's IMA list.
+
+    Attributes:
+        first: number of its first entry; 0 starts a new list.
+        entries: opaque to the store.
+    """
+
+    first: int
+    entries: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class PostureUpdate:
+    """What one judgement changes, in one step.
+
+    Attributes:
+        posture: as it is now; an `evidence` of None leaves what is stored.
+        record: a line for the history, None for none.
+        ima: to be added to the list; None leaves it.
+        by_operator: an operator wants it, so a quarantine of an operator does not stand against it.
+    """
+
+    posture: Posture
+    record: EvidenceRecord | None = None
+    ima: ImaPart | None = None
+    by_operator: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """Good evidence that changed nothing but times and counters.
+
+    Attributes:
+        records: as in the posture it was compared with; anything else in the store means that
+            somebody judged the node meanwhile, and nothing is changed.
+    """
+
+    agent_id: SpiffeId
+    records: int
+    last_good_at: datetime
+    memory: str
+    ima: ImaPart | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvidencePage:
+    """Part of a history and the token of the next part, "" at the end."""
+
+    records: list[EvidenceRecord]
+    next_token: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,15 +524,79 @@ class Datastore(Protocol):
         """Delete entries whose expires_at is before a moment; return how many."""
         ...
 
-    async def put_node(self, node: Node, keys: NodeKeys = NO_KEYS) -> Node:
+    async def put_node(
+        self, node: Node, keys: NodeKeys = NO_KEYS, update: PostureUpdate | None = None
+    ) -> Node:
         """Store a node with its selectors and keys, replacing one with the same agent ID.
 
         An empty agent_version leaves the one that is stored.
 
+        Args:
+            node: its quarantine is what `update` says, none without one.
+            keys: what it alone may have.
+            update: what its evidence changes.
+
         Raises:
             DeniedError: the stored node is banned; only deleting it lifts that.
+            QuarantinedError: it is in quarantine, and there is no update or an operator put it
+                there.
             KeyInUseError: one of the keys is another node's.
         """
+        ...
+
+    async def set_posture(self, update: PostureUpdate) -> Node:
+        """Store what evidence or an operator changes of an attested node.
+
+        State `quarantined` puts the node in quarantine, `banned` bans it, all else frees it.
+
+        Raises:
+            NotFoundError: no such node.
+            DeniedError: it is banned.
+            QuarantinedError: an operator put it in quarantine, and the update is no operator's.
+        """
+        ...
+
+    async def note_sightings(self, sightings: Sequence[Sighting]) -> None:
+        """Store good evidence that changed nothing else, of many nodes in one step.
+
+        No change is recorded for it. Nodes that are gone or in another state are passed over.
+        """
+        ...
+
+    async def get_posture(self, agent_id: SpiffeId) -> Posture | None:
+        """Return what is known of a node's machine, None when nothing is."""
+        ...
+
+    async def get_postures(self, agent_ids: Collection[SpiffeId]) -> dict[SpiffeId, Posture]:
+        """Return those that exist, by agent ID, without evidence."""
+        ...
+
+    async def list_postures(self, page: Page) -> tuple[list[Posture], str]:
+        """Return a part of all, without evidence, and the token of the next part."""
+        ...
+
+    async def list_silent(self, since: datetime, limit: int) -> list[SpiffeId]:
+        """Return nodes attested or drifted whose last good evidence is older, the oldest first."""
+        ...
+
+    async def list_ima(self, agent_id: SpiffeId) -> list[ImaPart]:
+        """Return the parts of a node's IMA list in order."""
+        ...
+
+    async def list_evidence(self, agent_id: SpiffeId, page: Page) -> EvidencePage:
+        """Return a node's history, the newest first, without documents.
+
+        Raises:
+            NotFoundError: no such node.
+        """
+        ...
+
+    async def get_evidence(self, agent_id: SpiffeId, number: int) -> EvidenceRecord:
+        """Return a record with its document."""
+        ...
+
+    async def prune_evidence(self, made_before: datetime) -> int:
+        """Delete records of all histories made before a moment; return how many."""
         ...
 
     async def get_node(self, agent_id: SpiffeId) -> Node:

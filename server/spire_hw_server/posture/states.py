@@ -13,6 +13,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.posture.verdict import Action, NodeState
+from spire_hw_server.datastore.interface import BY_OPERATOR
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from spire_hw.posture.verdict import Check
 
-BY_OPERATOR: Final = "operator"
 STALE: Final = "stale"
 
 

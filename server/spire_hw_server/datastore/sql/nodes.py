@@ -21,15 +21,18 @@ from spire_hw.errors import DeniedError, DeniedReason, InvalidInputError, NotFou
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId
 from spire_hw_server.datastore.interface import (
+    BY_OPERATOR,
     ChangeKind,
     KeyRole,
     Node,
     NodeFilter,
     NodePage,
     Page,
+    QuarantinedError,
 )
 from spire_hw_server.datastore.sql import entries as entry_queries
 from spire_hw_server.datastore.sql import keys as node_keys
+from spire_hw_server.datastore.sql import postures
 from spire_hw_server.datastore.sql.models import entries, node_selectors, nodes
 from spire_hw_server.datastore.sql.prepared import Prepared
 from spire_hw_server.datastore.sql.sets import (
@@ -49,7 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
     from datetime import datetime
 
-    from spire_hw_server.datastore.interface import NodeKeys
+    from spire_hw_server.datastore.interface import NodeKeys, PostureUpdate
     from spire_hw_server.datastore.sql.transaction import Transaction
 
 _VALUES: Final = [column.name for column in nodes.c if column.name != "row_id"]
@@ -67,13 +70,19 @@ _BY_ID: Final = Prepared(select(nodes).where(nodes.c.agent_id == bindparam("want
 _LOCK_BY_ID: Final = Prepared(
     select(nodes).where(nodes.c.agent_id == bindparam("wanted")).with_for_update()
 )
+# What a ban writes.
+_BLANK: Final[dict[str, object]] = {
+    "serial_number": "",
+    "new_serial_number": "",
+    "new_expires_at": None,
+}
 _CHUNK: Final = 500
 _MAX_VERSION: Final = 255
 _MAX_JSON_BYTES: Final = 8 << 20
 _JOIN_TOKEN: Final = "join_token"  # noqa: S105 - a name
 
 
-def put(tx: Transaction, node: Node, keys: NodeKeys) -> Node:
+def put(tx: Transaction, node: Node, keys: NodeKeys, update: PostureUpdate | None) -> Node:
     """Store a node; see `Datastore.put_node`."""
     _check_version(node.agent_version)
     if node.banned:
@@ -83,11 +92,13 @@ def put(tx: Transaction, node: Node, keys: NodeKeys) -> Node:
         selectors=tuple(sorted(set(node.selectors))),
         expires_at=moment_of(seconds_of(node.expires_at)),
         new_expires_at=optional_moment(optional_seconds(node.new_expires_at)),
+        quarantine="" if update is None else postures.quarantine_of(update.posture),
     )
     row = _row(tx, node.agent_id, lock=True)
     stored = None if row is None else _node(row)
     if stored is not None and stored.banned:
         raise DeniedError(f'agent "{node.agent_id}" is banned', DeniedReason.AGENT_BANNED)
+    _check_quarantine(stored, update)
     node_keys.check_free(tx, node.agent_id, keys)
     if row is None or stored is None:
         number = _INSERT.insert(tx, _values(node))
@@ -99,8 +110,33 @@ def put(tx: Transaction, node: Node, keys: NodeKeys) -> Node:
     if stored is None or stored.selectors != node.selectors:
         _put_selectors(tx, number, node, is_new=stored is None)
     node_keys.replace_all(tx, number, keys, is_new=stored is None)
+    if update is not None:
+        postures.put(tx, number, update)
     tx.changed(ChangeKind.NODE, node.agent_id.text, node)
     return node
+
+
+def set_posture(tx: Transaction, update: PostureUpdate) -> Node:
+    """Store what evidence or an operator changes; see `Datastore.set_posture`."""
+    posture = update.posture
+    row = _existing(tx, posture.agent_id, lock=True)
+    stored = _node(row)
+    if stored.banned:
+        raise DeniedError(f'agent "{stored.agent_id}" is banned', DeniedReason.AGENT_BANNED)
+    _check_quarantine(stored, update)
+    postures.put(tx, row[0], update)
+    changes: dict[str, object] = {"quarantine": postures.quarantine_of(posture) or None}
+    if postures.is_ban(posture):
+        changes |= _BLANK
+    return _set(tx, row, **changes)
+
+
+def _check_quarantine(stored: Node | None, update: PostureUpdate | None) -> None:
+    """Refuse to lift a quarantine without evidence, and one of an operator by evidence."""
+    if stored is None or not stored.quarantine:
+        return
+    if update is None or (stored.quarantine == BY_OPERATOR and not update.by_operator):
+        raise QuarantinedError(stored.agent_id, stored.quarantine)
 
 
 def _put_selectors(tx: Transaction, number: int, node: Node, *, is_new: bool) -> None:
@@ -203,7 +239,7 @@ def set_version(tx: Transaction, agent_id: SpiffeId, version: str) -> None:
 def ban(tx: Transaction, agent_id: SpiffeId) -> Node:
     """Blank both serials; see `Datastore.ban_node`."""
     row = _existing(tx, agent_id, lock=True)
-    return _set(tx, row, serial_number="", new_serial_number="", new_expires_at=None)
+    return _set(tx, row, **_BLANK)
 
 
 def delete_one(tx: Transaction, agent_id: SpiffeId) -> Node:

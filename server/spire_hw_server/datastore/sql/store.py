@@ -13,9 +13,11 @@ from spire_hw_server.datastore.sql import (
     engine,
     entries,
     events,
+    history,
     journal,
     nodes,
     policies,
+    postures,
     tokens,
 )
 from spire_hw_server.datastore.sql.sets import seconds_of
@@ -36,7 +38,10 @@ if TYPE_CHECKING:
         Entry,
         EntryFilter,
         EntryPage,
+        EvidencePage,
+        EvidenceRecord,
         Federation,
+        ImaPart,
         JoinToken,
         JournalRow,
         Node,
@@ -44,6 +49,9 @@ if TYPE_CHECKING:
         NodeKeys,
         NodePage,
         Page,
+        Posture,
+        PostureUpdate,
+        Sighting,
         StoredPolicy,
     )
 
@@ -108,8 +116,53 @@ class SqlDatastore(Datastore):
         return await self._database.write(lambda tx: entries.prune(tx, expired_before))
 
     @override
-    async def put_node(self, node: Node, keys: NodeKeys = NO_KEYS) -> Node:
-        return await self._database.write(lambda tx: nodes.put(tx, node, keys), prepared=True)
+    async def put_node(
+        self, node: Node, keys: NodeKeys = NO_KEYS, update: PostureUpdate | None = None
+    ) -> Node:
+        return await self._database.write(
+            lambda tx: nodes.put(tx, node, keys, update), prepared=True
+        )
+
+    @override
+    async def set_posture(self, update: PostureUpdate) -> Node:
+        return await self._database.write(lambda tx: nodes.set_posture(tx, update))
+
+    @override
+    async def note_sightings(self, sightings: Sequence[Sighting]) -> None:
+        await self._database.write(lambda tx: postures.note(tx, sightings), prepared=True)
+
+    @override
+    async def get_posture(self, agent_id: SpiffeId) -> Posture | None:
+        return await self._database.glance(lambda tx: postures.get(tx, agent_id))
+
+    @override
+    async def get_postures(self, agent_ids: Collection[SpiffeId]) -> dict[SpiffeId, Posture]:
+        return await self._database.read(lambda tx: postures.get_many(tx, agent_ids))
+
+    @override
+    async def list_postures(self, page: Page) -> tuple[list[Posture], str]:
+        return await self._database.read(lambda tx: postures.list_page(tx, page))
+
+    @override
+    async def list_silent(self, since: datetime, limit: int) -> list[SpiffeId]:
+        return await self._database.read(lambda tx: postures.list_silent(tx, since, limit))
+
+    @override
+    async def list_ima(self, agent_id: SpiffeId) -> list[ImaPart]:
+        return await self._database.read(lambda tx: postures.list_ima(tx, agent_id))
+
+    @override
+    async def list_evidence(self, agent_id: SpiffeId, page: Page) -> EvidencePage:
+        return await self._database.read(lambda tx: history.list_page(tx, agent_id, page))
+
+    @override
+    async def get_evidence(self, agent_id: SpiffeId, number: int) -> EvidenceRecord:
+        return await self._database.read(lambda tx: history.get(tx, agent_id, number))
+
+    @override
+    async def prune_evidence(self, made_before: datetime) -> int:
+        before_s = seconds_of(made_before)
+        return await self._database.write(lambda tx: history.prune(tx, before_s))
 
     @override
     async def get_node(self, agent_id: SpiffeId) -> Node:
