@@ -18,7 +18,7 @@ from spire_hw.spiffeid import TrustDomain
 from spire_hw_agent import app as agent_app
 from spire_hw_agent import config as agent_config
 from spire_hw_plugins import builtin
-from spire_hw_plugins.keymanager import disk, pkcs11, tpm
+from spire_hw_plugins.keymanager import disk, pkcs11, tpm_config
 from spire_hw_plugins.nodeattestor.tpm import agent as tpm_agent
 from spire_hw_plugins.nodeattestor.tpm import config as tpm_server
 from spire_hw_plugins.nodeattestor.x509pop import agent as x509pop_agent
@@ -164,7 +164,7 @@ def test_every_key_of_every_plugin_is_documented() -> None:
     pages = {
         "keymanager_pkcs11": (pkcs11.Config,),
         "keymanager_disk": (disk.ServerConfig, disk.AgentConfig),
-        "agent_keymanager_tpm": (tpm.Config,),
+        "keymanager_tpm": (tpm_config.Config, tpm_config.PcrsConfig),
         "nodeattestor_tpm": (tpm_server.ServerConfig, tpm_agent.Config),
         "nodeattestor_x509pop": (x509pop_server.ServerConfig, x509pop_agent.Config),
         "workloadattestor_unix": (unix.Config,),

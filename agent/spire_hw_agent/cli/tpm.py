@@ -67,7 +67,7 @@ class Chosen:
             await device.close()
 
 
-def _tpm_flags(command: F) -> F:
+def tpm_flags(command: F) -> F:
     """Add the flags all commands here have; the command gets `chosen`."""
 
     @functools.wraps(command)
@@ -109,7 +109,7 @@ def group() -> None:
     spire-hw-agent tpm info -output json
     """,
 )
-@_tpm_flags
+@tpm_flags
 def info(chosen: Chosen) -> None:
     """Show make, abilities, PCR banks and endorsement keys of the TPM."""
     from spire_hw.tpm.info import read_info  # noqa: PLC0415 - loads libtss2
@@ -131,7 +131,7 @@ def info(chosen: Chosen) -> None:
     type=click.Choice(_EK_TYPES),
     default="auto",
 )
-@_tpm_flags
+@tpm_flags
 def ek_hash(chosen: Chosen, ek_type: str) -> None:
     """Print the hash by which a server enrols this TPM."""
     from spire_hw.tpm.endorsement import EkType, find_endorsement  # noqa: PLC0415 - loads libtss2
