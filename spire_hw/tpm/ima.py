@@ -1,19 +1,29 @@
 """Read the kernel's list of measured files and replay it into PCR 10.
 
+What is in an entry counts because PCR 10 was extended with it: the list itself is a claim. Names
+are bytes and compared as such.
+
 Spec: Linux kernel, security/integrity/ima (templates, violations, boot aggregate).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import hashlib
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from spire_hw.errors import AttestationError, ErrorKind, Finding
+from spire_hw.posture.evidence import ImaEntry, ImaFacts, ImaState
+from spire_hw.tpm import imalist, wire
 
 if TYPE_CHECKING:
-    from spire_hw.posture.evidence import ImaFacts, ImaState, PcrValues
+    from collections.abc import Iterator
 
-PCR: Final = 10
-MAX_BYTES: Final = 8 * 1024 * 1024
-MAX_ENTRIES: Final = 100_000
-MAX_LINE: Final = 8192
+    from spire_hw.posture.evidence import PcrValues
+
+AGGREGATE: Final = b"boot_aggregate"
+
+_FIRMWARE_PCRS: Final = range(8)
+_LOADER_PCRS: Final = (8, 9)
 
 
 def replay(
@@ -31,8 +41,7 @@ def replay(
     Entries after the one that reaches the quoted value are ignored: the list grows after a quote.
 
     Args:
-        data: `ascii_runtime_measurements` (or its per-bank siblings) or
-            `binary_runtime_measurements` (little-endian); whole entries.
+        data: the list as `imalist.read` takes it.
         start: where the part begins; None for a list from the first entry.
         pcrs: verified values; PCR 10 of `bank` must be among them, and PCR 0 to 7 when `start` is
             None.
@@ -43,9 +52,130 @@ def replay(
         allow_padded_sha1: accept kernels before 5.8, which extend SHA-1 into larger banks.
 
     Raises:
-        AttestationError: codes `ima_hash`, `ima_replay`, `boot_aggregate`, and denied
-            `ima_rollback`, `ima_padded_sha1`.
-        InvalidInputError: a line or record is malformed.
-        LimitError: more than `MAX_BYTES` or `MAX_ENTRIES`, or a line over `MAX_LINE`.
+        AttestationError: codes `ima_missing`, `ima_hash`, `ima_replay`, `boot_aggregate`, and
+            denied `ima_rollback`, `ima_padded_sha1`.
+        InvalidInputError: an entry is malformed.
+        LimitError: a bound of `imalist` is exceeded.
     """
-    raise NotImplementedError
+    if (bank, imalist.PCR) not in pcrs:
+        raise ValueError("an IMA list needs a quoted PCR 10")
+    if not data and start is None:
+        raise _refusal("ima_missing", "list is missing")
+    size = wire.HASHES[wire.BANKS[bank]][1]
+    begin = start or ImaState(0, bytes(size), bytes(hashlib.sha256().digest_size))
+    quoted = pcrs[bank, imalist.PCR]
+    part = _read(data, begin, bank, quoted)
+    padded = not part.reached and bank != "sha1"
+    if padded:
+        part = _read(data, begin, bank, quoted, padded=True)
+    if not part.reached:
+        raise _refusal("ima_replay", "list does not replay to PCR 10")
+    if padded and not allow_padded_sha1:
+        text = f"kernel extends SHA-1 into the {bank.replace('sha', 'SHA-')} bank"
+        raise _denial("ima_padded_sha1", text)
+    _check_aggregate(part, start, pcrs, logged or {})
+    if known is not None and not _passes(part, begin, known, bank):
+        raise _denial("ima_rollback", "list was rewritten")
+    return ImaFacts(
+        start=begin.count,
+        state=part.state(begin),
+        entries=tuple(part.entries[1:] if start is None else part.entries),
+        violations=len(part.extended) - len(part.entries),
+        padded_sha1=padded,
+    )
+
+
+class _Part(NamedTuple):
+    """A part of the list as far as it was replayed.
+
+    Attributes:
+        reached: its end is the quoted value.
+        pcr: PCR 10 there.
+        extended: what PCR 10 was extended with.
+        entries: without violations.
+    """
+
+    reached: bool
+    pcr: bytes
+    extended: list[bytes]
+    entries: list[ImaEntry]
+
+    def state(self, begin: ImaState) -> ImaState:
+        """Return where the part ends."""
+        running = hashlib.sha256(begin.sha256 + b"".join(self.extended)).digest()
+        return ImaState(begin.count + len(self.extended), self.pcr, running)
+
+
+def _read(data: bytes, begin: ImaState, bank: str, quoted: bytes, *, padded: bool = False) -> _Part:
+    """Extend entry by entry until the quoted value is reached."""
+    new, pcr = getattr(hashlib, bank), begin.pcr
+    extended: list[bytes] = []
+    entries: list[ImaEntry] = []
+    if pcr != quoted:
+        for digest, entry in imalist.read(data, begin.count, bank, padded=padded):
+            pcr = new(pcr + digest).digest()
+            extended.append(digest)
+            if entry is not None:
+                entries.append(entry)
+            if pcr == quoted:
+                break
+    return _Part(pcr == quoted, pcr, extended, entries)
+
+
+def _passes(part: _Part, begin: ImaState, known: ImaState, bank: str) -> bool:
+    """Tell whether the list was at an earlier state once."""
+    count, pcr = known.count - begin.count, begin.pcr
+    if not 0 <= count <= len(part.extended):
+        return False
+    for digest in part.extended[:count]:
+        pcr = hashlib.new(bank, pcr + digest).digest()
+    return pcr == known.pcr
+
+
+def _check_aggregate(
+    part: _Part, start: ImaState | None, pcrs: PcrValues, logged: PcrValues
+) -> None:
+    """Tie the list to this boot: its first entry, and no other, is a digest over PCRs."""
+    first = int(start is None)
+    holds = not any(entry.path == AGGREGATE for entry in part.entries[first:])
+    if first and holds:
+        # A violation is not among the entries.
+        holds = bool(part.entries) and part.extended[0] != b"\xff" * len(part.pcr)
+        entry = part.entries[0] if holds else None
+        holds = (
+            entry is not None
+            and entry.path == AGGREGATE
+            and entry.digest in _aggregates(entry.algorithm, pcrs, logged)
+        )
+    if not holds:
+        raise _refusal("boot_aggregate", "boot aggregate does not match")
+
+
+def _aggregates(bank: str, pcrs: PcrValues, logged: PcrValues) -> Iterator[bytes]:
+    """Yield the values the aggregate may have.
+
+    Kernels from 5.8 on include what boot loaders measured, unless the bank is SHA-1. Their PCRs
+    may have moved on since, so the log's values count as well.
+    """
+    firmware = [pcrs.get((bank, n), logged.get((bank, n))) for n in _FIRMWARE_PCRS]
+    if bank not in wire.BANKS or None in firmware:
+        return
+    head = b"".join(value for value in firmware if value is not None)
+    yield hashlib.new(bank, head).digest()
+    if bank == "sha1":
+        return
+    nothing = bytes(wire.HASHES[wire.BANKS[bank]][1])
+    eight, nine = (
+        {source.get((bank, n), nothing) for source in (pcrs, logged)} for n in _LOADER_PCRS
+    )
+    for a in eight:
+        for b in nine:
+            yield hashlib.new(bank, head + a + b).digest()
+
+
+def _refusal(code: str, text: str) -> AttestationError:
+    return AttestationError([Finding(code, f"ima: {text}")])
+
+
+def _denial(code: str, text: str) -> AttestationError:
+    return AttestationError([Finding(code, f"ima: {text}", ErrorKind.PERMISSION_DENIED)])
