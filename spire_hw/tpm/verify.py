@@ -54,6 +54,7 @@ _ORDERS: Final[dict[str, int]] = {
     ),
 }
 _FIRMWARE_PCRS: Final = range(8)
+_HANDLE_BYTES: Final = 4
 _BLANKS: Final = {size: (bytes(size), b"\xff" * size) for _, size in wire.HASHES.values()}
 
 
@@ -179,6 +180,24 @@ def verify_creation(
 
     Spec: TPM 2.0 Library, Part 3 "TPM2_CertifyCreation".
     """
+    return _verify_creation(ak, creation_data, statement, tuple(p.name for p in parents))
+
+
+def verify_child_creation(ak: TpmPublic, creation_data: bytes, statement: Statement) -> Creation:
+    """Do the same without the parent's public area.
+
+    The creation data has the parent's Name, which suffices where that parent is a primary key, as
+    storage and endorsement keys are.
+
+    Raises:
+        AttestationError: as `verify_creation`.
+    """
+    return _verify_creation(ak, creation_data, statement, None)
+
+
+def _verify_creation(
+    ak: TpmPublic, creation_data: bytes, statement: Statement, names: tuple[bytes, ...] | None
+) -> Creation:
     faults = _Faults("ak")
     attest = _open(faults, ak, statement, wire.ST_CREATION, "creation")
     try:
@@ -192,7 +211,9 @@ def verify_creation(
     faults.check(body.name == ak.name, "creation_name", "creation proof is for another key")
     faults.check(body.second == digest, "creation_hash", "creation hash does not match")
     faults.done()
-    names = tuple(parent.name for parent in parents)
+    if names is None:
+        is_primary = len(data.parent_name) == _HANDLE_BYTES
+        names = () if is_primary else (data.parent_name,)
     hierarchy = public.hierarchy_of(attest.qualified_signer, ak.name, names)
     _check_parent(faults, data, hierarchy, names)
     faults.done()

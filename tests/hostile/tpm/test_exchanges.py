@@ -80,9 +80,31 @@ async def test_a_stolen_certificate_elsewhere_takes_nothing_from_the_node(tmp_pa
         assert not held.done()
     made = await lab.attest(node, source="198.51.100.7")
     assert made.agent_id.path.endswith(node.ek_hash)
-    assert lab.server.open_exchanges == 8
-    await standoff.close()
+    for held in standoff.open:
+        with pytest.raises(LimitError, match="this node is attesting already"):
+            await held
     assert lab.server.open_exchanges == 0
+    await standoff.close()
+
+
+async def test_of_two_good_exchanges_of_one_node_one_wins(tmp_path: Path) -> None:
+    lab = await Lab.make(tmp_path)
+    node = lab.node()
+    both_asked = asyncio.Barrier(2)
+
+    async def answer(message: bytes) -> bytes:
+        await both_asked.wait()
+        return node.answer(message)
+
+    done = await asyncio.gather(
+        *(lab.attest(node, answer=answer, source=f"192.0.2.{n}") for n in range(2)),
+        return_exceptions=True,
+    )
+    (refused,) = (found for found in done if isinstance(found, BaseException))
+    assert isinstance(refused, LimitError)
+    assert refused.message == "envelope: this node is attesting already"
+    assert lab.server.open_exchanges == 0
+    await lab.attest(node)
 
 
 async def test_the_thief_gets_no_further_than_the_challenge(tmp_path: Path) -> None:

@@ -94,6 +94,10 @@ class ServerConfig(Model):
         require_tpm_key: the agent's own key must be in the same TPM.
         bind_csr: evidence must be bound to the certificate request, where this half sees it.
         allow_owner_ak: accept attestation keys of the owner hierarchy.
+        boot_log: the firmware's log must come along and replay to the quoted PCRs.
+        ima: the kernel's list of measured files likewise.
+        accept_activation_only: let in agents of spire-tpm-plugin, which prove which TPM they have
+            and nothing else.
         challenge_timeout: from challenge to answer.
     """
 
@@ -110,6 +114,9 @@ class ServerConfig(Model):
     require_tpm_key: bool = True
     bind_csr: bool = True
     allow_owner_ak: bool = False
+    boot_log: bool = False
+    ima: bool = False
+    accept_activation_only: bool = False
     challenge_timeout: GoDuration = timedelta(seconds=30)
 
 
@@ -130,6 +137,9 @@ class Settings:
         require_tpm_key: see `ServerConfig`.
         bind_csr: see `ServerConfig`.
         allow_owner_ak: see `ServerConfig`.
+        boot_log: see `ServerConfig`.
+        ima: see `ServerConfig`.
+        accept_activation_only: see `ServerConfig`.
         timeout: from challenge to answer.
     """
 
@@ -145,6 +155,9 @@ class Settings:
     require_tpm_key: bool
     bind_csr: bool
     allow_owner_ak: bool
+    boot_log: bool
+    ima: bool
+    accept_activation_only: bool
     timeout: timedelta
 
 
@@ -171,6 +184,11 @@ def _meaning_faults(config: ServerConfig, *, has_ek_list: bool) -> list[ConfigFa
         fault("challenge_timeout", "must be between 1s and 1m")
     if config.pcrs is not None and not _selections(config):
         fault("pcrs", "names no PCR")
+    if config.accept_activation_only and (config.pcr_values or config.boot_log or config.ima):
+        fault(
+            "accept_activation_only",
+            "would let every node past pcr_values, boot_log and ima by showing less",
+        )
     return [*found, *_value_faults(config)]
 
 
@@ -245,6 +263,9 @@ def build_settings(body: Body, *, has_ek_list: bool) -> Settings:
         require_tpm_key=config.require_tpm_key,
         bind_csr=config.bind_csr,
         allow_owner_ak=config.allow_owner_ak,
+        boot_log=config.boot_log,
+        ima=config.ima,
+        accept_activation_only=config.accept_activation_only,
         timeout=config.challenge_timeout,
     )
 

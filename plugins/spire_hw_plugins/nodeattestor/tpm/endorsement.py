@@ -10,9 +10,11 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spire_hw.errors import AttestationError, ErrorKind, Finding
+from spire_hw.errors import AttestationError, ErrorKind, Finding, InvalidInputError
+from spire_hw.key import parse_spki
 from spire_hw.posture.evidence import EkFacts
 from spire_hw.tpm.certificate import parse_certificate
+from spire_hw.tpm.ekarea import build_ek_area
 from spire_hw.tpm.ekcert import VerifiedEk, verify_ek_certificate
 from spire_hw.tpm.public import check_ek, parse_public
 
@@ -63,11 +65,10 @@ def read_ek(data: AttestationData) -> tuple[TpmPublic, Certificate | None]:
         InvalidInputError: malformed, or a key that is not acceptable.
         AttestationError: `ek_key_mismatch`, `ek_template`, `ek_signing_key`.
     """
-    public = parse_public(data.ek_pub, "ek: public area")
+    leaf = None if data.ek_certificate is None else parse_certificate(data.ek_certificate)
+    public = parse_public(_area(data, leaf), "ek: public area")
     check_ek(public)
-    leaf = None
-    if data.ek_certificate is not None:
-        leaf = parse_certificate(data.ek_certificate)
+    if leaf is not None:
         if data.ek_spki is not None and leaf.spki != data.ek_spki:
             raise _mismatch("ek: certificate and public key are different keys")
         if leaf.spki != public.spki:
@@ -77,6 +78,23 @@ def read_ek(data: AttestationData) -> tuple[TpmPublic, Certificate | None]:
             "ek: public area and public key are different keys, or not in canonical form"
         )
     return public, leaf
+
+
+def _area(data: AttestationData, leaf: Certificate | None) -> bytes:
+    """Return the public area, which peers without our object leave to be guessed.
+
+    Of each kind of key there is one usual name algorithm and cipher; where a guess is wrong, the
+    TPM does not open the credential.
+    """
+    if data.ek_pub is not None:
+        return data.ek_pub
+    spki = data.ek_spki if leaf is None else leaf.spki
+    if spki is None:
+        raise InvalidInputError("ek: no endorsement key in the request")
+    try:
+        return build_ek_area(parse_spki(spki))
+    except InvalidInputError as e:
+        raise InvalidInputError(f"ek: {e.message.removeprefix('ek: ')}") from e
 
 
 def _mismatch(text: str) -> AttestationError:

@@ -42,7 +42,7 @@ class Place:
     ek_hash: str
     source: str
     since: float
-    _given: bool = False
+    _refusal: str = ""
     _interrupt: Callable[[], None] | None = None
 
     def check(self) -> None:
@@ -51,8 +51,8 @@ class Place:
         Raises:
             LimitError: it did.
         """
-        if self._given:
-            raise LimitError(_DISPLACED)
+        if self._refusal:
+            raise LimitError(self._refusal)
 
     @contextmanager
     def interrupted_by(self, interrupt: Callable[[], None]) -> Iterator[None]:
@@ -63,9 +63,9 @@ class Place:
         finally:
             self._interrupt = None
 
-    def give_way(self) -> None:
-        """End this exchange in favour of another."""
-        self._given = True
+    def give_way(self, refusal: str) -> None:
+        """End this exchange in favour of another, with these words."""
+        self._refusal = refusal
         if self._interrupt is not None:
             self._interrupt()
 
@@ -107,6 +107,17 @@ class Exchanges:
         finally:
             self._places.pop(place, None)
 
+    def win(self, place: Place) -> None:
+        """Note that an exchange proved its endorsement key: no other one of that key goes on.
+
+        Raises:
+            LimitError: another one did before.
+        """
+        place.check()
+        for other in [p for p in self._places if p.ek_hash == place.ek_hash and p is not place]:
+            del self._places[other]
+            other.give_way(_BUSY)
+
     def _is_taken(self, alike: Callable[[Place], bool], limit: int) -> bool:
         """Tell whether a limit is reached and its oldest place has to be left alone."""
         held = [place for place in self._places if alike(place)]
@@ -116,5 +127,5 @@ class Exchanges:
         if self._clock.monotonic() - oldest.since < GIVE_WAY_S:
             return True
         del self._places[oldest]
-        oldest.give_way()
+        oldest.give_way(_DISPLACED)
         return False

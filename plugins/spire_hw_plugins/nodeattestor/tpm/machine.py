@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from spire_hw.errors import LimitError, NotReadyError
-from spire_hw.tpm import eventlog, ima
+from spire_hw.tpm import eventlog, imalist
 
 BOOT_LOG: Final = Path("/sys/kernel/security/tpm0/binary_bios_measurements")
 IMA_LOG: Final = Path("/sys/kernel/security/ima/ascii_runtime_measurements")
@@ -52,7 +52,7 @@ class Machine:
             NotReadyError: there is none, or it cannot be read.
             LimitError: larger than any server takes.
         """
-        raw = _read(self.ima_log_path, ima.MAX_BYTES, "ima", "IMA list")
+        raw = _read(self.ima_log_path, imalist.MAX_BYTES, "ima", "IMA list")
         return ImaList(raw[: raw.rfind(b"\n") + 1])
 
     def ima_entries(self) -> int | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import ErrorKind, LimitError, NotReadyError
-from spire_hw.tpm import boot, eventlog, ima
+from spire_hw.tpm import boot, eventlog, ima, imalist
 from spire_hw.tpm.boot import BootRules
 from spire_hw.tpm.inflate import inflate
 from spire_hw.tpm.wire import BANKS, HASHES
@@ -84,7 +84,7 @@ def unpack_log(data: bytes | None, announced: tuple[int, str] | None = None) -> 
     return raw
 
 
-def unpack_ima(data: bytes | None, room: int = ima.MAX_BYTES) -> bytes:
+def unpack_ima(data: bytes | None, room: int = imalist.MAX_BYTES) -> bytes:
     """Return a part of an IMA list that was asked for.
 
     Args:
@@ -101,7 +101,7 @@ def unpack_ima(data: bytes | None, room: int = ima.MAX_BYTES) -> bytes:
     try:
         return inflate(data, room, "ima")
     except LimitError as e:
-        raise LimitError(f"ima: larger than {ima.MAX_BYTES} bytes") from e
+        raise LimitError(f"ima: larger than {imalist.MAX_BYTES} bytes") from e
 
 
 async def replay_logs(
@@ -193,7 +193,7 @@ def needed_pcrs(wanted: EvidenceRequest) -> frozenset[int]:
     if wanted.boot_log:
         needed.update(FIRMWARE_PCRS)
     if wanted.ima is not None:
-        needed.add(ima.PCR)
+        needed.add(imalist.PCR)
         if not wanted.boot_log and not wanted.ima.count:
             needed.update(AGGREGATE_PCRS)
     return frozenset(needed)

@@ -10,43 +10,39 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import hmac
 import secrets
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Final, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
 
-from spire_hw.errors import (
-    AttestationError,
-    ErrorKind,
-    Finding,
-    NotReadyError,
-    SpireHwError,
-)
+from spire_hw.errors import AttestationError, ErrorKind, NotReadyError
 from spire_hw.plugin.nodeattestor import AttestedIdentity
+from spire_hw.posture.evidence import Evidence, Occasion, Tier
+from spire_hw.posture.judge import EvidenceRequest
+from spire_hw.posture.policy import ima_start
 from spire_hw.spiffeid import agent_id
-from spire_hw.tpm import verify
 from spire_hw.tpm.credential import make_credential
-from spire_hw.tpm.public import check_ak, check_svid_key, parse_public
-from spire_hw.tpm.verify import NO_CSR, Quote, Statement, qualifier
-from spire_hw_plugins.nodeattestor.tpm import wire
+from spire_hw_plugins.nodeattestor.tpm import dialects, replay, statements, wire
+from spire_hw_plugins.nodeattestor.tpm.answer import Asked, check_answer, check_secret, draw
+from spire_hw_plugins.nodeattestor.tpm.claims import check_claims, check_signer
 from spire_hw_plugins.nodeattestor.tpm.config import build_settings, find_faults
 from spire_hw_plugins.nodeattestor.tpm.endorsement import accept_ek, read_ek
 from spire_hw_plugins.nodeattestor.tpm.exchanges import MAX_OPEN, Exchanges
 from spire_hw_plugins.nodeattestor.tpm.heartbeat import check_heartbeat
+from spire_hw_plugins.nodeattestor.tpm.selectors import selectors
+from spire_hw_plugins.nodeattestor.tpm.statements import refusal
+from spire_hw_plugins.nodeattestor.tpm.talk import Talk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from datetime import datetime
 
     from spire_hw.config.hcl import Body
     from spire_hw.errors import ConfigFault
     from spire_hw.plugin.info import HostInfo
     from spire_hw.plugin.nodeattestor import AttestationRequest
-    from spire_hw.posture.evidence import Evidence
     from spire_hw.posture.heartbeat import HeartbeatAnswer, HeartbeatChallenge, KnownNode
+    from spire_hw.posture.verdict import Verdict
+    from spire_hw.spiffeid import SpiffeId
     from spire_hw.tpm.public import TpmPublic
-    from spire_hw.tpm.wire import PcrSelection
     from spire_hw_plugins.nodeattestor.tpm.config import Settings
     from spire_hw_plugins.nodeattestor.tpm.endorsement import Endorsement
     from spire_hw_plugins.nodeattestor.tpm.exchanges import Place
@@ -56,7 +52,7 @@ _MAX_OPEN: Final = MAX_OPEN
 _DEFAULT_TIMEOUT_S: Final = 30.0
 # What the checks before and after the challenge may take on a busy server.
 _OWN_WORK_S: Final = 5.0
-T = TypeVar("T")
+_NO_QUOTE: Final = "policy: this server requires a quote"
 
 
 def build(host: HostInfo) -> TpmServer:
@@ -65,25 +61,14 @@ def build(host: HostInfo) -> TpmServer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Device:
-    """What is known about a node before it answered the challenge; all still claims."""
+class _Exchange:
+    """One exchange under way: what the node said, what it has to show, and how to ask it."""
 
+    data: wire.AttestationData
     ek: Endorsement
-    ak: TpmPublic
-    creation: verify.Creation
-    key: TpmPublic | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Round:
-    """One challenge: what was drawn for it, and what the statements have to be bound to."""
-
-    secret: bytes
-    nonce: bytes
-    csr_sha256: bytes
-
-    def expected(self, role: str, ak: TpmPublic) -> bytes:
-        return qualifier(role, self.nonce, self.csr_sha256, self.secret, ak.name)
+    asked: Asked
+    place: Place
+    talk: Talk
 
 
 class TpmServer:
@@ -171,230 +156,101 @@ class TpmServer:
         self, settings: Settings, request: AttestationRequest, claimed: dict[str, str]
     ) -> AttestedIdentity:
         data = wire.decode_attestation_data(request.payload)
+        if data.ek_pub is None and not settings.accept_activation_only:
+            raise refusal("activation_only", _NO_QUOTE, ErrorKind.PERMISSION_DENIED)
         public, leaf = read_ek(data)
         claimed["ek_hash"] = hashlib.sha256(public.spki).hexdigest()
         ek = await accept_ek(settings, self._host, public, leaf, data.ek_chain)
         identity = agent_id(self._host.trust_domain, NAME, ek.hash)
         await request.admit(identity)
+        asked = await self._asked(settings, identity, ek)
         with self._open.hold(ek.hash, request.source) as place:
-            ak, creation = _check_ak(settings, data, ek.public, request.csr_spki)
-            csr_spki = _known_csr(settings, data, request.csr_spki)
-            key = _check_key(settings, data, csr_spki)
-            device = _Device(ek, ak, creation, key)
-            drawn, message = _draw(settings, device, csr_spki)
-            answer = await self._ask(settings, request, message, place)
-            response = wire.decode_response(answer)
-            quotes = _check_response(settings, device, drawn, response)
-        self._log.debug(
-            "TPM attested",
-            ek_hash=ek.hash,
-            reset_count=quotes[0].clock.reset_count,
-            restart_count=quotes[0].clock.restart_count,
-            firmware_version=f"{quotes[0].firmware_version:016x}",
-        )
+            limit_s = settings.timeout.total_seconds()
+            exchange = _Exchange(
+                data, ek, asked, place, Talk(request.challenge, place, self._host.clock, limit_s)
+            )
+            if data.ek_pub is None:
+                evidence, ak = await self._activate(settings, request, exchange)
+            else:
+                evidence, ak = await self._prove(settings, request, exchange)
+            verdict = await self._judged(identity, evidence)
+        self._tell(evidence)
         return AttestedIdentity(
             identity,
-            _selectors(device, quotes),
+            selectors(evidence, verdict),
             can_reattest=True,
-            attestation_key=device.ak.spki,
+            attestation_key=ak.spki,
+            evidence=evidence,
+            verdict=verdict,
         )
 
-    async def _ask(
-        self, settings: Settings, request: AttestationRequest, message: bytes, place: Place
-    ) -> bytes:
-        """Send the challenge and return the answer, if it comes in time."""
-        limit_s = settings.timeout.total_seconds()
-        clock = self._host.clock
-        start = clock.monotonic()
-        answer: bytes | SpireHwError | None = None
-        scope = asyncio.timeout(None)
+    async def _asked(self, settings: Settings, identity: SpiffeId, ek: Endorsement) -> Asked:
+        """Return what a node has to show: what the host wants, and what is configured here."""
+        judge = self._host.judge
+        wanted = EvidenceRequest()
+        if judge is not None:
+            wanted = await judge.request(identity, ek.facts)
+        pcrs = statements.selections(wanted.pcrs) or settings.selections
+        pcrs = statements.with_pcrs(pcrs, settings.policy)
+        if settings.boot_log:
+            wanted = replace(wanted, boot_log=True)
+        if settings.ima and wanted.ima is None:
+            wanted = replace(wanted, ima=ima_start(replay.log_bank(wanted, pcrs)))
+        return Asked(wanted, replay.extended(wanted, pcrs), settings.policy)
 
-        def end() -> None:
-            scope.reschedule(asyncio.get_running_loop().time())
+    async def _prove(
+        self, settings: Settings, request: AttestationRequest, exchange: _Exchange
+    ) -> tuple[Evidence, TpmPublic]:
+        data, asked = exchange.data, exchange.asked
+        claims = check_claims(settings, data, exchange.ek, request.csr_spki)
+        if asked.wanted.boot_log and (data.log is None or not data.log.size):
+            raise refusal("log_missing", "log: boot log is missing")
+        node, message = draw(claims, asked, data, round(settings.timeout.total_seconds() * 1000))
+        response = wire.decode_response(await exchange.talk.ask(message))
+        check_secret(response.secret, node.secret)
+        self._open.win(exchange.place)
+        evidence = await check_answer(node, response, exchange.talk, self._host.clock.now())
+        return evidence, claims.signer.ak
 
-        async def expire() -> None:
-            await clock.sleep(limit_s)
-            end()
-
-        async with asyncio.TaskGroup() as group:
-            watcher = group.create_task(expire())
-            try:
-                async with scope:
-                    with place.interrupted_by(end):
-                        answer = await request.challenge(message)
-            except SpireHwError as e:
-                answer = e
-            except TimeoutError:
-                if not scope.expired():
-                    raise
-            finally:
-                watcher.cancel()
-        place.check()
-        if isinstance(answer, SpireHwError):
-            raise answer
-        if answer is None or clock.monotonic() - start > limit_s:
-            text = f"challenge: not answered in {limit_s:g} s"
-            finding = Finding("challenge_timeout", text, ErrorKind.DEADLINE_EXCEEDED)
-            raise AttestationError([finding])
-        return answer
-
-
-def _refuse(code: str, text: str, kind: ErrorKind = ErrorKind.INVALID_ARGUMENT) -> AttestationError:
-    return AttestationError([Finding(code, text, kind)])
-
-
-def _check_ak(
-    settings: Settings, data: wire.AttestationData, ek: TpmPublic, csr_spki: bytes | None
-) -> tuple[TpmPublic, verify.Creation]:
-    ak = parse_public(data.ak.public, "ak: public area")
-    check_ak(ak)
-    if ak.spki in {ek.spki, csr_spki}:
-        raise _refuse("keys_equal", "ak: keys must be different")
-    parents: tuple[TpmPublic, ...] = ()
-    if data.ak_parent_pub is not None:
-        parents = (parse_public(data.ak_parent_pub, "ak: parent's public area"),)
-    statement = Statement(data.ak.create_attestation, data.ak.create_signature)
-    creation = verify.verify_creation(ak, data.ak.create_data, statement, parents)
-    if creation.hierarchy != "endorsement" and not settings.allow_owner_ak:
-        text = "ak: key is not in the endorsement hierarchy"
-        raise _refuse("ak_hierarchy", text, ErrorKind.PERMISSION_DENIED)
-    return ak, creation
-
-
-def _known_csr(
-    settings: Settings, data: wire.AttestationData, csr_spki: bytes | None
-) -> bytes | None:
-    """Return the CSR's key when both halves know it: nothing else can evidence be bound to."""
-    if data.csr or csr_spki is None:
-        return csr_spki
-    if settings.bind_csr:
-        text = "policy: the agent's host does not show it the certificate request (bind_csr)"
-        raise _refuse("csr_unbound", text, ErrorKind.PERMISSION_DENIED)
-    return None
-
-
-def _check_key(
-    settings: Settings, data: wire.AttestationData, csr_spki: bytes | None
-) -> TpmPublic | None:
-    """Return the key to be certified, None when this node's key is not (known to be) in a TPM."""
-    if csr_spki is None or data.key_pub is None:
-        if settings.require_tpm_key:
-            text = "policy: the agent key must be in the TPM"
-            raise _refuse("key_not_in_tpm", text, ErrorKind.PERMISSION_DENIED)
-        return None
-    key = parse_public(data.key_pub, "certify: public area")
-    if key.spki != csr_spki:
-        raise _refuse("csr_key_mismatch", "certify: CSR holds another key")
-    check_svid_key(key)
-    return key
-
-
-def _draw(settings: Settings, device: _Device, csr_spki: bytes | None) -> tuple[_Round, bytes]:
-    """Draw what is random about this exchange and return it with the challenge message."""
-    csr_sha256 = NO_CSR if csr_spki is None else hashlib.sha256(csr_spki).digest()
-    drawn = _Round(
-        secret=secrets.token_bytes(wire.SECRET_BYTES),
-        nonce=secrets.token_bytes(wire.NONCE_BYTES),
-        csr_sha256=csr_sha256,
-    )
-    sealed = make_credential(device.ek.public, device.ak.name, drawn.secret)
-    message = wire.ChallengeMessage(
-        credential=sealed.id_object,
-        secret=sealed.encrypted_secret,
-        nonce=drawn.nonce,
-        quote=settings.selections,
-        expires_ms=round(settings.timeout.total_seconds() * 1000),
-        csr=csr_spki is not None,
-    )
-    return drawn, wire.encode_challenge(message)
-
-
-def _check_response(
-    settings: Settings, device: _Device, drawn: _Round, response: wire.Response
-) -> list[Quote]:
-    """Return what the quotes proved; every fault after the secret is collected first."""
-    if not hmac.compare_digest(response.secret, drawn.secret):
-        raise _refuse("secret_mismatch", "challenge: secret does not match")
-    findings: list[Finding] = []
-    if response.time or response.log or response.ima or response.ima_from is not None:
-        findings.append(Finding("evidence_unasked", "envelope: evidence that was not asked for"))
-    _collect(findings, partial(_check_certify, device, drawn, response))
-    quotes = []
-    if len(response.quotes) != len(settings.selections):
-        findings.append(Finding("evidence_missing", "quote: evidence asked for is missing"))
-    else:
-        for selection, evidence in zip(settings.selections, response.quotes, strict=True):
-            quote = _collect(findings, partial(_quote, device, drawn, selection, evidence))
-            if quote is not None:
-                quotes.append(quote)
-                findings.extend(verify.find_unused_banks(quote.pcrs))
-                findings.extend(_policy_findings(settings, quote))
-    if findings:
-        raise AttestationError(findings)
-    return quotes
-
-
-def _collect(findings: list[Finding], step: Callable[[], T]) -> T | None:
-    try:
-        return step()
-    except AttestationError as e:
-        findings.extend(e.findings)
-        return None
-
-
-def _check_certify(device: _Device, drawn: _Round, response: wire.Response) -> None:
-    if device.key is None:
-        if response.certify is not None:
-            raise _refuse("evidence_unasked", "certify: evidence that was not asked for")
-        return
-    if response.certify is None:
-        raise _refuse("evidence_missing", "certify: evidence asked for is missing")
-    verify.verify_certify(
-        device.ak,
-        device.creation.qualified_name,
-        key=device.key,
-        expected=drawn.expected("certify", device.ak),
-        statement=Statement(response.certify.attest, response.certify.sig),
-    )
-
-
-def _quote(
-    device: _Device, drawn: _Round, selection: PcrSelection, evidence: wire.QuoteEvidence
-) -> Quote:
-    return verify.verify_quote(
-        device.ak,
-        device.creation.qualified_name,
-        expected=drawn.expected("quote", device.ak),
-        selections=(selection,),
-        statement=Statement(evidence.attest, evidence.sig),
-        values=evidence.pcrs,
-    )
-
-
-def _policy_findings(settings: Settings, quote: Quote) -> list[Finding]:
-    return [
-        Finding(
-            "pcr_mismatch",
-            f"policy: PCR {n} of bank {bank} is not among the allowed values",
-            ErrorKind.PERMISSION_DENIED,
+    async def _activate(
+        self, settings: Settings, request: AttestationRequest, exchange: _Exchange
+    ) -> tuple[Evidence, TpmPublic]:
+        """Let in a node of dialect A or B, which proves which TPM it has and nothing else."""
+        if exchange.asked.wanted != EvidenceRequest():
+            raise refusal("activation_only", _NO_QUOTE, ErrorKind.PERMISSION_DENIED)
+        signer = check_signer(settings, exchange.data, exchange.ek, request.csr_spki)
+        secret = secrets.token_bytes(wire.SECRET_BYTES)
+        sealed = make_credential(exchange.ek.public, signer.ak.name, secret)
+        message = dialects.encode_challenge(sealed.id_object, sealed.encrypted_secret)
+        check_secret(dialects.decode_response(await exchange.talk.ask(message)), secret)
+        self._open.win(exchange.place)
+        evidence = Evidence(
+            made_at=self._host.clock.now(),
+            occasion=Occasion.ATTESTATION,
+            tier=Tier.ACTIVATION,
+            ek=exchange.ek.facts,
+            ak_public=signer.ak.raw,
+            ak_hierarchy=signer.hierarchy,
+            ak_qualified_name=signer.qualified_name,
         )
-        for (bank, n), value in quote.pcrs.items()
-        if value not in settings.policy.get((bank, n), {value})
-    ]
+        return evidence, signer.ak
 
+    async def _judged(self, identity: SpiffeId, evidence: Evidence) -> Verdict | None:
+        """Return the host's verdict; what speaks against a node by itself is told it as well."""
+        judge, verdict = self._host.judge, None
+        if judge is not None:
+            verdict = await judge.judge(identity, evidence)
+        if evidence.findings:
+            raise AttestationError(list(evidence.findings))
+        return verdict
 
-def _selectors(device: _Device, quotes: list[Quote]) -> list[str]:
-    found = [f"pub_hash:{device.ek.hash}", f"ak:hierarchy:{device.creation.hierarchy}"]
-    found += [f"ek:method:{method}" for method in device.ek.methods]
-    if device.ek.verified is not None:
-        model = device.ek.verified.model
-        found.append(f"ek:ca:{device.ek.verified.root_fingerprint}")
-        for name in ("manufacturer", "model", "version"):
-            value = getattr(model, name)
-            if value is not None:
-                found.append(f"{name}:{value}")
-    if device.key is not None:
-        found.append("key:tpm")
-    for quote in quotes:
-        found += [f"pcr:{bank}:{n}:{value.hex()}" for (bank, n), value in quote.pcrs.items()]
-    return [*found, "tier:quote"]
+    def _tell(self, evidence: Evidence) -> None:
+        counters = evidence.counters
+        self._log.debug(
+            "TPM attested",
+            ek_hash=evidence.ek.hash,
+            tier=evidence.tier.value,
+            reset_count=None if counters is None else counters.reset_count,
+            restart_count=None if counters is None else counters.restart_count,
+            firmware_version=None if counters is None else f"{counters.firmware_version:016x}",
+        )

@@ -159,3 +159,13 @@ def counters_of(clock: ClockInfo, firmware_version: int) -> Counters:
 def selections(pcrs: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[PcrSelection, ...]:
     """Return what a host asks for as the TPM names it."""
     return tuple(PcrSelection(bank, tuple(numbers)) for bank, numbers in pcrs)
+
+
+def with_pcrs(
+    asked: tuple[PcrSelection, ...], needed: Iterable[tuple[str, int]]
+) -> tuple[PcrSelection, ...]:
+    """Return selections that have further PCRs in them; a bank that is not there yet goes last."""
+    banks = {selection.bank: set(selection.pcrs) for selection in asked}
+    for bank, n in needed:
+        banks.setdefault(bank, set()).add(n)
+    return tuple(PcrSelection(bank, tuple(sorted(numbers))) for bank, numbers in banks.items())

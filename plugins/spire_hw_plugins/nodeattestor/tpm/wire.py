@@ -3,11 +3,12 @@
 One round trip: attestation data, challenge, response. All are JSON objects; byte fields are
 canonical padded base64, PCR values lower-case hex. Outer members we do not know are ignored, our
 own object `spire_hw` is closed. Every `quote` entry of a challenge names one bank and is answered
-by one quote in the same place of `quotes`, with the values of that bank alone.
+by one quote in the same place of `quotes`, with the values of that bank alone. What the first
+answer has no room for is asked for in further rounds (`rounds`); peers that know nothing of all
+that are in `dialects`.
 
 Reading is strict and total: hostile bytes give an `InvalidInputError` whose text begins with
-`envelope: `, `ek: ` or `quote: `, a `LimitError` for size, or an `AttestationError` for evidence
-of a dialect without quotes.
+`envelope: `, `ek: ` or `quote: `, or a `LimitError` for size.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from spire_hw.errors import AttestationError, ErrorKind, Finding, InvalidInputError
+from spire_hw.errors import InvalidInputError
 from spire_hw.tpm.wire import BANKS, HASHES, PCR_COUNT, PcrSelection
 from spire_hw_plugins.nodeattestor import strictjson
+from spire_hw_plugins.nodeattestor.tpm import pem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,10 +42,10 @@ MAX_QUOTES: Final = len(BANKS)
 _MEMBERS: Final = (
     *("v", "ek_pub", "ek_chain", "key_pub", "ak_parent_pub", "log", "ima", "boot_id", "csr"),
 )
-_PEM_LABELS: Final = ("CERTIFICATE", "PUBLIC KEY")
-_PEM_BLOCK = re.compile(
-    r"-----BEGIN ([A-Z0-9 ]{1,40})-----\r?\n([A-Za-z0-9+/=\r\n]*)\r?\n-----END \1-----\s*"
+_CHALLENGE_MEMBERS: Final = (
+    *("v", "nonce", "quote", "want", "ima_from", "ima_reset", "limits", "expires_ms", "csr"),
 )
+_WANTS: Final = frozenset({"log", "ima", "time"})
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _HEX = re.compile(r"[0-9a-f]*")
 _PCR = re.compile(r"[0-9]|1[0-9]|2[0-3]")
@@ -83,7 +85,8 @@ class AttestationData:
         ek_spki: DER SubjectPublicKeyInfo of the endorsement key; None when only the certificate
             was sent.
         ak: attestation key and proof of its creation.
-        ek_pub: TPMT_PUBLIC of the endorsement key.
+        ek_pub: TPMT_PUBLIC of the endorsement key; None in dialects A and B, which have none of
+            what follows.
         ek_chain: DER intermediates, leaf side first.
         key_pub: TPMT_PUBLIC of the CSR's key, None when it is not in the TPM.
         ak_parent_pub: TPMT_PUBLIC of the AK's parent, None for a primary key.
@@ -97,7 +100,7 @@ class AttestationData:
     ek_certificate: bytes | None
     ek_spki: bytes | None
     ak: AkEvidence
-    ek_pub: bytes
+    ek_pub: bytes | None
     ek_chain: tuple[bytes, ...] = ()
     key_pub: bytes | None = None
     ak_parent_pub: bytes | None = None
@@ -116,8 +119,10 @@ class ChallengeMessage:
         secret: TPM2B_ENCRYPTED_SECRET with size prefix.
         nonce: 32 bytes.
         quote: what to quote; one quote per entry, in this order.
-        want: further evidence asked for, of `log` and `ima`.
-        ima_from: first IMA entry wanted.
+        want: further evidence asked for, of `log`, `ima` and `time`.
+        ima_from: first IMA entry wanted, unless the TPM was reset.
+        ima_reset: reset count of the boot `ima_from` is about; under another one the list is
+            wanted from its start. None when it is wanted from there anyway.
         limits: name to bytes or entries the server takes.
         expires_ms: how long the challenge lives.
         csr: whether evidence has to be bound to the CSR's key; false when one of both halves does
@@ -130,6 +135,7 @@ class ChallengeMessage:
     quote: tuple[PcrSelection, ...]
     want: tuple[str, ...] = ()
     ima_from: int = 0
+    ima_reset: int | None = None
     limits: tuple[tuple[str, int], ...] = (("response_bytes", MAX_RESPONSE_BYTES),)
     expires_ms: int = 30_000
     csr: bool = True
@@ -164,6 +170,7 @@ class Response:
         log: boot log, zlib.
         ima: part of the IMA list, zlib.
         ima_from: first entry of that part.
+        ima_left: how many entries follow that part.
     """
 
     secret: bytes
@@ -173,6 +180,7 @@ class Response:
     log: bytes | None = None
     ima: bytes | None = None
     ima_from: int | None = None
+    ima_left: int | None = None
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -180,12 +188,22 @@ class Response:
 
 def encode_attestation_data(data: AttestationData) -> bytes:
     """Return the first message; certificate before key, as dialects A and B read it."""
-    pem = b""
-    if data.ek_certificate is not None:
-        pem += _pem("CERTIFICATE", data.ek_certificate)
-    if data.ek_spki is not None:
-        pem += _pem("PUBLIC KEY", data.ek_spki)
-    ours: dict[str, object] = {"v": DIALECT, "ek_pub": _b64(data.ek_pub)}
+    ek = pem.join(data.ek_certificate, data.ek_spki)
+    ak = {
+        "Public": _b64(data.ak.public),
+        "UseTCSDActivationFormat": False,
+        "CreateData": _b64(data.ak.create_data),
+        "CreateAttestation": _b64(data.ak.create_attestation),
+        "CreateSignature": _b64(data.ak.create_signature),
+    }
+    outer: dict[str, object] = {"EK": _b64(ek), "AK": ak}
+    if data.ek_pub is not None:
+        outer["spire_hw"] = _our_data(data, data.ek_pub)
+    return dump(outer)
+
+
+def _our_data(data: AttestationData, ek_pub: bytes) -> dict[str, object]:
+    ours: dict[str, object] = {"v": DIALECT, "ek_pub": _b64(ek_pub)}
     ours["ek_chain"] = [_b64(certificate) for certificate in data.ek_chain]
     if data.key_pub is not None:
         ours["key_pub"] = _b64(data.key_pub)
@@ -199,14 +217,7 @@ def encode_attestation_data(data: AttestationData) -> bytes:
         ours["boot_id"] = data.boot_id
     if not data.csr:
         ours["csr"] = False
-    ak = {
-        "Public": _b64(data.ak.public),
-        "UseTCSDActivationFormat": False,
-        "CreateData": _b64(data.ak.create_data),
-        "CreateAttestation": _b64(data.ak.create_attestation),
-        "CreateSignature": _b64(data.ak.create_signature),
-    }
-    return _dump({"EK": _b64(pem), "AK": ak, "spire_hw": ours})
+    return ours
 
 
 def encode_challenge(message: ChallengeMessage) -> bytes:
@@ -220,10 +231,12 @@ def encode_challenge(message: ChallengeMessage) -> bytes:
         "limits": dict(message.limits),
         "expires_ms": message.expires_ms,
     }
+    if message.ima_reset is not None:
+        ours["ima_reset"] = message.ima_reset
     if not message.csr:
         ours["csr"] = False
     ec = {"Credential": _b64(message.credential), "Secret": _b64(message.secret)}
-    return _dump({"EC": ec, "spire_hw": ours})
+    return dump({"EC": ec, "spire_hw": ours})
 
 
 def encode_response(response: Response) -> bytes:
@@ -235,9 +248,9 @@ def encode_response(response: Response) -> bytes:
     for name, blob in (("log", response.log), ("ima", response.ima)):
         if blob is not None:
             ours[name] = _b64(blob)
-    if response.ima_from is not None:
-        ours["ima_from"] = response.ima_from
-    return _dump({"Secret": _b64(response.secret), "spire_hw": ours})
+    numbers = {"ima_from": response.ima_from, "ima_left": response.ima_left}
+    ours |= {name: number for name, number in numbers.items() if number is not None}
+    return dump({"Secret": _b64(response.secret), "spire_hw": ours})
 
 
 def _quote_json(quote: QuoteEvidence) -> dict[str, object]:
@@ -248,18 +261,13 @@ def _quote_json(quote: QuoteEvidence) -> dict[str, object]:
     return {"attest": _b64(quote.attest), "sig": _b64(quote.sig), "pcrs": pcrs}
 
 
-def _dump(value: object) -> bytes:
+def dump(value: object) -> bytes:
+    """Return a message as sent."""
     return json.dumps(value, separators=(",", ":")).encode()
 
 
 def _b64(data: bytes) -> str:
     return base64.b64encode(data).decode()
-
-
-def _pem(label: str, der: bytes) -> bytes:
-    text = _b64(der)
-    lines = "\n".join(text[i : i + 64] for i in range(0, len(text), 64))
-    return f"-----BEGIN {label}-----\n{lines}\n-----END {label}-----\n".encode()
 
 
 # --- reading ---------------------------------------------------------------------------------
@@ -270,7 +278,6 @@ def decode_attestation_data(payload: bytes) -> AttestationData:
 
     Raises:
         LimitError: larger than 64 KiB.
-        AttestationError: `activation_only`, a Go dialect without our object.
         InvalidInputError: anything else that is wrong with it.
     """
     if not payload:
@@ -278,13 +285,12 @@ def decode_attestation_data(payload: bytes) -> AttestationData:
     outer = strictjson.load(payload, MAX_PAYLOAD_BYTES)
     if "EC" in outer or ("Secret" in outer and "EK" not in outer):
         raise InvalidInputError("envelope: expected attestation data, got an answer")
-    certificate, spki = _split_pem(outer.blob("EK"))
+    certificate, spki = pem.split(outer.blob("EK"))
     ak = _read_ak(outer.child("AK"))
     if "spire_hw" not in outer:
-        text = "policy: this server requires a quote"
-        raise AttestationError([Finding("activation_only", text, ErrorKind.PERMISSION_DENIED)])
+        return AttestationData(certificate, spki, ak, None, csr=False)
     ours = outer.child("spire_hw")
-    _check_version(ours)
+    check_version(ours)
     if found := {"quotes", "certify", "time"} & ours.names():
         raise InvalidInputError(f"envelope: evidence sent before it was asked for: {min(found)}")
     ours.closed(*_MEMBERS)
@@ -313,26 +319,41 @@ def decode_challenge(data: bytes) -> ChallengeMessage:
     outer = strictjson.load(data, MAX_CHALLENGE_BYTES)
     if "EC" not in outer:
         raise InvalidInputError("challenge: credential is missing")
-    ec, ours = outer.child("EC"), outer.child("spire_hw")
-    _check_version(ours)
-    ours.closed("v", "nonce", "quote", "want", "ima_from", "limits", "expires_ms", "csr")
+    ours = outer.child("spire_hw")
+    check_version(ours)
+    ours.closed(*_CHALLENGE_MEMBERS)
+    credential, sealed = read_credential(outer)
     nonce = ours.blob("nonce")
     if len(nonce) != NONCE_BYTES:
         raise InvalidInputError(f"challenge: nonce must be {NONCE_BYTES} bytes")
     want = tuple(ours.texts("want")) if "want" in ours else ()
-    if set(want) - {"log", "ima"} or len(set(want)) != len(want):
+    if set(want) - _WANTS or len(set(want)) != len(want):
         raise InvalidInputError("challenge: evidence asked for is not known")
     limits = ours.child("limits") if "limits" in ours else None
     return ChallengeMessage(
-        credential=_check_sized(ec.blob("Credential"), "credential"),
-        secret=_check_sized(ec.blob("Secret"), "secret"),
+        credential=credential,
+        secret=sealed,
         nonce=nonce,
         quote=tuple(_read_request(entry) for entry in ours.children("quote", MAX_QUOTES)),
         want=want,
         ima_from=ours.number("ima_from") if "ima_from" in ours else 0,
+        ima_reset=ours.number("ima_reset") if "ima_reset" in ours else None,
         limits=_read_limits(limits),
         expires_ms=ours.number("expires_ms"),
         csr=_read_csr(ours),
+    )
+
+
+def read_credential(outer: StrictObject) -> tuple[bytes, bytes]:
+    """Return TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET of a challenge of any dialect.
+
+    Raises:
+        InvalidInputError: one is missing or malformed.
+    """
+    ec = outer.child("EC")
+    return (
+        _check_sized(ec.blob("Credential"), "credential"),
+        _check_sized(ec.blob("Secret"), "secret"),
     )
 
 
@@ -350,8 +371,8 @@ def decode_response(data: bytes) -> Response:
         raise InvalidInputError("envelope: expected a challenge response")
     secret = outer.blob("Secret", empty=True)
     ours = outer.child("spire_hw")
-    _check_version(ours)
-    ours.closed("v", "quotes", "certify", "time", "log", "ima", "ima_from")
+    check_version(ours)
+    ours.closed("v", "quotes", "certify", "time", "log", "ima", "ima_from", "ima_left")
     return Response(
         secret=secret,
         quotes=tuple(_read_quote(entry) for entry in ours.children("quotes", MAX_QUOTES)),
@@ -360,6 +381,7 @@ def decode_response(data: bytes) -> Response:
         log=ours.optional_blob("log", empty=True),
         ima=ours.optional_blob("ima", empty=True),
         ima_from=ours.number("ima_from") if "ima_from" in ours else None,
+        ima_left=ours.number("ima_left") if "ima_left" in ours else None,
     )
 
 
@@ -374,7 +396,12 @@ def _read_ak(ak: StrictObject) -> AkEvidence:
     )
 
 
-def _check_version(ours: StrictObject) -> None:
+def check_version(ours: StrictObject) -> None:
+    """Refuse another version of our object.
+
+    Raises:
+        InvalidInputError: it is of another version.
+    """
     version = ours.number("v", signed=True)
     if version != DIALECT:
         raise InvalidInputError(
@@ -477,28 +504,3 @@ def _check_sized(data: bytes, what: str) -> bytes:
     if not 2 < len(data) <= limit or int.from_bytes(data[:2], "big") != len(data) - 2:  # noqa: PLR2004
         raise InvalidInputError(f"challenge: {what} is malformed")
     return data
-
-
-def _split_pem(data: bytes) -> tuple[bytes | None, bytes | None]:
-    """Return certificate and public key of a bundle of one or both blocks."""
-    try:
-        text = data.decode("ascii")
-    except UnicodeDecodeError as e:
-        raise InvalidInputError("ek: no endorsement key in the request: not PEM") from e
-    found: dict[str, bytes] = {}
-    place = 0
-    while place < len(text):
-        block = _PEM_BLOCK.match(text, place)
-        if block is None:
-            what = "text beside PEM blocks" if "-----BEGIN " in text else "not PEM"
-            raise InvalidInputError(f"ek: no endorsement key in the request: {what}")
-        label, body = block[1], block[2]
-        if label not in _PEM_LABELS:
-            raise InvalidInputError("ek: unexpected PEM block")
-        if label in found:
-            raise InvalidInputError("ek: expected one certificate and at most one public key")
-        found[label] = strictjson.decode64(re.sub(r"[\r\n]+", "", body), "EK", stage="ek")
-        place = block.end()
-    if not found:
-        raise InvalidInputError("ek: no endorsement key in the request")
-    return found.get("CERTIFICATE"), found.get("PUBLIC KEY")
