@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from google.protobuf.message_factory import GetMessageClass
 
 from spire_hw._pb import (
+    hw_posture_pb2,
     server_agent_pb2,
     server_bundle_pb2,
     server_entry_pb2,
@@ -15,7 +16,7 @@ from spire_hw._pb import (
     types_pb2,
 )
 from spire_hw.clock import SystemClock
-from spire_hw.errors import NotFoundError
+from spire_hw.errors import ErrorKind, NotFoundError, SpireHwError
 from spire_hw.key import SoftwareSigner
 from spire_hw.rpc.convert import bundle_to_pb, id_from_pb
 from spire_hw.rpc.server import RpcServer
@@ -38,6 +39,7 @@ AGENT_PATH: Final = "/spire/agent/join_token/x"
 _SERVICES: Final = {
     "agent": server_agent_pb2.DESCRIPTOR.services_by_name["Agent"],
     "bundle": server_bundle_pb2.DESCRIPTOR.services_by_name["Bundle"],
+    "posture": hw_posture_pb2.DESCRIPTOR.services_by_name["Posture"],
     "entry": server_entry_pb2.DESCRIPTOR.services_by_name["Entry"],
     "svid": server_svid_pb2.DESCRIPTOR.services_by_name["SVID"],
 }
@@ -73,6 +75,7 @@ class LyingServer:
                 _method("bundle", "GetBundle", self._get_bundle),
                 _method("bundle", "GetFederatedBundle", self._get_federated),
                 _method("entry", "SyncAuthorizedEntries", self._sync),
+                _method("posture", "Heartbeat", self._heartbeat),
                 _method("svid", "BatchNewX509SVID", self._new_x509),
                 _method("svid", "NewJWTSVID", self._new_jwt),
             ]
@@ -111,6 +114,12 @@ class LyingServer:
         """Answer a synchronisation."""
         await anext(requests)
         yield server_entry_pb2.SyncAuthorizedEntriesResponse(entries=self.entries.values())
+
+    def heartbeat_answers(
+        self, requests: AsyncIterator[Any]
+    ) -> AsyncIterator[hw_posture_pb2.HeartbeatResponse]:
+        """Answer a heartbeat stream; as servers do that know none."""
+        raise SpireHwError("there is no such method", kind=ErrorKind.UNIMPLEMENTED)
 
     def x509_results(
         self, params: Sequence[server_svid_pb2.NewX509SVIDParams]
@@ -190,6 +199,10 @@ class LyingServer:
 
     async def _sync(self, requests: AsyncIterator[Any], call: Call) -> AsyncIterator[Any]:
         async for answer in self.sync_answers(requests):
+            yield answer
+
+    async def _heartbeat(self, requests: AsyncIterator[Any], call: Call) -> AsyncIterator[Any]:
+        async for answer in self.heartbeat_answers(requests):
             yield answer
 
     async def _new_x509(self, request: Any, call: Call) -> Any:
