@@ -46,6 +46,7 @@ from spire_hw_server.datastore.sql.store import open_datastore
 from spire_hw_server.entries import EntryCache
 from spire_hw_server.hostservices import ServerServices
 from spire_hw_server.housekeeping import Housekeeping, HousekeepingSettings
+from spire_hw_server.posture.policies import Policies
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -166,6 +167,7 @@ class Server:
         self._manager: CaManager | None = None
         self._identity: ServerIdentity | None = None
         self._bundles: Bundles | None = None
+        self._policies: Policies | None = None
         self._catalog: Catalog | None = None
         self._services = ServerServices(clock=self.clock, log=logs.get_logger("catalog"))
 
@@ -216,9 +218,11 @@ class Server:
         await asyncio.shield(self._failure)
 
     async def reconfigure(self) -> None:
-        """Read the plugins' data files again; what goes wrong is logged."""
+        """Read the plugins' data files and the policies again; what goes wrong is logged."""
         if self._catalog is not None:
             await self._catalog.reconfigure()
+        if self._policies is not None:
+            await self._policies.reload()
 
     async def _start(self) -> None:
         settings = self.settings
@@ -323,6 +327,17 @@ class Server:
         )
         await entries.start()
         self._stack.push_async_callback(entries.close)
+        policies = Policies(
+            store=store,
+            policy_dir=settings.posture.policy_dir,
+            clock=clock,
+            log=log,
+            poll_s=poll_s,
+            full_reload_s=full_s,
+        )
+        await policies.start()
+        self._stack.push_async_callback(policies.close)
+        self._policies = policies
         nodes = NodeCache(store, clock=clock, log=log)
         await nodes.start()
         composers = [(p.name, p.plugin) for p in catalog.all(PluginKind.CREDENTIAL_COMPOSER)]
@@ -357,6 +372,7 @@ class Server:
             manager=manager,
             identity=identity,
             admissions=admissions,
+            policies=policies,
         )
 
     async def _open_ca(

@@ -51,7 +51,14 @@ def no_files(name: str, /) -> bytes:
 def parse_policy(
     text: str, file: str = "", *, read: ReadFile = no_files, version: int = 0
 ) -> Policy:
-    """Return the policy of a text.
+    """Return the policy of a text; see `load_policy`."""
+    return load_policy(text, file, read=read, version=version)[0]
+
+
+def load_policy(
+    text: str, file: str = "", *, read: ReadFile = no_files, version: int = 0
+) -> tuple[Policy, str]:
+    """Return the policy of a text, and the text with all its files in it.
 
     Args:
         text: HCL or JSON.
@@ -77,6 +84,12 @@ def parse_policy(
     files = _Files(raw.file, read)
     builder = Builder(name, keys, files)
     policy = builder.build(version or keys.version or 1)
+    if version and keys.version not in {None, version}:
+        message = f'"version": is {keys.version} in the text, but it is stored as {version}'
+        faults.append(ConfigFault(keys.line("version"), message))
+    if files.outside and text.lstrip().startswith("{"):
+        message = "JSON cannot take in the files a policy refers to: write it as HCL"
+        faults.append(ConfigFault(0, message))
     if whole:
         builder.check_whole(policy)
     if found := sorted([*faults, *files.faults, *builder.faults], key=lambda fault: fault.line):
@@ -84,7 +97,8 @@ def parse_policy(
         if builder.pcr7_only:
             error.kind = ErrorKind.FAILED_PRECONDITION
         raise error
-    return replace(policy, sha256=digest(_packed(text, files.outside)))
+    packed = _packed(text, files.outside)
+    return replace(policy, sha256=digest(packed)), packed
 
 
 def pack(text: str, file: str = "", *, read: ReadFile) -> str:
@@ -92,24 +106,22 @@ def pack(text: str, file: str = "", *, read: ReadFile) -> str:
 
     Raises:
         ConfigError: the policy has faults.
-        InvalidInputError: the text is JSON, which cannot be added to, or becomes too large.
+        InvalidInputError: the text becomes too large.
     """
-    taken: dict[str, bytes] = {}
-
-    def remember(name: str, /) -> bytes:
-        taken[name] = read(name)
-        return taken[name]
-
-    parse_policy(text, file, read=remember)
-    packed = _packed(text, taken)
-    if taken and text.lstrip().startswith("{"):
-        raise InvalidInputError("a policy in JSON cannot take in files: write it as HCL")
+    _, packed = load_policy(text, file, read=read)
     if len(packed) > hcl.MAX_CHARS:
         raise InvalidInputError(
             f"with its files the policy is {len(packed)} characters long, at most {hcl.MAX_CHARS}"
             " can be stored: put it into policy_dir"
         )
     return packed
+
+
+def stated_version(text: str) -> int:
+    """Return the version that a good text states, 0 when it states none."""
+    raw, _ = check(hcl.parse(text), FileModel)
+    stated = [keys.version or 0 for keys in raw.policy.values()] if raw is not None else []
+    return max(stated, default=0)
 
 
 def digest(packed: str) -> str:

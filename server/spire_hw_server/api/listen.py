@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from spire_hw._pb import (
     hw_admin_pb2,
+    hw_policy_pb2,
     server_agent_pb2,
     server_bundle_pb2,
     server_debug_pb2,
@@ -64,6 +65,7 @@ def local_methods(
         *bind(server_debug_pb2.DESCRIPTOR.services_by_name["Debug"], services.debug),
         *bind(server_logger_pb2.DESCRIPTOR.services_by_name["Logger"], services.logger),
         *bind(hw_admin_pb2.DESCRIPTOR.services_by_name["Tpm"], services.tpm),
+        *bind(hw_policy_pb2.DESCRIPTOR.services_by_name["Policy"], services.policy),
         *health_methods(is_healthy, clock),
     ]
 

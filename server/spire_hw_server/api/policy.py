@@ -107,6 +107,15 @@ _SERVICES: Final[dict[str, dict[str, frozenset[CallerClass]]]] = {
     },
     # Ours: TPMs enrolled by endorsement key hash.
     "spire_hw.server.v1.Tpm": {"AllowEk": _LOCAL, "DenyEk": _LOCAL, "ListEks": _LOCAL},
+    # Ours: what machines have to show.
+    "spire_hw.server.v1.Policy": {
+        "CreatePolicy": _LOCAL,
+        "UpdatePolicy": _LOCAL,
+        "DeletePolicy": _LOCAL,
+        "ListPolicies": _LOCAL,
+        "ListVersions": _LOCAL,
+        "GetPolicy": _LOCAL,
+    },
 }
 
 # Served on the unix socket alone; on TCP they do not exist.
@@ -115,6 +124,7 @@ LOCAL_SERVICES: Final = frozenset(
         "spire.api.server.debug.v1.Debug",
         "spire.api.server.logger.v1.Logger",
         "grpc.health.v1.Health",
+        "spire_hw.server.v1.Policy",
         "spire_hw.server.v1.Tpm",
     }
 )

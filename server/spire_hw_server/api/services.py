@@ -19,6 +19,7 @@ from spire_hw_server.api.entry import EntryService
 from spire_hw_server.api.limits import Limits
 from spire_hw_server.api.localauthority import LocalAuthorityService
 from spire_hw_server.api.logger import LoggerService
+from spire_hw_server.api.policies import PolicyService
 from spire_hw_server.api.svid import SvidService
 from spire_hw_server.api.tpm import TpmService
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from spire_hw_server.config import ServerSettings
     from spire_hw_server.datastore.interface import Datastore
     from spire_hw_server.entries import EntryCache
+    from spire_hw_server.posture.policies import Policies
 
 _HEALTH_PATH: Final = ("for", "health", "check", "only")
 
@@ -53,6 +55,7 @@ class Parts:
     manager: CaManager
     identity: ServerIdentity
     admissions: Admissions
+    policies: Policies
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ class Services:
     svid: SvidService
     local_authority: LocalAuthorityService
     tpm: TpmService
+    policy: PolicyService
     debug: DebugService
     logger: LoggerService
 
@@ -114,6 +118,7 @@ def build_services(parts: Parts, settings: ServerSettings) -> Services:
             manager=parts.manager, audit=audit, jwt_enabled=jwt_enabled
         ),
         tpm=TpmService(store=parts.store, audit=audit),
+        policy=PolicyService(store=parts.store, policies=parts.policies, audit=audit),
         debug=DebugService(
             trust_domain=trust_domain,
             store=parts.store,
