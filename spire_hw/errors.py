@@ -66,6 +66,10 @@ class SpiffeIdError(InvalidInputError):
     """Not a SPIFFE ID or trust domain name."""
 
 
+class WeakKeyError(InvalidInputError):
+    """A key whose private half can be computed from the public one."""
+
+
 class EncodingError(InvalidInputError):
     """Bytes that do not decode.
 

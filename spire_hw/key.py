@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
 
 from spire_hw import roca
-from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError
+from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError, WeakKeyError
 
 PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
@@ -281,6 +281,7 @@ def check_public_key(key: object) -> PublicKey:
 
     Raises:
         InvalidInputError: any other key; the message says why.
+        WeakKeyError: an RSA key of the faulty generator of CVE-2017-15361.
     """
     if isinstance(key, ec.EllipticCurvePublicKey):
         if key.curve.name in {"secp256r1", "secp384r1", "secp521r1"}:
@@ -294,6 +295,6 @@ def check_public_key(key: object) -> PublicKey:
         if key.public_numbers().e < _MIN_RSA_EXPONENT:
             raise InvalidInputError("RSA exponent below 65537 is not accepted")
         if roca.is_marked(key.public_numbers().n):
-            raise InvalidInputError("RSA key was made by a faulty generator (CVE-2017-15361)")
+            raise WeakKeyError("RSA key was made by a faulty generator (CVE-2017-15361)")
         return key
     raise InvalidInputError(f"{type(key).__name__} is not an RSA or EC key")

@@ -1,9 +1,9 @@
-"""Read X.509 certificates of TPM vendors as they are, and check one signature.
+"""Read X.509 certificates of TPM vendors as they are.
 
 Strict where it matters for safety (lengths, dates, keys, duplicate extensions), silent about what
 genuine certificates get wrong (order of sets, sign and padding of serials, key identifiers).
 
-Spec: RFC 5280, section 4; RFC 4055 (OAEP and PSS identifiers).
+Spec: RFC 5280, section 4; RFC 4055 (OAEP identifiers).
 """
 
 from __future__ import annotations
@@ -16,19 +16,12 @@ from enum import IntFlag
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.asymmetric import rsa
 
-from spire_hw.errors import (
-    AttestationError,
-    EncodingError,
-    ErrorKind,
-    Finding,
-    InvalidInputError,
-)
+from spire_hw.errors import EncodingError, InvalidInputError
 from spire_hw.key import spki_der
 from spire_hw.tpm import der
+from spire_hw.tpm.certsig import HASH_OIDS, MGF1, mgf_hash
 from spire_hw.tpm.public import build_ecc_key, build_rsa_key
 
 if TYPE_CHECKING:
@@ -42,31 +35,12 @@ KEY_USAGE: Final = "2.5.29.15"
 
 _RSA: Final = "1.2.840.113549.1.1.1"
 _RSAES_OAEP: Final = "1.2.840.113549.1.1.7"
-_MGF1: Final = "1.2.840.113549.1.1.8"
 _PSPECIFIED: Final = "1.2.840.113549.1.1.9"
-_RSASSA_PSS: Final = "1.2.840.113549.1.1.10"
 _EC: Final = "1.2.840.10045.2.1"
 _CURVES: Final = {
     "1.2.840.10045.3.1.7": "secp256r1",
     "1.3.132.0.34": "secp384r1",
     "1.3.132.0.35": "secp521r1",
-}
-_HASH_OIDS: Final[dict[str, hashes.HashAlgorithm]] = {
-    "1.3.14.3.2.26": hashes.SHA1(),  # noqa: S303 - only for pinned certificates and OAEP
-    "2.16.840.1.101.3.4.2.1": hashes.SHA256(),
-    "2.16.840.1.101.3.4.2.2": hashes.SHA384(),
-    "2.16.840.1.101.3.4.2.3": hashes.SHA512(),
-}
-# Signature algorithm: hash, and whether it is for RSA.
-_SIGNATURES: Final[dict[str, tuple[hashes.HashAlgorithm, bool]]] = {
-    "1.2.840.113549.1.1.5": (hashes.SHA1(), True),  # noqa: S303 - only for pinned certificates
-    "1.2.840.113549.1.1.11": (hashes.SHA256(), True),
-    "1.2.840.113549.1.1.12": (hashes.SHA384(), True),
-    "1.2.840.113549.1.1.13": (hashes.SHA512(), True),
-    "1.2.840.10045.4.1": (hashes.SHA1(), False),  # noqa: S303 - only for pinned certificates
-    "1.2.840.10045.4.3.2": (hashes.SHA256(), False),
-    "1.2.840.10045.4.3.3": (hashes.SHA384(), False),
-    "1.2.840.10045.4.3.4": (hashes.SHA512(), False),
 }
 _CONTEXT: Final = (0xA0, 0xA1, 0xA2, 0xA3)
 _MAX_CERTIFICATE_BYTES: Final = 16 * 1024
@@ -159,6 +133,13 @@ def split_pem(blob: bytes) -> list[bytes]:
     return found
 
 
+def encode_pem(raw: bytes) -> bytes:
+    """Return a DER certificate as a PEM block."""
+    text = base64.b64encode(raw)
+    lines = b"".join(text[i : i + 64] + b"\n" for i in range(0, len(text), 64))
+    return b"-----BEGIN CERTIFICATE-----\n" + lines + b"-----END CERTIFICATE-----\n"
+
+
 def parse_certificate(raw: bytes, what: str = "ek: certificate") -> Certificate:
     """Read one certificate that fills the input.
 
@@ -182,7 +163,8 @@ def parse_certificate(raw: bytes, what: str = "ek: certificate") -> Certificate:
     if inner.raw != parts[1].raw:
         raise parts[1].fail("signature algorithms inside and outside differ")
     not_before, not_after = _read_validity(validity)
-    extensions = _read_extensions(tbs, rest)
+    wrapped = [one for one in rest if one.tag not in _UNIQUE_ID_TAGS]
+    extensions = read_extensions(tbs, wrapped, _CONTEXT[3])
     is_ca, path_length = _read_basic_constraints(extensions, what)
     key, canonical = _read_key(spki, what)
     return Certificate(
@@ -217,14 +199,23 @@ def _read_validity(validity: der.Value) -> tuple[datetime, datetime]:
     return not_before, not_after
 
 
-def _read_extensions(tbs: der.Value, rest: Sequence[der.Value]) -> dict[str, Extension]:
+def read_extensions(tbs: der.Value, rest: Sequence[der.Value], tag: int) -> dict[str, Extension]:
+    """Return the extensions of a certificate or revocation list by dotted OID.
+
+    Args:
+        tbs: the signed part, for messages.
+        rest: what follows the last other field; nothing, or the extensions alone.
+        tag: under which they are wrapped.
+
+    Raises:
+        EncodingError: something else follows, malformed, or one extension twice.
+    """
     found: dict[str, Extension] = {}
-    wrapped = [one for one in rest if one.tag not in _UNIQUE_ID_TAGS]
-    if not wrapped:
+    if not rest:
         return found
-    if len(wrapped) != 1 or wrapped[0].tag != _CONTEXT[3]:
-        raise tbs.fail("unknown fields after the key")
-    listed = der.read_all(wrapped[0].content, tbs.what, der.SEQUENCE)
+    if len(rest) != 1 or rest[0].tag != tag:
+        raise tbs.fail("unknown fields at the end")
+    listed = der.read_all(rest[0].content, tbs.what, der.SEQUENCE)
     for entry in listed.members():
         parts = entry.expect(der.SEQUENCE).members()
         if len(parts) not in {2, 3}:
@@ -309,96 +300,10 @@ def _check_oaep(algorithm: Sequence[der.Value], what: str) -> None:
         for part in algorithm[1].expect(der.SEQUENCE).members():
             inner = der.read_all(part.content, what, der.SEQUENCE).members()
             kind = der.oid(inner[0]) if inner else ""
-            hashed = part.tag == _CONTEXT[0] and kind in _HASH_OIDS
-            masked = part.tag == _CONTEXT[1] and kind == _MGF1 and _mgf_hash(inner) is not None
+            hashed = part.tag == _CONTEXT[0] and kind in HASH_OIDS
+            masked = part.tag == _CONTEXT[1] and kind == MGF1 and mgf_hash(inner) is not None
             label = part.tag == _CONTEXT[2] and kind == _PSPECIFIED and inner[-1].raw == b"\x04\x00"
             if not (hashed or masked or label):
                 raise unusual
     except EncodingError as e:
         raise unusual from e
-
-
-def _mgf_hash(mgf: Sequence[der.Value]) -> hashes.HashAlgorithm | None:
-    if len(mgf) != 2:  # noqa: PLR2004 - function, hash
-        return None
-    parts = mgf[1].expect(der.SEQUENCE).members()
-    return _HASH_OIDS.get(der.oid(parts[0])) if parts else None
-
-
-def verify_signature(
-    subject: Certificate, issuer: Certificate, *, allow_sha1: bool = False
-) -> None:
-    """Check one link over the original bytes.
-
-    Raises:
-        InvalidInputError: the algorithm is not accepted.
-        AttestationError: `ek_untrusted`, the signature does not verify.
-    """
-    algorithm, pss = _read_algorithm(subject.signature_algorithm)
-    if isinstance(algorithm, hashes.SHA1) and not allow_sha1:
-        raise InvalidInputError("ek: signature algorithm sha1 is not accepted")
-    if not _is_signed(subject, issuer.key, algorithm, pss):
-        text = "ek: signature does not verify"
-        raise AttestationError([Finding("ek_untrusted", text, ErrorKind.PERMISSION_DENIED)])
-
-
-def _is_signed(
-    subject: Certificate,
-    key: PublicKey,
-    algorithm: hashes.HashAlgorithm,
-    pad: padding.AsymmetricPadding | None,
-) -> bool:
-    try:
-        if isinstance(key, ec.EllipticCurvePublicKey):
-            if pad is not None:
-                return False
-            key.verify(subject.signature, subject.tbs, ec.ECDSA(algorithm))
-        elif pad is None:
-            return False
-        else:
-            key.verify(subject.signature, subject.tbs, pad, algorithm)
-    except (InvalidSignature, ValueError):
-        return False
-    return True
-
-
-@lru_cache(maxsize=64)
-def _read_algorithm(
-    raw: bytes,
-) -> tuple[hashes.HashAlgorithm, padding.AsymmetricPadding | None]:
-    """Return hash and RSA padding, None as padding for ECDSA."""
-    parts = der.read_all(raw, "ek: signature algorithm", der.SEQUENCE).members()
-    kind = der.oid(parts[0]) if parts else ""
-    if kind == _RSASSA_PSS and len(parts) == 2:  # noqa: PLR2004 - with parameters
-        return _read_pss(parts[1])
-    if kind not in _SIGNATURES:
-        raise InvalidInputError(f"ek: signature algorithm {kind or 'none'} is not accepted")
-    algorithm, is_rsa = _SIGNATURES[kind]
-    # NULL has no place after an ECDSA identifier, but one manufacturer's root has it there.
-    if [one.raw for one in parts[1:]] not in ([], [b"\x05\x00"]):
-        raise InvalidInputError("ek: signature algorithm has unexpected parameters")
-    return algorithm, padding.PKCS1v15() if is_rsa else None
-
-
-def _read_pss(parameters: der.Value) -> tuple[hashes.HashAlgorithm, padding.AsymmetricPadding]:
-    refused = InvalidInputError("ek: RSASSA-PSS parameters are not supported")
-    algorithm: hashes.HashAlgorithm = hashes.SHA1()  # noqa: S303 - the default, refused later
-    mask: hashes.HashAlgorithm | None = algorithm
-    salt = 20
-    for part in parameters.expect(der.SEQUENCE).members():
-        inner = der.read(part.content, "ek: signature algorithm")
-        if part.tag == _CONTEXT[0]:
-            members = inner.expect(der.SEQUENCE).members()
-            found = _HASH_OIDS.get(der.oid(members[0])) if members else None
-            if found is None:
-                raise refused
-            algorithm = found
-        elif part.tag == _CONTEXT[1]:
-            mask = _mgf_hash(inner.expect(der.SEQUENCE).members())
-        elif part.tag == _CONTEXT[2]:
-            salt = der.integer(inner)
-        elif part.tag != _CONTEXT[3] or der.integer(inner) != 1:
-            raise refused
-    if mask is None or mask.name != algorithm.name or salt != algorithm.digest_size:
-        raise refused
-    return algorithm, padding.PSS(padding.MGF1(algorithm), salt)

@@ -23,31 +23,31 @@ from spire_hw.errors import (
     ErrorKind,
     Finding,
     InvalidInputError,
-    NotReadyError,
+    WeakKeyError,
 )
 from spire_hw.tpm import certificate, der
 from spire_hw.tpm.certificate import Certificate, parse_certificate
+from spire_hw.tpm.certsig import verify_signature
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from datetime import datetime
-    from pathlib import Path
+
+    from spire_hw.tpm.crl import Revocations
 
 MAX_DEPTH: Final = 6
 _MAX_SIGNATURE_CHECKS: Final = 64
-_MAX_FILE_BYTES: Final = 1 << 20
-_SUFFIXES: Final = frozenset({".pem", ".crt", ".cer", ".der"})
 
-_EKU_EK: Final = "2.23.133.8.1"
+EK_PURPOSE: Final = "2.23.133.8.1"
 _SAN: Final = "2.5.29.17"
-_EKU: Final = "2.5.29.37"
+EXTENDED_KEY_USAGE: Final = "2.5.29.37"
 _ATTRIBUTES: Final = {
     "2.23.133.2.1": "manufacturer",
     "2.23.133.2.2": "model",
     "2.23.133.2.3": "version",
 }
-_UNDERSTOOD: Final = frozenset(
-    {_SAN, _EKU, certificate.BASIC_CONSTRAINTS, certificate.KEY_USAGE, "2.5.29.32"}
+UNDERSTOOD: Final = frozenset(
+    {_SAN, EXTENDED_KEY_USAGE, certificate.BASIC_CONSTRAINTS, certificate.KEY_USAGE, "2.5.29.32"}
 )
 _DIRECTORY_NAME = 0xA4
 _STRING_TAGS: Final = frozenset({0x0C, 0x13, 0x16})  # UTF8String, PrintableString, IA5String
@@ -110,6 +110,21 @@ class EkRoots:
     anchors: tuple[Certificate, ...]
     intermediates: tuple[Certificate, ...] = ()
     pinned: frozenset[str] = field(default=frozenset())
+    _anchors: _BySubject = field(init=False, repr=False)
+    _intermediates: _BySubject = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Make both findable by subject: published collections hold hundreds."""
+        object.__setattr__(self, "_anchors", _by_subject(self.anchors))
+        object.__setattr__(self, "_intermediates", _by_subject(self.intermediates))
+
+    def anchors_named(self, subject: bytes) -> Sequence[Certificate]:
+        """Return the anchors with this raw name."""
+        return self._anchors.get(subject, ())
+
+    def intermediates_named(self, subject: bytes) -> Sequence[Certificate]:
+        """Return the intermediates with this raw name."""
+        return self._intermediates.get(subject, ())
 
     @classmethod
     def of(cls, certificates: Iterable[Certificate], pinned: Iterable[str] = ()) -> EkRoots:
@@ -121,43 +136,15 @@ class EkRoots:
             pinned=frozenset(pinned),
         )
 
-    @classmethod
-    def load(cls, path: Path, pinned: Iterable[str] = ()) -> EkRoots:
-        """Read roots and intermediates from a file, or from all of a directory.
 
-        Args:
-            path: a PEM or DER file, or a directory of files named .pem, .crt, .cer or .der.
-            pinned: fingerprints of certificates that may be signed with SHA-1.
-
-        Raises:
-            NotReadyError: nothing there, unreadable, or without any root.
-            InvalidInputError: a file holds something other than certificates.
-        """
-        try:
-            names = sorted(path.iterdir()) if path.is_dir() else [path]
-            files = [n for n in names if n == path or n.suffix.lower() in _SUFFIXES]
-            blobs = [(n, n.read_bytes()) for n in files]
-        except OSError as e:
-            raise NotReadyError(f"cannot read endorsement CAs at {path}: {e.strerror}") from e
-        roots = cls.of((c for name, blob in blobs for c in _read_file(name, blob)), pinned)
-        if not roots.anchors:
-            raise NotReadyError(f"no self-issued endorsement CA certificate at {path}")
-        return roots
+_BySubject = dict[bytes, list[Certificate]]
 
 
-def _read_file(path: Path, blob: bytes) -> list[Certificate]:
-    if len(blob) > _MAX_FILE_BYTES:
-        raise InvalidInputError(f"{path}: larger than {_MAX_FILE_BYTES} bytes")
-    try:
-        ders = certificate.split_pem(blob) if b"-----BEGIN" in blob else [_cut(blob)]
-        return [parse_certificate(one, "certificate") for one in ders]
-    except InvalidInputError as e:
-        raise InvalidInputError(f"{path}: {e.message}") from e
-
-
-def _cut(blob: bytes) -> bytes:
-    """Drop what follows a DER certificate: one manufacturer's root has trailing bytes."""
-    return der.read(blob, "certificate").raw
+def _by_subject(found: Iterable[Certificate]) -> _BySubject:
+    out: _BySubject = {}
+    for one in found:
+        out.setdefault(one.subject, []).append(one)
+    return out
 
 
 def read_model(leaf: Certificate) -> TpmModel:
@@ -230,6 +217,7 @@ def verify_ek_certificate(
     at: datetime,
     *,
     chain_time: ChainTime = ChainTime.ISSUER_AT_LEAF_ISSUANCE,
+    revocations: Revocations | None = None,
 ) -> VerifiedEk:
     """Check that an endorsement certificate leads to a configured root.
 
@@ -239,22 +227,26 @@ def verify_ek_certificate(
         roots: what is trusted.
         at: the time to check for.
         chain_time: how dates are judged.
+        revocations: revocation lists; None to ask none.
 
     Raises:
         InvalidInputError: the chain is too long or does not parse, or the leaf's names are
             malformed.
         AttestationError: not trusted; codes `ek_untrusted`, `ek_ca`, `ek_issuer`, `ek_expired`,
             `ek_issuer_expired`, `ek_critical_extension`, `ek_extended_key_usage`,
-            `ek_key_usage`, `ek_signature_algorithm`, all denied.
+            `ek_key_usage`, `ek_signature_algorithm`, `ek_weak`, `ek_revoked`, all denied;
+            `ek_revocation_unknown`, unavailable.
     """
     if len(chain) > MAX_DEPTH:
         raise InvalidInputError(f"ek: chain is longer than {MAX_DEPTH} certificates")
-    supplied = [_parse_intermediate(one) for one in chain]
+    try:
+        supplied = [_parse_intermediate(one) for one in chain]
+    except WeakKeyError as e:
+        raise _deny("ek_weak", e.message.removeprefix("ek: ")) from e
     model = read_model(leaf)
     _check_leaf(leaf, at, chain_time)
-    pool = [*roots.intermediates, *(c for c in supplied if not c.is_self_issued)]
-    search = _Search(leaf, roots, pool, at, chain_time)
-    root = search.run()
+    pool = [c for c in supplied if not c.is_self_issued]
+    root = _Search(leaf, roots, pool, at, chain_time, revocations=revocations).run()
     return VerifiedEk(leaf, model, hashlib.sha256(root.der).hexdigest())
 
 
@@ -270,7 +262,7 @@ def _verify_link(subject: Certificate, issuer: Certificate, *, allow_sha1: bool)
 
     Whatever depends on time or on the path is checked anew each time.
     """
-    certificate.verify_signature(subject, issuer, allow_sha1=allow_sha1)
+    verify_signature(subject, issuer, allow_sha1=allow_sha1)
 
 
 def _deny(code: str, text: str) -> AttestationError:
@@ -284,8 +276,8 @@ def _check_leaf(leaf: Certificate, at: datetime, chain_time: ChainTime) -> None:
     if leaf.is_ca:
         raise _deny("ek_ca", "endorsement certificate claims to be a CA")
     _check_critical(leaf)
-    extension = leaf.extensions.get(_EKU)
-    if extension is not None and _EKU_EK not in _read_oids(extension.value):
+    extension = leaf.extensions.get(EXTENDED_KEY_USAGE)
+    if extension is not None and EK_PURPOSE not in read_purposes(extension.value):
         raise _deny("ek_extended_key_usage", "certificate is not for an endorsement key")
     bits = certificate.KeyUsage
     needed = bits.KEY_ENCIPHERMENT if leaf.is_rsa else bits.KEY_AGREEMENT
@@ -295,14 +287,19 @@ def _check_leaf(leaf: Certificate, at: datetime, chain_time: ChainTime) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _read_oids(value: bytes) -> frozenset[str]:
+def read_purposes(value: bytes) -> frozenset[str]:
+    """Return the purposes an extended key usage extension names, as dotted OIDs.
+
+    Raises:
+        EncodingError: malformed.
+    """
     what = "ek: extended key usage"
     return frozenset(der.oid(one) for one in der.read_all(value, what, der.SEQUENCE).members())
 
 
 def _check_critical(found: Certificate) -> None:
     for oid, extension in found.extensions.items():
-        if extension.critical and oid not in _UNDERSTOOD:
+        if extension.critical and oid not in UNDERSTOOD:
             raise _deny("ek_critical_extension", f"critical extension {oid} is not understood")
 
 
@@ -316,12 +313,15 @@ class _Search:
         pool: Sequence[Certificate],
         at: datetime,
         chain_time: ChainTime,
+        *,
+        revocations: Revocations | None,
     ) -> None:
         self._leaf = leaf
         self._roots = roots
         self._pool = pool
         self._at = at
         self._chain_time = chain_time
+        self._revocations = revocations
         self._checks = 0
         self._reason: AttestationError | None = None
 
@@ -338,13 +338,14 @@ class _Search:
 
     def _extend(self, path: list[Certificate]) -> Certificate | None:
         last = path[-1]
-        for anchor in self._roots.anchors:
-            if anchor.subject == last.issuer and self._links(path, anchor):
+        for anchor in self._roots.anchors_named(last.issuer):
+            if self._links(path, anchor):
                 return anchor
         if len(path) >= MAX_DEPTH:
             return None
-        for issuer in self._pool:
-            if issuer.subject != last.issuer or any(issuer.der == c.der for c in path):
+        supplied = (c for c in self._pool if c.subject == last.issuer)
+        for issuer in (*self._roots.intermediates_named(last.issuer), *supplied):
+            if any(issuer.der == c.der for c in path):
                 continue
             if self._links(path, issuer):
                 root = self._extend([*path, issuer])
@@ -356,8 +357,11 @@ class _Search:
         try:
             self._check_issuer(path, issuer)
             self._check_link(path[-1], issuer)
+            if self._revocations is not None:
+                self._revocations.check(path[-1], issuer, self._at)
         except AttestationError as e:
-            self._reason = self._reason or e
+            if self._reason is None or e.findings[0].code == "ek_revoked":
+                self._reason = e
             return False
         return True
 
@@ -391,7 +395,7 @@ class _Search:
             raise _deny("ek_untrusted", "issuer is not trusted: too many candidates")
         pinned = self._roots.pinned
         weak = bool(pinned) and hashlib.sha256(subject.der).hexdigest() in pinned
-        check = certificate.verify_signature if subject is self._leaf else _verify_link
+        check = verify_signature if subject is self._leaf else _verify_link
         try:
             check(subject, issuer, allow_sha1=weak)
         except EncodingError as e:

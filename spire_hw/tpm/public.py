@@ -16,7 +16,14 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from spire_hw.errors import AttestationError, EncodingError, ErrorKind, Finding, InvalidInputError
+from spire_hw.errors import (
+    AttestationError,
+    EncodingError,
+    ErrorKind,
+    Finding,
+    InvalidInputError,
+    WeakKeyError,
+)
 from spire_hw.key import PublicKey, fingerprint, spki_der
 from spire_hw.roca import is_marked, primes
 from spire_hw.tpm import wire
@@ -62,10 +69,6 @@ _RSA_EXPONENT: Final = 65537
 _STRONG_HASHES: Final = frozenset({wire.ALG_SHA256, wire.ALG_SHA384, wire.ALG_SHA512})
 _TWO_FIELD_SCHEMES: Final = frozenset({wire.ALG_ECDAA})
 _MAX_POLICY = 64
-
-
-class WeakKeyError(InvalidInputError):
-    """A key whose private half can be computed from the public one."""
 
 
 @dataclass(frozen=True, slots=True)

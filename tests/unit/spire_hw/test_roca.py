@@ -5,10 +5,10 @@ import secrets
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from spire_hw.errors import InvalidInputError
+from spire_hw.errors import WeakKeyError
 from spire_hw.key import check_public_key
 from spire_hw.roca import is_marked, primes
-from spire_hw.tpm.public import WeakKeyError, build_rsa_key
+from spire_hw.tpm.public import build_rsa_key
 from spire_hw_sim.weakkeys import roca_modulus
 
 
@@ -20,7 +20,7 @@ def test_modulus_of_the_faulty_generator_is_marked() -> None:
     modulus = roca_modulus()
     assert modulus.bit_length() == 2048
     assert is_marked(modulus)
-    with pytest.raises(InvalidInputError, match="CVE-2017-15361"):
+    with pytest.raises(WeakKeyError, match="CVE-2017-15361"):
         check_public_key(rsa.RSAPublicNumbers(65537, modulus).public_key())
     with pytest.raises(WeakKeyError, match="CVE-2017-15361"):
         build_rsa_key(modulus, 65537, "key")

@@ -13,7 +13,9 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from spire_hw.errors import AttestationError, EncodingError, InvalidInputError, NotReadyError
 from spire_hw.tpm import certificate, der
-from spire_hw.tpm.certificate import parse_certificate, verify_signature
+from spire_hw.tpm.castore import load_roots
+from spire_hw.tpm.certificate import parse_certificate
+from spire_hw.tpm.certsig import verify_signature
 from spire_hw.tpm.ekcert import ChainTime, EkRoots, TpmModel, read_model, verify_ek_certificate
 from spire_hw_sim import ekca
 from spire_hw_sim.ekca import EkCa, ek_spec
@@ -38,7 +40,7 @@ def test_directory_of_pem_and_der_files_is_read(tmp_path: Path) -> None:
     (tmp_path / "b.CRT").write_bytes(other.root.certificate)
     (tmp_path / "c.der").write_bytes(vendor.intermediate.certificate + b"\xff" * 16)
     (tmp_path / "README").write_text("not a certificate")
-    roots = EkRoots.load(tmp_path)
+    roots = load_roots(tmp_path)
     assert {c.der for c in roots.anchors} == {vendor.root.certificate, other.root.certificate}
     assert [c.der for c in roots.intermediates] == [vendor.intermediate.certificate]
 
@@ -48,7 +50,7 @@ def test_configured_intermediate_completes_the_path(tmp_path: Path) -> None:
     path = tmp_path / "all.pem"
     path.write_bytes(_pem(vendor.root.certificate) + _pem(vendor.intermediate.certificate))
     leaf = parse_certificate(vendor.certify(SoftTpm(ek=make_ek("L-2"))))
-    proved = verify_ek_certificate(leaf, (), EkRoots.load(path), NOW)
+    proved = verify_ek_certificate(leaf, (), load_roots(path), NOW)
     assert proved.root_fingerprint == hashlib.sha256(vendor.root.certificate).hexdigest()
     assert proved.model == TpmModel("id:4E544300", "NPCT75x", "id:00070002")
 
@@ -57,7 +59,7 @@ def test_intermediates_alone_are_not_roots(tmp_path: Path) -> None:
     path = tmp_path / "only.der"
     path.write_bytes(Vendor.make().intermediate.certificate)
     with pytest.raises(NotReadyError, match="no self-issued"):
-        EkRoots.load(path)
+        load_roots(path)
 
 
 @pytest.mark.parametrize(
@@ -75,15 +77,15 @@ def test_file_of_something_else_is_named(tmp_path: Path, content: bytes, words: 
     path = tmp_path / "bad.pem"
     path.write_bytes(content)
     with pytest.raises(InvalidInputError, match=words) as caught:
-        EkRoots.load(path)
+        load_roots(path)
     assert str(path) in caught.value.message
 
 
 def test_missing_path_is_not_ready(tmp_path: Path) -> None:
     with pytest.raises(NotReadyError, match="cannot read endorsement CAs"):
-        EkRoots.load(tmp_path / "none")
+        load_roots(tmp_path / "none")
     with pytest.raises(NotReadyError, match="no self-issued"):
-        EkRoots.load(tmp_path)
+        load_roots(tmp_path)
 
 
 def test_cross_reading_with_a_general_library() -> None:

@@ -16,8 +16,10 @@ from pydantic import AfterValidator, Field, create_model
 
 from spire_hw.config.schema import GoDuration, Model, check
 from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError, NotReadyError
+from spire_hw.tpm.castore import load_roots
 from spire_hw.tpm.ekcert import ChainTime, EkRoots
 from spire_hw.tpm.wire import BANKS, HASHES, PCR_COUNT, PcrSelection
+from spire_hw_plugins.nodeattestor.tpm.crlfiles import CrlFiles
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -84,9 +86,12 @@ class ServerConfig(Model):
     Attributes:
         ek_policy: what makes an endorsement key acceptable: a certificate of a manufacturer, an
             entry in a hash list, either or both.
-        endorsement_ca_path: PEM or DER file, or a directory of them.
+        endorsement_ca_path: PEM or DER file, or a directory of them, with roots and intermediates
+            in folders of these names or together.
         ek_chain_time: how dates on the certificate path are judged.
         sha1_ca_fingerprints: SHA-256 of CA certificates that may be signed with SHA-1.
+        crl_path: revocation lists: a file, or a directory of them.
+        crl_required: every certificate below a root needs a revocation list that counts.
         ek_hashes: SHA-256 of accepted endorsement keys, besides those enrolled at the server.
         hash_path: a file with one such hash per line, or a directory of files named by hash.
         pcrs: what to quote.
@@ -107,6 +112,8 @@ class ServerConfig(Model):
         "issuer_at_leaf_issuance"
     )
     sha1_ca_fingerprints: list[_Hash] = Field(default_factory=list)
+    crl_path: str = ""
+    crl_required: bool = False
     ek_hashes: list[_Hash] = Field(default_factory=list)
     hash_path: str = ""
     pcrs: PcrSelectionConfig | None = None
@@ -130,6 +137,7 @@ class Settings:
         need_both: both must hold.
         roots: manufacturers' certificates.
         chain_time: how dates on a path are judged.
+        crls: revocation lists, None to ask none.
         hashes: accepted endorsement keys.
         hash_dir: directory of files named by hash, asked on every attestation.
         selections: what to quote, one quote per bank.
@@ -148,6 +156,7 @@ class Settings:
     need_both: bool
     roots: EkRoots
     chain_time: ChainTime
+    crls: CrlFiles | None
     hashes: frozenset[str]
     hash_dir: Path | None
     selections: tuple[PcrSelection, ...]
@@ -175,6 +184,8 @@ def _meaning_faults(config: ServerConfig, *, has_ek_list: bool) -> list[ConfigFa
 
     if config.ek_policy in {"ca", "ca_and_hash"} and not config.endorsement_ca_path:
         fault("ek_policy", f'"{config.ek_policy}" needs endorsement_ca_path')
+    if config.crl_required and not config.crl_path:
+        fault("crl_required", "needs crl_path")
     has_hashes = has_ek_list or bool(config.ek_hashes or config.hash_path)
     if config.ek_policy in {"hash", "ca_and_hash"} and not has_hashes:
         fault("ek_policy", f'"{config.ek_policy}" needs ek_hashes or hash_path')
@@ -246,13 +257,14 @@ def build_settings(body: Body, *, has_ek_list: bool) -> Settings:
     hashes, hash_dir = _read_hashes(config.hash_path)
     roots = EkRoots.of(())
     if config.endorsement_ca_path:
-        roots = EkRoots.load(Path(config.endorsement_ca_path), config.sha1_ca_fingerprints)
+        roots = load_roots(Path(config.endorsement_ca_path), config.sha1_ca_fingerprints)
     return Settings(
         use_ca=config.ek_policy != "hash",
         use_hash=config.ek_policy != "ca",
         need_both=config.ek_policy == "ca_and_hash",
         roots=roots,
         chain_time=ChainTime(config.ek_chain_time),
+        crls=_read_crls(config),
         hashes=frozenset(config.ek_hashes) | hashes,
         hash_dir=hash_dir,
         selections=_selections(config),
@@ -268,6 +280,12 @@ def build_settings(body: Body, *, has_ek_list: bool) -> Settings:
         accept_activation_only=config.accept_activation_only,
         timeout=config.challenge_timeout,
     )
+
+
+def _read_crls(config: ServerConfig) -> CrlFiles | None:
+    if not config.crl_path:
+        return None
+    return CrlFiles(Path(config.crl_path), required=config.crl_required)
 
 
 def _read_hashes(name: str) -> tuple[frozenset[str], Path | None]:

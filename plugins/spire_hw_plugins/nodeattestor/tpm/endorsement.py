@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from spire_hw.errors import AttestationError, ErrorKind, Finding, InvalidInputError
+from spire_hw.errors import AttestationError, ErrorKind, Finding, InvalidInputError, WeakKeyError
 from spire_hw.key import parse_spki
 from spire_hw.posture.evidence import EkFacts
 from spire_hw.tpm.certificate import parse_certificate
@@ -21,9 +21,13 @@ from spire_hw.tpm.public import check_ek, parse_public
 if TYPE_CHECKING:
     from spire_hw.plugin.info import HostInfo
     from spire_hw.tpm.certificate import Certificate
+    from spire_hw.tpm.crl import Revocations
     from spire_hw.tpm.public import TpmPublic
     from spire_hw_plugins.nodeattestor.tpm.config import Settings
     from spire_hw_plugins.nodeattestor.tpm.wire import AttestationData
+
+# An entry in a hash list does not make up for these: the maker or the mathematics disowned the key.
+_FINAL: Final = frozenset({"ek_revoked", "ek_weak"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +67,15 @@ def read_ek(data: AttestationData) -> tuple[TpmPublic, Certificate | None]:
 
     Raises:
         InvalidInputError: malformed, or a key that is not acceptable.
-        AttestationError: `ek_key_mismatch`, `ek_template`, `ek_signing_key`.
+        AttestationError: `ek_key_mismatch`, `ek_template`, `ek_signing_key`, `ek_weak`.
     """
+    try:
+        return _read_ek(data)
+    except WeakKeyError as e:
+        raise AttestationError([Finding("ek_weak", e.message, ErrorKind.PERMISSION_DENIED)]) from e
+
+
+def _read_ek(data: AttestationData) -> tuple[TpmPublic, Certificate | None]:
     leaf = None if data.ek_certificate is None else parse_certificate(data.ek_certificate)
     public = parse_public(_area(data, leaf), "ek: public area")
     check_ek(public)
@@ -93,6 +104,8 @@ def _area(data: AttestationData, leaf: Certificate | None) -> bytes:
         raise InvalidInputError("ek: no endorsement key in the request")
     try:
         return build_ek_area(parse_spki(spki))
+    except WeakKeyError:
+        raise
     except InvalidInputError as e:
         raise InvalidInputError(f"ek: {e.message.removeprefix('ek: ')}") from e
 
@@ -122,7 +135,10 @@ async def accept_ek(
         AttestationError: policy does not allow it, with every reason.
     """
     key_hash = hashlib.sha256(public.spki).hexdigest()
-    verified, denied = _check_certificate(settings, host, leaf, chain)
+    crls = None if settings.crls is None else await settings.crls.current(host.clock, host.log)
+    verified, denied = _check_certificate(settings, host, leaf, chain, crls)
+    if any(finding.code in _FINAL for finding in denied):
+        raise AttestationError(denied)
     methods = ["ca"] if verified is not None else []
     if settings.use_hash and (settings.need_both or not methods):
         if await _is_listed(settings, host, key_hash):
@@ -136,7 +152,11 @@ async def accept_ek(
 
 
 def _check_certificate(
-    settings: Settings, host: HostInfo, leaf: Certificate | None, chain: tuple[bytes, ...]
+    settings: Settings,
+    host: HostInfo,
+    leaf: Certificate | None,
+    chain: tuple[bytes, ...],
+    crls: Revocations | None,
 ) -> tuple[VerifiedEk | None, list[Finding]]:
     """Return the verified certificate, or why there is none."""
     if not settings.use_ca:
@@ -149,7 +169,12 @@ def _check_certificate(
     try:
         now = host.clock.now()
         verified = verify_ek_certificate(
-            leaf, chain, settings.roots, now, chain_time=settings.chain_time
+            leaf,
+            chain,
+            settings.roots,
+            now,
+            chain_time=settings.chain_time,
+            revocations=crls,
         )
     except AttestationError as e:
         return None, list(e.findings)
