@@ -114,7 +114,7 @@ class Fleet:
             address=address,
             port=port,
             bundle=bundle,
-            local_address=_local_address(address, number),
+            local_address=local_address(address, number),
         )
         await self._attest(node)
         self._nodes.append(node)
@@ -202,7 +202,7 @@ class Fleet:
         }
 
 
-def _local_address(server: str, number: int) -> str:
+def local_address(server: str, number: int) -> str:
     """Return an address of this machine's own for a node whose server is here as well.
 
     Servers count connections and attestations by address; a real fleet has many.

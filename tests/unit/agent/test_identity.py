@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -23,6 +23,7 @@ from spire_hw.errors import (
 from spire_hw.log import get_logger
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw.plugin.keymanager import Keys
+from spire_hw.posture.verdict import NodeState
 from spire_hw.rpc.convert import bundle_to_pb
 from spire_hw_agent.config import build_settings
 from spire_hw_agent.enroll import Enroller
@@ -30,6 +31,7 @@ from spire_hw_agent.identity import AgentIdentity
 from spire_hw_agent.storage import Storage
 from spire_hw_agent.trust import Trust
 from spire_hw_agent.upstream.client import Upstream
+from spire_hw_agent.upstream.posture import Standing
 from spire_hw_plugins.keymanager.memory import MemoryKeyManager
 from spire_hw_plugins.nodeattestor.join_token import JoinTokenAttestor
 from spire_hw_sim.clock import SimClock
@@ -270,6 +272,76 @@ async def test_the_loop_attests_again_when_the_svid_was_taken_away(site: Site) -
         await wait_for(site, lambda: site.told.new > seen)
         running.cancel()
     assert site.identity.is_alive()
+
+
+# -- what the server says of the node's state ------------------------------------------------
+
+QUARANTINED = Standing(NodeState.QUARANTINED, ("pcr_mismatch",))
+ATTESTED = Standing(NodeState.ATTESTED)
+
+
+async def test_a_node_in_quarantine_goes_on_attesting_with_pauses_that_grow(site: Site) -> None:
+    site.liar.reattestable = True
+    await site.identity.start()
+    site.identity.follow(QUARANTINED)
+    # Some attestations succeed and heal nobody, some are refused and end nobody.
+    fail_times(site, 3, DeniedError("policy: PCR 4 is not allowed [pcr_mismatch]"))
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(site.identity.run())
+        await wait_for(site, lambda: site.told.new >= 6)
+        slept = list(site.clock.slept)
+        site.identity.follow(ATTESTED)
+        running.cancel()
+    assert slept[0] <= 5
+    assert max(slept) <= 60
+    assert max(slept[-3:]) > 10
+    assert (site.told.ends, site.told.lost) == ([], 0)
+    site.clock.slept.clear()
+    await site.identity.renew_if_due()
+    assert site.told.new == 6  # healed: nothing is due
+
+
+async def test_a_node_is_attested_once_more_when_the_server_asks_for_it(site: Site) -> None:
+    site.liar.reattestable = True
+    await site.identity.start()
+    site.identity.follow(replace(ATTESTED, reattest=True))
+    for _ in range(3):
+        await site.identity.renew_if_due()
+    assert site.told.new == 2
+
+
+async def test_a_node_that_attests_only_once_is_not_asked_again(site: Site) -> None:
+    await site.identity.start()
+    site.identity.follow(QUARANTINED)
+    await site.identity.renew_if_due()
+    site.identity.follow(replace(ATTESTED, reattest=True))
+    await site.identity.renew_if_due()
+    assert site.told.new == 1
+
+
+@pytest.mark.parametrize(("standing", "ends"), [(None, 1), (ATTESTED, 0), (QUARANTINED, 0)])
+async def test_a_refused_attestation_ends_only_agents_whose_server_tells_no_states(
+    site: Site, standing: Standing | None, ends: int
+) -> None:
+    site.liar.reattestable = True
+    await site.identity.start()
+    site.identity.follow(standing)
+    assert site.identity.current is not None
+    await site.clock.advance(timedelta(hours=1))
+    fail_times(site, 1, DeniedError("policy: PCR 4 is not allowed [pcr_mismatch]"))
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(site.identity.run())
+        await wait_for(site, lambda: bool(site.told.ends) or site.told.new > 1)
+        running.cancel()
+    assert len(site.told.ends) == ends
+
+
+async def test_a_ban_on_the_stream_ends_everything(site: Site) -> None:
+    await site.identity.start()
+    site.identity.follow(Standing(NodeState.BANNED, ("ima_rollback",)))
+    assert site.told.lost == 1
+    assert "agent evict" in site.told.ends[0].message
+    assert site.identity.current is None
 
 
 async def wait_for(site: Site, what: Callable[[], bool]) -> None:
