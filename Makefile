@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types rooms proto proto-check tests test-lowest coverage interop bench clean
+.PHONY: help setup demo test lint types rooms proto proto-check tests test-lowest test-vm coverage interop bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ tests: setup ## the tests alone (ARGS="-k name" narrows them)
 
 test-lowest: setup ## the tests with the lowest releases of libraries that pyproject.toml admits
 	@scripts/lowest.sh $(ARGS)
+
+test-vm: setup ## a virtual machine with real firmware and a TPM attests (needs qemu; some minutes)
+	@scripts/vm-image.sh
+	@SPIRE_HW_VM_IMAGE=$(CURDIR)/build/vm $(PY) -m pytest tests/vm $(ARGS)
 
 coverage: setup ## tests with line coverage; fails when a room of the security core is below 90 %
 	@$(PY) -m pytest -n 2 --dist loadgroup --cov --cov-report= --cov-report=json:build/coverage.json $(ARGS)

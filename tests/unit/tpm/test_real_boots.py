@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from spire_hw.errors import AttestationError
-from spire_hw.posture.evidence import PcrValues
 from spire_hw.tpm import boot, eventlog, ima
+
+if TYPE_CHECKING:
+    from spire_hw.posture.evidence import PcrValues
 
 BOOTS = Path(__file__).parents[2] / "vectors" / "boot"
 BANK = "sha256"
