@@ -153,6 +153,7 @@ class Heartbeat:
 
     async def _answer(self, stream: HeartbeatStream, asked: Asked, spki_sha256: bytes) -> None:
         """Answer one challenge; the stream's reader sees when it is the stream that fails."""
+        self._log.debug("The server asks for a heartbeat")
         reason = "the node attestor cannot answer heartbeats"
         try:
             if self._source is not None:

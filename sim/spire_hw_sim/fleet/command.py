@@ -94,6 +94,7 @@ async def _observe(crew: Fleet, duration_s: float | None, attest_within_s: float
     try:
         async with crew:
             await crew.attested(attest_within_s)
+            click.echo("all nodes attested", err=True)
             await crew.observe(duration_s)
     finally:
         await shown.close()

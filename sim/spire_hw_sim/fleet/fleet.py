@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import random
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 
 _FIRST_BACKOFF_S: Final = 1.0
 _MAX_BACKOFF_S: Final = 30.0
-_LOOK_S: Final = 1.0
+_PAUSE_S: Final = 1.0
+# A server asks its clients to leave at this age.
+_CONNECTION_S: Final = 180.0
+_random: Final = random.SystemRandom()
 _HOSTS: Final = 250
 
 
@@ -121,28 +125,21 @@ class Fleet:
         self._waiting -= 1
         if not self._waiting:
             self._ready.set()
-        backoff = Backoff(_FIRST_BACKOFF_S, _MAX_BACKOFF_S)
+        # Like a fleet that has been up for long: its connections are of all ages.
+        leave_after_s = _CONNECTION_S * _random.random()
         while True:
-            begun = self._clock.monotonic()
             try:
-                async with asyncio.timeout(self._until_renewal_s(node)):
-                    await node.beat(self.heartbeats)
-            except TimeoutError:
-                await self._attest(node)
+                await node.beat(self.heartbeats, leave_after_s)
             except SpireHwError as e:
                 if e.kind is ErrorKind.UNIMPLEMENTED:
                     raise
                 self.interruptions.failed(e)
+                await self._clock.sleep(_PAUSE_S * (1 + _random.random()))
                 if e.kind is ErrorKind.PERMISSION_DENIED:
                     await self._attest(node)
-            if self._clock.monotonic() - begun > _MAX_BACKOFF_S:
-                backoff.reset()
-            await self._clock.sleep(backoff.next_s())
-
-    def _until_renewal_s(self, node: LightNode) -> float | None:
-        if node.renew_at is None:
-            return None
-        return max(_LOOK_S, (node.renew_at - self._clock.now()).total_seconds())
+            if node.renew_at is not None and self._clock.now() >= node.renew_at:
+                await self._attest(node)
+            leave_after_s = _CONNECTION_S
 
     async def _attest(self, node: LightNode) -> None:
         """Attest, as often as it takes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from typing import TYPE_CHECKING
 
@@ -108,11 +109,12 @@ class LightNode:
         self._identity = TlsIdentity(chain, private_key=self._key.private)
         self.renew_at = svid.not_after - (svid.not_after - svid.not_before) / 2
 
-    async def beat(self, tally: Tally) -> None:
-        """Answer heartbeats over one connection until the server ends it.
+    async def beat(self, tally: Tally, leave_after_s: float) -> None:
+        """Answer heartbeats over one connection for a while, or until the server ends it.
 
         Args:
             tally: counts them; the latency is that of the server's verdict on an answer.
+            leave_after_s: then it ends, between two heartbeats.
 
         Raises:
             SpireHwError: the stream could not be opened, or was cut.
@@ -124,19 +126,30 @@ class LightNode:
             ):
                 stream = HeartbeatStream(call)
                 await stream.hello("", can_answer=True)
-                while (message := await stream.receive()) is not None:
-                    if isinstance(message, Standing):
-                        self.standing = message
-                        continue
-                    answer = self._answer(message.challenge)
-                    with tally.watching():
-                        await stream.answer(answer)
-                        verdict = await stream.receive()
-                    if not isinstance(verdict, Standing):
-                        raise SpireHwError("the server did not judge a heartbeat")
-                    self.standing = verdict
+                await self._listen(stream, tally, leave_after_s)
         finally:
             self.standing = None
+
+    async def _listen(self, stream: HeartbeatStream, tally: Tally, leave_after_s: float) -> None:
+        leave_at = asyncio.get_running_loop().time() + leave_after_s
+        while True:
+            try:
+                async with asyncio.timeout_at(leave_at):
+                    message = await stream.receive()
+            except TimeoutError:
+                return
+            if message is None:
+                return
+            if isinstance(message, Standing):
+                self.standing = message
+                continue
+            answer = self._answer(message.challenge)
+            with tally.watching():
+                await stream.answer(answer)
+                verdict = await stream.receive()
+            if not isinstance(verdict, Standing):
+                raise SpireHwError("the server did not judge a heartbeat")
+            self.standing = verdict
 
     def _answer(self, challenge: HeartbeatChallenge) -> HeartbeatAnswer:
         tpm = self._machine.tpm
