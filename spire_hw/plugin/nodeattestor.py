@@ -33,6 +33,14 @@ class SvidKey:
 class AgentExchange(Protocol):
     """The agent's end of one attestation stream."""
 
+    @property
+    def server_verified(self) -> bool:
+        """Tell whether the server was known by its certificate before the exchange began.
+
+        False with an insecure bootstrap, and under a host that cannot tell.
+        """
+        ...
+
     async def send(self, data: bytes) -> None:
         """Send the payload (first call) or a challenge response (later calls)."""
         ...

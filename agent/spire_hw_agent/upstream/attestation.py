@@ -18,16 +18,28 @@ class Exchange:
         attestor: its name.
         csr: DER, sent along with the first message.
         stream: open, nothing sent yet.
+        server_verified: whether the server's certificate was verified by a bundle.
     """
 
     def __init__(
-        self, attestor: str, csr: bytes, stream: Bidi[server_agent_pb2.AttestAgentResponse]
+        self,
+        attestor: str,
+        csr: bytes,
+        stream: Bidi[server_agent_pb2.AttestAgentResponse],
+        *,
+        server_verified: bool,
     ) -> None:
         self._attestor = attestor
         self._csr = csr
         self._stream = stream
+        self._server_verified = server_verified
         self._sent = False
         self._result: server_agent_pb2.AttestAgentResponse | None = None
+
+    @property
+    def server_verified(self) -> bool:
+        """Tell whether the server was known by its certificate before the exchange began."""
+        return self._server_verified
 
     async def send(self, data: bytes) -> None:
         """Send the payload, later the answer to a challenge."""

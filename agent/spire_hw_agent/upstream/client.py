@@ -191,7 +191,7 @@ class Upstream:
                     server_agent_pb2.AttestAgentResponse,
                     timeout_s=_ATTEST_TIMEOUT_S,
                 ) as stream:
-                    exchange = Exchange(attestor, csr, stream)
+                    exchange = Exchange(attestor, csr, stream, server_verified=trusted is not None)
                     await drive(exchange)
                     result = await exchange.result()
                 bundle = await self._get_bundle(channel)

@@ -92,6 +92,11 @@ class _Exchange:
     def __init__(self) -> None:
         self.sent: list[bytes] = []
 
+    @property
+    def server_verified(self) -> bool:
+        """Tell that there is no server to know."""
+        return False
+
     async def send(self, data: bytes) -> None:
         """Take what the plugin says."""
         self.sent.append(data)

@@ -41,6 +41,7 @@ class Exchange:
     on_challenge: Change = unchanged
     on_answer: Change = unchanged
     sent: list[bytes] = field(default_factory=list)
+    server_verified: bool = True
 
     async def send(self, data: bytes) -> None:
         changed = self.on_answer(data) if self.sent else data
@@ -49,6 +50,10 @@ class Exchange:
 
     async def receive(self) -> bytes:
         return self.on_challenge(await self.to_agent.get())
+
+    async def next_challenge(self) -> bytes | None:
+        found = await self.to_agent.get()
+        return self.on_challenge(found) if found else None
 
     async def challenge(self, data: bytes) -> bytes:
         await self.to_agent.put(data)
@@ -76,9 +81,10 @@ async def attest(
 
     async def serve() -> AttestedIdentity:
         payload = await stream.to_server.get()
-        return await server.attest(
-            AttestationRequest(payload, stream.challenge, csr_spki, admit_all)
-        )
+        request = AttestationRequest(payload, stream.challenge, csr_spki, admit_all)
+        identity = await server.attest(request)
+        await stream.to_agent.put(b"")  # asks nothing more
+        return identity
 
     serving = asyncio.ensure_future(serve())  # noqa: TID251
     try:

@@ -15,15 +15,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.config.schema import Model, decode, faults
-from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError, NotReadyError
+from spire_hw.errors import (
+    ConfigError,
+    ConfigFault,
+    InvalidInputError,
+    NotReadyError,
+    SpireHwError,
+)
 from spire_hw.key import spki_der
 from spire_hw.plugin.keymanager import TpmKeys
 from spire_hw.tpm import attest, verify
 from spire_hw.tpm.device import Hierarchy, TpmDevice, load_password, shared
 from spire_hw.tpm.endorsement import EkType, Endorsement, find_endorsement
 from spire_hw.tpm.keys import KeyBlob
-from spire_hw_plugins.nodeattestor.tpm import machine, wire
-from spire_hw_plugins.nodeattestor.tpm.machine import BOOT_LOG, IMA_LOG, Machine
+from spire_hw_plugins.nodeattestor.tpm import dialects, machine, wire
+from spire_hw_plugins.nodeattestor.tpm.machine import BOOT_LOG, IMA_LOG, Machine, NoLogError
+from spire_hw_plugins.nodeattestor.tpm.reply import send_answer
 from spire_hw_plugins.nodeattestor.tpm.source import answer_heartbeat
 
 if TYPE_CHECKING:
@@ -52,6 +59,8 @@ class Config(Model):
         bind_csr: answer only servers whose attestor binds evidence to the certificate request.
         boot_log_path: firmware's log, where it is not in the kernel's usual place.
         ima_log_path: the kernel's list of measured files in ASCII, likewise.
+        insecure_evidence: show both to servers that were not verified, too.
+        accept_activation_only: answer servers that ask for credential activation and nothing else.
     """
 
     tpm_device_path: str = ""
@@ -62,6 +71,8 @@ class Config(Model):
     bind_csr: bool = True
     boot_log_path: str = ""
     ima_log_path: str = ""
+    insecure_evidence: bool = False
+    accept_activation_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +81,23 @@ class _Node:
 
     ek: Endorsement
     ak: AttestationKey
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """What this machine can show besides its TPM; None for what it does not have."""
+
+    boot_log: bytes | None
+    ima_entries: int | None
+    boot_id: str | None
+
+    @property
+    def announcement(self) -> wire.LogAnnouncement | None:
+        """Return what is said about the boot log beforehand."""
+        if self.boot_log is None:
+            return None
+        digest = hashlib.sha256(self.boot_log).hexdigest()
+        return wire.LogAnnouncement(len(self.boot_log), digest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +123,7 @@ class TpmAgentAttestor:
         self._host = host
         self._device: TpmDevice | None = None
         self._ek_type = EkType.AUTO
-        self._bind_csr = True
+        self._settings = Config()
         self._machine = Machine()
 
     def validate(self, config: Body) -> list[ConfigFault]:
@@ -119,7 +147,7 @@ class TpmAgentAttestor:
         }
         loaded = {h: await asyncio.to_thread(load_password, p) for h, p in passwords.items()}
         await self.open(settings.tcti or settings.tpm_device_path, EkType(settings.ek_type), loaded)
-        self._bind_csr = settings.bind_csr
+        self._settings = settings
         self._machine = Machine(
             Path(settings.boot_log_path or BOOT_LOG), Path(settings.ima_log_path or IMA_LOG)
         )
@@ -159,19 +187,25 @@ class TpmAgentAttestor:
             raise NotReadyError("not configured")
         key = self._bind(svid_key)
         node = await device.run("identify the TPM", self._identify, timeout_s=_IDENTIFY_TIMEOUT_S)
-        boot_id = await asyncio.to_thread(machine.boot_id)
+        shown = await asyncio.to_thread(self._look)
         self._host.log.info("attesting", ek_hash=node.ek.hash, ek_template=node.ek.label)
-        await exchange.send(wire.encode_attestation_data(_payload(node, key, boot_id)))
-        challenge = wire.decode_challenge(await exchange.receive())
+        await exchange.send(wire.encode_attestation_data(_payload(node, key, shown)))
+        first = await exchange.receive()
+        sealed = dialects.decode_challenge(first)
+        if sealed is not None:
+            await exchange.send(await self._activate(device, node, sealed))
+            return
+        challenge = wire.decode_challenge(first)
         check_banks(challenge)
+        self._check_wants(exchange, challenge)
         key = self._bound_as_asked(key, challenge)
         limit_s = min(max(challenge.expires_ms / 1000, _MIN_ANSWER_S), _MAX_ANSWER_S)
-        answer = await device.run(
+        response = await device.run(
             "answer the attestation challenge",
             lambda connection: _answer(connection, node, key, challenge),
             timeout_s=limit_s,
         )
-        await exchange.send(wire.encode_response(answer))
+        await send_answer(exchange, challenge, response, self._machine, shown.boot_log)
 
     async def heartbeat(
         self, challenge: HeartbeatChallenge, svid_spki_sha256: bytes
@@ -181,6 +215,44 @@ class TpmAgentAttestor:
         if device is None:
             raise NotReadyError("not configured")
         return await answer_heartbeat(device, self._machine, challenge, svid_spki_sha256)
+
+    async def _activate(self, device: TpmDevice, node: _Node, sealed: tuple[bytes, bytes]) -> bytes:
+        """Answer a server that wants to know which TPM this is and nothing else."""
+        if not self._settings.accept_activation_only:
+            raise NotReadyError(
+                "challenge: the server asks for credential activation alone, as spire-tpm-plugin "
+                "does: whoever sits between can have the identity issued for a key of its own; if "
+                "that is what you run, set accept_activation_only = true"
+            )
+        secret = await device.run(
+            "answer the attestation challenge",
+            lambda connection: _open(connection, node, *sealed),
+        )
+        return dialects.encode_response(secret)
+
+    def _look(self) -> _Shown:
+        """Return what this machine can show besides its TPM."""
+        log = None
+        try:
+            log = self._machine.boot_log()
+        except NoLogError:
+            log = None
+        except SpireHwError as e:
+            self._host.log.warning(
+                "The boot log cannot be shown: a server that asks for it will refuse this node",
+                error=e.message,
+            )
+        return _Shown(log or None, self._machine.ima_entries(), machine.boot_id())
+
+    def _check_wants(self, exchange: AgentExchange, challenge: wire.ChallengeMessage) -> None:
+        if "time" in challenge.want:
+            raise InvalidInputError("challenge: this node's AK hides no counters")
+        is_told = exchange.server_verified or self._settings.insecure_evidence
+        if challenge.want and not is_told:
+            raise NotReadyError(
+                "challenge: evidence is withheld from an unverified server; configure the trust "
+                "bundle, or set insecure_evidence = true"
+            )
 
     def _identify(self, connection: Connection) -> _Node:
         ek = find_endorsement(connection, self._ek_type)
@@ -209,7 +281,7 @@ class TpmAgentAttestor:
             raise InvalidInputError("challenge: evidence is to be bound to a CSR nobody showed us")
         if challenge.csr or not key.is_known:
             return key
-        if self._bind_csr:
+        if self._settings.bind_csr:
             raise InvalidInputError(
                 "challenge: the server does not bind evidence to the certificate request, as "
                 "SPIRE's own cannot; if that is what you run, set bind_csr = false"
@@ -218,17 +290,19 @@ class TpmAgentAttestor:
 
 
 def check_banks(challenge: wire.ChallengeMessage) -> None:
-    """Refuse a challenge that asks for one bank more than once.
+    """Refuse a challenge that asks for no PCR, or for one bank more than once.
 
     Raises:
         InvalidInputError: it does.
     """
+    if not challenge.quote:
+        raise InvalidInputError("challenge: PCR request is malformed: it names no PCR")
     banks = [selection.bank for selection in challenge.quote]
     if len(set(banks)) != len(banks):
         raise InvalidInputError("challenge: PCR request is malformed: a bank is named twice")
 
 
-def _payload(node: _Node, key: _BoundKey, boot_id: str | None) -> wire.AttestationData:
+def _payload(node: _Node, key: _BoundKey, shown: _Shown) -> wire.AttestationData:
     return wire.AttestationData(
         ek_certificate=node.ek.certificate,
         ek_spki=node.ek.parsed.spki,
@@ -241,7 +315,9 @@ def _payload(node: _Node, key: _BoundKey, boot_id: str | None) -> wire.Attestati
         ek_pub=node.ek.parsed.raw,
         ek_chain=node.ek.chain[: wire.MAX_CHAIN],
         key_pub=key.blob.parsed.raw if key.blob is not None else None,
-        boot_id=boot_id,
+        log=shown.announcement,
+        ima_entries=shown.ima_entries,
+        boot_id=shown.boot_id,
         csr=key.is_known,
     )
 
@@ -250,9 +326,7 @@ def _answer(
     connection: Connection, node: _Node, key: _BoundKey, challenge: wire.ChallengeMessage
 ) -> wire.Response:
     """Do the TPM's part in one job, activation first."""
-    secret = attest.activate(connection, node.ek, challenge.credential, challenge.secret)
-    if len(secret) != wire.SECRET_BYTES:
-        raise InvalidInputError(f"challenge: secret must be {wire.SECRET_BYTES} bytes")
+    secret = _open(connection, node, challenge.credential, challenge.secret)
 
     def bound(role: str) -> bytes:
         return verify.qualifier(role, challenge.nonce, key.spki_sha256, secret, node.ak.name)
@@ -268,6 +342,13 @@ def _answer(
         signed = attest.certify(connection, key.blob, bound("certify"))
         certified = wire.SignedStatement(signed.attest, signed.signature)
     return wire.Response(secret=secret, quotes=tuple(quotes), certify=certified)
+
+
+def _open(connection: Connection, node: _Node, credential: bytes, sealed: bytes) -> bytes:
+    secret = attest.activate(connection, node.ek, credential, sealed)
+    if len(secret) != wire.SECRET_BYTES:
+        raise InvalidInputError(f"challenge: secret must be {wire.SECRET_BYTES} bytes")
+    return secret
 
 
 def _conflicts(settings: Config) -> list[ConfigFault]:

@@ -20,6 +20,10 @@ _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
+class NoLogError(NotReadyError):
+    """The kernel keeps no such log on this machine."""
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """Where to look.
@@ -36,20 +40,18 @@ class Machine:
         """Return the whole boot log.
 
         Raises:
-            NotReadyError: there is none, or it cannot be read.
+            NoLogError: there is none.
+            NotReadyError: it cannot be read.
             LimitError: larger than any server takes.
         """
         return _read(self.boot_log_path, eventlog.MAX_BYTES, "log", "boot log")
-
-    def has_boot_log(self) -> bool:
-        """Tell whether there is one, readable or not."""
-        return self.boot_log_path.exists()
 
     def ima_list(self) -> ImaList:
         """Return the list as it is now; the kernel goes on with it.
 
         Raises:
-            NotReadyError: there is none, or it cannot be read.
+            NoLogError: there is none.
+            NotReadyError: it cannot be read.
             LimitError: larger than any server takes.
         """
         raw = _read(self.ima_log_path, imalist.MAX_BYTES, "ima", "IMA list")
@@ -111,7 +113,7 @@ def _read(path: Path, limit: int, stage: str, what: str) -> bytes:
         with path.open("rb") as file:
             data = file.read(limit + 1)  # the kernel's files tell no size
     except FileNotFoundError as e:
-        raise NotReadyError(f"{stage}: this machine has no {what} at {path}") from e
+        raise NoLogError(f"{stage}: this machine has no {what} at {path}") from e
     except OSError as e:
         raise NotReadyError(
             f"{stage}: the {what} at {path} cannot be read: {e.strerror}; the kernel shows it to "

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 from spire_hw.errors import InvalidInputError
 from spire_hw.posture.heartbeat import HeartbeatAnswer, SignedQuote
 from spire_hw.tpm import attest, verify
-from spire_hw.tpm.wire import BANKS, PCR_COUNT, PcrSelection
+from spire_hw.tpm.wire import BANKS, PCR_COUNT, PcrSelection, parse_attest
 from spire_hw_plugins.nodeattestor.tpm import machine
 
 if TYPE_CHECKING:
     from spire_hw.posture.heartbeat import HeartbeatChallenge
     from spire_hw.tpm.device import Connection, TpmDevice
-    from spire_hw_plugins.nodeattestor.tpm.machine import Machine
+    from spire_hw_plugins.nodeattestor.tpm.machine import ImaList, Machine
 
 _SPKI_HASH_BYTES = 32
 
@@ -46,7 +46,7 @@ async def answer_heartbeat(
         lambda connection: _quote(connection, challenge, asked, svid_spki_sha256),
     )
     # After the quote: the list may only be longer than what was quoted.
-    logs = await asyncio.to_thread(_read, machine_, challenge)
+    logs = await asyncio.to_thread(_read, machine_, challenge, reset_count(quotes[0].attest))
     return HeartbeatAnswer(
         quotes=quotes,
         boot_log=logs.boot_log,
@@ -89,13 +89,32 @@ def _quote(
     return tuple(quotes)
 
 
-def _read(machine_: Machine, challenge: HeartbeatChallenge) -> _Logs:
+def reset_count(attest_: bytes) -> int:
+    """Return the number of resets a statement of our own attestation key tells."""
+    return parse_attest(attest_).clock.reset_count
+
+
+def first_entry(listed: ImaList, start: int, asked_reset: int | None, own_reset: int) -> int:
+    """Return where to begin a list the server has seen the start of.
+
+    Args:
+        listed: the list.
+        start: what the server has not seen yet.
+        asked_reset: the boot it means, by the TPM's reset count; None when it does not say.
+        own_reset: this boot.
+    """
+    if asked_reset is not None and asked_reset != own_reset:
+        return 0
+    # A list that is shorter than what the server has seen is another one: show all of it.
+    return start if start <= len(listed) else 0
+
+
+def _read(machine_: Machine, challenge: HeartbeatChallenge, own_reset: int) -> _Logs:
     wanted = challenge.wanted
     boot_log = machine.compress(machine_.boot_log()) if wanted.boot_log else None
     if wanted.ima is None:
         return _Logs(boot_log, None, None)
     listed = machine_.ima_list()
-    # A list that is shorter than what the server has seen is a new one: show all of it.
-    start = wanted.ima.count if wanted.ima.count <= len(listed) else 0
+    start = first_entry(listed, wanted.ima.count, wanted.reset_count, own_reset)
     part, _ = listed.part(start, len(listed.raw))
     return _Logs(boot_log, machine.compress(part), start)
