@@ -1,0 +1,454 @@
+"""Heartbeats: the streams agents hold to this server, and what goes over them.
+
+A stream rests almost always. It is woken when a heartbeat is due, and when its node changed: then
+the agent hears of it at once. A node that lost its identity goes on answering: that is how it gets
+it back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from spire_hw.aio.tasks import Tasks
+from spire_hw.errors import (
+    AttestationError,
+    DeniedError,
+    DeniedReason,
+    ErrorKind,
+    InvalidInputError,
+    LimitError,
+    SpireHwError,
+)
+from spire_hw.logsample import Sampler
+from spire_hw.posture.evidence import Occasion
+from spire_hw.posture.heartbeat import HeartbeatAnswer, HeartbeatChallenge, HeartbeatVerifier
+from spire_hw.posture.memory import complete
+from spire_hw.posture.verdict import NodeState
+from spire_hw.selector import Selector
+from spire_hw_server.posture.outcome import failed, refusal
+from spire_hw_server.posture.pace import Pace, Sleeper, spread
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Mapping
+    from datetime import datetime
+
+    from spire_hw.clock import Clock
+    from spire_hw.log import Logger
+    from spire_hw.posture.memory import Memory
+    from spire_hw.spiffeid import SpiffeId
+    from spire_hw_server.datastore.interface import Node
+    from spire_hw_server.posture.judge import NodeJudge
+    from spire_hw_server.posture.ledger import Known, Ledger
+    from spire_hw_server.posture.outcome import Outcome
+
+ANSWER_S: Final = 30.0
+_JITTER: Final = 0.1
+# How long those who should have been asked long ago are spread over.
+_LATE_S: Final = 10.0
+_NONCE_BYTES: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Who holds a stream.
+
+    Attributes:
+        node: as the certificate of the connection was authorized.
+        serial_number: decimal, of that certificate.
+        not_after: when it ends.
+        spki_sha256: digest of its key.
+        can_answer: whether the agent answers challenges.
+        boot_id: of its kernel, as it says; None when it does not.
+    """
+
+    node: Node
+    serial_number: str
+    not_after: datetime
+    spki_sha256: bytes
+    can_answer: bool
+    boot_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StateMessage:
+    """What an agent is told.
+
+    Attributes:
+        next_s: until the next challenge may come; None when none comes.
+        reattest: it should attest anew.
+    """
+
+    state: NodeState
+    reasons: tuple[str, ...] = ()
+    message: str = ""
+    next_s: float | None = None
+    reattest: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CannotAnswer:
+    """An agent's excuse."""
+
+    reason: str
+
+
+Answer = HeartbeatAnswer | CannotAnswer
+Send = Callable[[HeartbeatChallenge | StateMessage], Awaitable[None]]
+# Evidence that is not good; anything else is a fault of the stream, or of ours.
+_REFUSALS: Final = (AttestationError, InvalidInputError, LimitError)
+
+
+class Heartbeats:
+    """All streams of one server.
+
+    Args:
+        judge: makes something of what nodes show.
+        ledger: what is known of them.
+        node_of: the stored node of an agent ID, None when there is none.
+        verifiers: attestors that check heartbeats, by name.
+        interval_s: between two heartbeats of a node; None for none.
+        clock: time.
+        log: takes the audit records.
+    """
+
+    def __init__(
+        self,
+        judge: NodeJudge,
+        ledger: Ledger,
+        *,
+        node_of: Callable[[SpiffeId], Awaitable[Node | None]],
+        verifiers: Mapping[str, HeartbeatVerifier],
+        interval_s: float | None,
+        clock: Clock,
+        log: Logger,
+    ) -> None:
+        self.judge = judge
+        self.ledger = ledger
+        self.node_of = node_of
+        self.verifiers = dict(verifiers)
+        self.clock = clock
+        self.log = log
+        self.pace = Pace(clock)
+        self.refusals = Sampler(clock)
+        self.tasks = Tasks(on_failure=lambda name, error: None)
+        self._interval_s = interval_s
+        self._sessions: dict[SpiffeId, _Session] = {}
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def interval_s(self) -> float | None:
+        """Return the time between two heartbeats, None when there are none."""
+        return self._interval_s if self.judge.is_active else None
+
+    def is_connected(self, agent_id: SpiffeId) -> bool:
+        """Tell whether an agent holds a stream to this server."""
+        return agent_id in self._sessions
+
+    async def run(self) -> None:
+        """Keep the pace; ends only when cancelled."""
+        await self.pace.run()
+
+    async def close(self) -> None:
+        """End what waits for answers."""
+        await self.tasks.close()
+
+    def node_changed(self, agent_id: SpiffeId) -> None:
+        """Take note that a node was changed in the store."""
+        self.ledger.forget(agent_id)
+        session = self._sessions.get(agent_id)
+        if session is not None:
+            session.sleeper.wake()
+
+    def hurry(self) -> None:
+        """Ask nodes that lost their identity now: what was wrong may be right by a new policy."""
+        for session in self._sessions.values():
+            if session.told in {NodeState.QUARANTINED, NodeState.STALE}:
+                self.pace.set(session.sleeper, spread(_LATE_S / 2, 1))
+
+    async def serve(self, stream: Stream, answers: AsyncIterator[Answer], send: Send) -> None:
+        """Run one stream until the agent ends it, got another SVID, or opened another stream.
+
+        Args:
+            stream: who holds it.
+            answers: what the agent sends, one for each challenge.
+            send: sends to the agent.
+
+        Raises:
+            DeniedError: the node is banned or gone, or its SVID has expired.
+            InvalidInputError: an answer nobody can make sense of.
+            SpireHwError: DEADLINE_EXCEEDED, a challenge was not answered in time.
+        """
+        session = _Session(self, stream, answers, send)
+        with self._registered(session):
+            try:
+                await session.run()
+            except _EndedError:
+                return
+
+    @contextmanager
+    def _registered(self, session: _Session) -> Iterator[None]:
+        agent_id = session.agent_id
+        before = self._sessions.get(agent_id)
+        if before is not None:
+            before.is_replaced = True
+            before.sleeper.wake()
+        self._sessions[agent_id] = session
+        try:
+            yield
+        finally:
+            self.pace.drop(session.sleeper)
+            if self._sessions.get(agent_id) is session:
+                del self._sessions[agent_id]
+
+
+class _EndedError(Exception):
+    """A stream that came to its end."""
+
+
+class _Session:
+    """One stream."""
+
+    __slots__ = (
+        "_answers",
+        "_hub",
+        "_next_s",
+        "_send",
+        "_stream",
+        "agent_id",
+        "is_replaced",
+        "sleeper",
+        "told",
+    )
+
+    def __init__(
+        self, hub: Heartbeats, stream: Stream, answers: AsyncIterator[Answer], send: Send
+    ) -> None:
+        self._hub = hub
+        self._stream = stream
+        self._answers = answers
+        self._send = send
+        self._next_s: float | None = None
+        self.agent_id = stream.node.agent_id
+        self.sleeper = Sleeper()
+        self.is_replaced = False
+        self.told: NodeState | None = None
+
+    async def run(self) -> None:
+        """Tell the state, then challenge and tell for as long as the stream lives."""
+        known = await self._hub.ledger.get(self.agent_id)
+        self._schedule(known)
+        await self._tell(known)
+        while True:
+            await self.sleeper.waiting()
+            if self.sleeper.happened:
+                await self._look()
+            if self.sleeper.is_due:
+                self.sleeper.is_due = False
+                await self._beat()
+
+    async def _look(self) -> None:
+        """Tell the agent what happened to its node."""
+        self.sleeper.happened = False
+        await self._checked()
+        known = await self._hub.ledger.get(self.agent_id)
+        if known is not None and known.standing.state is not self.told:
+            await self._tell(known)
+
+    async def _beat(self) -> None:
+        """Run one heartbeat and tell the state after it."""
+        hub = self._hub
+        node = await self._checked()
+        known = await hub.ledger.get(self.agent_id)
+        verifier = hub.verifiers.get(node.attestation_type)
+        if hub.interval_s is None or verifier is None or known is None or known.memory is None:
+            self._schedule(known)
+            await self._tell(known)
+            return
+        try:
+            outcome = await self._evidence(verifier, known, known.memory)
+        except DeniedError:
+            raise
+        except SpireHwError as e:
+            self._refused(e)
+            self._schedule(None)
+            known = await hub.ledger.get(self.agent_id)
+            await self._tell(known, refused=e)
+            if not isinstance(e, _REFUSALS):
+                raise
+            return
+        reattest = await self._take(node, known, outcome)
+        self._schedule(None)
+        await self._tell(await hub.ledger.get(self.agent_id), outcome=outcome, reattest=reattest)
+
+    async def _evidence(
+        self, verifier: HeartbeatVerifier, known: Known, memory: Memory
+    ) -> Outcome | None:
+        """Ask the node and return what came of it, None when it could not answer.
+
+        The boot log is asked for at once when the machine booted since, so that policy has all it
+        looks at.
+        """
+        hub = self._hub
+        whole = memory.last.boot_id != self._stream.boot_id
+        while True:
+            policy = hub.judge.policy_for(memory.last.ek)
+            wanted = hub.judge.wanted_by_heartbeat(policy, known, whole=whole)
+            challenge = HeartbeatChallenge(secrets.token_bytes(_NONCE_BYTES), wanted)
+            await self._send(challenge)
+            answer = await self._answer()
+            if isinstance(answer, CannotAnswer):
+                if hub.refusals.admit((self.agent_id, "cannot")) is not None:
+                    hub.log.warning(
+                        "Heartbeat not answered", agent_id=str(self.agent_id), reason=answer.reason
+                    )
+                return None
+            spki = self._stream.spki_sha256
+            evidence = await verifier.check_heartbeat(
+                memory.known_node(spki), challenge, answer, hub.clock.now()
+            )
+            if policy is None or policy.boot is None or wanted.boot_log:
+                break
+            if complete(memory, evidence).boot is not None:
+                break
+            whole = True
+        return hub.judge.assess(known, evidence, policy)
+
+    async def _answer(self) -> Answer:
+        """Wait for the answer to a challenge; what happens meanwhile is told at once."""
+        hub = self._hub
+        receiving = hub.tasks.spawn("heartbeat answer", self._receive())
+        hub.pace.set(self.sleeper, ANSWER_S)
+        try:
+            while True:
+                either: set[asyncio.Future[Any]] = {receiving, self.sleeper.waiting()}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if self.sleeper.happened:
+                    await self._look()
+                if receiving.done():
+                    return receiving.result()
+                if self.sleeper.is_due:
+                    text = f"challenge: not answered in {ANSWER_S:g} s"
+                    raise SpireHwError(text, kind=ErrorKind.DEADLINE_EXCEEDED)
+        finally:
+            hub.pace.drop(self.sleeper)
+            receiving.cancel()
+
+    async def _receive(self) -> Answer:
+        async for answer in self._answers:
+            return answer
+        raise _EndedError
+
+    async def _take(self, node: Node, known: Known, outcome: Outcome | None) -> bool:
+        """Store what a heartbeat came to; tell whether the agent should attest anew."""
+        hub = self._hub
+        if outcome is None:
+            return False
+        if not outcome.accepted:
+            error = refusal(outcome)
+            self._refused(error)
+            await hub.judge.record(self.agent_id, outcome, Occasion.HEARTBEAT.value)
+            return False
+        if outcome.standing.is_cut_off:
+            return False
+        if outcome.is_routine and outcome.memory is not None:
+            hub.ledger.sighted(self.agent_id, known, outcome.memory, outcome.evidence)
+            known.verdict = outcome.by_policy
+            kind = node.attestation_type
+            return not {Selector(kind, value) for value in outcome.verdict.selectors}.issubset(
+                node.selectors
+            )
+        await hub.judge.record(self.agent_id, outcome, Occasion.HEARTBEAT.value)
+        return True
+
+    def _refused(self, error: SpireHwError) -> None:
+        """Write the audit record of a heartbeat that was not accepted, but not every one."""
+        hub = self._hub
+        codes = [f.code for f in error.findings] if isinstance(error, AttestationError) else []
+        left_out = hub.refusals.admit((self.agent_id, *codes))
+        if left_out is not None:
+            hub.log.warning(
+                "Heartbeat refused",
+                type="audit",
+                status="error",
+                status_code=error.kind.name,
+                status_message=error.message,
+                reasons=codes,
+                agent_id=str(self.agent_id),
+                left_out=left_out,
+            )
+
+    async def _checked(self) -> Node:
+        """Return the node if it still is the one the stream was opened for.
+
+        Raises:
+            DeniedError: it is banned or gone, or its SVID has expired.
+            _EndedError: it has another SVID or another stream by now.
+        """
+        if self.is_replaced:
+            raise _EndedError
+        node = await self._hub.node_of(self.agent_id)
+        if node is None:
+            raise DeniedError("node: was evicted", DeniedReason.AGENT_NOT_ATTESTED)
+        if node.banned:
+            await self._send(StateMessage(NodeState.BANNED, message="node: banned"))
+            raise DeniedError("node: banned", DeniedReason.AGENT_BANNED)
+        if self._hub.clock.now() >= self._stream.not_after:
+            raise DeniedError("node: its SVID has expired", DeniedReason.AGENT_EXPIRED)
+        if self._stream.serial_number not in {node.serial_number, node.new_serial_number}:
+            raise _EndedError
+        return node
+
+    def _schedule(self, known: Known | None) -> None:
+        """Set the time of the next heartbeat.
+
+        Args:
+            known: the node when the stream begins: its last heartbeat counts. None in the middle.
+        """
+        hub = self._hub
+        interval_s = hub.interval_s
+        if interval_s is None or not self._stream.can_answer:
+            self._next_s = None
+            return
+        wait_s = spread(interval_s, _JITTER)
+        if known is not None and known.posture.last_seen_at is not None:
+            age_s = (hub.clock.now() - known.posture.last_seen_at).total_seconds()
+            wait_s -= max(0.0, age_s)
+        if wait_s <= 0:
+            wait_s = spread(min(interval_s, _LATE_S) / 2, 1)
+        self._next_s = wait_s
+        hub.pace.set(self.sleeper, wait_s)
+
+    async def _tell(
+        self,
+        known: Known | None,
+        *,
+        outcome: Outcome | None = None,
+        refused: SpireHwError | None = None,
+        reattest: bool = False,
+    ) -> None:
+        """Send the agent its state."""
+        state, message = NodeState.ATTESTED, ""
+        reasons: tuple[str, ...] = ()
+        if known is not None:
+            standing = known.standing
+            state, reasons, message = standing.state, standing.reasons, standing.message
+        if outcome is not None and not outcome.accepted and not reasons:
+            checks = failed(outcome.verdict.checks)
+            reasons = tuple(dict.fromkeys(check.code for check in checks))
+            message = checks[0].message
+        elif refused is not None and not reasons:
+            if isinstance(refused, AttestationError):
+                reasons = tuple(f.code for f in refused.findings)
+            message = refused.message
+        lacks = self._hub.interval_s is not None and self._stream.can_answer
+        lacks &= known is None or known.memory is None
+        lacks &= self._stream.node.attestation_type in self._hub.verifiers
+        self.told = state
+        await self._send(StateMessage(state, reasons, message, self._next_s, reattest or lacks))

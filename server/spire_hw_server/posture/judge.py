@@ -1,0 +1,303 @@
+"""What policy, and a node's past, make of proved evidence; and what that does to the node.
+
+One judge serves attestations (as the `Judge` an attestor asks) and heartbeats. Nothing is stored
+when a node is refused without a state: anybody may try, and only an audit record remains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from spire_hw.errors import (
+    AttestationError,
+    DeniedError,
+    ErrorKind,
+    Finding,
+    NotFoundError,
+)
+from spire_hw.posture.drift import DriftRules, compare
+from spire_hw.posture.evaluate import evaluate
+from spire_hw.posture.evidence import Occasion
+from spire_hw.posture.judge import EvidenceRequest
+from spire_hw.posture.memory import advance, complete, has_same_facts
+from spire_hw.posture.policy import ek_selectors
+from spire_hw.posture.verdict import Action, NodeState, Verdict
+from spire_hw_server.posture import history, states
+from spire_hw_server.posture.outcome import IMA_PCR, Outcome, StateChange, refusal
+from spire_hw_server.posture.states import Heal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from spire_hw.clock import Clock
+    from spire_hw.log import Logger
+    from spire_hw.posture.evidence import EkFacts, Evidence
+    from spire_hw.posture.policy import Policy
+    from spire_hw.posture.verdict import Check
+    from spire_hw.spiffeid import SpiffeId
+    from spire_hw_server.datastore.interface import Datastore, PostureUpdate
+    from spire_hw_server.posture.ledger import Known, Ledger
+    from spire_hw_server.posture.policies import Policies
+    from spire_hw_server.postureconfig import PostureSettings
+
+_NO_POLICY: Final = Verdict("", 0, "", ())
+# What a heartbeat quotes of a machine of which nothing was quoted before.
+_BOOT_PCRS: Final = (("sha256", tuple(range(8))),)
+
+
+class NodeJudge:
+    """Judges nodes; also the `Judge` of attestors.
+
+    Args:
+        store: where nodes are kept.
+        ledger: what is known of them.
+        policies: which are in force.
+        settings: the operator's.
+        clock: time.
+        log: takes the audit records.
+        on_change: hears of every change this server makes.
+    """
+
+    def __init__(
+        self,
+        store: Datastore,
+        ledger: Ledger,
+        policies: Policies,
+        settings: PostureSettings,
+        *,
+        clock: Clock,
+        log: Logger,
+        on_change: Callable[[StateChange], None],
+    ) -> None:
+        self._store = store
+        self._ledger = ledger
+        self._policies = policies
+        self._settings = settings
+        self._clock = clock
+        self._log = log
+        self._on_change = on_change
+
+    @property
+    def is_active(self) -> bool:
+        """Tell whether postures are kept at all."""
+        return self._settings.given or bool(self._policies.current)
+
+    async def request(self, agent_id: SpiffeId, ek: EkFacts) -> EvidenceRequest:
+        """Return what to ask of a node; see `spire_hw.posture.judge.Judge`."""
+        policy = self.policy_for(ek)
+        if not self.is_active:
+            return EvidenceRequest()
+        known = await self._ledger.get(agent_id, fresh=True)
+        if known is not None:
+            _refuse_cut_off(known)
+        return self.wanted(policy, known)
+
+    async def judge(self, agent_id: SpiffeId, evidence: Evidence) -> Verdict:
+        """Return what becomes of an attestation; see `spire_hw.posture.judge.Judge`."""
+        policy = self.policy_for(evidence.ek)
+        if not self.is_active:
+            if evidence.findings:
+                raise AttestationError(list(evidence.findings))
+            return _NO_POLICY
+        known = await self._ledger.get(agent_id)
+        if known is not None:
+            _refuse_cut_off(known)
+        outcome = self.assess(known, evidence, policy)
+        if not outcome.accepted:
+            await self.record(agent_id, outcome, evidence.occasion.value)
+            raise refusal(outcome)
+        return outcome.verdict
+
+    def policy_for(self, ek: EkFacts) -> Policy | None:
+        """Return the policy of a node, None where there is none at all.
+
+        Raises:
+            AttestationError: `no_policy`, there are some and none is for this node.
+        """
+        policies = self._policies.current
+        policy = policies.policy_for(ek_selectors(ek))
+        if policy is None and policies:
+            text = "policy: no policy applies to this node (default is deny)"
+            raise AttestationError([Finding("no_policy", text, ErrorKind.FAILED_PRECONDITION)])
+        return policy
+
+    def wanted(self, policy: Policy | None, known: Known | None) -> EvidenceRequest:
+        """Return what an attestation has to show.
+
+        The part of the IMA list that is new, unless what is known of the list was not judged by
+        this policy, or did not hold.
+        """
+        memory = None if known is None else known.memory
+        if policy is None:
+            return EvidenceRequest()
+        if memory is None or known is None:
+            return policy.request()
+        judged = (known.posture.policy, known.posture.policy_version)
+        if known.standing.is_cut_off or judged != (policy.name, policy.version):
+            request = policy.request()
+            if request.ima is None or memory.ima is None or not memory.ima.count:
+                return request
+            return replace(request, known_ima=memory.ima, reset_count=memory.reset_count)
+        return policy.request(memory.ima, memory.reset_count)
+
+    def wanted_by_heartbeat(
+        self, policy: Policy | None, known: Known, *, whole: bool
+    ) -> EvidenceRequest:
+        """Return what a heartbeat has to show.
+
+        Args:
+            policy: of the node.
+            known: the node; it has shown evidence before.
+            whole: the boot log is wanted although the facts of the same boot are known.
+        """
+        request = self.wanted(policy, known)
+        memory = known.memory
+        if request.boot_log and not whole and memory is not None and memory.last.boot is not None:
+            request = replace(request, boot_log=False)
+        if request.pcrs:
+            return request
+        places = sorted(() if memory is None else memory.last.pcrs)
+        banks = dict.fromkeys(bank for bank, _ in places)
+        pcrs = tuple((bank, tuple(n for b, n in places if b == bank)) for bank in banks)
+        return replace(request, pcrs=pcrs or _BOOT_PCRS)
+
+    def assess(self, known: Known | None, evidence: Evidence, policy: Policy | None) -> Outcome:
+        """Return what evidence comes to; nothing is stored."""
+        memory = None if known is None else known.memory
+        whole = complete(memory, evidence)
+        actions = dict(self._settings.drift)
+        if policy is not None:
+            actions |= policy.drift
+        rules = DriftRules(
+            min_boot_time=self._settings.min_boot_time,
+            actions=actions,
+            firmware_by_policy=policy is not None and bool(policy.tpm.firmware_floors),
+        )
+        drift = compare(memory, whole, rules)
+        by_policy = None if policy is None else self._by_policy(policy, known, whole)
+        found = by_policy or _NO_POLICY
+        verdict = replace(found, checks=(*drift, *found.checks))
+        return self._outcome(known, whole, verdict, by_policy)
+
+    def _outcome(
+        self,
+        known: Known | None,
+        evidence: Evidence,
+        verdict: Verdict,
+        by_policy: Verdict | None,
+    ) -> Outcome:
+        now = self._clock.now()
+        before = states.new(now) if known is None else known.standing
+        standing = states.after_evidence(before, verdict.checks, now)
+        memory = None if known is None else known.memory
+        if verdict.action is Action.ACCEPT and not standing.is_cut_off:
+            memory = advance(memory, evidence)
+        elif memory is not None and standing != before and standing.heals is Heal.BOOT:
+            held = None if evidence.counters is None else evidence.counters.reset_count
+            memory = replace(memory, held_reset=held)
+        return Outcome(verdict, by_policy, evidence, known, standing, memory)
+
+    def _by_policy(self, policy: Policy, known: Known | None, evidence: Evidence) -> Verdict:
+        """Return the policy's verdict, the one before when nothing it looks at changed."""
+        if known is not None and known.memory is not None and known.verdict is not None:
+            last = known.memory.last
+            quiet = evidence.ima is None or not (evidence.ima.entries or evidence.ima.violations)
+            if (
+                quiet
+                and known.verdict.policy_sha256 == policy.sha256
+                and has_same_facts(
+                    replace(last, ima=None, pcrs=_plain(last, evidence)),
+                    replace(evidence, ima=None, findings=(), pcrs=_plain(evidence, evidence)),
+                )
+            ):
+                return known.verdict
+        found = evaluate(policy, replace(evidence, findings=()))
+        return replace(found, checks=tuple(self._by_operator(c, policy) for c in found.checks))
+
+    def _by_operator(self, check: Check, policy: Policy) -> Check:
+        """Return a check with the action the server's configuration has for it."""
+        action = self._settings.drift.get(check.code)
+        if check.holds or action is None or check.code in policy.drift:
+            return check
+        return replace(check, action=action)
+
+    async def admitted(
+        self, agent_id: SpiffeId, evidence: Evidence
+    ) -> tuple[PostureUpdate, Outcome] | None:
+        """Return what is to be stored with an attested node, None when postures are not kept.
+
+        Raises:
+            AttestationError: it does not hold any more: policy or node changed meanwhile.
+        """
+        if not self.is_active:
+            return None
+        policy = self.policy_for(evidence.ek)
+        known = await self._ledger.get(agent_id)
+        if known is not None:
+            _refuse_cut_off(known)
+        outcome = self.assess(known, evidence, policy)
+        if not outcome.accepted:
+            raise refusal(outcome)
+        return history.update(agent_id, outcome, Occasion.ATTESTATION.value), outcome
+
+    async def record(self, agent_id: SpiffeId, outcome: Outcome, occasion: str) -> None:
+        """Store what an outcome does to a node; a node that is not stored has no state."""
+        before = outcome.before
+        if outcome.verdict.action is Action.REFUSE:
+            return
+        if before is not None and not outcome.accepted and before.standing == outcome.standing:
+            return
+        try:
+            await self._store.set_posture(history.update(agent_id, outcome, occasion))
+        except NotFoundError:
+            return
+        except DeniedError as e:
+            self._log.warning("Node was changed meanwhile", agent_id=str(agent_id), error=e.message)
+            self._ledger.forget(agent_id)
+            return
+        self._ledger.forget(agent_id)
+        self.stored(agent_id, outcome, occasion)
+
+    def stored(self, agent_id: SpiffeId, outcome: Outcome, occasion: str) -> None:
+        """Tell about a change that was stored."""
+        before = None if outcome.before is None else outcome.before.standing
+        self.tell(StateChange(agent_id, before, outcome.standing, occasion))
+
+    def tell(self, change: StateChange) -> None:
+        """Write the audit record of a change and let others hear of it."""
+        before, after = change.before, change.after
+        if before is not None and (before.state, before.reasons) == (after.state, after.reasons):
+            return
+        write = self._log.warning if after.reasons else self._log.info
+        write(
+            "Node state changed",
+            type="audit",
+            agent_id=str(change.agent_id),
+            state=after.state.value,
+            state_before=(before.state if before is not None else NodeState.NEW).value,
+            reasons=list(after.reasons),
+            message=after.message,
+            occasion=change.occasion,
+        )
+        self._on_change(change)
+
+
+def _plain(of: Evidence, like: Evidence) -> dict[tuple[str, int], bytes]:
+    """Return the values of the PCRs that other evidence has, without that of the IMA list."""
+    return {
+        place: of.pcrs[place] for place in like.pcrs if place[1] != IMA_PCR and place in of.pcrs
+    }
+
+
+def _refuse_cut_off(known: Known) -> None:
+    """Refuse what no evidence brings back.
+
+    Raises:
+        DeniedError: the node is banned, or in a quarantine an operator has to lift.
+    """
+    standing = known.standing
+    if standing.state is NodeState.BANNED:
+        raise DeniedError("node: banned")
+    if standing.state is NodeState.QUARANTINED and standing.heals is Heal.OPERATOR:
+        raise DeniedError(f"node: quarantined: {standing.reason}")
