@@ -158,7 +158,8 @@ class Firmware:
         command_bytes: length of each.
         roms: option ROMs.
         logs_exit: it logs that boot services ended, which it measures in any case.
-        shim_adds_byte: an old shim that logs one byte more than it measures.
+        shim_adds_byte: an old shim that measures five zeros more than there is, and logs one byte
+            more than that.
         debug_mode: booted with a debugger.
         dma_protection: the IOMMU was on before memory was.
         banks: hash names.
@@ -230,7 +231,8 @@ class Firmware:
         yield Measurement(4, EV_ACTION, CALLING)
         for pcr in range(8):
             yield Measurement(pcr, EV_SEPARATOR, bytes(4))
-        yield Measurement(5, EV_GPT, b"EFI PART" + bytes(84))
+        # A table's header, how many partitions, and one.
+        yield Measurement(5, EV_GPT, b"EFI PART" + bytes(84) + struct.pack("<Q", 1) + bytes(128))
 
     def _load(self) -> Iterable[Measurement]:
         if self.secure_boot:
@@ -281,7 +283,7 @@ class Firmware:
     def _authority(self, owner: bytes, name: str, value: bytes) -> Measurement:
         data = variable(owner, name, value)
         if self.shim_adds_byte and owner == SHIM_LOCK:
-            return Measurement(7, EV_AUTHORITY, data + b"\x00", data)
+            return Measurement(7, EV_AUTHORITY, data + bytes(5) + b"\xaf", data + bytes(5))
         return Measurement(7, EV_AUTHORITY, data)
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 EV_SEPARATOR: Final = 0x00000004
 EV_EVENT_TAG: Final = 0x00000006
+EV_S_CRTM_CONTENTS: Final = 0x00000007
 EV_S_CRTM_VERSION: Final = 0x00000008
 EV_IPL: Final = 0x0000000D
 EV_OMIT_BOOT_DEVICE: Final = 0x00000012
@@ -56,7 +57,7 @@ _COMMAND_PCRS: Final = (8, 12)
 _SECURE_BOOT, _FILES, _UKI, _MOK, _CONFIG = 7, 9, 11, 14, 5
 _COMMAND_PREFIXES: Final = tuple(
     f"{kind}{end}".encode()
-    for kind in ("grub_cmd", "kernel_cmdline", "module_cmdline")
+    for kind in ("grub_cmd", "kernel_cmdline", "grub_kernel_cmdline", "module_cmdline")
     for end in (": ", " ")
 )
 _TAG_HEAD_BYTES: Final = 8
@@ -170,17 +171,27 @@ class _Boot:
         for pcr, events in enumerate(self.events):
             count = 0
             for number, kind, digest, data in events:
-                if kind == EV_SEPARATOR and pcr in _FIRMWARE_PCRS:
+                if kind == EV_SEPARATOR and pcr not in _FIRMWARE_PCRS:
+                    continue
+                if kind == EV_SEPARATOR:
                     count += 1
                     if digest not in self._separators or self._hash(data) != digest:
                         text = f"event {number} does not match its digest"
                         raise _refusal("log_event_digest", text)
-                elif kind != EV_SEPARATOR and digest in self._separators:
+                elif digest in self._separators and not self._is_empty_crtm(pcr, kind):
                     text = f"event {number} has a separator's digest under another type"
                     raise _refusal("log_order", text)
             if pcr in _FIRMWARE_PCRS and count != 1:
                 amount = "more than one" if count else "no"
                 raise _refusal("log_order", f"PCR {pcr} has {amount} separator")
+
+    def _is_empty_crtm(self, pcr: int, kind: int) -> bool:
+        """Tell whether this may be a part of firmware's root of trust that is all zero.
+
+        Verified boot of some machines has one. What comes behind it is then not told from what
+        comes behind the separator.
+        """
+        return pcr == 0 and kind == EV_S_CRTM_CONTENTS
 
     def check_handover(self) -> None:
         """Refuse boot measurements after firmware has handed over.
@@ -235,7 +246,8 @@ class _Boot:
 
     def uki(self, quoted: Mapping[int, bytes]) -> str | None:
         """Return PCR 11 as the stub left it, when boot phases alone lead from there to now."""
-        if _UKI not in quoted or not self._extended(_UKI):
+        kinds = {kind for _, kind, _, _ in self._extended(_UKI)}
+        if _UKI not in quoted or kinds != {EV_IPL}:
             return None
         left = self._replay(_UKI)
         return None if phases.passed(left, quoted[_UKI], self._bank) is None else left.hex()
@@ -243,7 +255,7 @@ class _Boot:
     def crtm_version(self) -> str:
         """Return what firmware says its version is, of what it measured before the separator."""
         for _, kind, digest, data in self.events[0]:
-            if kind == EV_SEPARATOR:
+            if digest in self._separators:
                 break
             if kind == EV_S_CRTM_VERSION and self._hash(data) == digest:
                 text = _text(data)
@@ -309,8 +321,10 @@ class _Boot:
 
 def _text(data: bytes) -> str:
     """Return text that is UTF-16 when it holds zero bytes before its end, else UTF-8."""
-    wide = b"\x00" in data.rstrip(b"\x00")
     try:
+        if b"\x00" not in data:
+            return data.decode("utf-8")
+        wide = b"\x00" in data.rstrip(b"\x00")
         text = data.decode("utf-16-le" if wide else "utf-8").rstrip("\x00")
     except UnicodeDecodeError:
         return f"hex:{data.hex()}"

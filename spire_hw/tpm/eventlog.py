@@ -262,9 +262,8 @@ def _read_legacy(raw: bytes) -> list[Event]:
 
 
 def _is_end(event: Event, *, at_end: bool) -> bool:
-    """Tell whether this is the marker some old firmware closes its log with."""
-    marker = event.pcr == _END_MARKER and event.type == EV_NO_ACTION
-    return marker and at_end and not any(map(any, event.digests))
+    """Tell whether this is the note that some boot managers close a log with, outside all PCRs."""
+    return event.pcr == _END_MARKER and event.type == EV_NO_ACTION and at_end
 
 
 def _check_odd(event: Event) -> None:

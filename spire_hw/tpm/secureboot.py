@@ -53,6 +53,7 @@ _LIST: Final = struct.Struct("<16sIII")
 _OWNER_BYTES: Final = 16
 _SHA256_BYTES: Final = 32
 _MAX_NAME: Final = 128
+_SHIM_PADDING: Final = 5
 _DER_SEQUENCE: Final = 0x30
 _DER_LONG_2: Final = 0x82
 
@@ -120,11 +121,12 @@ class _Reader:
             self._check_digest(number, digest, data)
             self._take_variable(number, data)
         elif kind == EV_EFI_VARIABLE_AUTHORITY:
-            # Old releases of shim log one byte more than they measure.
+            padding = 0
             if self._new(data).digest() != digest:
-                data = data[:-1]
+                # Old releases of shim measure some zeros, and log one byte more than they measure.
+                data, padding = data[:-1], _SHIM_PADDING
             self._check_digest(number, digest, data)
-            self._take_authority(number, data)
+            self._take_authority(number, data, padding)
         elif kind == EV_EFI_ACTION:
             self._check_digest(number, digest, data)
             self._take_action(number, data)
@@ -161,8 +163,8 @@ class _Reader:
             raise _ambiguous()
         self._values[name] = value
 
-    def _take_authority(self, number: int, data: bytes) -> None:
-        _, name, value = _variable(number, data)
+    def _take_authority(self, number: int, data: bytes, padding: int) -> None:
+        _, name, value = _variable(number, data, padding)
         if name == _SBAT:
             self._take_sbat(number, value)
         if name in _NOT_AUTHORITIES:
@@ -216,21 +218,22 @@ def signature_list(data: bytes) -> Iterator[str]:
         offset = end
 
 
-def _variable(number: int, data: bytes) -> tuple[bytes, str, bytes]:
-    """Read a UEFI_VARIABLE_DATA: owner, name, value."""
+def _variable(number: int, data: bytes, padding: int = 0) -> tuple[bytes, str, bytes]:
+    """Read a UEFI_VARIABLE_DATA with up to `padding` zeros behind: owner, name, value."""
     if len(data) < _VARIABLE.size:
         raise _malformed(number)
     owner, units, size = _VARIABLE.unpack_from(data)
-    if units > _MAX_NAME or _VARIABLE.size + 2 * units + size != len(data):
-        raise _malformed(number)
     middle = _VARIABLE.size + 2 * units
+    end = middle + size
+    if units > _MAX_NAME or not end <= len(data) <= end + padding or any(data[end:]):
+        raise _malformed(number)
     try:
         name = data[_VARIABLE.size : middle].decode("utf-16-le")
     except UnicodeDecodeError as e:
         raise _malformed(number) from e
     if not (name and name.isprintable()):
         raise _malformed(number)
-    return owner, name, data[middle:]
+    return owner, name, data[middle:end]
 
 
 def _certificate(value: bytes) -> bytes:
