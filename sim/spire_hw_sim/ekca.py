@@ -22,7 +22,10 @@ BASIC_CONSTRAINTS: Final = "2.5.29.19"
 KEY_USAGE: Final = "2.5.29.15"
 EKU: Final = "2.5.29.37"
 EK_PURPOSE: Final = "2.23.133.8.1"
-KEY_ENCIPHERMENT, KEY_AGREEMENT, DIGITAL_SIGNATURE, KEY_CERT_SIGN = 2, 4, 0, 5
+KEY_ENCIPHERMENT, KEY_AGREEMENT, DIGITAL_SIGNATURE, KEY_CERT_SIGN, CRL_SIGN = 2, 4, 0, 5, 6
+DELTA_CRL: Final = "2.5.29.27"
+CRL_SCOPE: Final = "2.5.29.28"
+CRL_POINTS: Final = "2.5.29.31"
 RSAES_OAEP: Final = "1.2.840.113549.1.1.7"
 
 _SIGNATURE: Final[dict[tuple[str, str], str]] = {
@@ -156,7 +159,8 @@ class Spec:
 
 def ca_spec(text: str, key: PublicKey, path_length: int | None = None) -> Spec:
     """Return what a CA certificate says."""
-    extensions = [basic_constraints(ca=True, path_length=path_length), key_usage(KEY_CERT_SIGN)]
+    usage = key_usage(KEY_CERT_SIGN, CRL_SIGN)
+    extensions = [basic_constraints(ca=True, path_length=path_length), usage]
     return Spec(spki_der(key), subject=common_name(text), extensions=extensions)
 
 
@@ -172,6 +176,33 @@ def ek_spec(key: PublicKey) -> Spec:
             eku(EK_PURPOSE),
         ],
     )
+
+
+def crl_points(*urls: str) -> bytes:
+    """Return a certificate's extension that names where its revocation lists are."""
+    points = (tlv(0x30, tlv(0xA0, tlv(0xA0, tlv(0x86, url.encode())))) for url in urls)
+    return extension(CRL_POINTS, tlv(0x30, *points))
+
+
+@dataclass(slots=True)
+class CrlSpec:
+    """What a revocation list should say; every field may be replaced.
+
+    Attributes:
+        serials: of revoked certificates.
+        this_update: when it was made.
+        next_update: when it runs out, b"" for no word about it.
+        extensions: of the list.
+        entry_extensions: of every entry.
+        hash: what is signed.
+    """
+
+    serials: list[int] = field(default_factory=list)
+    this_update: bytes = field(default_factory=lambda: utc("20250101"))
+    next_update: bytes = field(default_factory=lambda: utc("20990101"))
+    extensions: list[bytes] = field(default_factory=list)
+    entry_extensions: list[bytes] = field(default_factory=list)
+    hash: str = "sha256"
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,9 +233,7 @@ class EkCa:
 
     def issue(self, spec: Spec) -> bytes:
         """Return a signed certificate."""
-        is_ec = isinstance(self.key, ec.EllipticCurvePrivateKey)
-        kind = oid(_SIGNATURE["ec" if is_ec else "rsa", spec.hash])
-        algorithm = tlv(0x30, kind) if is_ec else tlv(0x30, kind, b"\x05\x00")
+        algorithm = self._algorithm(spec.hash)
         tbs = tlv(
             0x30,
             tlv(0xA0, integer(2)),
@@ -216,7 +245,32 @@ class EkCa:
             spec.spki,
             tlv(0xA3, tlv(0x30, *spec.extensions)) if spec.extensions else b"",
         )
-        return tlv(0x30, tbs, algorithm, tlv(0x03, b"\x00" + self._sign(tbs, spec.hash)))
+        return self._signed(tbs, spec.hash)
+
+    def issue_crl(self, spec: CrlSpec) -> bytes:
+        """Return a signed revocation list."""
+        extra = tlv(0x30, *spec.entry_extensions) if spec.entry_extensions else b""
+        entries = [tlv(0x30, integer(n), utc("20250101"), extra) for n in spec.serials]
+        tbs = tlv(
+            0x30,
+            integer(1),
+            self._algorithm(spec.hash),
+            self.subject,
+            spec.this_update,
+            spec.next_update,
+            tlv(0x30, *entries) if entries else b"",
+            tlv(0xA0, tlv(0x30, *spec.extensions)) if spec.extensions else b"",
+        )
+        return self._signed(tbs, spec.hash)
+
+    def _algorithm(self, hash_name: str) -> bytes:
+        is_ec = isinstance(self.key, ec.EllipticCurvePrivateKey)
+        kind = oid(_SIGNATURE["ec" if is_ec else "rsa", hash_name])
+        return tlv(0x30, kind) if is_ec else tlv(0x30, kind, b"\x05\x00")
+
+    def _signed(self, tbs: bytes, hash_name: str) -> bytes:
+        signature = tlv(0x03, b"\x00" + self._sign(tbs, hash_name))
+        return tlv(0x30, tbs, self._algorithm(hash_name), signature)
 
     def _sign(self, data: bytes, hash_name: str) -> bytes:
         algorithm = _HASHES[hash_name]

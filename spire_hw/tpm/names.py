@@ -22,6 +22,7 @@ _LABELS: Final = {
 _BMP_STRING = 0x1E
 _COMMON_NAME: Final = "2.5.4.3"
 _MAX_CHARS = 200
+_SPECIAL: Final = frozenset(",=\\")
 
 
 def format_name(raw: bytes) -> str:
@@ -62,4 +63,8 @@ def _read(raw: bytes) -> list[tuple[str, str]]:
 
 
 def _shown(text: str) -> str:
-    return "".join(c if c.isprintable() and c not in ",\\" else ascii(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() and c not in _SPECIAL else _escaped(c) for c in text)
+
+
+def _escaped(char: str) -> str:
+    return f"\\x{ord(char):02x}" if char in _SPECIAL else ascii(char)[1:-1]

@@ -12,8 +12,12 @@ from hypothesis import strategies as st
 
 from spire_hw.errors import SpireHwError
 from spire_hw.tpm import der, verify, wire
+from spire_hw.tpm.cabinet import MAX_CONTENT_BYTES, read_cabinet
+from spire_hw.tpm.caimport import judge
+from spire_hw.tpm.castore import Blob, split
 from spire_hw.tpm.certificate import parse_certificate
 from spire_hw.tpm.credential import make_credential
+from spire_hw.tpm.crl import Revocations, parse_crl, split_crls
 from spire_hw.tpm.ekcert import EkRoots, read_model, verify_ek_certificate
 from spire_hw.tpm.public import check_ak, check_ek, check_svid_key, parse_public
 from spire_hw.tpm.verify import Statement
@@ -23,7 +27,9 @@ from spire_hw_plugins.nodeattestor.tpm.wire import (
     decode_challenge,
     decode_response,
 )
-from spire_hw_sim.ekca import tlv
+from spire_hw_sim import ekca
+from spire_hw_sim.cabinets import CabinetSpec, make_cabinet
+from spire_hw_sim.ekca import CrlSpec, tlv
 from spire_hw_sim.softtpm import SoftTpm, make_ak, make_ek, make_svid_key
 from spire_hw_sim.tpmnode import TpmNode, Vendor
 
@@ -173,3 +179,71 @@ def test_random_bytes_never_pass_as_a_certificate() -> None:
     for raw in (b"", b"\x30", b"\x30\x00", b"\x30\x84\xff\xff\xff\xff", b"\xff" * 100):
         with pytest.raises(SpireHwError):
             parse_certificate(raw)
+
+
+CA = parse_certificate(VENDOR.intermediate.certificate)
+LEAF = parse_certificate(CERTIFICATES[0])
+POINT = tlv(0xA0, tlv(0xA0, tlv(0x86, b"http://crl")))
+CRLS = [
+    VENDOR.intermediate.issue_crl(CrlSpec([1, -7, 2**70])),
+    VENDOR.intermediate.issue_crl(
+        CrlSpec(
+            [5],
+            entry_extensions=[ekca.extension("2.5.29.21", b"\x0a\x01\x01")],
+            extensions=[ekca.extension(ekca.CRL_SCOPE, tlv(0x30, POINT), critical=True)],
+        )
+    ),
+]
+
+
+@quick
+@given(any_of(CRLS))
+def test_revocation_lists(raw: bytes) -> None:
+    with contextlib.suppress(SpireHwError):
+        for one in split_crls(raw):
+            Revocations([parse_crl(one)], required=True).check(LEAF, CA, NOW)
+
+
+@quick
+@given(st.lists(st.integers(-(2**159), 2**159), max_size=30))
+def test_serials_of_a_revocation_list_read_back(serials: list[int]) -> None:
+    crl = parse_crl(VENDOR.intermediate.issue_crl(CrlSpec(serials)))
+    assert crl.revoked == set(serials)
+    assert crl.is_complete
+
+
+CABINETS = [
+    make_cabinet({"Maker/a.cer": CERTIFICATES[0], "b.txt": b"text" * 3000}),
+    make_cabinet({"a": b"abc"}, CabinetSpec(compression=0)),
+]
+
+
+@quick
+@given(any_of(CABINETS))
+def test_cabinets(raw: bytes) -> None:
+    with contextlib.suppress(SpireHwError):
+        assert sum(len(entry.content) for entry in read_cabinet(raw)) <= MAX_CONTENT_BYTES
+
+
+@quick
+@given(
+    st.dictionaries(st.text("abc/.", min_size=1, max_size=20), st.binary(max_size=500), max_size=5),
+    st.sampled_from([0, 1]),
+)
+def test_cabinets_read_back(files: dict[str, bytes], compression: int) -> None:
+    found = read_cabinet(make_cabinet(files, CabinetSpec(compression=compression)))
+    assert dict(found) == files
+
+
+@quick
+@given(st.lists(any_of([*CERTIFICATES, CA.der]), max_size=4))
+def test_collections_of_certificates(blobs: list[bytes]) -> None:
+    found = judge([Blob(str(n), raw) for n, raw in enumerate(blobs)], NOW)
+    assert len(found) == len(blobs)
+    for one in found:
+        assert one.is_taken or one.reason
+        assert "/" not in one.file_name
+        json.dumps(one.values())
+    with contextlib.suppress(SpireHwError):
+        for raw in blobs:
+            split(raw)
