@@ -186,7 +186,11 @@ def sign(key: PrivateKey, data: bytes, scheme: tuple[int, int]) -> bytes:
 
 @dataclass(slots=True)
 class SoftTpm:
-    """A machine's TPM: an endorsement key, an attestation key, PCRs and counters."""
+    """A machine's TPM: an endorsement key, an attestation key, PCRs and counters.
+
+    `scramble` is what heads of statements add to counters and firmware version, as TPMs do for keys
+    outside the endorsement hierarchy.
+    """
 
     ek: SoftKey = field(default_factory=make_ek)
     ak: SoftKey = field(default_factory=make_ak)
@@ -197,6 +201,7 @@ class SoftTpm:
     safe: int = 1
     firmware_version: int = 0x2019102300163636
     ak_scheme: tuple[int, int] | None = None
+    scramble: int = 0
 
     def __post_init__(self) -> None:
         """Give every PCR a value as if firmware had measured into it."""
@@ -223,8 +228,12 @@ class SoftTpm:
         """Return a TPMS_ATTEST."""
         qualified = self.ak.qualified_name if signer is None else signer
         head = struct.pack(">IH", magic, kind) + sized(qualified) + sized(extra)
-        clock = struct.pack(">QIIB", self.clock_ms, self.reset_count, self.restart_count, self.safe)
-        return head + clock + struct.pack(">Q", self.firmware_version) + body
+        resets, restarts = (
+            (count + self.scramble) % 2**32 for count in (self.reset_count, self.restart_count)
+        )
+        clock = struct.pack(">QIIB", self.clock_ms, resets, restarts, self.safe)
+        firmware = (self.firmware_version + self.scramble) % 2**64
+        return head + clock + struct.pack(">Q", firmware) + body
 
     def sign(self, data: bytes) -> bytes:
         """Return the AK's TPMT_SIGNATURE over data."""
@@ -249,6 +258,13 @@ class SoftTpm:
         """Return a certify statement about a key, and its signature."""
         body = sized(key.name) + sized(key.qualified_name)
         attest = self.attest(wire.ST_CERTIFY, body, extra)
+        return attest, self.sign(attest)
+
+    def time(self, extra: bytes) -> tuple[bytes, bytes]:
+        """Return a time statement, whose body has the true counters, and its signature."""
+        clock = struct.pack(">QIIB", self.clock_ms, self.reset_count, self.restart_count, self.safe)
+        body = struct.pack(">Q", self.clock_ms) + clock + struct.pack(">Q", self.firmware_version)
+        attest = self.attest(wire.ST_TIME, body, extra)
         return attest, self.sign(attest)
 
     def creation_data(self, parent_name: bytes | None = None) -> bytes:

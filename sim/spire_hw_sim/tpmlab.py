@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
+    from spire_hw.posture.judge import Judge
+
 
 @dataclass(slots=True)
 class ListedEks:
@@ -67,6 +69,7 @@ class Lab:
         *,
         ek_list: EkList | None = None,
         vendor: Vendor | None = None,
+        judge: Judge | None = None,
     ) -> Lab:
         """Configure a server half.
 
@@ -75,6 +78,7 @@ class Lab:
             settings: HCL put after the defaults: policy `ca`, PCRs 0, 2, 4 and 7.
             ek_list: enrolled endorsement keys.
             vendor: the trusted manufacturer, a new one when None.
+            judge: the host's judge.
         """
         maker, clock = vendor or Vendor.make(), SimClock()
         path = directory / "roots.der"
@@ -86,6 +90,7 @@ class Lab:
             log=get_logger("tpm"),
             clock=clock,
             ek_list=ek_list,
+            judge=judge,
         )
         server = build(host)
         pcrs = "" if "pcrs =" in settings else "pcrs = { sha256 = [0, 2, 4, 7] }\n"
@@ -130,6 +135,7 @@ class Lab:
         response: Callable[[Response], Response] | None = None,
         answer: Callable[[bytes], Awaitable[bytes]] | None = None,
         csr_spki: bytes | None = None,
+        afterwards: TpmNode | None = None,
     ) -> SpireHwError:
         """Return the error a bent exchange ends in, after making sure nothing was left behind.
 
@@ -140,6 +146,7 @@ class Lab:
             response: bends the honest answer.
             answer: replaces the answer.
             csr_spki: replaces the key of the CSR.
+            afterwards: the honest node that attests when all is over, a new one when None.
 
         Raises:
             AssertionError: the exchange succeeded, left something open, or the honest node is
@@ -150,6 +157,8 @@ class Lab:
             bend = response
 
             async def bent(message: bytes) -> bytes:
+                if b'"EC"' not in message:  # a later round
+                    return node.answer(message)
                 return encode_response(bend(node.respond(decode_challenge(message))))
 
             answer = bent
@@ -158,6 +167,6 @@ class Lab:
         except SpireHwError as e:
             if self.server.open_exchanges:
                 raise AssertionError("an exchange stayed open") from e
-            await self.attest(self.node())
+            await self.attest(afterwards or self.node())
             return e
         raise AssertionError(f"a bent exchange succeeded: {made.agent_id}")

@@ -6,15 +6,18 @@ Each step returns the message object, so a test can replace one field before it 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+import zlib
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from spire_hw.tpm.public import qualified_name
 from spire_hw.tpm.verify import NO_CSR, qualifier
+from spire_hw_plugins.nodeattestor.tpm.rounds import ImaPart, decode_part_request, encode_part
 from spire_hw_plugins.nodeattestor.tpm.wire import (
     AkEvidence,
     AttestationData,
     ChallengeMessage,
+    LogAnnouncement,
     QuoteEvidence,
     Response,
     SignedStatement,
@@ -39,6 +42,9 @@ class TpmNode:
         chain: intermediates it sends.
         parent: parent of the AK, None for a primary.
         csr_spki: SubjectPublicKeyInfo of a CSR key outside the TPM.
+        boot_log: firmware's log, None without one.
+        ima: lines of the kernel's list, None without one.
+        part_lines: how many of them go into one message.
     """
 
     tpm: SoftTpm = field(default_factory=SoftTpm)
@@ -47,6 +53,9 @@ class TpmNode:
     chain: tuple[bytes, ...] = ()
     parent: SoftKey | None = None
     csr_spki: bytes | None = None
+    boot_log: bytes | None = None
+    ima: bytes | None = None
+    part_lines: int = 4000
 
     @property
     def spki(self) -> bytes | None:
@@ -62,6 +71,9 @@ class TpmNode:
         """Return its first message."""
         created = self.tpm.creation_data(None if self.parent is None else self.parent.name)
         attest, signature = self.tpm.creation(created)
+        log = None
+        if self.boot_log is not None:
+            log = LogAnnouncement(len(self.boot_log), hashlib.sha256(self.boot_log).hexdigest())
         return AttestationData(
             ek_certificate=self.certificate,
             ek_spki=self.tpm.ek.spki,
@@ -70,6 +82,7 @@ class TpmNode:
             ek_chain=self.chain,
             key_pub=None if self.key is None else self.key.public,
             ak_parent_pub=None if self.parent is None else self.parent.public,
+            log=log,
         )
 
     def payload(self) -> bytes:
@@ -95,10 +108,29 @@ class TpmNode:
         if self.key is not None:
             made = self.tpm.certify(self.key, self.qualifier("certify", challenge, secret))
             certify = SignedStatement(*made)
-        return Response(secret, tuple(quotes), certify)
+        response = Response(secret, tuple(quotes), certify)
+        if "time" in challenge.want:
+            made = self.tpm.time(self.qualifier("time", challenge, secret))
+            response = replace(response, time=SignedStatement(*made))
+        if "log" in challenge.want and self.boot_log is not None:
+            response = replace(response, log=zlib.compress(self.boot_log))
+        if "ima" in challenge.want and self.ima is not None:
+            is_new = challenge.ima_reset not in {None, self.tpm.reset_count}
+            part = self.part(0 if is_new else challenge.ima_from)
+            return replace(response, ima=part.data, ima_from=part.start, ima_left=part.left)
+        return response
+
+    def part(self, start: int) -> ImaPart:
+        """Return a part of the list."""
+        lines = (self.ima or b"").splitlines(keepends=True)
+        chosen = lines[start : start + self.part_lines]
+        left = max(len(lines) - start - len(chosen), 0)
+        return ImaPart(zlib.compress(b"".join(chosen)), start, left)
 
     def answer(self, challenge: bytes) -> bytes:
-        """Return the honest answer as sent."""
+        """Return the honest answer as sent, to the first challenge or a later one."""
+        if b'"EC"' not in challenge:
+            return encode_part(self.part(decode_part_request(challenge)))
         return encode_response(self.respond(decode_challenge(challenge)))
 
 

@@ -247,8 +247,8 @@ class TpmAgentAttestor:
     def _check_wants(self, exchange: AgentExchange, challenge: wire.ChallengeMessage) -> None:
         if "time" in challenge.want:
             raise InvalidInputError("challenge: this node's AK hides no counters")
-        is_told = exchange.server_verified or self._settings.insecure_evidence
-        if challenge.want and not is_told:
+        may_show = self._settings.insecure_evidence or not challenge.want
+        if not may_show and not exchange.server_verified:
             raise NotReadyError(
                 "challenge: evidence is withheld from an unverified server; configure the trust "
                 "bundle, or set insecure_evidence = true"
