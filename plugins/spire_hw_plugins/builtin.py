@@ -31,6 +31,8 @@ TABLE: Final[dict[tuple[PluginKind, str, Side], str]] = {
     (PluginKind.NODE_ATTESTOR, "join_token", _AGENT): "nodeattestor.join_token",
     (PluginKind.NODE_ATTESTOR, "tpm", _SERVER): "nodeattestor.tpm.server",
     (PluginKind.NODE_ATTESTOR, "tpm", _AGENT): "nodeattestor.tpm.agent",
+    (PluginKind.NODE_ATTESTOR, "tpm_devid", _SERVER): "nodeattestor.tpm_devid.server",
+    (PluginKind.NODE_ATTESTOR, "tpm_devid", _AGENT): "nodeattestor.tpm_devid.agent",
     (PluginKind.NODE_ATTESTOR, "x509pop", _SERVER): "nodeattestor.x509pop.server",
     (PluginKind.NODE_ATTESTOR, "x509pop", _AGENT): "nodeattestor.x509pop.agent",
     (PluginKind.WORKLOAD_ATTESTOR, "unix", _AGENT): "workloadattestor.unix",

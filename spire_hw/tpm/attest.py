@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import struct
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from tpm2_pytss import TSS2_Exception
@@ -59,11 +60,29 @@ _AK_TEMPLATE: Final = (
     + (wire.sized(_AK_SEPARATION) + wire.sized(bytes(32)))
 )
 _AK_LABEL: Final = b"attestation key"
+_RSA_AK_TEMPLATE: Final = (
+    struct.pack(">HHI", wire.ALG_RSA, wire.ALG_SHA256, _AK_ATTRIBUTES)
+    + _EMPTY
+    + _NULL
+    + struct.pack(">HH", wire.ALG_RSASSA, wire.ALG_SHA256)
+    + struct.pack(">HI", 2048, 0)
+    + wire.sized(_AK_SEPARATION.ljust(256, b"\x00"))
+)
 
 _MAX_QUALIFIER: Final = 64
 _QUOTE_ATTEMPTS: Final = 5
 # What a TPM says to a credential that is not for it; libtpms says FAILURE to a damaged RSA secret.
 _REFUSED: Final = STALE | {Rc.FAILURE, Rc.INSUFFICIENT, Rc.ECC_POINT}
+
+
+class AkKind(Enum):
+    """Attestation keys by type; the value is what saved contexts are called by, and the template.
+
+    RSA is for verifiers that know nothing else: P-256 is made and used many times faster.
+    """
+
+    ECC = (_AK_LABEL, _AK_TEMPLATE)
+    RSA = (_AK_LABEL + b" RSA", _RSA_AK_TEMPLATE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +166,26 @@ def _key_scheme() -> Any:
 
 
 @contextlib.contextmanager
-def _attestation_key(connection: Connection) -> Iterator[Any]:
-    def make() -> Any:
-        return create_primary(connection, Hierarchy.ENDORSEMENT, _AK_TEMPLATE)[0]
+def _attestation_key(connection: Connection, kind: AkKind = AkKind.ECC) -> Iterator[Any]:
+    label, template = kind.value
 
-    with connection.cached(_AK_LABEL, make) as handle:
+    def make() -> Any:
+        return create_primary(connection, Hierarchy.ENDORSEMENT, template)[0]
+
+    with connection.cached(label, make) as handle:
         yield handle
+
+
+def read_attestation_key(connection: Connection, kind: AkKind) -> bytes:
+    """Return the TPMT_PUBLIC of the attestation key, which is loaded or made for it.
+
+    Raises:
+        TpmError: the TPM refused.
+    """
+    with _attestation_key(connection, kind) as handle:
+        connection.remember(name_of_handle(connection, handle))
+        public, _, _ = connection.call(connection.esys.read_public, handle)
+        return bytes(public.marshal())[2:]
 
 
 def attestation_key_name(connection: Connection) -> bytes:
@@ -167,7 +200,13 @@ def attestation_key_name(connection: Connection) -> bytes:
         return name
 
 
-def activate(connection: Connection, ek: Endorsement, credential: bytes, secret: bytes) -> bytes:
+def activate(
+    connection: Connection,
+    ek: Endorsement,
+    credential: bytes,
+    secret: bytes,
+    ak: AkKind = AkKind.ECC,
+) -> bytes:
     """Open a credential that was sealed for this TPM's endorsement and attestation key.
 
     The answer crosses the bus encrypted, under a session salted to the endorsement key.
@@ -177,6 +216,7 @@ def activate(connection: Connection, ek: Endorsement, credential: bytes, secret:
         ek: the endorsement key the credential is for.
         credential: TPM2B_ID_OBJECT.
         secret: TPM2B_ENCRYPTED_SECRET.
+        ak: the attestation key it is for.
 
     Raises:
         InvalidInputError: the credential is malformed or not for these keys.
@@ -189,7 +229,7 @@ def activate(connection: Connection, ek: Endorsement, credential: bytes, secret:
     wrapped = _unmarshal(TPM2B_ENCRYPTED_SECRET, secret, "secret")
     with (
         endorsement_key(connection, ek) as ek_handle,
-        _attestation_key(connection) as ak_handle,
+        _attestation_key(connection, ak) as ak_handle,
         _session(connection, TPM2_SE.HMAC, salt=ek_handle) as salted,
         _ek_authorisation(connection, ek, salted) as authority,
     ):
@@ -232,7 +272,10 @@ def _ek_authorisation(connection: Connection, ek: Endorsement, salted: Any) -> I
     if ek.parsed.has(USER_WITH_AUTH):
         yield ESYS_TR.PASSWORD  # high range: the key's own, empty password
         return
-    with _session(connection, TPM2_SE.POLICY) as policy:
+    with (
+        _session(connection, TPM2_SE.POLICY) as policy,
+        connection.proving(Hierarchy.ENDORSEMENT),
+    ):
         # By HMAC: a hierarchy password is proved, never sent.
         connection.call(connection.esys.policy_secret, ESYS_TR.ENDORSEMENT, policy, session1=salted)
         yield policy
@@ -262,10 +305,33 @@ def certify(connection: Connection, blob: KeyBlob, qualifier: bytes) -> SignedAt
 
     Spec: TPM 2.0 Library, Part 3 "TPM2_Certify".
     """
+    with loaded_key(connection, blob) as key:
+        return certify_loaded(connection, key, qualifier)
+
+
+def certify_loaded(
+    connection: Connection,
+    key: Any,
+    qualifier: bytes,
+    ak: AkKind = AkKind.ECC,
+    session: Any = ESYS_TR.PASSWORD,
+) -> SignedAttest:
+    """Have an attestation key vouch for a key that is loaded.
+
+    Args:
+        connection: the TPM.
+        key: its handle.
+        qualifier: up to 64 bytes.
+        ak: which attestation key.
+        session: authorises use of the key.
+
+    Raises:
+        TpmError: the TPM refused.
+    """
     _check_qualifier(qualifier)
-    with _attestation_key(connection) as ak, loaded_key(connection, blob) as key:
+    with _attestation_key(connection, ak) as signer:
         attest, signature = connection.call(
-            connection.esys.certify, key, ak, qualifier, _key_scheme()
+            connection.esys.certify, key, signer, qualifier, _key_scheme(), session1=session
         )
         return SignedAttest(bytes(attest), bytes(signature.marshal()))
 

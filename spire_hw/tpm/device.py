@@ -282,29 +282,39 @@ class Connection:
         Where a password is set it is proved by HMAC, so that it does not cross the bus.
 
         Raises:
-            UnavailableError: the TPM refused this password before.
+            UnavailableError: see `proving`.
         """
         if not self._passwords.known.get(hierarchy):
             yield ESYS_TR(hierarchy.value), ESYS_TR.PASSWORD
             return
+        none = ESYS_TR.NONE
+        cipher = TPMT_SYM_DEF(algorithm=TPM2_ALG.NULL)
+        with self.proving(hierarchy):
+            session = self.call(
+                self.esys.start_auth_session, none, none, TPM2_SE.HMAC, cipher, TPM2_ALG.SHA256
+            )
+            with self.loaded(session):
+                yield ESYS_TR(hierarchy.value), session
+
+    @contextlib.contextmanager
+    def proving(self, hierarchy: Hierarchy) -> Iterator[None]:
+        """Use a hierarchy's password in the block, unless the TPM refused it before.
+
+        Raises:
+            UnavailableError: it did.
+        """
         if hierarchy in self._passwords.refused:
             raise UnavailableError(
                 f"{self._operation}: the TPM refused the password of the "
                 f"{hierarchy.name.lower()} hierarchy, it is not sent again: correct its file and "
                 "restart"
             )
-        none = ESYS_TR.NONE
-        cipher = TPMT_SYM_DEF(algorithm=TPM2_ALG.NULL)
-        session = self.call(
-            self.esys.start_auth_session, none, none, TPM2_SE.HMAC, cipher, TPM2_ALG.SHA256
-        )
-        with self.loaded(session):
-            try:
-                yield ESYS_TR(hierarchy.value), session
-            except TpmError as e:
-                if e.is_any(WRONG_PASSWORD):
-                    self._passwords.refused.add(hierarchy)
-                raise
+        try:
+            yield
+        except TpmError as e:
+            if e.is_any(WRONG_PASSWORD) and self._passwords.known.get(hierarchy):
+                self._passwords.refused.add(hierarchy)
+            raise
 
     def forget(self, label: bytes) -> None:
         """Drop a saved context."""

@@ -7,6 +7,7 @@ exceptions stay in this room.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
@@ -25,6 +26,10 @@ _WHAT: Final = "certificate"
 _VERSION: Final = 0xA0
 _NEGATIVE: Final = 0x80
 _MAX_PEM_BYTES: Final = 4 * 1024 * 1024
+
+# Names in a stranger's certificate may be longer than X.520 has them; the library would tell that
+# on standard error.
+warnings.filterwarnings("ignore", "Attribute's length must be", UserWarning)
 
 
 def load_certificate(data: bytes) -> x509.Certificate:
@@ -128,6 +133,11 @@ def issuing_authority_id(chain: Sequence[x509.Certificate]) -> str:
 def encode_der(certificate: x509.Certificate) -> bytes:
     """Return the DER bytes of a certificate."""
     return certificate.public_bytes(serialization.Encoding.DER)
+
+
+def sha1_fingerprint(certificate: x509.Certificate) -> str:
+    """Return upstream's name of a certificate: lower-case hex SHA-1 of the DER."""
+    return hashlib.sha1(encode_der(certificate), usedforsecurity=False).hexdigest()
 
 
 def encode_pem(certificates: Iterable[bytes]) -> bytes:

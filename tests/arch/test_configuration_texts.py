@@ -21,6 +21,8 @@ from spire_hw_plugins import builtin
 from spire_hw_plugins.keymanager import disk, pkcs11, tpm_config
 from spire_hw_plugins.nodeattestor.tpm import agent as tpm_agent
 from spire_hw_plugins.nodeattestor.tpm import config as tpm_server
+from spire_hw_plugins.nodeattestor.tpm_devid import agent as devid_agent
+from spire_hw_plugins.nodeattestor.tpm_devid import config as devid_server
 from spire_hw_plugins.nodeattestor.x509pop import agent as x509pop_agent
 from spire_hw_plugins.nodeattestor.x509pop import config as x509pop_server
 from spire_hw_plugins.workloadattestor import unix
@@ -166,6 +168,7 @@ def test_every_key_of_every_plugin_is_documented() -> None:
         "keymanager_disk": (disk.ServerConfig, disk.AgentConfig),
         "keymanager_tpm": (tpm_config.Config, tpm_config.PcrsConfig),
         "nodeattestor_tpm": (tpm_server.ServerConfig, tpm_agent.Config),
+        "nodeattestor_tpm_devid": (devid_server.ServerConfig, devid_agent.Config),
         "nodeattestor_x509pop": (x509pop_server.ServerConfig, x509pop_agent.Config),
         "workloadattestor_unix": (unix.Config,),
         "datastore_sql": (RawDatastoreConfig,),

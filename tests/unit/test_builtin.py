@@ -26,7 +26,7 @@ def test_every_row_names_a_module_with_its_name_and_builder(
 def test_names_are_listed_by_kind_and_side() -> None:
     assert {"disk", "memory", "pkcs11"} <= set(builtin.names(KM, Side.SERVER))
     assert {"disk", "memory", "tpm"} <= set(builtin.names(KM, Side.AGENT))
-    assert builtin.names(NA, Side.AGENT) == ["join_token", "tpm", "x509pop"]
+    assert builtin.names(NA, Side.AGENT) == ["join_token", "tpm", "tpm_devid", "x509pop"]
     assert builtin.names(WA, Side.SERVER) == []
 
 

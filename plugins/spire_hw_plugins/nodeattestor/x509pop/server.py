@@ -7,7 +7,6 @@ the node gets is settled in between, so that a banned node costs no signature ch
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import ipaddress
 import secrets
 from typing import TYPE_CHECKING, Final
@@ -28,7 +27,12 @@ from spire_hw.errors import (
 )
 from spire_hw.plugin.nodeattestor import AttestationRequest, AttestedIdentity
 from spire_hw.spiffeid import SpiffeId
-from spire_hw.x509.certificate import encode_der, load_certificate, public_key_of
+from spire_hw.x509.certificate import (
+    encode_der,
+    load_certificate,
+    public_key_of,
+    sha1_fingerprint,
+)
 from spire_hw.x509.chain import verify_chain
 from spire_hw_plugins.nodeattestor.x509pop import wire
 from spire_hw_plugins.nodeattestor.x509pop.config import Settings, build_settings, find_faults
@@ -129,7 +133,7 @@ class X509PopServer:
         data: dict[str, Value] = {
             "PluginName": NAME,
             "TrustDomain": trust_domain.name,
-            "Fingerprint": fingerprint(leaf),
+            "Fingerprint": sha1_fingerprint(leaf),
             "SerialNumber": leaf.serial_number,
             "SerialNumberHex": serial_hex(leaf.serial_number),
             "Subject": _name(leaf.subject),
@@ -163,11 +167,6 @@ class X509PopServer:
         if not spiffe_id.path.startswith(prefix):
             raise _refuse("svid_prefix", f"path of the SPIFFE ID does not begin with {prefix}")
         return spiffe_id.path.removeprefix(prefix)
-
-
-def fingerprint(certificate: x509.Certificate) -> str:
-    """Return upstream's name of a certificate: lower-case hex SHA-1 of the DER."""
-    return hashlib.sha1(encode_der(certificate), usedforsecurity=False).hexdigest()
 
 
 def serial_hex(serial: int) -> str:
@@ -288,7 +287,7 @@ def _values(
     common_name = _name(leaf.subject)["CommonName"]
     values = [f"subject:cn:{common_name}"] if common_name else []
     authorities = [certificate for path in paths for certificate in path[1:]]
-    values += [f"ca:fingerprint:{f}" for f in dict.fromkeys(map(fingerprint, authorities))]
+    values += [f"ca:fingerprint:{f}" for f in dict.fromkeys(map(sha1_fingerprint, authorities))]
     values.append(f"serialnumber:{serial_hex(leaf.serial_number)}")
     return values + [f"san:{key}:{value}" for key, value in sans.items()]
 

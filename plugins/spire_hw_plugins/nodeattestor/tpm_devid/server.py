@@ -1,0 +1,274 @@
+"""Server half of `tpm_devid`: a certificate of an authority we trust, for a key in a genuine TPM.
+
+From the certificate to the TPM it goes in steps, each proved: the certificate leads to one of our
+authorities; its key is the one that an attestation key certified; that attestation key is in the
+TPM of a genuine endorsement key, shown by activation; and whoever answers can use the DevID key
+now. Until the challenge is answered all of it is a claim.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from cryptography.x509.oid import NameOID
+
+from spire_hw.errors import (
+    AttestationError,
+    ChainError,
+    EncodingError,
+    ErrorKind,
+    Finding,
+    InvalidInputError,
+    NotReadyError,
+    SpireHwError,
+)
+from spire_hw.key import HashAlgorithm, SignOptions, spki_der, verify_digest
+from spire_hw.plugin.nodeattestor import AttestedIdentity
+from spire_hw.spiffeid import agent_id
+from spire_hw.tpm import public as areas
+from spire_hw.tpm import verify
+from spire_hw.tpm.certificate import parse_certificate
+from spire_hw.tpm.credential import make_credential
+from spire_hw.tpm.ekcert import verify_ek_certificate
+from spire_hw.tpm.public import check_ak, check_ek, parse_public
+from spire_hw.tpm.wire import parse_attest
+from spire_hw.x509.certificate import (
+    encode_der,
+    load_certificate,
+    public_key_of,
+    sha1_fingerprint,
+)
+from spire_hw.x509.chain import verify_chain
+from spire_hw_plugins.nodeattestor.tpm_devid import wire
+from spire_hw_plugins.nodeattestor.tpm_devid.config import Settings, build_settings, find_faults
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+
+    from cryptography import x509
+
+    from spire_hw.config.hcl import Body
+    from spire_hw.errors import ConfigFault
+    from spire_hw.key import PublicKey
+    from spire_hw.plugin.info import HostInfo
+    from spire_hw.plugin.nodeattestor import AttestationRequest
+    from spire_hw.tpm.public import TpmPublic
+
+NAME: Final = wire.NAME
+_DENIED: Final = ErrorKind.PERMISSION_DENIED
+_OPTIONS: Final = SignOptions(HashAlgorithm.SHA256)
+_MAX_COMMON_NAME: Final = 255
+_ORIGIN: Final = areas.FIXED_TPM | areas.FIXED_PARENT | areas.SENSITIVE_DATA_ORIGIN
+_ALLOWED: Final = (
+    _ORIGIN
+    | areas.SIGN
+    | areas.DECRYPT
+    | areas.USER_WITH_AUTH
+    | areas.ADMIN_WITH_POLICY
+    | areas.NO_DA
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _DevId:
+    """A trusted DevID certificate.
+
+    Attributes:
+        leaf: the node's certificate.
+        key: its public key.
+        authorities: every other certificate on a path from it to a root.
+        common_name: of the node, "" without one.
+        issuer: common name of its issuer, "" without one.
+    """
+
+    leaf: x509.Certificate
+    key: PublicKey
+    authorities: tuple[x509.Certificate, ...]
+    common_name: str
+    issuer: str
+
+
+class DevIdServer:
+    """The ServerNodeAttestor contract over DevID certificates."""
+
+    def __init__(self, host: HostInfo) -> None:
+        self._host = host
+        self._settings: Settings | None = None
+
+    @property
+    def max_message_bytes(self) -> int:
+        """Return the largest message the host has to pass on."""
+        return wire.MAX_PAYLOAD_BYTES
+
+    def validate(self, config: Body) -> list[ConfigFault]:
+        """Return the faults of a configuration without touching any file."""
+        return find_faults(config)
+
+    async def configure(self, config: Body) -> None:
+        """Read the authorities.
+
+        Raises:
+            ConfigError: the configuration has faults.
+            NotReadyError: a file cannot be read.
+            InvalidInputError: a file holds something else than certificates.
+        """
+        self._settings = await asyncio.to_thread(build_settings, config)
+
+    async def close(self) -> None:
+        """Forget the configuration; exchanges under way end by themselves."""
+        self._settings = None
+
+    async def attest(self, request: AttestationRequest) -> AttestedIdentity:
+        """Check one node.
+
+        Raises:
+            InvalidInputError: a message that does not parse.
+            LimitError: a message too large.
+            AttestationError: evidence that does not hold, or is not trusted; its kind tells.
+            DeniedError: the host bans this agent.
+        """
+        settings = self._settings
+        if settings is None:
+            raise NotReadyError("attestor is not configured")
+        data = wire.decode_attestation_data(request.payload)
+        now = self._host.clock.now()
+        devid = _check_certificate(settings, data.certificates, now)
+        name = sha1_fingerprint(devid.leaf)
+        identity = agent_id(self._host.trust_domain, NAME, name)
+        await request.admit(identity)
+        ek, ak = _check_residency(settings, data, devid.key, now)
+        nonce = secrets.token_bytes(wire.NONCE_BYTES)
+        secret = secrets.token_bytes(wire.SECRET_BYTES)
+        sealed = make_credential(ek, ak.name, secret)
+        challenge = wire.Challenge(nonce, sealed.id_object[2:], sealed.encrypted_secret[2:])
+        answer = await request.challenge(wire.encode_challenge(challenge))
+        response = wire.decode_response(answer)
+        if not hmac.compare_digest(response.secret, secret):
+            raise _refuse("secret_mismatch", "challenge: secret does not match")
+        _check_possession(devid.key, nonce, response.signature)
+        self._host.log.debug("DevID attested", fingerprint=name, common_name=devid.common_name)
+        return AttestedIdentity(identity, _selectors(devid), can_reattest=True)
+
+
+def _refuse(code: str, text: str, kind: ErrorKind = ErrorKind.INVALID_ARGUMENT) -> AttestationError:
+    return AttestationError([Finding(code, text, kind)])
+
+
+def _check_certificate(settings: Settings, encoded: Sequence[bytes], now: datetime) -> _DevId:
+    parsed = []
+    for der in encoded:
+        try:
+            certificate = load_certificate(der)
+            public_key_of(certificate)
+        except InvalidInputError as e:
+            raise InvalidInputError(f"devid: certificate is malformed: {e.message}") from e
+        parsed.append(certificate)
+    leaf, intermediates = parsed[0], parsed[1:]
+    common_name = _common_name(leaf.subject, "subject")
+    issuer = _common_name(leaf.issuer, "issuer")
+    authorities: dict[bytes, x509.Certificate] = {}
+    fault: ChainError | None = None
+    issuers = {certificate.issuer for certificate in parsed}
+    for root in settings.devid_roots:
+        if root.subject not in issuers:
+            continue
+        try:
+            path = verify_chain(leaf, intermediates, [root], now)
+        except ChainError as e:
+            fault = fault or e
+        else:
+            authorities |= {encode_der(c): c for c in path[1:]}
+    if not authorities:
+        reason = "no authority of devid_ca_path signed it" if fault is None else fault.message
+        text = f"devid: certificate is not trusted: {reason}"
+        raise _refuse("devid_untrusted", text, _DENIED) from fault
+    key = public_key_of(leaf)
+    return _DevId(leaf, key, tuple(authorities.values()), common_name, issuer)
+
+
+def _common_name(name: x509.Name, whose: str) -> str:
+    """Return a common name that is fit for a selector, "" when there is none."""
+    found = name.get_attributes_for_oid(NameOID.COMMON_NAME)
+    if not found:
+        return ""
+    value = found[0].value
+    fits = isinstance(value, str) and value.isprintable() and len(value) <= _MAX_COMMON_NAME
+    if len(found) > 1 or not fits:
+        raise _refuse("common_name", f"devid: {whose} common name is not acceptable")
+    return str(value)
+
+
+def _check_residency(
+    settings: Settings, data: wire.AttestationData, key: PublicKey, now: datetime
+) -> tuple[TpmPublic, TpmPublic]:
+    """Return endorsement and attestation key of what claims to be the DevID key's TPM."""
+    devid = parse_public(data.devid_pub, "devid: public area")
+    if devid.spki != spki_der(key):
+        raise _refuse("devid_key_mismatch", "devid: certificate and TPM key are different keys")
+    required = _ORIGIN | areas.SIGN
+    if not devid.has(required) or devid.attributes & ~_ALLOWED:
+        text = f"devid: attributes {devid.attributes:#010x} are not acceptable"
+        raise _refuse("devid_attributes", text)
+    ek = _check_ek(settings, data, now)
+    ak = parse_public(data.ak_pub, "ak: public area")
+    check_ak(ak)
+    if len({devid.spki, ek.spki, ak.spki}) != 3:  # noqa: PLR2004 - three roles
+        raise _refuse("keys_equal", "ak: keys must be different")
+    statement = verify.Statement(data.certified, data.signature)
+    verify.verify_certify(ak, _signer_of(data, ak), key=devid, expected=b"", statement=statement)
+    return ek, ak
+
+
+def _check_ek(settings: Settings, data: wire.AttestationData, now: datetime) -> TpmPublic:
+    leaf = parse_certificate(data.ek_certificate)
+    ek = parse_public(data.ek_pub, "ek: public area")
+    check_ek(ek)
+    if leaf.spki != ek.spki:
+        raise _refuse("ek_key_mismatch", "ek: certificate and public key are different keys")
+    verify_ek_certificate(
+        leaf, data.ek_chain, settings.ek_roots, now, chain_time=settings.chain_time
+    )
+    return ek
+
+
+def _signer_of(data: wire.AttestationData, ak: TpmPublic) -> bytes:
+    """Return where the attestation key says to be.
+
+    Upstream's is below a storage key nobody shows, so its place cannot be computed; that it is in
+    the TPM at all is what activation shows. A primary key must not be of a hierarchy that anybody
+    may use.
+    """
+    try:
+        signer = parse_attest(data.certified, "certify: structure").qualified_signer
+    except EncodingError as e:
+        raise _refuse("certify_malformed", e.message) from e
+    try:
+        areas.hierarchy_of(signer, ak.name)
+    except AttestationError as e:
+        if e.findings[0].code == "ak_hierarchy":
+            raise
+    return signer
+
+
+def _check_possession(key: PublicKey, nonce: bytes, signature: bytes) -> None:
+    try:
+        verify_digest(key, HashAlgorithm.SHA256.digest(nonce), signature, _OPTIONS)
+    except SpireHwError as e:
+        text = "devid: nonce signature does not verify"
+        raise _refuse("devid_signature", text) from e
+
+
+def _selectors(devid: _DevId) -> list[str]:
+    found = [f"subject:cn:{devid.common_name}"] if devid.common_name else []
+    found += [f"issuer:cn:{devid.issuer}"] if devid.issuer else []
+    return found + [f"ca:fingerprint:{sha1_fingerprint(c)}" for c in devid.authorities]
+
+
+def build(host: HostInfo) -> DevIdServer:
+    """Make the plugin."""
+    return DevIdServer(host)
