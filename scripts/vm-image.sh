@@ -47,11 +47,10 @@ make_root() {
   say "making a Debian $suite root (about a minute)"
   # Only what this hook names reaches the image; apt's own settings stay outside.
   mmdebstrap --quiet --variant=minbase --include="$GUEST,$esys,libtss2-rc0*,libtss2-fapi1*" \
-    --customize-hook='mkdir "$1/debs"' \
-    --customize-hook="chroot \"\$1\" sh -ec 'cd /debs; for p in ${UNPACKED[*]}; do
+    --customize-hook="chroot \"\$1\" sh -ec 'mkdir /debs; cd /debs; for p in ${UNPACKED[*]}; do
         apt-get download -q \$p; done; apt-get download -q \$(apt-cache depends linux-image-cloud-amd64 |
         sed -n \"s/.*Depends: //p\" | head -n 1)' >/dev/null 2>&1" \
-    "$suite" "$OUT/root.tar" ${DEBIAN_MIRROR:-}
+    "$suite" "$OUT/root.tar" ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"}
 }
 
 install_project() {
@@ -76,7 +75,8 @@ make_initrd() {
 main() {
   local wanted suite deb
   suite=$(guest_suite)
-  wanted=$(cat scripts/vm* pyproject.toml $(git ls-files spire_hw plugins server agent | grep -E '\.(py|mako)$') | sha256sum)
+  wanted=$({ cat scripts/vm* pyproject.toml
+    git ls-files -z spire_hw plugins server agent | grep -zE '\.(py|mako)$' | xargs -0 cat; } | sha256sum)
   if [ -f "$OUT/made" ] && [ "$(cat "$OUT/made")" = "$wanted" ]; then return; fi
   rm -f "$OUT/made"
   install_tools

@@ -1,4 +1,5 @@
 #!/bin/busybox sh
+# shellcheck shell=dash
 # First program of the guest: finds the root file system (second disk) and goes there.
 b=/bin/busybox
 $b mount -t proc proc /proc

@@ -95,7 +95,7 @@ def _with_logs(text: str) -> str:
 
 def _selectors(site: Site, agent_id: str) -> set[str]:
     shown = json.loads(site.command("agent", "show", "-spiffeID", agent_id, "-output", "json"))
-    return {f"{s['type']}:{s['value']}" for s in shown["agent"]["selectors"]}
+    return {f"{s['type']}:{s['value']}" for s in shown["selectors"]}
 
 
 def _agent_ids(site: Site) -> list[str]:
