@@ -195,7 +195,7 @@ def _check_uki(
 ) -> None:
     uki = boot.uki
     if uki is None or quoted is None:
-        sheet.failed("uki", "uki", "policy: no unified kernel image was measured")
+        sheet.failed("uki", "uki", "policy: no unified kernel image is proved")
         return
     passed = phases.passed(bytes.fromhex(uki), quoted, boot.bank)
     sheet.rule(

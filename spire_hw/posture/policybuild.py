@@ -221,7 +221,8 @@ class Builder:
                 anywhere.add(digest)
             else:
                 # The kernel writes blanks as underscores.
-                files.setdefault(path.replace(b" ", b"_"), set()).add(digest)
+                for name in {path, path.replace(b" ", b"_")}:
+                    files.setdefault(name, set()).add(digest)
         keyring = self._keyring(keys)
         if keys.allow is None and keys.keyring is None:
             self._fault(keys, "", "allows no file: give allow or keyring")
@@ -238,7 +239,8 @@ class Builder:
     def _patterns(self, keys: ImaKeys) -> Patterns:
         if "" in keys.exclude:
             self._fault(keys, "exclude", "a pattern is empty")
-        return Patterns.of(text.replace(" ", "_") for text in keys.exclude)
+        blanks = [text.replace(" ", "_") for text in keys.exclude]
+        return Patterns.of([*keys.exclude, *blanks])
 
     def _keyring(self, keys: ImaKeys) -> tuple[FileKey, ...]:
         found: list[FileKey] = []

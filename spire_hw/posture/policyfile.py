@@ -141,13 +141,13 @@ def _without(body: Body, lines: set[int]) -> Body:
 
 
 def _packed(text: str, outside: Mapping[str, bytes]) -> str:
-    blocks = [_file_block(name, outside[name]) for name in sorted(outside)]
+    blocks = [file_block(name, outside[name]) for name in sorted(outside)]
     if not blocks:
         return text
     return "\n".join([text.rstrip("\n") + "\n", *blocks])
 
 
-def _file_block(name: str, content: bytes) -> str:
+def file_block(name: str, content: bytes) -> str:
     """Return a block that reads back as this file: as text where that is exact."""
     label = hcl.quote(name)
     try:
