@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.aio.backoff import Backoff
 from spire_hw.aio.tasks import Tasks
-from spire_hw.errors import DeniedError, ErrorKind, SpireHwError, UnavailableError
+from spire_hw.errors import DeniedError, ErrorKind, NotReadyError, SpireHwError, UnavailableError
 from spire_hw.key import spki_der
 from spire_hw.svid.x509svid import parse_x509_svid
 from spire_hw_agent.upstream.posture import Standing
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable, Coroutine
 
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
-    from spire_hw.posture.heartbeat import HeartbeatSource
+    from spire_hw.posture.heartbeat import HeartbeatAnswer, HeartbeatSource
     from spire_hw.transport.tls import TlsIdentity
     from spire_hw_agent.upstream.client import Upstream
     from spire_hw_agent.upstream.posture import Asked, HeartbeatStream
@@ -58,7 +58,7 @@ class Heartbeat:
         clock: Clock,
         log: Logger,
         on_standing: Callable[[Standing | None], None],
-        on_denied: Callable[[DeniedError, int], Awaitable[None]],
+        on_denied: Callable[[DeniedError, int], Coroutine[Any, Any, None]],
     ) -> None:
         self._upstream = upstream
         self._source = source
@@ -66,22 +66,29 @@ class Heartbeat:
         self._log = log
         self._on_standing = on_standing
         self._on_denied = on_denied
+        self._tasks = Tasks(self._failed)
         self._was_heard = False
         self._is_lost = False
         self._is_unknown = False
 
     async def run(self) -> None:
         """Keep a stream open under whatever identity the agent has."""
-        while True:
-            seen, identity = self._upstream.identity.version, self._upstream.identity.value
-            async with asyncio.TaskGroup() as group:
-                tasks: set[asyncio.Task[Any]] = set()
-                tasks.add(group.create_task(self._upstream.identity.wait(seen)))
-                if identity is not None:
-                    tasks.add(group.create_task(self._keep(identity)))
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in tasks:
-                    task.cancel()
+        try:
+            while True:
+                await self._under_one_identity()
+        finally:
+            await self._tasks.close()
+
+    async def _under_one_identity(self) -> None:
+        seen, identity = self._upstream.identity.version, self._upstream.identity.value
+        async with asyncio.TaskGroup() as group:
+            tasks: set[asyncio.Task[Any]] = set()
+            tasks.add(group.create_task(self._upstream.identity.wait(seen)))
+            if identity is not None:
+                tasks.add(group.create_task(self._keep(identity)))
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                task.cancel()
 
     async def _keep(self, identity: TlsIdentity) -> None:
         """Open a stream again and again; ends only when cancelled."""
@@ -100,7 +107,8 @@ class Heartbeat:
                     self._on_standing(None)
                     await self._clock.sleep(_UNKNOWN_S)
                 elif isinstance(e, DeniedError):
-                    await self._on_denied(e, version)
+                    # It may end this very stream's identity, and has to get through with that.
+                    await asyncio.shield(self._tasks.spawn("denied", self._on_denied(e, version)))
                 elif e.kind is ErrorKind.UNAVAILABLE:
                     most_s = _MAX_ABSENCE_S
                     if self._was_heard:
@@ -128,7 +136,7 @@ class Heartbeat:
         await stream.hello(
             await asyncio.to_thread(read_boot_id), can_answer=self._source is not None
         )
-        tasks = Tasks(self._answer_failed)
+        tasks = Tasks(self._failed)
         answering: asyncio.Task[None] | None = None
         patience_s: float | None = None
         try:
@@ -152,26 +160,32 @@ class Heartbeat:
             await tasks.close()
 
     async def _answer(self, stream: HeartbeatStream, asked: Asked, spki_sha256: bytes) -> None:
-        """Answer one challenge; the stream's reader sees when it is the stream that fails."""
+        """Answer one challenge, or say why not."""
         self._log.debug("The server asks for a heartbeat")
-        reason = "the node attestor cannot answer heartbeats"
         try:
-            if self._source is not None:
-                async with asyncio.timeout(min(asked.timeout_s or _ANSWER_S, _MAX_ANSWER_S)):
-                    answer = await self._source.heartbeat(asked.challenge, spki_sha256)
-                await stream.answer(answer)
-                return
-        except TimeoutError:
-            reason = "the machine did not answer in time"
+            answer = await self._quote(asked, spki_sha256)
         except SpireHwError as e:
-            reason = e.message
-        self._log.warning("Failed to answer a heartbeat", error=reason)
-        await stream.cannot_answer(reason)
+            self._log.warning("Failed to answer a heartbeat", error=e.message)
+            await stream.cannot_answer(e.message)
+        else:
+            await stream.answer(answer)
 
-    def _answer_failed(self, name: str, error: BaseException) -> None:
-        shown = error.message if isinstance(error, SpireHwError) else None
+    async def _quote(self, asked: Asked, spki_sha256: bytes) -> HeartbeatAnswer:
+        if self._source is None:
+            raise NotReadyError("the node attestor cannot answer heartbeats")
+        try:
+            async with asyncio.timeout(min(asked.timeout_s or _ANSWER_S, _MAX_ANSWER_S)):
+                return await self._source.heartbeat(asked.challenge, spki_sha256)
+        except TimeoutError:
+            raise UnavailableError("the machine did not answer in time") from None
+
+    def _failed(self, name: str, error: BaseException) -> None:
+        known = isinstance(error, SpireHwError)
         self._log.error(
-            "A heartbeat was not answered", error=shown, exc_info=None if shown else error
+            "A heartbeat task failed",
+            task=name,
+            error=str(error),
+            exc_info=None if known else error,
         )
 
 

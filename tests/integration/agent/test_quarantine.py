@@ -19,12 +19,15 @@ from spire_hw.x509.certificate import encode_pem
 from spire_hw_agent.app import Agent
 from spire_hw_agent.config import build_settings
 from spire_hw_agent.heartbeat import read_boot_id
-from spire_hw_sim.liar import TRUST_DOMAIN, LyingServer
+from spire_hw_sim.liar import AGENT_PATH, TRUST_DOMAIN, LyingServer
+from spire_hw_sim.pki import now
 from spire_hw_sim.programs import try_run
 from spire_hw_sim.workload import Workload, eventually, refusal, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+
+    from spire_hw.key import PublicKey
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
 
@@ -74,8 +77,12 @@ class WatchfulServer(LyingServer):
         self.syncs += 1
 
     def say(self, word: str, *reasons: str) -> None:
-        """Tell the agent a state."""
-        self.told.put_nowait(state(word, *reasons))
+        """Tell the agent a state, now and on every later stream."""
+        self.first = state(word, *reasons)
+        self.told.put_nowait(self.first)
+
+    def agent_chain(self, key: PublicKey) -> list[bytes]:
+        return [self.leaf(key, AGENT_PATH, start=now())]  # not due for renewal yet
 
 
 def state(word: str, *reasons: str, **fields: Any) -> pb.HeartbeatResponse:
