@@ -259,7 +259,8 @@ class _Boot:
                 break
             if kind == EV_S_CRTM_VERSION and self._hash(data) == digest:
                 text = _text(data)
-                return text if text.isprintable() else f"hex:{data.hex()}"
+                plain = text.isascii() and text.isprintable()
+                return text if plain else f"hex:{data.hex()}"
         return ""
 
     def _extended(self, pcr: int) -> Sequence[Measured]:
