@@ -149,11 +149,14 @@ class Heartbeat:
                 if isinstance(message, Standing):
                     patience_s = None if message.next_s is None else 2 * message.next_s + _GRACE_S
                     self._on_standing(message)
-                elif answering is not None and not answering.done():
-                    raise SpireHwError("server sent a challenge before the last one was answered")
-                else:
-                    patience_s = None
-                    answering = tasks.spawn("answer", self._answer(stream, message, spki_sha256))
+                    continue
+                patience_s = None
+                if answering is not None:
+                    # It may have been answered this very moment; servers ask for more then.
+                    await asyncio.wait({answering}, timeout=_GRACE_S)
+                    if not answering.done():
+                        raise SpireHwError("server sent a challenge before the last was answered")
+                answering = tasks.spawn("answer", self._answer(stream, message, spki_sha256))
         except TimeoutError:
             raise UnavailableError("no heartbeat came when one was due") from None
         finally:
@@ -174,7 +177,8 @@ class Heartbeat:
         if self._source is None:
             raise NotReadyError("the node attestor cannot answer heartbeats")
         try:
-            async with asyncio.timeout(min(asked.timeout_s or _ANSWER_S, _MAX_ANSWER_S)):
+            # Early enough to say so.
+            async with asyncio.timeout(0.9 * min(asked.timeout_s or _ANSWER_S, _MAX_ANSWER_S)):
                 return await self._source.heartbeat(asked.challenge, spki_sha256)
         except TimeoutError:
             raise UnavailableError("the machine did not answer in time") from None

@@ -148,9 +148,10 @@ class AgentIdentity:
         backoff = Backoff(_CHECK_INTERVAL_S, _MAX_BACKOFF_S)
         while True:
             wait = _CHECK_INTERVAL_S
+            is_asked = self._is_asked
             try:
                 await self.renew_if_due()
-                if self._is_quarantined:
+                if is_asked:  # maybe once more: what it gave need not be what the server wants
                     wait = backoff.next_s()
                 else:
                     backoff.reset()
@@ -171,7 +172,11 @@ class AgentIdentity:
             svid = self._current
             if svid is None or self._trust.is_rebootstrap_due():
                 await self._attest_again()
-            elif not (self._is_due(svid) or self._is_wanted(svid) or await self._lost_key(svid)):
+            elif not (
+                self._is_due(svid)
+                or (self._is_asked and svid.reattestable)
+                or await self._lost_key(svid)
+            ):
                 return
             elif svid.reattestable:
                 await self._attest_again()
@@ -183,14 +188,11 @@ class AgentIdentity:
     def _is_quarantined(self) -> bool:
         return self._standing is not None and self._standing.state is NodeState.QUARANTINED
 
-    def _is_wanted(self, svid: AgentSvid) -> bool:
+    @property
+    def _is_asked(self) -> bool:
         """Tell whether to attest again because of what the server said; it may heal the node."""
         standing = self._standing
-        return (
-            svid.reattestable
-            and standing is not None
-            and (standing.reattest or self._is_quarantined)
-        )
+        return standing is not None and (standing.reattest or self._is_quarantined)
 
     async def _lost_key(self, svid: AgentSvid) -> bool:
         """Tell whether to attest again because the key is gone."""

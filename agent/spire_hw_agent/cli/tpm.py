@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
-from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from spire_hw.cli.flags import F, GoGroup, flag
@@ -16,6 +15,7 @@ from spire_hw.cli.output import Printer, output_flags, table
 from spire_hw.errors import InvalidInputError
 from spire_hw.tpm.certificate import parse_certificate
 from spire_hw.tpm.ekcert import TpmModel, read_model
+from spire_hw.tpm.names import format_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -163,7 +163,7 @@ def _key_values(key: Endorsement) -> dict[str, Any]:
         "handle": "" if key.handle is None else f"0x{key.handle:08x}",
         "public_key": _pem_key(key),
         "certificate": None if key.certificate is None else _certificate_values(key.certificate),
-        "chain_length": len(key.chain),
+        "chain": [one.hex() for one in key.chain],
     }
 
 
@@ -181,7 +181,7 @@ def _certificate_values(der: bytes) -> dict[str, Any]:
     except InvalidInputError as e:
         return {"fault": e.message, "der": der.hex()}
     return {
-        "issuer": _issuer(der),
+        "issuer": format_name(certificate.issuer),
         "serial": f"{certificate.serial:x}",
         "not_before": certificate.not_before.isoformat(),
         "not_after": certificate.not_after.isoformat(),
@@ -190,14 +190,6 @@ def _certificate_values(der: bytes) -> dict[str, Any]:
         "version": model.version,
         "der": der.hex(),
     }
-
-
-def _issuer(der: bytes) -> str:
-    """Return the issuer's name, empty for a certificate strict parsers refuse."""
-    try:
-        return x509.load_der_x509_certificate(der).issuer.rfc4514_string()
-    except ValueError:
-        return ""
 
 
 def _show(found: TpmInfo) -> None:

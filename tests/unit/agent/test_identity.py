@@ -310,6 +310,20 @@ async def test_a_node_is_attested_once_more_when_the_server_asks_for_it(site: Si
     assert site.told.new == 2
 
 
+async def test_a_server_that_is_never_content_is_asked_less_and_less(site: Site) -> None:
+    site.liar.reattestable = True
+    await site.identity.start()
+    wish = replace(ATTESTED, reattest=True)
+    async with asyncio.TaskGroup() as group:
+        site.identity.follow(wish)
+        running = group.create_task(site.identity.run())
+        for count in range(2, 9):
+            await wait_for(site, lambda count=count: site.told.new >= count)
+            site.identity.follow(wish)
+        running.cancel()
+    assert max(site.clock.slept) > 20
+
+
 async def test_a_node_that_attests_only_once_is_not_asked_again(site: Site) -> None:
     await site.identity.start()
     site.identity.follow(QUARANTINED)
