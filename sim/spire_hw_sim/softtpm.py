@@ -30,6 +30,7 @@ SVID_KEY_ATTRIBUTES: Final = 0x00040472
 PARENT_ATTRIBUTES: Final = 0x00030472
 ENDORSEMENT: Final = wire.RH_ENDORSEMENT.to_bytes(4, "big")
 OWNER: Final = wire.RH_OWNER.to_bytes(4, "big")
+NULL: Final = wire.RH_NULL.to_bytes(4, "big")
 
 _CURVES: Final[dict[str, tuple[ec.EllipticCurve, int]]] = {
     "secp256r1": (ec.SECP256R1(), wire.CURVE_P256),
