@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from spire_hw.posture.evaluate import evaluate
+from spire_hw.posture.evaluate import differences, evaluate
 from spire_hw.posture.patterns import Patterns
 from spire_hw.posture.sheet import shown
 from spire_hw.posture.signature import FileKey
@@ -115,3 +115,31 @@ def _text(value: Any) -> str:
         tuple: lambda where: ":".join(map(str, where)),
     }
     return texts.get(type(value), str)(value)
+
+
+@dataclass(frozen=True, slots=True)
+class PcrDifference:
+    """A PCR that is not as a policy has it.
+
+    Attributes:
+        pcr: bank and number, such as `sha256:4`.
+        machine: its value, None when it was not quoted.
+        allowed: values the policy allows; of sets, those of the closest one.
+    """
+
+    pcr: str
+    machine: bytes | None
+    allowed: tuple[bytes, ...]
+
+
+def pcr_differences(policy: Policy, evidence: Evidence) -> list[PcrDifference]:
+    """Return the PCRs that fail a policy, by bank and number."""
+    demands = dict(policy.pcrs)
+    if policy.pcr_sets:
+        closest = min(policy.pcr_sets, key=lambda one: len(differences(one, evidence.pcrs)))
+        demands |= closest.values
+    return [
+        PcrDifference(_text(where), evidence.pcrs.get(where), tuple(sorted(allowed)))
+        for where, allowed in sorted(demands.items())
+        if evidence.pcrs.get(where) not in allowed
+    ]

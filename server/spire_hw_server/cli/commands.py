@@ -12,9 +12,11 @@ from spire_hw_server.cli import (
     jwt,
     localauthority,
     logger,
+    policy,
     run,
     token,
     tpm,
+    tpmdevid,
     x509,
 )
 
@@ -26,6 +28,7 @@ root = root_group(
 root.add_command(run.run)
 root.add_command(run.validate)
 root.add_command(healthcheck.healthcheck)
+tpm.group.add_command(tpmdevid.group)
 for _group in (
     token.group,
     entry.group,
@@ -34,6 +37,7 @@ for _group in (
     x509.group,
     jwt.group,
     tpm.group,
+    policy.group,
     localauthority.group,
     logger.group,
 ):
