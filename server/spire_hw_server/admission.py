@@ -31,9 +31,16 @@ from spire_hw.plugin.nodeattestor import (
     Challenge,
     ServerNodeAttestor,
 )
+from spire_hw.posture.evidence import Occasion
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId, TrustDomain, agent_id, check_agent_id, check_segment
-from spire_hw_server.datastore.interface import NO_KEYS, KeyInUseError, KeyRole, Node
+from spire_hw_server.datastore.interface import (
+    NO_KEYS,
+    KeyInUseError,
+    KeyRole,
+    Node,
+    QuarantinedError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -41,7 +48,10 @@ if TYPE_CHECKING:
 
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
-    from spire_hw_server.datastore.interface import Datastore, NodeKeys
+    from spire_hw.posture.evidence import Evidence
+    from spire_hw_server.datastore.interface import Datastore, NodeKeys, PostureUpdate
+    from spire_hw_server.posture.judge import NodeJudge
+    from spire_hw_server.posture.outcome import Outcome
 
 JOIN_TOKEN: Final = "join_token"  # noqa: S105 - the attestor's name
 AGENT_ID_SELECTOR: Final = "spiffe_id"
@@ -78,6 +88,7 @@ class Admission:
         can_reattest: whether it attests again instead of renewing.
         csr_spki: DER of the one public key the SVID may be issued for.
         keys: digests of the keys no other node may have.
+        evidence: what was proved about its machine, None when nothing was.
     """
 
     agent_id: SpiffeId
@@ -86,6 +97,7 @@ class Admission:
     can_reattest: bool
     csr_spki: bytes
     keys: NodeKeys
+    evidence: Evidence | None = None
 
 
 class Admissions:
@@ -102,6 +114,7 @@ class Admissions:
         agent_id_as_selector: add the selector `spiffe_id:<agent ID>` to every node.
         is_banned: tells from memory which agent IDs are banned, so that a banned node's exchange
             ends early; None asks the store. The store is asked at the end in any case.
+        judge: what is made of evidence, and how it is stored; None without.
         strict_ids: refuse agent IDs outside `/spire/agent/<attestor>/`; else they are let through
             with a warning, as upstream does, unless they look like another attestor's.
     """
@@ -118,6 +131,7 @@ class Admissions:
         max_message_bytes: int = 65536,
         agent_id_as_selector: bool = False,
         is_banned: Callable[[SpiffeId], bool] | None = None,
+        judge: NodeJudge | None = None,
         strict_ids: bool = True,
     ) -> None:
         self._datastore = datastore
@@ -134,6 +148,7 @@ class Admissions:
         self._max_message_bytes = max_message_bytes
         self._agent_id_as_selector = agent_id_as_selector
         self._is_banned = is_banned
+        self._judge = judge
         self._strict_ids = strict_ids
 
     async def admit(
@@ -197,13 +212,21 @@ class Admissions:
             selectors=admission.selectors,
         )
         try:
-            stored = await self._datastore.put_node(node, admission.keys)
-        except DeniedError as e:
-            refusal: SpireHwError = _banned(admission.agent_id)
+            shown = await self._shown(admission)
+            update = None if shown is None else shown[0]
+            stored = await self._datastore.put_node(node, admission.keys, update)
+        except (DeniedError, AttestationError) as e:
+            refusal: SpireHwError = e
             if isinstance(e, KeyInUseError):
                 refusal = self.reused(admission.attestation_type, admission.agent_id, e)
+            elif isinstance(e, QuarantinedError):
+                refusal = _quarantined(e)
+            elif isinstance(e, DeniedError):
+                refusal = _banned(admission.agent_id)
             self._record_refusal(refusal, admission.attestation_type, admission.csr_spki, "")
             raise refusal from e
+        if shown is not None and self._judge is not None:
+            self._judge.stored(admission.agent_id, shown[1], Occasion.ATTESTATION.value)
         self._log.info(
             "Node attested",
             agent_id=str(stored.agent_id),
@@ -212,6 +235,12 @@ class Admissions:
             selectors=len(stored.selectors),
         )
         return stored
+
+    async def _shown(self, admission: Admission) -> tuple[PostureUpdate, Outcome] | None:
+        """Return what evidence changes of what is known of a machine."""
+        if self._judge is None or admission.evidence is None:
+            return None
+        return await self._judge.admitted(admission.agent_id, admission.evidence)
 
     def reused(self, name: str, agent_id: SpiffeId, error: KeyInUseError) -> AttestationError:
         """Tell the operator of both nodes, and return what the one that asked is told.
@@ -341,6 +370,8 @@ class Admissions:
             stored = await self._stored(identity.agent_id, keys)
         except KeyInUseError as e:
             raise self.reused(name, identity.agent_id, e) from e
+        if stored is not None and stored.quarantine and identity.evidence is None:
+            raise _quarantined(QuarantinedError(stored.agent_id, stored.quarantine))
         if stored is not None and stored.attestation_type != name:
             raise DeniedError(
                 f'agent ID "{identity.agent_id}" belongs to a node attested by'
@@ -353,6 +384,7 @@ class Admissions:
             can_reattest=identity.can_reattest,
             csr_spki=csr_spki,
             keys=keys,
+            evidence=identity.evidence,
         )
 
     def _check_id(self, name: str, identity: SpiffeId) -> None:
@@ -436,6 +468,10 @@ class _Exchange:
 def _banned(identity: SpiffeId) -> DeniedError:
     # Without a wire detail: an agent that attests has no identity yet to throw away.
     return DeniedError(f'agent "{identity}" is banned; evicting it lifts the ban')
+
+
+def _quarantined(error: QuarantinedError) -> DeniedError:
+    return DeniedError(f"node: quarantined: {error.reason_code}")
 
 
 def _wrong_answer(name: str, reason: str) -> PluginError:

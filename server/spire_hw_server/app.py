@@ -46,7 +46,7 @@ from spire_hw_server.datastore.sql.store import open_datastore
 from spire_hw_server.entries import EntryCache
 from spire_hw_server.hostservices import ServerServices
 from spire_hw_server.housekeeping import Housekeeping, HousekeepingSettings
-from spire_hw_server.posture.policies import Policies
+from spire_hw_server.posture.postures import Postures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from spire_hw.bundle.bundle import Bundle
     from spire_hw.errors import ConfigFault
     from spire_hw.plugin.info import Builder, EkList
+    from spire_hw.posture.judge import Judge
     from spire_hw.rpc.probes import Health
     from spire_hw_server.config import ServerSettings
 
@@ -167,7 +168,7 @@ class Server:
         self._manager: CaManager | None = None
         self._identity: ServerIdentity | None = None
         self._bundles: Bundles | None = None
-        self._policies: Policies | None = None
+        self._postures: Postures | None = None
         self._catalog: Catalog | None = None
         self._services = ServerServices(clock=self.clock, log=logs.get_logger("catalog"))
 
@@ -221,8 +222,8 @@ class Server:
         """Read the plugins' data files and the policies again; what goes wrong is logged."""
         if self._catalog is not None:
             await self._catalog.reconfigure()
-        if self._policies is not None:
-            await self._policies.reload()
+        if self._postures is not None:
+            await self._postures.policies.reload()
 
     async def _start(self) -> None:
         settings = self.settings
@@ -234,17 +235,24 @@ class Server:
         self._stack.callback(lock_data_dir(settings.data_dir))
         await asyncio.to_thread(check_addresses, settings)
         store = await self._open_store()
+        nodes = NodeCache(store, clock=self.clock, log=logs.get_logger("cache"))
+        await nodes.start()
+        postures = await self._open_postures(store, nodes)
         catalog = await Catalog.load(
             _plugins(settings),
             self._table,
-            _host(settings, self.clock, store, self._own_bundle),
+            _host(settings, self.clock, store, self._own_bundle, postures.judge),
             SERVER_RULES,
             names=_names,
             external=External(self._services.offered),
         )
         self._stack.push_async_callback(catalog.close)
         self._catalog = catalog
-        parts = await self._open_parts(store, catalog)
+        postures.use(
+            {p.name: p.plugin for p in catalog.all(PluginKind.NODE_ATTESTOR)},
+            {p.name: p.plugin for p in catalog.all(PluginKind.NOTIFIER)},
+        )
+        parts = await self._open_parts(store, catalog, nodes, postures)
         self._services.open(store, parts.identity, parts.bundles)
         health = build_health(parts, settings, catalog.checks())
         bundles = parts.bundles
@@ -301,7 +309,27 @@ class Server:
                 )
         return store
 
-    async def _open_parts(self, store: Datastore, catalog: Catalog) -> Parts:
+    async def _open_postures(self, store: Datastore, nodes: NodeCache) -> Postures:
+        settings = self.settings
+        postures = Postures(
+            store,
+            settings.posture,
+            trust_domain=settings.trust_domain,
+            node_of=nodes.get,
+            poll_s=settings.cache_reload_interval.total_seconds(),
+            full_reload_s=settings.full_cache_reload_interval.total_seconds(),
+            clock=self.clock,
+            log=logs.get_logger("posture"),
+        )
+        await postures.start()
+        self._stack.push_async_callback(postures.close)
+        nodes.on_change = postures.heartbeats.node_changed
+        self._postures = postures
+        return postures
+
+    async def _open_parts(
+        self, store: Datastore, catalog: Catalog, nodes: NodeCache, postures: Postures
+    ) -> Parts:
         settings, clock = self.settings, self.clock
         poll_s = settings.cache_reload_interval.total_seconds()
         full_s = settings.full_cache_reload_interval.total_seconds()
@@ -327,19 +355,6 @@ class Server:
         )
         await entries.start()
         self._stack.push_async_callback(entries.close)
-        policies = Policies(
-            store=store,
-            policy_dir=settings.posture.policy_dir,
-            clock=clock,
-            log=log,
-            poll_s=poll_s,
-            full_reload_s=full_s,
-        )
-        await policies.start()
-        self._stack.push_async_callback(policies.close)
-        self._policies = policies
-        nodes = NodeCache(store, clock=clock, log=log)
-        await nodes.start()
         composers = [(p.name, p.plugin) for p in catalog.all(PluginKind.CREDENTIAL_COMPOSER)]
         issuer = Issuer(_profile(settings), clock, Composers(composers))
         manager = await self._open_ca(store, bundles, issuer, catalog)
@@ -359,6 +374,7 @@ class Server:
             clock=clock,
             log=logs.get_logger("admission"),
             is_banned=entries.is_banned,
+            judge=postures.judge,
             # An operator's agent_path_template may lead elsewhere, as upstream has it.
             strict_ids=False,
         )
@@ -372,7 +388,7 @@ class Server:
             manager=manager,
             identity=identity,
             admissions=admissions,
-            policies=policies,
+            postures=postures,
         )
 
     async def _open_ca(
@@ -447,8 +463,10 @@ class Server:
             "CA rotation": parts.manager.run(),
             "server SVID rotation": parts.identity.run(),
             "node cache": parts.nodes.run(),
+            "own changes of nodes": parts.nodes.follow_own(),
             "housekeeping": housekeeping.run(),
             "health": health.run(),
+            **parts.postures.loops(),
         }
         tasks = Tasks(on_failure=self._broke_down)
         self._stack.push_async_callback(tasks.close)
@@ -558,7 +576,11 @@ def _no_bundle() -> Bundle:
 
 
 def _host(
-    settings: ServerSettings, clock: Clock, store: EkList, trust_bundle: Callable[[], Bundle]
+    settings: ServerSettings,
+    clock: Clock,
+    store: EkList,
+    trust_bundle: Callable[[], Bundle],
+    judge: Judge | None = None,
 ) -> HostInfo:
     return HostInfo(
         side=Side.SERVER,
@@ -568,4 +590,5 @@ def _host(
         clock=clock,
         ek_list=store,
         trust_bundle=trust_bundle,
+        judge=judge,
     )

@@ -53,12 +53,14 @@ class Memory:
         earlier: boots before, the newest first.
         held_reset: a quarantine ends with a boot after this reset count; None when there is none.
         lenient: an operator vouched for the machine: the next evidence is compared with nothing.
+        policy_sha256: digest of the policy all of it was judged by, "" for none.
     """
 
     last: Evidence
     earlier: tuple[Boot, ...] = ()
     held_reset: int | None = None
     lenient: bool = False
+    policy_sha256: str = ""
 
     @property
     def ima(self) -> ImaState | None:
@@ -116,12 +118,18 @@ def _still_explained(boot: BootFacts, before: PcrValues, now: PcrValues) -> bool
     return all(place in now and now[place] == before.get(place) for place in places)
 
 
-def advance(memory: Memory | None, evidence: Evidence) -> Memory:
-    """Return the memory after evidence was accepted."""
+def advance(memory: Memory | None, evidence: Evidence, policy_sha256: str = "") -> Memory:
+    """Return the memory after evidence was accepted.
+
+    Args:
+        memory: before, None for none.
+        evidence: what was accepted.
+        policy_sha256: digest of the policy that accepted it, "" for none.
+    """
     evidence = complete(memory, evidence)
     ima = None if evidence.ima is None else _without_entries(evidence.ima)
     if memory is None or memory.lenient:
-        return Memory(replace(evidence, ima=ima, findings=()))
+        return Memory(replace(evidence, ima=ima, findings=()), policy_sha256=policy_sha256)
     same = is_same_boot(memory, evidence)
     if same:
         pcrs = {**memory.last.pcrs, **evidence.pcrs}
@@ -132,7 +140,7 @@ def advance(memory: Memory | None, evidence: Evidence) -> Memory:
     over = _boot(memory.last)
     if (not same or over.boot_id != evidence.boot_id) and over != _UNKNOWN_BOOT:
         earlier = (over, *earlier)[:EARLIER_BOOTS]
-    return Memory(kept, earlier)
+    return Memory(kept, earlier, policy_sha256=policy_sha256)
 
 
 def _without_entries(ima: ImaFacts) -> ImaFacts:
@@ -182,6 +190,7 @@ def encode_memory(memory: Memory) -> str:
             "earlier": [[b.reset_count, b.boot_id, b.clock_ms] for b in memory.earlier],
             "held_reset": memory.held_reset,
             "lenient": memory.lenient,
+            "policy_sha256": memory.policy_sha256,
         },
         separators=(",", ":"),
     )
@@ -213,7 +222,8 @@ def decode_memory(text: str, document: Evidence) -> Memory:
             boot_id=data["boot_id"],
         )
         earlier = tuple(Boot(*boot) for boot in data["earlier"])
-        return Memory(last, earlier, data["held_reset"], data["lenient"])
+        held, lenient = data["held_reset"], data["lenient"]
+        return Memory(last, earlier, held, lenient, data["policy_sha256"])
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as e:
         if isinstance(e, EncodingError):
             raise

@@ -16,7 +16,7 @@ from spire_hw.logsample import Sampler
 from spire_hw.rpc.interceptors import Guard
 from spire_hw.transport.peer import TcpPeer, UnixPeer
 from spire_hw_server.api.caller import Caller, Certificate, Lookups, classify, denied
-from spire_hw_server.api.policy import CallerClass, allowed_classes
+from spire_hw_server.api.policy import OPEN_IN_QUARANTINE, CallerClass, allowed_classes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,6 +82,8 @@ class Authorizer(Guard):
         except DeniedError as e:
             self._tell(call, e, certificate)
             raise
+        if caller.node is not None and caller.node.quarantine:
+            self._refuse_quarantined(call, caller.node)
         if caller.promote:
             caller = replace(caller, node=await self._promote(call, caller), promote=False)
         call.attributes[_CALLER] = caller
@@ -89,6 +91,24 @@ class Authorizer(Guard):
             call.log = call.log.bind(
                 authorized_as=caller.authorized_as.value, authorized_via=caller.authorized_via
             )
+
+    def _refuse_quarantined(self, call: Call, node: Node) -> None:
+        """Refuse what a node in quarantine may not do.
+
+        Without a detail that would make the agent throw its identity away: it needs it to heal.
+        """
+        if call.method in OPEN_IN_QUARANTINE:
+            return
+        left_out = self._refusals.admit((node.agent_id, call.method))
+        if left_out is not None:
+            call.log.warning(
+                "call denied",
+                reason="quarantined",
+                quarantine=node.quarantine,
+                spiffe_id=node.agent_id.text,
+                left_out=left_out,
+            )
+        raise DeniedError(f"agent is in quarantine: {node.quarantine}")
 
     def _tell(self, call: Call, error: DeniedError, certificate: Certificate | None) -> None:
         """Log a refusal, but not every one of a caller in a loop."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from spire_hw._pb import (
     hw_admin_pb2,
     hw_policy_pb2,
+    hw_posture_pb2,
     server_agent_pb2,
     server_bundle_pb2,
     server_debug_pb2,
@@ -49,6 +50,7 @@ def shared_methods(services: Services) -> list[Method]:
         (server_entry_pb2, "Entry", services.entry),
         (server_svid_pb2, "SVID", services.svid),
         (server_localauthority_pb2, "LocalAuthority", services.local_authority),
+        (hw_posture_pb2, "Posture", services.posture),
     )
     return [
         method
@@ -65,6 +67,7 @@ def local_methods(
         *bind(server_debug_pb2.DESCRIPTOR.services_by_name["Debug"], services.debug),
         *bind(server_logger_pb2.DESCRIPTOR.services_by_name["Logger"], services.logger),
         *bind(hw_admin_pb2.DESCRIPTOR.services_by_name["Tpm"], services.tpm),
+        *bind(hw_posture_pb2.DESCRIPTOR.services_by_name["PostureAdmin"], services.posture_admin),
         *bind(hw_policy_pb2.DESCRIPTOR.services_by_name["Policy"], services.policy),
         *health_methods(is_healthy, clock),
     ]

@@ -15,6 +15,8 @@ from spire_hw.spiffeid import SpiffeId
 from spire_hw_server.datastore.interface import ChangeKind, Datastore, Node
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
 
@@ -42,6 +44,8 @@ class NodeCache:
         self._nodes: OrderedDict[SpiffeId, Node] = OrderedDict()
         self._seen = 0
         self._noticed = 0
+        # Told of every change, with the agent ID.
+        self.on_change: Callable[[SpiffeId], None] | None = None
 
     async def start(self) -> None:
         """Begin to follow changes."""
@@ -90,6 +94,25 @@ class NodeCache:
         """Drop a node that was changed, banned or deleted."""
         self._nodes.pop(agent_id, None)
 
+    async def follow_own(self) -> None:
+        """Take note of changes made through this server's store at once; ends when cancelled."""
+        changed = self._store.changed
+        seen = changed.version
+        while True:
+            _, seen = await changed.wait(seen)
+            if seen == self._noticed:
+                continue  # whoever asked for a node was quicker
+            try:
+                await self._catch_up()
+            except SpireHwError as e:
+                self._nodes.clear()
+                self._log.warning("could not follow changes of nodes", error=e.message)
+
+    def _changed(self, agent_id: SpiffeId) -> None:
+        self._nodes.pop(agent_id, None)
+        if self.on_change is not None:
+            self.on_change(agent_id)
+
     async def _catch_up(self) -> None:
         noticed = self._store.changed.version
         while True:
@@ -100,7 +123,7 @@ class NodeCache:
                 self._nodes.clear()
             for change in changes:
                 if change.kind is ChangeKind.NODE:
-                    self._nodes.pop(SpiffeId.parse(change.key), None)
+                    self._changed(SpiffeId(change.key))
                 self._seen = max(self._seen, change.event_id)
             if len(changes) < _CHANGES:
                 break

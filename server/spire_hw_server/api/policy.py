@@ -107,6 +107,16 @@ _SERVICES: Final[dict[str, dict[str, frozenset[CallerClass]]]] = {
     },
     # Ours: TPMs enrolled by endorsement key hash.
     "spire_hw.server.v1.Tpm": {"AllowEk": _LOCAL, "DenyEk": _LOCAL, "ListEks": _LOCAL},
+    # Ours: whether machines still are as they should be.
+    "spire_hw.server.v1.Posture": {"Heartbeat": _AGENT},
+    "spire_hw.server.v1.PostureAdmin": {
+        "GetState": _LOCAL,
+        "ListStates": _LOCAL,
+        "ListEvidence": _LOCAL,
+        "GetEvidence": _LOCAL,
+        "Release": _LOCAL,
+        "Quarantine": _LOCAL,
+    },
     # Ours: what machines have to show.
     "spire_hw.server.v1.Policy": {
         "CreatePolicy": _LOCAL,
@@ -125,7 +135,18 @@ LOCAL_SERVICES: Final = frozenset(
         "spire.api.server.logger.v1.Logger",
         "grpc.health.v1.Health",
         "spire_hw.server.v1.Policy",
+        "spire_hw.server.v1.PostureAdmin",
         "spire_hw.server.v1.Tpm",
+    }
+)
+
+# What an agent may go on calling while its node is in quarantine: nothing that gives it, or keeps up,
+# an identity.
+OPEN_IN_QUARANTINE: Final = frozenset(
+    {
+        "/spire_hw.server.v1.Posture/Heartbeat",
+        "/spire.api.server.agent.v1.Agent/PostStatus",
+        "/spire.api.server.bundle.v1.Bundle/GetFederatedBundle",
     }
 )
 

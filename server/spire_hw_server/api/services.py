@@ -20,6 +20,7 @@ from spire_hw_server.api.limits import Limits
 from spire_hw_server.api.localauthority import LocalAuthorityService
 from spire_hw_server.api.logger import LoggerService
 from spire_hw_server.api.policies import PolicyService
+from spire_hw_server.api.posture import PostureAdminService, PostureService
 from spire_hw_server.api.svid import SvidService
 from spire_hw_server.api.tpm import TpmService
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from spire_hw_server.config import ServerSettings
     from spire_hw_server.datastore.interface import Datastore
     from spire_hw_server.entries import EntryCache
-    from spire_hw_server.posture.policies import Policies
+    from spire_hw_server.posture.postures import Postures
 
 _HEALTH_PATH: Final = ("for", "health", "check", "only")
 
@@ -55,7 +56,7 @@ class Parts:
     manager: CaManager
     identity: ServerIdentity
     admissions: Admissions
-    policies: Policies
+    postures: Postures
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,8 @@ class Services:
     local_authority: LocalAuthorityService
     tpm: TpmService
     policy: PolicyService
+    posture: PostureService
+    posture_admin: PostureAdminService
     debug: DebugService
     logger: LoggerService
 
@@ -118,7 +121,15 @@ def build_services(parts: Parts, settings: ServerSettings) -> Services:
             manager=parts.manager, audit=audit, jwt_enabled=jwt_enabled
         ),
         tpm=TpmService(store=parts.store, audit=audit),
-        policy=PolicyService(store=parts.store, policies=parts.policies, audit=audit),
+        policy=PolicyService(store=parts.store, policies=parts.postures.policies, audit=audit),
+        posture=PostureService(postures=parts.postures),
+        posture_admin=PostureAdminService(
+            trust_domain=trust_domain,
+            store=parts.store,
+            postures=parts.postures,
+            audit=audit,
+            clock=parts.clock,
+        ),
         debug=DebugService(
             trust_domain=trust_domain,
             store=parts.store,

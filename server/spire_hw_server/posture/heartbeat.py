@@ -34,7 +34,7 @@ from spire_hw_server.posture.outcome import failed, refusal
 from spire_hw_server.posture.pace import Pace, Sleeper, spread
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping
+    from collections.abc import AsyncIterator, Iterator
     from datetime import datetime
 
     from spire_hw.clock import Clock
@@ -58,7 +58,8 @@ class Stream:
     """Who holds a stream.
 
     Attributes:
-        node: as the certificate of the connection was authorized.
+        agent_id: whom the certificate of the connection was issued to.
+        attestation_type: name of the attestor that let it in.
         serial_number: decimal, of that certificate.
         not_after: when it ends.
         spki_sha256: digest of its key.
@@ -66,7 +67,8 @@ class Stream:
         boot_id: of its kernel, as it says; None when it does not.
     """
 
-    node: Node
+    agent_id: SpiffeId
+    attestation_type: str
     serial_number: str
     not_after: datetime
     spki_sha256: bytes
@@ -110,10 +112,12 @@ class Heartbeats:
         judge: makes something of what nodes show.
         ledger: what is known of them.
         node_of: the stored node of an agent ID, None when there is none.
-        verifiers: attestors that check heartbeats, by name.
         interval_s: between two heartbeats of a node; None for none.
         clock: time.
         log: takes the audit records.
+
+    Attributes:
+        verifiers: attestors that check heartbeats, by name.
     """
 
     def __init__(
@@ -122,7 +126,6 @@ class Heartbeats:
         ledger: Ledger,
         *,
         node_of: Callable[[SpiffeId], Awaitable[Node | None]],
-        verifiers: Mapping[str, HeartbeatVerifier],
         interval_s: float | None,
         clock: Clock,
         log: Logger,
@@ -130,14 +133,14 @@ class Heartbeats:
         self.judge = judge
         self.ledger = ledger
         self.node_of = node_of
-        self.verifiers = dict(verifiers)
+        self.verifiers: dict[str, HeartbeatVerifier] = {}
         self.clock = clock
         self.log = log
         self.pace = Pace(clock)
         self.refusals = Sampler(clock)
         self.tasks = Tasks(on_failure=lambda name, error: None)
         self._interval_s = interval_s
-        self._sessions: dict[SpiffeId, _Session] = {}
+        self._sessions: dict[SpiffeId, Session] = {}
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -172,48 +175,41 @@ class Heartbeats:
             if session.told in {NodeState.QUARANTINED, NodeState.STALE}:
                 self.pace.set(session.sleeper, spread(_LATE_S / 2, 1))
 
-    async def serve(self, stream: Stream, answers: AsyncIterator[Answer], send: Send) -> None:
-        """Run one stream until the agent ends it, got another SVID, or opened another stream.
+    @contextmanager
+    def open(self, stream: Stream, answers: AsyncIterator[Answer], send: Send) -> Iterator[Session]:
+        """Hold a stream for as long as the context lasts; it replaces an older one of its node.
 
         Args:
             stream: who holds it.
             answers: what the agent sends, one for each challenge.
             send: sends to the agent.
-
-        Raises:
-            DeniedError: the node is banned or gone, or its SVID has expired.
-            InvalidInputError: an answer nobody can make sense of.
-            SpireHwError: DEADLINE_EXCEEDED, a challenge was not answered in time.
         """
-        session = _Session(self, stream, answers, send)
-        with self._registered(session):
-            try:
-                await session.run()
-            except _EndedError:
-                return
-
-    @contextmanager
-    def _registered(self, session: _Session) -> Iterator[None]:
-        agent_id = session.agent_id
-        before = self._sessions.get(agent_id)
+        session = Session(self, stream, answers, send)
+        before = self._sessions.get(stream.agent_id)
         if before is not None:
             before.is_replaced = True
             before.sleeper.wake()
-        self._sessions[agent_id] = session
+        self._sessions[stream.agent_id] = session
         try:
-            yield
+            yield session
         finally:
             self.pace.drop(session.sleeper)
-            if self._sessions.get(agent_id) is session:
-                del self._sessions[agent_id]
+            if self._sessions.get(stream.agent_id) is session:
+                del self._sessions[stream.agent_id]
 
 
 class _EndedError(Exception):
     """A stream that came to its end."""
 
 
-class _Session:
-    """One stream."""
+class Session:
+    """One stream; `Heartbeats.open` makes it.
+
+    Attributes:
+        sleeper: wakes it.
+        is_replaced: its node opened another stream.
+        told: the state its agent was told last.
+    """
 
     __slots__ = (
         "_answers",
@@ -235,23 +231,34 @@ class _Session:
         self._answers = answers
         self._send = send
         self._next_s: float | None = None
-        self.agent_id = stream.node.agent_id
+        self.agent_id = stream.agent_id
         self.sleeper = Sleeper()
         self.is_replaced = False
         self.told: NodeState | None = None
 
-    async def run(self) -> None:
-        """Tell the state, then challenge and tell for as long as the stream lives."""
+    async def greeting(self) -> StateMessage:
+        """Return what the agent is told first."""
         known = await self._hub.ledger.get(self.agent_id)
         self._schedule(known)
-        await self._tell(known)
-        while True:
-            await self.sleeper.waiting()
-            if self.sleeper.happened:
-                await self._look()
-            if self.sleeper.is_due:
-                self.sleeper.is_due = False
-                await self._beat()
+        return self._state(known)
+
+    async def run(self) -> None:
+        """Challenge and tell until the agent ends, got another SVID, or opened another stream.
+
+        Raises:
+            DeniedError: the node is banned or gone, or its SVID has expired.
+            SpireHwError: DEADLINE_EXCEEDED, a challenge was not answered in time.
+        """
+        try:
+            while True:
+                await self.sleeper.waiting()
+                if self.sleeper.happened:
+                    await self._look()
+                if self.sleeper.is_due:
+                    self.sleeper.is_due = False
+                    await self._beat()
+        except _EndedError:
+            return
 
     async def _look(self) -> None:
         """Tell the agent what happened to its node."""
@@ -259,7 +266,7 @@ class _Session:
         await self._checked()
         known = await self._hub.ledger.get(self.agent_id)
         if known is not None and known.standing.state is not self.told:
-            await self._tell(known)
+            await self._send(self._state(known))
 
     async def _beat(self) -> None:
         """Run one heartbeat and tell the state after it."""
@@ -269,7 +276,7 @@ class _Session:
         verifier = hub.verifiers.get(node.attestation_type)
         if hub.interval_s is None or verifier is None or known is None or known.memory is None:
             self._schedule(known)
-            await self._tell(known)
+            await self._send(self._state(known))
             return
         try:
             outcome = await self._evidence(verifier, known, known.memory)
@@ -279,13 +286,14 @@ class _Session:
             self._refused(e)
             self._schedule(None)
             known = await hub.ledger.get(self.agent_id)
-            await self._tell(known, refused=e)
+            await self._send(self._state(known, refused=e))
             if not isinstance(e, _REFUSALS):
                 raise
             return
         reattest = await self._take(node, known, outcome)
         self._schedule(None)
-        await self._tell(await hub.ledger.get(self.agent_id), outcome=outcome, reattest=reattest)
+        known = await hub.ledger.get(self.agent_id)
+        await self._send(self._state(known, outcome=outcome, reattest=reattest))
 
     async def _evidence(
         self, verifier: HeartbeatVerifier, known: Known, memory: Memory
@@ -425,15 +433,15 @@ class _Session:
         self._next_s = wait_s
         hub.pace.set(self.sleeper, wait_s)
 
-    async def _tell(
+    def _state(
         self,
         known: Known | None,
         *,
         outcome: Outcome | None = None,
         refused: SpireHwError | None = None,
         reattest: bool = False,
-    ) -> None:
-        """Send the agent its state."""
+    ) -> StateMessage:
+        """Return what the agent is told of its state."""
         state, message = NodeState.ATTESTED, ""
         reasons: tuple[str, ...] = ()
         if known is not None:
@@ -449,6 +457,6 @@ class _Session:
             message = refused.message
         lacks = self._hub.interval_s is not None and self._stream.can_answer
         lacks &= known is None or known.memory is None
-        lacks &= self._stream.node.attestation_type in self._hub.verifiers
+        lacks &= self._stream.attestation_type in self._hub.verifiers
         self.told = state
-        await self._send(StateMessage(state, reasons, message, self._next_s, reattest or lacks))
+        return StateMessage(state, reasons, message, self._next_s, reattest or lacks)

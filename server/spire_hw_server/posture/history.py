@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.posture.document import encode_evidence
+from spire_hw.posture.evidence import Tier
 from spire_hw.posture.memory import encode_memory
 from spire_hw_server.datastore.interface import EvidenceRecord, ImaPart, Posture, PostureUpdate
 from spire_hw_server.posture import imalist
@@ -53,7 +54,9 @@ def update(agent_id: SpiffeId, outcome: Outcome, occasion: str) -> PostureUpdate
     if outcome.accepted and outcome.memory is not None:
         last = outcome.memory.last
         whole = packed if last == evidence else deflate(encode_evidence(last))
-        posture = replace(posture, last_good_at=evidence.made_at, evidence=whole)
+        # Who only proved which TPM it is has shown nothing of its machine.
+        good_at = evidence.made_at if evidence.tier is Tier.QUOTE else None
+        posture = replace(posture, last_good_at=good_at, evidence=whole)
     record = EvidenceRecord(
         made_at=evidence.made_at,
         occasion=occasion,

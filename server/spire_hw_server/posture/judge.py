@@ -22,6 +22,7 @@ from spire_hw.posture.evidence import Occasion
 from spire_hw.posture.judge import EvidenceRequest
 from spire_hw.posture.memory import advance, complete, has_same_facts
 from spire_hw.posture.policy import ek_selectors
+from spire_hw.posture.reasons import action_of
 from spire_hw.posture.verdict import Action, NodeState, Verdict
 from spire_hw_server.posture import history, states
 from spire_hw_server.posture.outcome import IMA_PCR, Outcome, StateChange, refusal
@@ -133,8 +134,7 @@ class NodeJudge:
             return EvidenceRequest()
         if memory is None or known is None:
             return policy.request()
-        judged = (known.posture.policy, known.posture.policy_version)
-        if known.standing.is_cut_off or judged != (policy.name, policy.version):
+        if known.standing.is_cut_off or memory.policy_sha256 != policy.sha256:
             request = policy.request()
             if request.ima is None or memory.ima is None or not memory.ima.count:
                 return request
@@ -192,7 +192,7 @@ class NodeJudge:
         standing = states.after_evidence(before, verdict.checks, now)
         memory = None if known is None else known.memory
         if verdict.action is Action.ACCEPT and not standing.is_cut_off:
-            memory = advance(memory, evidence)
+            memory = advance(memory, evidence, verdict.policy_sha256)
         elif memory is not None and standing != before and standing.heals is Heal.BOOT:
             held = None if evidence.counters is None else evidence.counters.reset_count
             memory = replace(memory, held_reset=held)
@@ -212,8 +212,16 @@ class NodeJudge:
                 )
             ):
                 return known.verdict
-        found = evaluate(policy, replace(evidence, findings=()))
+        return self.by_policy(policy, replace(evidence, findings=()))
+
+    def by_policy(self, policy: Policy, evidence: Evidence) -> Verdict:
+        """Return what a policy says, with the actions the server's configuration has."""
+        found = evaluate(policy, evidence)
         return replace(found, checks=tuple(self._by_operator(c, policy) for c in found.checks))
+
+    def action_of(self, code: str) -> Action:
+        """Return what a reason does where no policy says otherwise."""
+        return action_of(code, self._settings.drift)
 
     def _by_operator(self, check: Check, policy: Policy) -> Check:
         """Return a check with the action the server's configuration has for it."""

@@ -62,9 +62,9 @@ class Outcome:
         before = self.before
         if before is None or before.memory is None or not self.accepted:
             return False
-        same = before.standing == self.standing and self._shows_the_same(before.memory)
-        judged = (before.posture.policy, before.posture.policy_version)
-        return same and judged == (self.verdict.policy, self.verdict.version)
+        if before.standing != self.standing or not self._shows_the_same(before.memory):
+            return False
+        return before.memory.policy_sha256 == self.verdict.policy_sha256
 
     def _shows_the_same(self, memory: Memory) -> bool:
         last, now = memory.last, self.evidence

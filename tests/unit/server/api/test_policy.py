@@ -7,6 +7,7 @@ import pytest
 from spire_hw._pb import (
     hw_admin_pb2,
     hw_policy_pb2,
+    hw_posture_pb2,
     server_agent_pb2,
     server_bundle_pb2,
     server_debug_pb2,
@@ -28,6 +29,7 @@ from spire_hw_server.api.policy import (
 MODULES = [
     hw_admin_pb2,
     hw_policy_pb2,
+    hw_posture_pb2,
     server_agent_pb2,
     server_bundle_pb2,
     server_debug_pb2,
@@ -80,7 +82,7 @@ def test_only_attestation_and_the_bundle_are_open_to_anybody() -> None:
             CallerClass.AGENT,
             (
                 "BatchNewX509SVID NewJWTSVID BatchNewWITSVID GetFederatedBundle "
-                "GetAuthorizedEntries SyncAuthorizedEntries RenewAgent PostStatus"
+                "GetAuthorizedEntries SyncAuthorizedEntries RenewAgent PostStatus Heartbeat"
             ),
         ),
         (CallerClass.DOWNSTREAM, "NewDownstreamX509CA PublishJWTAuthority PublishWITAuthority"),
