@@ -42,9 +42,10 @@ def replay(
 
     Args:
         data: the list as `imalist.read` takes it.
-        start: where the part begins; None for a list from the first entry.
-        pcrs: verified values; PCR 10 of `bank` must be among them, and PCR 0 to 7 when `start` is
-            None.
+        start: where the part begins; None, or a state without entries, for a list from the first
+            entry.
+        pcrs: verified values; PCR 10 of `bank` must be among them, and PCR 0 to 7 for a list from
+            the first entry.
         bank: which PCR 10.
         logged: replayed values of a verified boot log, for the PCRs of the boot aggregate that were
             not quoted or have moved on since.
@@ -59,10 +60,11 @@ def replay(
     """
     if (bank, imalist.PCR) not in pcrs:
         raise ValueError("an IMA list needs a quoted PCR 10")
-    if not data and start is None:
-        raise _refusal("ima_missing", "list is missing")
     size = wire.HASHES[wire.BANKS[bank]][1]
     begin = start or ImaState(0, bytes(size), bytes(hashlib.sha256().digest_size))
+    is_whole = begin.count == 0
+    if not data and is_whole:
+        raise _refusal("ima_missing", "list is missing")
     quoted = pcrs[bank, imalist.PCR]
     part = _read(data, begin, bank, quoted)
     padded = not part.reached and bank != "sha1"
@@ -73,13 +75,13 @@ def replay(
     if padded and not allow_padded_sha1:
         text = f"kernel extends SHA-1 into the {bank.replace('sha', 'SHA-')} bank"
         raise _denial("ima_padded_sha1", text)
-    _check_aggregate(part, start, pcrs, logged or {})
+    _check_aggregate(part, pcrs, logged or {}, is_whole=is_whole)
     if known is not None and not _passes(part, begin, known, bank):
         raise _denial("ima_rollback", "list was rewritten")
     return ImaFacts(
         start=begin.count,
         state=part.state(begin),
-        entries=tuple(part.entries[1:] if start is None else part.entries),
+        entries=tuple(part.entries[1:] if is_whole else part.entries),
         violations=len(part.extended) - len(part.entries),
         padded_sha1=padded,
     )
@@ -132,23 +134,21 @@ def _passes(part: _Part, begin: ImaState, known: ImaState, bank: str) -> bool:
     return pcr == known.pcr
 
 
-def _check_aggregate(
-    part: _Part, start: ImaState | None, pcrs: PcrValues, logged: PcrValues
-) -> None:
+def _check_aggregate(part: _Part, pcrs: PcrValues, logged: PcrValues, *, is_whole: bool) -> None:
     """Tie the list to this boot: its first entry, and no other, is a digest over PCRs."""
-    first = int(start is None)
-    holds = not any(entry.path == AGGREGATE for entry in part.entries[first:])
-    if first and holds:
-        # A violation is not among the entries.
-        holds = bool(part.entries) and part.extended[0] != b"\xff" * len(part.pcr)
-        entry = part.entries[0] if holds else None
-        holds = (
-            entry is not None
-            and entry.path == AGGREGATE
-            and entry.digest in _aggregates(entry.algorithm, pcrs, logged)
-        )
-    if not holds:
-        raise _refusal("boot_aggregate", "boot aggregate does not match")
+    wrong = _refusal("boot_aggregate", "boot aggregate does not match")
+    later = part.entries[1:] if is_whole else part.entries
+    if any(entry.path == AGGREGATE for entry in later):
+        raise wrong
+    if not is_whole:
+        return
+    # A violation in front is not among the entries.
+    if not part.entries or part.extended[0] == b"\xff" * len(part.pcr):
+        raise wrong
+    first = part.entries[0]
+    allowed = _aggregates(first.algorithm, pcrs, logged)
+    if first.path != AGGREGATE or first.digest not in allowed:
+        raise wrong
 
 
 def _aggregates(bank: str, pcrs: PcrValues, logged: PcrValues) -> Iterator[bytes]:

@@ -6,6 +6,7 @@ import hashlib
 
 import pytest
 
+from spire_hw.errors import AttestationError
 from spire_hw.posture.evidence import ImaEntry, ImaFacts, ImaState
 from spire_hw.tpm import ima
 from spire_hw_sim.firmware import PROFILES
@@ -77,6 +78,13 @@ def test_part_by_part(form: str) -> None:
     assert state is not None
     assert (state.count, state.pcr) == (whole.state.count, whole.state.pcr)
     assert seen + 1 == len(listed.items)
+
+
+def test_a_state_without_entries_is_the_beginning() -> None:
+    empty = ImaState(0, bytes(32), bytes(32))
+    assert _replay(LIST.ascii(), LIST, start=empty) == _replay(LIST.ascii(), LIST)
+    with pytest.raises(AttestationError, match="ima: list is missing"):
+        _replay(b"", LIST, start=empty)
 
 
 def test_nothing_new() -> None:
