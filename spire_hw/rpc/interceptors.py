@@ -53,12 +53,15 @@ def chain(
     handler: Handler, interceptors: Sequence[Interceptor | Guard], *, streaming: bool
 ) -> Handler:
     """Wrap a handler in interceptors, the first one outermost."""
+    guards: list[Guard] = []  # those in a row are one step
     for interceptor in reversed(interceptors):
         if isinstance(interceptor, Guard):
-            handler = _guarded(handler, interceptor, streaming=streaming)
-        else:
-            handler = _wrapped(handler, interceptor, streaming=streaming)
-    return handler
+            guards.insert(0, interceptor)
+            continue
+        handler = _guarded(handler, guards, streaming=streaming)
+        handler = _wrapped(handler, interceptor, streaming=streaming)
+        guards = []
+    return _guarded(handler, guards, streaming=streaming)
 
 
 def _wrapped(handler: Handler, interceptor: Interceptor, *, streaming: bool) -> Handler:
@@ -67,18 +70,23 @@ def _wrapped(handler: Handler, interceptor: Interceptor, *, streaming: bool) -> 
     return lambda request, call: interceptor.unary(request, call, handler)
 
 
-def _guarded(handler: Handler, guard: Guard, *, streaming: bool) -> Handler:
+def _guarded(handler: Handler, guards: Sequence[Guard], *, streaming: bool) -> Handler:
+    if not guards:
+        return handler
+    checks = [guard.check for guard in guards]
     if not streaming:
 
         async def unary(request: Any, call: Call) -> Response:
-            await guard.check(request, call)
+            for check in checks:
+                await check(request, call)
             response: Response = await handler(request, call)
             return response
 
         return unary
 
     async def stream(request: Any, call: Call) -> AsyncIterator[Response]:
-        await guard.check(request, call)
+        for check in checks:
+            await check(request, call)
         async for response in handler(request, call):
             yield response
 

@@ -16,11 +16,23 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from spire_hw.errors import SpireHwError
+
 if TYPE_CHECKING:
     from google.protobuf.descriptor import ServiceDescriptor
 
     from spire_hw.log import Logger
     from spire_hw.transport.peer import Peer
+
+
+# What a handler answers: a message, or one that is encoded already (hot paths).
+Response = Message | bytes
+Reply = Callable[[Response], Awaitable[None]]
+
+
+async def no_reply(_response: Response) -> None:
+    """Refuse: the call has no stream of responses, or is over."""
+    raise SpireHwError("this call takes no further response")
 
 
 @dataclass(slots=True)
@@ -34,6 +46,8 @@ class Call:
         log: logger bound to request_id, method and caller.
         deadline_s: seconds left when the call arrived, None without a deadline.
         attributes: what interceptors found out, by key (caller class, agent, entries).
+        reply: sends one of a stream of responses before the handler yields its next: for a
+            handler that talks with its caller in the middle of its work.
     """
 
     method: str
@@ -42,6 +56,7 @@ class Call:
     log: Logger
     deadline_s: float | None = None
     attributes: dict[str, Any] = field(default_factory=dict)
+    reply: Reply = field(default=no_reply, repr=False)
 
     def header(self, name: str) -> list[str]:
         """Return all values of one header."""
@@ -66,9 +81,6 @@ class Method:
     server_streaming: bool
     handler: Handler
 
-
-# What a handler answers: a message, or one that is encoded already (hot paths).
-Response = Message | bytes
 
 # Runs around every call: await `next` to go on, raise SpireHwError to refuse.
 UnaryNext = Callable[[Any, Call], Awaitable[Response]]

@@ -130,6 +130,7 @@ class Front(ABC):
         self._inner: Inner | None = None
         self._tasks = Tasks(self._task_failed)
         self._emptied: asyncio.Future[None] | None = None
+        self._pause: asyncio.TimerHandle | None = None  # while there are no descriptors
         self._max_connections = limits.max_connections
         self._max_per_caller = limits.max_per_caller
 
@@ -164,7 +165,7 @@ class Front(ABC):
             ) from e
         for listening in self._sockets:
             listening.setblocking(False)
-            self._tasks.start(f"accept {self.address_text}", self._accept(listening))
+            self._watch(listening)
         if self.limits.max_age_s is not None:
             self._tasks.start(f"reap {self.address_text}", self._reap(self.limits.max_age_s))
 
@@ -186,6 +187,8 @@ class Front(ABC):
     async def stop_accepting(self) -> None:
         """Close the listening sockets; connections go on."""
         listening, self._sockets = self._sockets, []
+        if self._pause is not None:
+            self._pause.cancel()
         for one in listening:
             asyncio.get_running_loop().remove_reader(one)
             one.close()
@@ -206,24 +209,27 @@ class Front(ABC):
     def _task_failed(self, name: str, error: BaseException) -> None:
         self.log.error("Front task failed", task=name, error=str(error), exc_info=error)
 
-    async def _accept(self, listening: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await _readable(loop, listening)
-            for _ in range(_ACCEPT_BATCH):
-                try:
-                    connection, address = listening.accept()
-                except (BlockingIOError, InterruptedError):
-                    break
-                except OSError as e:
-                    if e.errno in _EXHAUSTED:
-                        self.log.exception("Out of descriptors, not accepting", error=str(e))
-                        await asyncio.sleep(_EXHAUSTED_PAUSE_S)
-                        break
-                    if listening.fileno() < 0:
-                        return
-                    continue  # that one connection went away while it waited
-                self._take(connection, address)
+    def _watch(self, listening: socket.socket) -> None:
+        asyncio.get_running_loop().add_reader(listening, self._accept, listening)
+
+    def _accept(self, listening: socket.socket) -> None:
+        """Take who waits to be let in, some at a time: those who are in have their turn too."""
+        for _ in range(_ACCEPT_BATCH):
+            try:
+                connection, address = listening.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as e:
+                if listening.fileno() < 0:
+                    return
+                if e.errno in _EXHAUSTED:
+                    self.log.exception("Out of descriptors, not accepting", error=str(e))
+                    loop = asyncio.get_running_loop()
+                    loop.remove_reader(listening)
+                    self._pause = loop.call_later(_EXHAUSTED_PAUSE_S, self._watch, listening)
+                    return
+                continue  # that one connection went away while it waited
+            self._take(connection, address)
 
     def _take(self, connection: socket.socket, address: object) -> None:
         try:
@@ -283,8 +289,9 @@ class Front(ABC):
     async def _attach(self, outer: Half, peer: TcpPeer | UnixPeer) -> None:
         if self._inner is None:
             raise UnavailableError("the front is closed")
-        async with asyncio.timeout(self.limits.first_byte_s):
-            await outer.begun()
+        if not outer.has_begun:
+            async with asyncio.timeout(self.limits.first_byte_s):
+                await outer.begun()
         await self._inner.attach(outer, peer)
 
     async def _reap(self, max_age_s: float) -> None:
@@ -297,22 +304,6 @@ class Front(ABC):
                     break
                 if lease.outer is not None:
                     lease.outer.abort()
-
-
-async def _readable(loop: asyncio.AbstractEventLoop, listening: socket.socket) -> None:
-    ready: asyncio.Future[None] = loop.create_future()
-
-    def wake() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
-    descriptor = listening.fileno()
-    loop.add_reader(descriptor, wake)
-    try:
-        await ready
-    finally:
-        if listening.fileno() == descriptor:
-            loop.remove_reader(descriptor)
 
 
 class TcpFront(Front):
@@ -373,6 +364,7 @@ class TcpFront(Front):
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6 and self.address in {"", "::"}:
                 listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            keep_alive(listening)  # connections inherit it
             listening.bind(where)
             listening.listen(self.limits.backlog)
         except OSError:
@@ -383,7 +375,6 @@ class TcpFront(Front):
 
     @override
     def _caller_key(self, connection: socket.socket, address: object) -> object:
-        keep_alive(connection)
         return source_of(_ip(address)[0])
 
     def _context(self) -> tuple[TlsContext, Mapping[TrustDomain, Bundle]]:

@@ -159,6 +159,12 @@ class Half(asyncio.BufferedProtocol):
         if other is not None:
             other.end()
 
+    @property
+    def has_begun(self) -> bool:
+        """Tell whether the connection has begun the way it must; then `begun` waits for nothing."""
+        gate = self._gate
+        return gate is None or (gate.opened.done() and gate.opened.exception() is None)
+
     async def begun(self) -> None:
         """Wait until the connection has shown how it begins.
 
@@ -227,7 +233,12 @@ class Half(asyncio.BufferedProtocol):
 
 
 def keep_alive(connection: socket.socket) -> None:
-    """Have the kernel send at once, and notice a peer that is gone within a minute."""
+    """Have the kernel send at once, and notice a peer that is gone within a minute.
+
+    What a listening socket was told holds for the connections it accepts.
+
+    Source: tcp(7).
+    """
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)

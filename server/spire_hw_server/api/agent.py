@@ -15,7 +15,6 @@ from google.protobuf import empty_pb2
 
 from spire_hw._pb import server_agent_pb2 as pb
 from spire_hw._pb import types_pb2
-from spire_hw.aio.tasks import Tasks
 from spire_hw.errors import (
     AlreadyExistsError,
     DeniedError,
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from spire_hw.clock import Clock
+    from spire_hw.plugin.nodeattestor import Challenge
     from spire_hw.rpc.service import Call
     from spire_hw_server.admission import Admissions
     from spire_hw_server.api.audit import Audit
@@ -144,15 +144,22 @@ class AgentService:
     ) -> AsyncIterator[pb.AttestAgentResponse]:
         """Attest a node and give its agent an SVID."""
         await self._limits.attest(call)
-        attestation = _Attestation(self, requests, call)
-        tasks = Tasks(on_failure=lambda name, error: None)
-        try:
-            running = tasks.spawn("attest_agent", attestation.run())
-            while (response := await attestation.outbox.get()) is not None:
-                yield response
-            await running
-        finally:
-            await tasks.close()
+        first = await _first(requests)
+        if first is None:
+            raise InvalidInputError("stream was closed before the first message")
+        if first.WhichOneof("step") != "params":
+            raise InvalidInputError("malformed param: missing params")
+
+        async def challenge(data: bytes) -> bytes:
+            await call.reply(pb.AttestAgentResponse(challenge=data))
+            answer = await anext(requests, None)
+            if answer is None:
+                raise InvalidInputError("stream was closed before the challenge was answered")
+            if answer.WhichOneof("step") != "challenge_response":
+                raise InvalidInputError("malformed param: expected a challenge response")
+            return answer.challenge_response
+
+        yield pb.AttestAgentResponse(result=await self.attest(first.params, challenge, call))
 
     async def renew_agent(self, request: pb.RenewAgentRequest, call: Call) -> pb.RenewAgentResponse:
         """Give an agent a new SVID, which becomes the current one when it is first used."""
@@ -239,7 +246,7 @@ class AgentService:
     async def attest(
         self,
         params: pb.AttestAgentRequest.Params,
-        challenge: Any,
+        challenge: Challenge,
         call: Call,
     ) -> pb.AttestAgentResponse.Result:
         """Admit a node, sign its agent's SVID, store both; in this order.
@@ -281,49 +288,15 @@ class AgentService:
             self._issuing.discard(agent_id)
 
 
-class _Attestation:
-    """One AttestAgent stream: challenges out, answers in, the result last."""
-
-    def __init__(
-        self, service: AgentService, requests: AsyncIterator[pb.AttestAgentRequest], call: Call
-    ) -> None:
-        self._service = service
-        self._requests = requests
-        self._call = call
-        # Room for the last message and the end: nothing waits for them to be taken.
-        self.outbox: asyncio.Queue[pb.AttestAgentResponse | None] = asyncio.Queue(2)
-
-    async def run(self) -> None:
-        """Attest; the outbox ends with None whatever happens."""
-        try:
-            first = await self._first()
-            if first is None:
-                raise InvalidInputError("stream was closed before the first message")
-            if first.WhichOneof("step") != "params":
-                raise InvalidInputError("malformed param: missing params")
-            result = await self._service.attest(first.params, self._challenge, self._call)
-            await self.outbox.put(pb.AttestAgentResponse(result=result))
-        finally:
-            await self.outbox.put(None)
-
-    async def _first(self) -> pb.AttestAgentRequest | None:
-        try:
-            async with asyncio.timeout(_FIRST_MESSAGE_S):
-                return await anext(self._requests, None)
-        except TimeoutError as e:
-            raise SpireHwError(
-                f"no attestation data within {_FIRST_MESSAGE_S:g} s",
-                kind=ErrorKind.DEADLINE_EXCEEDED,
-            ) from e
-
-    async def _challenge(self, challenge: bytes) -> bytes:
-        await self.outbox.put(pb.AttestAgentResponse(challenge=challenge))
-        answer = await anext(self._requests, None)
-        if answer is None:
-            raise InvalidInputError("stream was closed before the challenge was answered")
-        if answer.WhichOneof("step") != "challenge_response":
-            raise InvalidInputError("malformed param: expected a challenge response")
-        return answer.challenge_response
+async def _first(requests: AsyncIterator[pb.AttestAgentRequest]) -> pb.AttestAgentRequest | None:
+    try:
+        async with asyncio.timeout(_FIRST_MESSAGE_S):
+            return await anext(requests, None)
+    except TimeoutError as e:
+        raise SpireHwError(
+            f"no attestation data within {_FIRST_MESSAGE_S:g} s",
+            kind=ErrorKind.DEADLINE_EXCEEDED,
+        ) from e
 
 
 def _checked_params(

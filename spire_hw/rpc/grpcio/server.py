@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from spire_hw.log import Logger
     from spire_hw.rpc.endpoint import Endpoint, RpcLimits
-    from spire_hw.rpc.service import Call
+    from spire_hw.rpc.service import Call, Reply, Response
     from spire_hw.rpc.status import WireStatus
     from spire_hw.transport.half import Half
     from spire_hw.transport.peer import Peer
@@ -152,6 +152,7 @@ class _Adapter:
         endpoint, call = self._endpoint, None
         try:
             call = self._call(context)
+            call.reply = self._replies(context)
             message = endpoint.decode(raw)
             del raw
             async for response in endpoint.handler(message, call):
@@ -173,6 +174,7 @@ class _Adapter:
         endpoint, call = self._endpoint, None
         try:
             call = self._call(context)
+            call.reply = self._replies(context)
             async for response in endpoint.handler(self._messages(raws), call):
                 await context.write(endpoint.encode(response))
         except Exception as e:  # noqa: BLE001
@@ -186,6 +188,12 @@ class _Adapter:
         )
         peer = self._callers.of(context.peer())
         return self._endpoint.call(peer, metadata, context.time_remaining())
+
+    def _replies(self, context: _Context) -> Reply:
+        async def reply(response: Response) -> None:
+            await context.write(self._endpoint.encode(response))
+
+        return reply
 
     async def _messages(self, raws: AsyncIterator[bytes]) -> AsyncIterator[Any]:
         async for raw in raws:

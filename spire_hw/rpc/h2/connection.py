@@ -33,6 +33,10 @@ _PLAIN_BLOCK_BYTES: Final = 4096
 # What is said in one turn of the loop before the other connections have theirs.
 _TURN_BYTES: Final = 128 * 1024
 _MAX_UNSENT_BYTES: Final = 512 * 1024
+# How long an answer may take that our settings go out with, and what they are: SETTINGS,
+# WINDOW_UPDATE, and word that the peer's SETTINGS were read.
+_PATIENCE_S: Final = 0.025
+_OPENING_FRAMES: Final = 3
 _RESET_COST: Final = 2.0
 _EARNED: Final = 10.0
 _GOAWAY_BYTES: Final = 8
@@ -42,6 +46,8 @@ _NO_TABLE: Final = b"\x20"
 
 class Connection(ABC):
     """What both sides of a connection have in common; `send` takes what the peer sent."""
+
+    is_patient: ClassVar[bool] = False  # whether calls are answered here rather than made
 
     def __init__(
         self,
@@ -90,6 +96,7 @@ class Connection(ABC):
         self._flushing = False
         self._is_hurried = False
         self._is_young = True
+        self._patience: asyncio.TimerHandle | None = None
         self._prefix = b""
         self._budget = Budget(self.heard_at)
         self._ping = b""
@@ -220,6 +227,9 @@ class Connection(ABC):
 
     def flush(self) -> None:
         """Send what was written; a peer that asks and asks, and reads nothing, is cut."""
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
         if not self._out:
             return
         out, self._out, self._unsent = self._out, [], 0
@@ -231,13 +241,22 @@ class Connection(ABC):
         """End a turn of the loop."""
         if self._is_young:  # our settings go out with the first call, or the first answer
             self._is_young = False
-            asyncio.get_running_loop().call_soon(self._turn)
+            asyncio.get_running_loop().call_soon(self._first_turn)
             return
         self._flushing = False
         self.flush()
         if self._is_hurried:
             self._is_hurried = False
             self._wake()
+
+    def _first_turn(self) -> None:
+        """End the turn after the first: an answer that is soon made takes our settings along."""
+        if self.is_patient and self.streams and len(self._out) <= _OPENING_FRAMES:
+            self._flushing = False
+            loop = asyncio.get_running_loop()
+            self._patience = loop.call_later(_PATIENCE_S, self._turn)
+        else:
+            self._turn()
 
     def settle(self, stream: Stream) -> None:
         """Let go of a stream that both ends have ended."""

@@ -38,6 +38,8 @@ _AGE_SPREAD: Final = 0.1
 class ServerConnection(Connection):
     """A caller's connection."""
 
+    is_patient = True
+
     def __init__(self, half: Half, peer: Peer, engine: H2Engine) -> None:
         limits = engine.limits
         stranger = isinstance(peer, TcpPeer) and peer.spiffe_id is None

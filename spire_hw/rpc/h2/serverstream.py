@@ -13,6 +13,7 @@ from spire_hw.errors import ErrorKind, InvalidInputError, LimitError, SpireHwErr
 from spire_hw.rpc.h2 import hpack, wire
 from spire_hw.rpc.h2.frames import Code
 from spire_hw.rpc.h2.stream import Carrier, Stream, StreamEndedError
+from spire_hw.rpc.service import no_reply
 from spire_hw.rpc.status import WireStatus, to_wire
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from spire_hw.rpc.endpoint import Endpoint, RpcLimits
     from spire_hw.rpc.h2.hpack import Block, Field
     from spire_hw.rpc.h2.request import Request
+    from spire_hw.rpc.service import Response
     from spire_hw.transport.peer import Peer
 
 _OK_BLOCK: Final = hpack.encode([(":status", "200"), ("content-type", wire.CONTENT_TYPE)])
@@ -141,6 +143,7 @@ class ServerStream(Stream):
             if not endpoint.server_streaming:
                 await self._answer(endpoint.encode(await endpoint.handler(request, call)))
                 return
+            call.reply = self._reply
             async with aclosing(endpoint.handler(request, call)) as responses:
                 async for response in responses:
                     await self._send(endpoint.encode(response))
@@ -153,6 +156,9 @@ class ServerStream(Stream):
             raise
         except Exception as e:  # noqa: BLE001 - the edge: everything becomes a status
             self.finish(endpoint.status(e, call))
+        finally:
+            if call is not None:
+                call.reply = no_reply  # who keeps a call does not keep its connection
 
     async def next_request(self) -> Any:
         """Return the next request of a stream of them.
@@ -193,6 +199,12 @@ class ServerStream(Stream):
             self._timer.cancel()
         connection.write_answer(self, _OK_BLOCK, packed, _END_BLOCK)
         self._let_go()
+
+    async def _reply(self, response: Response) -> None:
+        try:
+            await self._send(self._endpoint.encode(response))
+        except StreamEndedError as e:
+            raise UnavailableError("the caller went away") from e
 
     async def _send(self, message: bytes) -> None:
         limit = self.connection.limits.max_response_bytes
