@@ -31,6 +31,7 @@ AllowedPcrs = Mapping[tuple[str, int], frozenset[bytes]]
 _LOG_PCRS: Final = range(8)
 _AGGREGATE_PCRS: Final = range(10)
 IMA_PCR: Final = 10
+PCR_COUNT: Final = 24
 # Banks and the size of their values.
 BANK_BYTES: Final = {"sha1": 20, "sha256": 32, "sha384": 48, "sha512": 64}
 

@@ -14,6 +14,7 @@ from spire_hw.posture.patterns import Patterns
 from spire_hw.posture.policy import (
     BANK_BYTES,
     IMA_PCR,
+    PCR_COUNT,
     BootRules,
     ImaRules,
     NodeGroup,
@@ -21,7 +22,6 @@ from spire_hw.posture.policy import (
     Policy,
     TpmRules,
 )
-from spire_hw.posture.policykeys import PCR_COUNT
 from spire_hw.posture.reasons import NEVER_ACCEPTED
 from spire_hw.posture.verdict import Action
 

@@ -18,14 +18,13 @@ from spire_hw.config.hcl import Block, Body
 from spire_hw.config.schema import check
 from spire_hw.errors import ConfigError, ConfigFault, ErrorKind, InvalidInputError
 from spire_hw.posture.policybuild import Builder
-from spire_hw.posture.policykeys import FileModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from spire_hw.config.hcl import Item
     from spire_hw.posture.policy import Policy
-    from spire_hw.posture.policykeys import FileKeys
+    from spire_hw.posture.policykeys import FileKeys, FileModel
 
 _TAG: Final = "END_OF_FILE"
 _WIDTH: Final = 76
@@ -71,10 +70,10 @@ def load_policy(
     """
     where = file or "policy"
     body = hcl.parse(text, file)
-    raw, faults = check(body, FileModel)
+    raw, faults = _check(body)
     whole = not faults
     if raw is None:
-        raw, _ = check(_without(body, {fault.line for fault in faults}), FileModel)
+        raw, _ = _check(_without(body, {fault.line for fault in faults}))
     if raw is None:
         raise ConfigError(where, faults)
     if len(raw.policy) != 1:
@@ -119,7 +118,7 @@ def pack(text: str, file: str = "", *, read: ReadFile) -> str:
 
 def stated_version(text: str) -> int:
     """Return the version that a good text states, 0 when it states none."""
-    raw, _ = check(hcl.parse(text), FileModel)
+    raw, _ = _check(hcl.parse(text))
     stated = [keys.version or 0 for keys in raw.policy.values()] if raw is not None else []
     return max(stated, default=0)
 
@@ -127,6 +126,12 @@ def stated_version(text: str) -> int:
 def digest(packed: str) -> str:
     """Return the digest by which a packed text is known."""
     return hashlib.sha256(packed.encode()).hexdigest()
+
+
+def _check(body: Body) -> tuple[FileModel | None, list[ConfigFault]]:
+    from spire_hw.posture.policykeys import FileModel  # noqa: PLC0415 - models take long to make
+
+    return check(body, FileModel)
 
 
 def _without(body: Body, lines: set[int]) -> Body:

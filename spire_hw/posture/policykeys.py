@@ -11,9 +11,9 @@ from typing import Annotated, Final, Literal
 from pydantic import Field, create_model
 
 from spire_hw.config.schema import Model
+from spire_hw.posture.policy import PCR_COUNT
 from spire_hw.posture.reasons import DEFAULT_ACTIONS
 
-PCR_COUNT: Final = 24
 _MAX_VERSION: Final = 2**31 - 1
 
 _Pcr = Annotated[int, Field(ge=0, lt=PCR_COUNT)]
