@@ -31,10 +31,25 @@ _MODEL = ObjectIdentifier("2.23.133.2.2")
 _VERSION = ObjectIdentifier("2.23.133.2.3")
 _EK_USAGE = ObjectIdentifier("2.23.133.8.1")
 _CHAIN_INDEX = 0x01C00100
+# Larger than any one certificate of ours, so that certificates lie across two indices.
+_CHAIN_PART = 1000
 _FOREVER = datetime(9999, 12, 31, 23, 59, 59)  # noqa: DTZ001 - x509 takes it as UTC
 
 # PolicySecret(endorsement), the policy of every low-range EK.
 _POLICY_A = bytes.fromhex("837197674484b3f81a90cc8d46a5d724fd52d76e06520b64f2a1da1b331469aa")
+
+# Either that or what an NV index holds, the policy of every high-range EK.
+_POLICY_B_SHA256 = bytes.fromhex("ca3d0a99a2b93906f7a3342414efcfb3a385d44cd1fd459089d19b5071c0b7a0")
+_POLICY_B_SHA384 = bytes.fromhex(
+    "b26e7d28d11a50bc53d882bcf5fd3a1a074148bb35d3b4e4cb1c0ad9bde419ca"
+    "cb47ba09699646150f9fc000f3f80e12"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Signer:
+    name: x509.Name
+    key: ec.EllipticCurvePrivateKey
 
 
 class EkKind(Enum):
@@ -42,6 +57,10 @@ class EkKind(Enum):
 
     RSA_2048 = 0x01C00002
     ECC_P256 = 0x01C0000A
+    RSA_2048_HIGH = 0x01C00012
+    ECC_P256_HIGH = 0x01C00014
+    ECC_P384 = 0x01C00016
+    RSA_3072 = 0x01C0001C
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,28 +81,41 @@ class EkCertificate:
 
 
 class Manufacturer:
-    """A vendor with root and intermediate CA.
+    """A vendor with a root and one or several intermediate CAs.
 
     Attributes:
         root: root certificate.
         intermediate: the CA that signs EK certificates.
+        upper: CAs between both, as on-die CAs have them; the one below the root first.
     """
 
     def __init__(
-        self, name: str = "Simulated TPM Vendor", *, valid_from: datetime | None = None
+        self,
+        name: str = "Simulated TPM Vendor",
+        *,
+        valid_from: datetime | None = None,
+        levels: int = 1,
     ) -> None:
-        """Make both CAs.
+        """Make the CAs.
 
         Args:
             name: organisation in the CA names.
             valid_from: start of all validities; a day ago when None.
+            levels: how many CAs there are below the root.
         """
         self._valid_from = valid_from or SystemClock().now() - timedelta(days=1)
         self._root_key = ec.generate_private_key(ec.SECP384R1())
         self._key = ec.generate_private_key(ec.SECP256R1())
         root_name, own_name = _ca_name(name, "Root CA"), _ca_name(name, "EK CA 1")
-        self.root = self._ca(root_name, self._root_key.public_key(), root_name, 1)
-        self.intermediate = self._ca(own_name, self._key.public_key(), root_name, 0)
+        root = _Signer(root_name, self._root_key)
+        self.root = self._ca(root_name, self._root_key.public_key(), root, levels)
+        self.upper: list[x509.Certificate] = []
+        above = root
+        for level in range(levels - 1, 0, -1):
+            signer = _Signer(_ca_name(name, f"CA {level}"), ec.generate_private_key(ec.SECP384R1()))
+            self.upper.append(self._ca(signer.name, signer.key.public_key(), above, level))
+            above = signer
+        self.intermediate = self._ca(own_name, self._key.public_key(), above, 0)
 
     def roots_pem(self) -> bytes:
         """Return the root certificate as PEM."""
@@ -104,6 +136,7 @@ class Manufacturer:
         kinds: tuple[EkKind, ...] = (EkKind.ECC_P256, EkKind.RSA_2048),
         *,
         padding: int = 0,
+        wrapped: bool = False,
         with_chain: bool = True,
     ) -> list[EkCertificate]:
         """Certify a TPM's endorsement keys and store the certificates in its NV.
@@ -112,7 +145,8 @@ class Manufacturer:
             tpm: a running one.
             kinds: which keys.
             padding: bytes of 0xFF after each certificate, as some vendors leave.
-            with_chain: also store the intermediate at 0x01C00100.
+            wrapped: put each certificate into the older form with 5 bytes in front.
+            with_chain: also store the CAs between root and EK from 0x01C00100 on.
         """
         made = []
         for kind in kinds:
@@ -120,11 +154,15 @@ class Manufacturer:
             tpm.commands.flush(handle)
             key = _public_key(public)
             certificate = self.issue(key)
-            tpm.commands.nv_store(kind.value, certificate + b"\xff" * padding)
+            head = b"\x10\x01\x00" + struct.pack(">H", len(certificate)) if wrapped else b""
+            tpm.commands.nv_store(kind.value, head + certificate + b"\xff" * padding)
             made.append(EkCertificate(kind, public, key, certificate))
         if with_chain:
-            chain = self.intermediate.public_bytes(serialization.Encoding.DER)
-            tpm.commands.nv_store(_CHAIN_INDEX, chain)
+            chain = (self.intermediate, *reversed(self.upper))
+            stored = b"".join(one.public_bytes(serialization.Encoding.DER) for one in chain)
+            for number, start in enumerate(range(0, len(stored), _CHAIN_PART)):
+                part = stored[start : start + _CHAIN_PART]
+                tpm.commands.nv_store(_CHAIN_INDEX + number, part)
         return made
 
     def issue(
@@ -174,12 +212,12 @@ class Manufacturer:
         return certificate.public_bytes(serialization.Encoding.DER)
 
     def _ca(
-        self, subject: x509.Name, key: PublicKey, issuer: x509.Name, path_length: int
+        self, subject: x509.Name, key: PublicKey, issuer: _Signer, path_length: int
     ) -> x509.Certificate:
         return (
             x509.CertificateBuilder()
             .subject_name(subject)
-            .issuer_name(issuer)
+            .issuer_name(issuer.name)
             .public_key(key)
             .serial_number(x509.random_serial_number())
             .not_valid_before(self._valid_from)
@@ -188,10 +226,10 @@ class Manufacturer:
             .add_extension(_key_usage(key_cert_sign=True, crl_sign=True), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
             .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(self._root_key.public_key()),
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.key.public_key()),
                 critical=False,
             )
-            .sign(self._root_key, hashes.SHA384())
+            .sign(issuer.key, hashes.SHA384())
         )
 
 
@@ -224,34 +262,42 @@ def _key_usage(
     )
 
 
-def _template(algorithm: int, parameters: bytes, unique: bytes) -> bytes:
+def _low(algorithm: int, parameters: bytes, unique: bytes) -> bytes:
     head = struct.pack(">HHI", algorithm, 0x000B, 0x000300B2)
-    policy = struct.pack(">H", len(_POLICY_A)) + _POLICY_A
-    return head + policy + parameters + unique
+    return head + struct.pack(">H", len(_POLICY_A)) + _POLICY_A + parameters + unique
 
 
+def _high(algorithm: int, name_alg: int, policy: bytes, parameters: bytes) -> bytes:
+    head = struct.pack(">HHI", algorithm, name_alg, 0x000300F2)
+    unique = bytes(2 if algorithm == _RSA else 4)
+    return head + struct.pack(">H", len(policy)) + policy + parameters + unique
+
+
+_RSA, _ECC, _SHA256, _SHA384 = 0x0001, 0x0023, 0x000B, 0x000C
 _AES_128_CFB = struct.pack(">HHH", 0x0006, 128, 0x0043)
+_AES_256_CFB = struct.pack(">HHH", 0x0006, 256, 0x0043)
 _NO_SCHEME = struct.pack(">H", 0x0010)
+_P256, _P384 = (_NO_SCHEME + struct.pack(">H", curve) + _NO_SCHEME for curve in (3, 4))
+_RSA_2048, _RSA_3072 = (_NO_SCHEME + struct.pack(">HI", bits, 0) for bits in (2048, 3072))
 _TEMPLATES = {
-    EkKind.RSA_2048: _template(
-        0x0001,
-        _AES_128_CFB + _NO_SCHEME + struct.pack(">HI", 2048, 0),
-        struct.pack(">H", 256) + bytes(256),
-    ),
-    EkKind.ECC_P256: _template(
-        0x0023,
-        _AES_128_CFB + _NO_SCHEME + struct.pack(">H", 0x0003) + _NO_SCHEME,
-        (struct.pack(">H", 32) + bytes(32)) * 2,
-    ),
+    EkKind.RSA_2048: _low(_RSA, _AES_128_CFB + _RSA_2048, struct.pack(">H", 256) + bytes(256)),
+    EkKind.ECC_P256: _low(_ECC, _AES_128_CFB + _P256, (struct.pack(">H", 32) + bytes(32)) * 2),
+    EkKind.RSA_2048_HIGH: _high(_RSA, _SHA256, _POLICY_B_SHA256, _AES_128_CFB + _RSA_2048),
+    EkKind.ECC_P256_HIGH: _high(_ECC, _SHA256, _POLICY_B_SHA256, _AES_128_CFB + _P256),
+    EkKind.ECC_P384: _high(_ECC, _SHA384, _POLICY_B_SHA384, _AES_256_CFB + _P384),
+    EkKind.RSA_3072: _high(_RSA, _SHA384, _POLICY_B_SHA384, _AES_256_CFB + _RSA_3072),
 }
 
 
 def _public_key(public: bytes) -> PublicKey:
     """Read the key at the end of an EK's TPMT_PUBLIC."""
     if public[:2] == b"\x00\x01":
-        modulus = int.from_bytes(public[-256:], "big")
-        return rsa.RSAPublicNumbers(65537, modulus).public_key()
-    x, y = public[-66:-34], public[-32:]
-    return ec.EllipticCurvePublicNumbers(
-        int.from_bytes(x, "big"), int.from_bytes(y, "big"), ec.SECP256R1()
-    ).public_key()
+        for size in (256, 384):
+            if public[-size - 2 : -size] == struct.pack(">H", size):
+                modulus = int.from_bytes(public[-size:], "big")
+                return rsa.RSAPublicNumbers(65537, modulus).public_key()
+    for curve, size in ((ec.SECP256R1(), 32), (ec.SECP384R1(), 48)):
+        if public[-size - 2 : -size] == struct.pack(">H", size):
+            x, y = public[-2 * size - 2 : -size - 2], public[-size:]
+            return ec.EllipticCurvePublicKey.from_encoded_point(curve, b"\x04" + x + y)
+    raise ValueError("a key of another kind")

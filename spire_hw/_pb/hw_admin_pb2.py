@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bspire_hw/_pb/hw_admin.proto\x12\x12spire_hw.server.v1\"B\n\nEnrolledEk\x12\x0f\n\x07\x65k_hash\x18\x01 \x01(\t\x12\x0f\n\x07\x63omment\x18\x02 \x01(\t\x12\x12\n\ncreated_at\x18\x03 \x01(\x03\"2\n\x0e\x41llowEkRequest\x12\x0f\n\x07\x65k_hash\x18\x01 \x01(\t\x12\x0f\n\x07\x63omment\x18\x02 \x01(\t\" \n\rDenyEkRequest\x12\x0f\n\x07\x65k_hash\x18\x01 \x01(\t\"\x10\n\x0e\x44\x65nyEkResponse\"7\n\x0eListEksRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x0fListEksResponse\x12+\n\x03\x65ks\x18\x01 \x03(\x0b\x32\x1e.spire_hw.server.v1.EnrolledEk\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xf9\x01\n\x03Tpm\x12M\n\x07\x41llowEk\x12\".spire_hw.server.v1.AllowEkRequest\x1a\x1e.spire_hw.server.v1.EnrolledEk\x12O\n\x06\x44\x65nyEk\x12!.spire_hw.server.v1.DenyEkRequest\x1a\".spire_hw.server.v1.DenyEkResponse\x12R\n\x07ListEks\x12\".spire_hw.server.v1.ListEksRequest\x1a#.spire_hw.server.v1.ListEksResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bspire_hw/_pb/hw_admin.proto\x12\x12spire_hw.server.v1\"Q\n\nEnrolledEk\x12\x0f\n\x07\x65k_hash\x18\x01 \x01(\t\x12\x0f\n\x07\x63omment\x18\x02 \x01(\t\x12\x12\n\ncreated_at\x18\x03 \x01(\x03\x12\r\n\x05owner\x18\x04 \x01(\t\"A\n\x0e\x41llowEkRequest\x12\x0f\n\x07\x65k_hash\x18\x01 \x01(\t\x12\x0f\n\x07\x63omment\x18\x02 \x01(\t\x12\r\n\x05owner\x18\x03 \x01(\t\"T\n\x10\x45nrollEksRequest\x12/\n\x03\x65ks\x18\x01 \x03(\x0b\x32\".spire_hw.server.v1.AllowEkRequest\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"H\n\x11\x45nrollEksResponse\x12\x33\n\x07results\x18\x01 \x03(\x0b\x32\".spire_hw.server.v1.EnrollEkResult\"\xb6\x01\n\x0e\x45nrollEkResult\x12;\n\x07outcome\x18\x01 \x01(\x0e\x32*.spire_hw.server.v1.EnrollEkResult.Outcome\x12\x0f\n\x07message\x18\x02 \x01(\t\"V\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\t\n\x05\x41\x44\x44\x45\x44\x10\x01\x12\x0b\n\x07UPDATED\x10\x02\x12\r\n\tUNCHANGED\x10\x03\x12\x0b\n\x07REFUSED\x10\x04\" \n\rDenyEkRequest\x12\x0f\n\x07\x65k_hash\x18\x01 \x01(\t\"\x10\n\x0e\x44\x65nyEkResponse\"7\n\x0eListEksRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x0fListEksResponse\x12+\n\x03\x65ks\x18\x01 \x03(\x0b\x32\x1e.spire_hw.server.v1.EnrolledEk\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xd3\x02\n\x03Tpm\x12M\n\x07\x41llowEk\x12\".spire_hw.server.v1.AllowEkRequest\x1a\x1e.spire_hw.server.v1.EnrolledEk\x12X\n\tEnrollEks\x12$.spire_hw.server.v1.EnrollEksRequest\x1a%.spire_hw.server.v1.EnrollEksResponse\x12O\n\x06\x44\x65nyEk\x12!.spire_hw.server.v1.DenyEkRequest\x1a\".spire_hw.server.v1.DenyEkResponse\x12R\n\x07ListEks\x12\".spire_hw.server.v1.ListEksRequest\x1a#.spire_hw.server.v1.ListEksResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,17 +32,25 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'spire_hw._pb.hw_admin_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ENROLLEDEK']._serialized_start=51
-  _globals['_ENROLLEDEK']._serialized_end=117
-  _globals['_ALLOWEKREQUEST']._serialized_start=119
-  _globals['_ALLOWEKREQUEST']._serialized_end=169
-  _globals['_DENYEKREQUEST']._serialized_start=171
-  _globals['_DENYEKREQUEST']._serialized_end=203
-  _globals['_DENYEKRESPONSE']._serialized_start=205
-  _globals['_DENYEKRESPONSE']._serialized_end=221
-  _globals['_LISTEKSREQUEST']._serialized_start=223
-  _globals['_LISTEKSREQUEST']._serialized_end=278
-  _globals['_LISTEKSRESPONSE']._serialized_start=280
-  _globals['_LISTEKSRESPONSE']._serialized_end=367
-  _globals['_TPM']._serialized_start=370
-  _globals['_TPM']._serialized_end=619
+  _globals['_ENROLLEDEK']._serialized_end=132
+  _globals['_ALLOWEKREQUEST']._serialized_start=134
+  _globals['_ALLOWEKREQUEST']._serialized_end=199
+  _globals['_ENROLLEKSREQUEST']._serialized_start=201
+  _globals['_ENROLLEKSREQUEST']._serialized_end=285
+  _globals['_ENROLLEKSRESPONSE']._serialized_start=287
+  _globals['_ENROLLEKSRESPONSE']._serialized_end=359
+  _globals['_ENROLLEKRESULT']._serialized_start=362
+  _globals['_ENROLLEKRESULT']._serialized_end=544
+  _globals['_ENROLLEKRESULT_OUTCOME']._serialized_start=458
+  _globals['_ENROLLEKRESULT_OUTCOME']._serialized_end=544
+  _globals['_DENYEKREQUEST']._serialized_start=546
+  _globals['_DENYEKREQUEST']._serialized_end=578
+  _globals['_DENYEKRESPONSE']._serialized_start=580
+  _globals['_DENYEKRESPONSE']._serialized_end=596
+  _globals['_LISTEKSREQUEST']._serialized_start=598
+  _globals['_LISTEKSREQUEST']._serialized_end=653
+  _globals['_LISTEKSRESPONSE']._serialized_start=655
+  _globals['_LISTEKSRESPONSE']._serialized_end=742
+  _globals['_TPM']._serialized_start=745
+  _globals['_TPM']._serialized_end=1084
 # @@protoc_insertion_point(module_scope)

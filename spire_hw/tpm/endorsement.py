@@ -48,10 +48,11 @@ _CERTIFICATES: Final = {
     "H-4": 0x01C00018,
     "H-7": 0x01C0001E,
 }
-# Low-range only: nonce and template that replace the defaults.
+# What replaces the defaults: nonces of the low range, and whole templates.
 _NONCES: Final = {"L-1": 0x01C00003, "L-2": 0x01C0000B}
-_OWN_TEMPLATES: Final = {"L-1": 0x01C00004, "L-2": 0x01C0000C}
-_WITHOUT_CERTIFICATE: Final = ("L-2", "L-1")
+_OWN_TEMPLATES: Final = {"L-1": 0x01C00004, "L-2": 0x01C0000C} | {
+    label: index + 1 for label, index in _CERTIFICATES.items() if label.startswith("H")
+}
 _CHAIN_FIRST, _CHAIN_LAST = 0x01C00100, 0x01C001FF
 _EK_HANDLE_FIRST, _EK_HANDLE_LAST = 0x81010000, 0x810100FF
 _TEMPLATES: Final = {template.label: template for template in EK_TEMPLATES}
@@ -69,6 +70,7 @@ _NV_OWNER_READ, _NV_AUTH_READ = 1 << 17, 1 << 18
 _NV_CHUNK: Final = 512
 _MAX_NV_BYTES: Final = 64 * 1024
 _NV_WRAPPER: Final = b"\x10\x01\x00"
+_PADDING: Final = b"\x00\xff"
 _DER_SEQUENCE: Final = 0x30
 
 
@@ -77,16 +79,27 @@ class EkType(Enum):
 
     AUTO = "auto"
     EC_P256 = "ec-p256"
+    EC_P384 = "ec-p384"
     RSA_2048 = "rsa-2048"
+    RSA_3072 = "rsa-3072"
 
     @property
     def labels(self) -> tuple[str, ...]:
         """Return the templates that fit, best first."""
-        if self is EkType.EC_P256:
-            return ("L-2", "H-2")
-        if self is EkType.RSA_2048:
-            return ("L-1", "H-1")
-        return tuple(_CERTIFICATES)
+        return _LABELS.get(self, tuple(_CERTIFICATES))
+
+    @property
+    def uncertified_labels(self) -> tuple[str, ...]:
+        """Return the templates to use in a TPM without certificates, best first."""
+        return ("L-2", "L-1") if self is EkType.AUTO else self.labels[:1]
+
+
+_LABELS: Final = {
+    EkType.EC_P256: ("L-2", "H-2"),
+    EkType.EC_P384: ("H-3",),
+    EkType.RSA_2048: ("L-1", "H-1"),
+    EkType.RSA_3072: ("H-6",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +126,14 @@ class Endorsement:
     def hash(self) -> str:
         """Return the hash that names this TPM in lists and agent IDs."""
         return ek_hash(self.parsed.key)
+
+
+def certified_types(connection: Connection) -> tuple[EkType, ...]:
+    """Return the types of endorsement keys a TPM has certificates of, besides `AUTO`."""
+    indices = set(connection.handles(NV_HANDLES))
+    return tuple(
+        kind for kind, labels in _LABELS.items() if any(_CERTIFICATES[n] in indices for n in labels)
+    )
 
 
 def find_endorsement(connection: Connection, wanted: EkType = EkType.AUTO) -> Endorsement:
@@ -171,17 +192,19 @@ def _uncertified(
     connection: Connection, wanted: EkType, persistent: dict[int, TpmPublic]
 ) -> Endorsement:
     curves = {curve for (curve,) in connection.capability(Capability.CURVES)}
-    labels = [label for label in _WITHOUT_CERTIFICATE if label in wanted.labels]
-    if wire.CURVE_P256 not in curves:
-        labels = [label for label in labels if label != "L-2"]
-    if not labels:
+    label = next((one for one in wanted.uncertified_labels if _is_possible(one, curves)), None)
+    if label is None:
         raise NotReadyError(f"this TPM has no endorsement key of type {wanted.value}")
-    label = labels[0]
     template = default_template(_TEMPLATES[label])
     for handle, parsed in persistent.items():
         if _is_of(parsed, _TEMPLATES[label]):
             return Endorsement(label, template, parsed, None, (), handle)
     return Endorsement(label, template, _make_endorsement(connection, template), None, (), None)
+
+
+def _is_possible(label: str, curves: set[int]) -> bool:
+    curve = _EC_CURVES.get(_TEMPLATES[label].key_type)
+    return curve is None or curve[0] in curves
 
 
 def _persistent_keys(connection: Connection) -> dict[int, TpmPublic]:
@@ -305,11 +328,11 @@ def cut_certificate(data: bytes) -> bytes | None:
 
 
 def split_certificates(data: bytes) -> tuple[bytes, ...]:
-    """Return certificates that lie one behind the other; stops at what is none."""
+    """Return certificates that lie one behind the other, with padding or not; stops at what is none."""
     found = []
     while (length := _der_length(data)) is not None:
         found.append(data[:length])
-        data = data[length:]
+        data = data[length:].lstrip(_PADDING)
     return tuple(found)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import NotReadyError
 from spire_hw.tpm.device import Capability
-from spire_hw.tpm.endorsement import EkType, Endorsement, find_endorsement
+from spire_hw.tpm.endorsement import EkType, Endorsement, certified_types, find_endorsement
 
 if TYPE_CHECKING:
     from spire_hw.tpm.device import Connection
@@ -95,6 +95,7 @@ class TpmInfo:
         algorithms: names of what it can do.
         curves: elliptic curves.
         pcr_banks: PCR numbers by hash; only active banks.
+        ek_hash: hash of the endorsement key that an attestor takes by itself, "" without any.
         endorsement_keys: with and without certificate.
         complaints: endorsement keys that cannot be used, and why.
     """
@@ -103,6 +104,7 @@ class TpmInfo:
     algorithms: tuple[str, ...]
     curves: tuple[str, ...]
     pcr_banks: dict[str, tuple[int, ...]]
+    ek_hash: str
     endorsement_keys: tuple[Endorsement, ...]
     complaints: tuple[str, ...]
 
@@ -134,7 +136,8 @@ def read_info(connection: Connection) -> TpmInfo:
     curves = (n for (n,) in connection.capability(Capability.CURVES))
     keys: list[Endorsement] = []
     complaints: list[str] = []
-    for kind in (EkType.EC_P256, EkType.RSA_2048):
+    # Keys of other types take a TPM minutes to make: only where they have certificates.
+    for kind in dict.fromkeys((EkType.EC_P256, EkType.RSA_2048, *certified_types(connection))):
         try:
             keys.append(find_endorsement(connection, kind))
         except NotReadyError as e:
@@ -144,9 +147,17 @@ def read_info(connection: Connection) -> TpmInfo:
         algorithms=tuple(_ALGORITHMS.get(n, f"0x{n:04x}") for n in algorithms),
         curves=tuple(_CURVES.get(n, f"0x{n:04x}") for n in curves),
         pcr_banks={bank: pcrs for bank, pcrs in connection.pcr_banks().items() if pcrs},
+        ek_hash=_automatic(connection),
         endorsement_keys=tuple(keys),
         complaints=tuple(complaints),
     )
+
+
+def _automatic(connection: Connection) -> str:
+    try:
+        return find_endorsement(connection).hash
+    except NotReadyError:  # told already, by type
+        return ""
 
 
 def _text(value: int) -> str:

@@ -26,7 +26,7 @@ _SPECIAL: Final = frozenset(",=\\")
 
 
 def format_name(raw: bytes) -> str:
-    """Return a DER Name as `C=DE,O=Maker,CN=Root`; what is not printable is escaped.
+    """Return a DER Name as `C=DE,O=Maker,CN=Root`; what is special or not printable is escaped.
 
     Returns:
         The text, at most 200 characters; `(malformed)` when it does not parse.
@@ -67,4 +67,4 @@ def _shown(text: str) -> str:
 
 
 def _escaped(char: str) -> str:
-    return f"\\x{ord(char):02x}" if char in _SPECIAL else ascii(char)[1:-1]
+    return f"\\{char}" if char in _SPECIAL else ascii(char)[1:-1]

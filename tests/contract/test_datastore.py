@@ -39,6 +39,7 @@ from spire_hw_server.datastore.interface import (
     Change,
     ChangeKind,
     Datastore,
+    EkChange,
     EnrolledEk,
     Entry,
     EntryFilter,
@@ -782,12 +783,38 @@ async def test_journals_are_found_by_active_authority(store: Datastore) -> None:
 
 
 @pytest.mark.asyncio
+async def test_endorsement_keys_are_enrolled_together(store: Datastore, clock: SimClock) -> None:
+    first = [EnrolledEk(f"{n:064x}", f"rack {n}", owner="ops") for n in range(1100)]
+    assert await store.enroll_eks(first, dry_run=True) == [EkChange.ADDED] * 1100
+    assert await store.list_eks() == []
+    assert await store.enroll_eks(first) == [EkChange.ADDED] * 1100
+    await clock.advance(timedelta(minutes=1))
+    assert await store.list_eks() == [replace(ek, created_at=START) for ek in first]
+    again = [first[7], replace(first[8], owner="web ☃"), EnrolledEk("f" * 64)]
+    expected = [EkChange.UNCHANGED, EkChange.UPDATED, EkChange.ADDED]
+    assert await store.enroll_eks(again, dry_run=True) == expected
+    assert await store.enroll_eks(again) == expected
+    assert await store.enroll_eks(again) == [EkChange.UNCHANGED] * 3
+    listed = {ek.ek_hash: ek for ek in await store.list_eks()}
+    assert listed[first[8].ek_hash] == replace(first[8], owner="web ☃", created_at=START)
+    assert listed["f" * 64].created_at == START + timedelta(minutes=1)
+    assert await store.enroll_eks([]) == []
+    new = EnrolledEk("e" * 64)
+    for bad in (EnrolledEk("x"), replace(new, comment="c" * 1025), replace(new, owner="o" * 257)):
+        with pytest.raises(InvalidInputError):
+            await store.enroll_eks([EnrolledEk("d" * 64), bad])
+    with pytest.raises(InvalidInputError, match="twice"):
+        await store.enroll_eks([new, new])
+    assert len(await store.list_eks()) == 1101
+
+
+@pytest.mark.asyncio
 async def test_endorsement_keys_are_listed_by_hash(store: Datastore, clock: SimClock) -> None:
     hash_a, hash_b = "a" * 64, "b" * 64
-    first = await store.allow_ek(EnrolledEk(hash_a, "rack 1 ☃"))
-    assert first == EnrolledEk(hash_a, "rack 1 ☃", START)
+    first = await store.allow_ek(EnrolledEk(hash_a, "rack 1 ☃", owner="ops"))
+    assert first == EnrolledEk(hash_a, "rack 1 ☃", START, "ops")
     await clock.advance(timedelta(minutes=1))
-    assert await store.allow_ek(EnrolledEk(hash_a, "rack 2")) == replace(first, comment="rack 2")
+    assert await store.allow_ek(EnrolledEk(hash_a, "rack 2")) == EnrolledEk(hash_a, "rack 2", START)
     await store.allow_ek(EnrolledEk(hash_b))
     assert [ek.comment for ek in await store.list_eks()] == ["rack 2", ""]
     assert await store.is_ek_allowed(hash_a)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_EK_TYPES: Final = ("auto", "ec-p256", "rsa-2048")
+_EK_TYPES: Final = ("auto", "ec-p256", "ec-p384", "rsa-2048", "rsa-3072")
 _WIDTH: Final = 18
 _TIMEOUT_S: Final = 120.0
 
@@ -151,6 +151,7 @@ def _as_values(found: TpmInfo) -> dict[str, Any]:
         "algorithms": list(found.algorithms),
         "curves": list(found.curves),
         "pcr_banks": {bank: list(pcrs) for bank, pcrs in found.pcr_banks.items()},
+        "ek_hash": found.ek_hash,
         "endorsement_keys": [_key_values(key) for key in found.endorsement_keys],
         "complaints": list(found.complaints),
     }

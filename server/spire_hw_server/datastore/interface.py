@@ -335,17 +335,33 @@ class JoinToken:
     expires_at: datetime
 
 
+MAX_EK_COMMENT: Final = 1024
+MAX_EK_OWNER: Final = 256
+
+
 @dataclass(frozen=True, slots=True)
 class EnrolledEk:
     """A TPM allowed by the hash of its endorsement key.
 
     Attributes:
         ek_hash: lower-case hex SHA-256, as `spire-hw-agent tpm ek-hash` prints it.
+        comment: at most `MAX_EK_COMMENT` characters.
+        created_at: when it was enrolled first.
+        owner: who answers for the machine; at most `MAX_EK_OWNER` characters.
     """
 
     ek_hash: str
     comment: str = ""
     created_at: datetime | None = None
+    owner: str = ""
+
+
+class EkChange(Enum):
+    """What enrolling a TPM did to the list."""
+
+    ADDED = "added"
+    UPDATED = "updated"
+    UNCHANGED = "unchanged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -788,7 +804,19 @@ class Datastore(Protocol):
         ...
 
     async def allow_ek(self, ek: EnrolledEk) -> EnrolledEk:
-        """Enroll a TPM; enrolling it again replaces the comment."""
+        """Enroll a TPM; enrolling it again replaces comment and owner."""
+        ...
+
+    async def enroll_eks(
+        self, wanted: Sequence[EnrolledEk], *, dry_run: bool = False
+    ) -> list[EkChange]:
+        """Enroll TPMs with different hashes, all or none; return what that did to each.
+
+        With `dry_run` the list stays as it is.
+
+        Raises:
+            InvalidInputError: a hash, comment or owner that breaks the rules.
+        """
         ...
 
     async def deny_ek(self, ek_hash: str) -> None:

@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 
-from spire_hw.errors import NotReadyError
-from spire_hw.tpm import attest, endorsement, wire
+from spire_hw.errors import AttestationError, NotReadyError
+from spire_hw.tpm import endorsement, wire
+from spire_hw.tpm.attest import activate as open_credential
+from spire_hw.tpm.attest import create_attestation_key
 from spire_hw.tpm.credential import make_credential
 from spire_hw.tpm.device import TpmDevice
 from spire_hw.tpm.endorsement import EkType
-from spire_hw.tpm.public import EK_TEMPLATES, check_ek, parse_public
+from spire_hw.tpm.public import EK_TEMPLATES, check_ek, ek_hash, parse_public
+from spire_hw_sim.manufacturer import EkKind, Manufacturer
 from spire_hw_sim.tpm_command import ENDORSEMENT
 from tests.integration.tpm.leaks import nothing_left_behind
+from tests.integration.tpm.parties import Bench, attest, codes, node, serving
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -44,17 +48,17 @@ def equip(tpm: Swtpm, factory: Factory, template: bytes, index: int) -> bytes:
 
 
 async def activate(device: TpmDevice, ek: endorsement.Endorsement) -> None:
-    ak = await device.run("make AK", attest.create_attestation_key)
+    ak = await device.run("make AK", create_attestation_key)
     secret = secrets.token_bytes(32)
     sealed = make_credential(ek.parsed, ak.name, secret)
     opened = await device.run(
         "activate",
-        lambda c: attest.activate(c, ek, sealed.id_object, sealed.encrypted_secret),
+        lambda c: open_credential(c, ek, sealed.id_object, sealed.encrypted_secret),
     )
     assert opened == secret
 
 
-@pytest.mark.parametrize("label", ["L-1", "L-2", "H-1", "H-2", "H-3"])
+@pytest.mark.parametrize("label", ["L-1", "L-2", "H-1", "H-2", "H-3", "H-4", "H-6"])
 async def test_every_template_with_a_certificate_is_found_and_activates(
     device: TpmDevice, bare_tpm: Swtpm, factory: Factory, label: str
 ) -> None:
@@ -91,14 +95,21 @@ async def test_a_vendors_nonce_is_taken_into_the_template(
         await activate(device, ek)
 
 
+@pytest.mark.parametrize(
+    ("label", "template"),
+    [
+        ("L-2", TEMPLATES["L-2"][:-1] + b"\x01"),
+        # The default has nothing there; a vendor may have put a number.
+        ("H-2", TEMPLATES["H-2"][:-4] + wire.sized(b"\x01" * 32) + wire.sized(bytes(32))),
+    ],
+)
 async def test_a_vendors_own_template_is_used(
-    device: TpmDevice, bare_tpm: Swtpm, factory: Factory
+    device: TpmDevice, bare_tpm: Swtpm, factory: Factory, label: str, template: bytes
 ) -> None:
-    template = TEMPLATES["L-2"][:-1] + b"\x01"
-    public = equip(bare_tpm, factory, template, endorsement._CERTIFICATES["L-2"])
-    bare_tpm.commands.nv_store(endorsement._OWN_TEMPLATES["L-2"], template)
+    public = equip(bare_tpm, factory, template, endorsement._CERTIFICATES[label])
+    bare_tpm.commands.nv_store(endorsement._OWN_TEMPLATES[label], template)
     ek = await device.run("find EK", endorsement.find_endorsement)
-    assert ek.parsed.raw == public
+    assert (ek.label, ek.parsed.raw) == (label, public)
 
 
 async def test_a_template_in_the_place_of_the_nonce_is_no_nonce(
@@ -133,4 +144,41 @@ async def test_without_certificates_the_type_may_be_chosen(device: TpmDevice) ->
         wanted = ek_type
         ek = await device.run("find EK", lambda c: endorsement.find_endorsement(c, wanted))  # noqa: B023
         labels.append((ek_type, ek.label))
-    assert labels == [(EkType.AUTO, "L-2"), (EkType.EC_P256, "L-2"), (EkType.RSA_2048, "L-1")]
+    assert labels == [
+        (EkType.AUTO, "L-2"),
+        (EkType.EC_P256, "L-2"),
+        (EkType.EC_P384, "H-3"),
+        (EkType.RSA_2048, "L-1"),
+        (EkType.RSA_3072, "H-6"),
+    ]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("kind", list(EkKind))
+async def test_every_kind_of_key_attests_by_its_certificate_and_chain(
+    bench: Bench, bare_tpm: Swtpm, kind: EkKind, wrapped: bool
+) -> None:
+    maker = Manufacturer(levels=3)
+    padding = 0 if wrapped else 40
+    bare_tpm.extend_pcr(0, b"firmware")
+    [made] = maker.equip(bare_tpm, (kind,), padding=padding, wrapped=wrapped)
+    roots = bench.folder / "maker.pem"
+    roots.write_bytes(maker.roots_pem())
+    server = await serving(bench, endorsement_ca_path=str(roots))
+    async with node(bench, bare_tpm) as n:
+        found = await attest(n.agent, server, n.key)
+    assert f"pub_hash:{ek_hash(made.public_key)}" in found.selector_values
+    assert "ek:method:ca" in found.selector_values
+    assert "key:tpm" in found.selector_values
+
+
+async def test_a_chain_without_its_middle_is_refused(bench: Bench, bare_tpm: Swtpm) -> None:
+    maker = Manufacturer(levels=3)
+    maker.equip(bare_tpm, (EkKind.ECC_P384,), with_chain=False)
+    roots = bench.folder / "maker.pem"
+    roots.write_bytes(maker.roots_pem() + maker.intermediates_pem())
+    server = await serving(bench, endorsement_ca_path=str(roots))
+    async with node(bench, bare_tpm) as n:
+        with pytest.raises(AttestationError) as caught:
+            await attest(n.agent, server, n.key)
+    assert codes(caught.value) == ["ek_untrusted"]

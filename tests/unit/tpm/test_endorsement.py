@@ -44,6 +44,7 @@ def test_a_chain_ends_at_padding() -> None:
     other = Manufacturer().issue(KEY)
     assert split_certificates(other + CERTIFICATE + b"\xff" * 9) == (other, CERTIFICATE)
     assert split_certificates(b"\xff" * 9) == ()
+    assert split_certificates(other + b"\xff" * 9 + CERTIFICATE + bytes(3)) == (other, CERTIFICATE)
 
 
 def test_a_certificate_names_its_key_and_no_other() -> None:
@@ -51,10 +52,14 @@ def test_a_certificate_names_its_key_and_no_other() -> None:
     assert not is_certificate_for(CERTIFICATE, ec.generate_private_key(ec.SECP256R1()).public_key())
 
 
-def test_low_range_templates_are_those_of_the_profile() -> None:
+def test_templates_are_those_of_the_profile() -> None:
     made = {template.label: default_template(template) for template in EK_TEMPLATES}
     assert made["L-1"] == _TEMPLATES[EkKind.RSA_2048]
     assert made["L-2"] == _TEMPLATES[EkKind.ECC_P256]
+    assert made["H-1"] == _TEMPLATES[EkKind.RSA_2048_HIGH]
+    assert made["H-2"] == _TEMPLATES[EkKind.ECC_P256_HIGH]
+    assert made["H-3"] == _TEMPLATES[EkKind.ECC_P384]
+    assert made["H-6"] == _TEMPLATES[EkKind.RSA_3072]
     # Policy A: PolicySecret(endorsement), twice through the hash.
     step = hashlib.sha256(bytes(32) + bytes.fromhex("000001514000000b")).digest()
     assert hashlib.sha256(step).digest() in made["L-1"]

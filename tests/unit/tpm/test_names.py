@@ -23,7 +23,7 @@ def test_name_reads_like_a_name() -> None:
         (b"\x30\x05", "(malformed)", ""),
         (tlv(0x30, tlv(0x31, tlv(0x30, ekca.oid("2.5.4.3")))), "(malformed)", ""),
         (ekca.name(("1.2.3", "x")), "1.2.3=x", "x"),
-        (ekca.common_name("a\n\x1b,CN=b"), "CN=a\\n\\x1b\\x2cCN\\x3db", "a\\n\\x1b\\x2cCN\\x3db"),
+        (ekca.common_name("a\n\x1b,CN=b"), "CN=a\\n\\x1b\\,CN\\=b", "a\\n\\x1b\\,CN\\=b"),
         (
             tlv(
                 0x30, tlv(0x31, tlv(0x30, ekca.oid("2.5.4.3"), tlv(0x1E, "Ä".encode("utf-16-be"))))

@@ -55,7 +55,7 @@ class Config(Model):
         tcti: TCTI string instead of a device, such as `swtpm:host=localhost,port=2321`.
         endorsement_auth_path: file with the password of the endorsement hierarchy, if one is set.
         owner_auth_path: the same for the owner hierarchy.
-        ek_type: `auto`, `ec-p256` or `rsa-2048`.
+        ek_type: `auto`, `ec-p256`, `ec-p384`, `rsa-2048` or `rsa-3072`.
         bind_csr: answer only servers whose attestor binds evidence to the certificate request.
         boot_log_path: firmware's log, where it is not in the kernel's usual place.
         ima_log_path: the kernel's list of measured files in ASCII, likewise.

@@ -17,9 +17,9 @@ from pydantic import AfterValidator, Field, create_model
 from spire_hw.config.schema import GoDuration, Model, check
 from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError, NotReadyError
 from spire_hw.tpm.castore import load_roots
+from spire_hw.tpm.crlfiles import CrlFiles
 from spire_hw.tpm.ekcert import ChainTime, EkRoots
 from spire_hw.tpm.wire import BANKS, HASHES, PCR_COUNT, PcrSelection
-from spire_hw_plugins.nodeattestor.tpm.crlfiles import CrlFiles
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -4,39 +4,87 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import delete, insert, select, update
 
 from spire_hw.errors import InvalidInputError, NotFoundError
-from spire_hw_server.datastore.interface import EnrolledEk
+from spire_hw_server.datastore.interface import MAX_EK_COMMENT, MAX_EK_OWNER, EkChange, EnrolledEk
 from spire_hw_server.datastore.sql.models import enrolled_eks
 from spire_hw_server.datastore.sql.sets import moment_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from spire_hw_server.datastore.sql.transaction import Transaction
 
 _HASH: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_MAX_COMMENT: Final = 1024
+_PART: Final = 500
 
 
 def allow(tx: Transaction, ek: EnrolledEk) -> EnrolledEk:
     """Enroll a TPM; see `Datastore.allow_ek`."""
+    enroll(tx, [ek])
+    query = select(enrolled_eks.c.created_at).where(enrolled_eks.c.ek_hash == ek.ek_hash)
+    return replace(ek, created_at=moment_of(tx.connection.execute(query).scalar_one()))
+
+
+def enroll(tx: Transaction, eks: Sequence[EnrolledEk]) -> list[EkChange]:
+    """Enroll TPMs; see `Datastore.enroll_eks`."""
+    changes = compare(tx, eks, lock=True)
+    added = [ek for ek, change in zip(eks, changes, strict=True) if change is EkChange.ADDED]
+    if added:
+        rows = [{**_columns(ek), "created_at": tx.now_s} for ek in added]
+        tx.connection.execute(insert(enrolled_eks), rows)
+    for ek, change in zip(eks, changes, strict=True):
+        if change is EkChange.UPDATED:
+            where = enrolled_eks.c.ek_hash == ek.ek_hash
+            tx.connection.execute(update(enrolled_eks).where(where).values(**_columns(ek)))
+    return changes
+
+
+def compare(tx: Transaction, eks: Sequence[EnrolledEk], *, lock: bool = False) -> list[EkChange]:
+    """Return what enrolling TPMs would do to the list; `lock` for a writer."""
+    for ek in eks:
+        _check(ek)
+    known: dict[str, EnrolledEk] = {}
+    hashes = sorted({ek.ek_hash for ek in eks})
+    if len(hashes) != len(eks):
+        raise InvalidInputError("the same EK hash twice")
+    for start in range(0, len(hashes), _PART):
+        query = select(enrolled_eks).where(
+            enrolled_eks.c.ek_hash.in_(hashes[start : start + _PART])
+        )
+        rows = tx.connection.execute(query.with_for_update() if lock else query)
+        known |= {row.ek_hash: _decode(row) for row in rows}
+    found = []
+    for ek in eks:
+        old = known.get(ek.ek_hash)
+        if old is None:
+            found.append(EkChange.ADDED)
+        elif (old.comment, old.owner) == (ek.comment, ek.owner):
+            found.append(EkChange.UNCHANGED)
+        else:
+            found.append(EkChange.UPDATED)
+    return found
+
+
+def _check(ek: EnrolledEk) -> None:
     if _HASH.fullmatch(ek.ek_hash) is None:
         raise InvalidInputError("EK hash is not 64 lower-case hexadecimal digits")
-    if len(ek.comment) > _MAX_COMMENT:
-        raise InvalidInputError(f"comment is longer than {_MAX_COMMENT} characters")
-    query = select(enrolled_eks).where(enrolled_eks.c.ek_hash == ek.ek_hash).with_for_update()
-    row = tx.connection.execute(query).one_or_none()
-    if row is None:
-        tx.connection.execute(
-            insert(enrolled_eks).values(ek_hash=ek.ek_hash, comment=ek.comment, created_at=tx.now_s)
-        )
-        return replace(ek, created_at=moment_of(tx.now_s))
-    tx.connection.execute(
-        update(enrolled_eks).where(enrolled_eks.c.row_id == row.row_id).values(comment=ek.comment)
-    )
-    return replace(ek, created_at=moment_of(row.created_at))
+    if len(ek.comment) > MAX_EK_COMMENT:
+        raise InvalidInputError(f"comment is longer than {MAX_EK_COMMENT} characters")
+    if len(ek.owner) > MAX_EK_OWNER:
+        raise InvalidInputError(f"owner is longer than {MAX_EK_OWNER} characters")
+
+
+def _columns(ek: EnrolledEk) -> dict[str, str]:
+    return {"ek_hash": ek.ek_hash, "comment": ek.comment, "owner": ek.owner}
+
+
+def _decode(row: Any) -> EnrolledEk:
+    # Rows from before there were owners have none.
+    return EnrolledEk(row.ek_hash, row.comment, moment_of(row.created_at), row.owner or "")
 
 
 def deny(tx: Transaction, ek_hash: str) -> None:
@@ -52,7 +100,7 @@ def deny(tx: Transaction, ek_hash: str) -> None:
 def list_all(tx: Transaction) -> list[EnrolledEk]:
     """Return all enrolled TPMs, oldest first; see `Datastore.list_eks`."""
     rows = tx.connection.execute(select(enrolled_eks).order_by(enrolled_eks.c.row_id))
-    return [EnrolledEk(row.ek_hash, row.comment, moment_of(row.created_at)) for row in rows]
+    return [_decode(row) for row in rows]
 
 
 def is_allowed(tx: Transaction, ek_hash: str) -> bool:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from spire_hw_server.datastore.config import DatastoreConfig
     from spire_hw_server.datastore.interface import (
         Change,
+        EkChange,
         EnrolledEk,
         Entry,
         EntryFilter,
@@ -309,6 +310,14 @@ class SqlDatastore(Datastore):
     @override
     async def deny_ek(self, ek_hash: str) -> None:
         await self._database.write(lambda tx: eks.deny(tx, ek_hash))
+
+    @override
+    async def enroll_eks(
+        self, wanted: Sequence[EnrolledEk], *, dry_run: bool = False
+    ) -> list[EkChange]:
+        if dry_run:
+            return await self._database.read(lambda tx: eks.compare(tx, wanted))
+        return await self._database.write(lambda tx: eks.enroll(tx, wanted))
 
     @override
     async def list_eks(self) -> list[EnrolledEk]:

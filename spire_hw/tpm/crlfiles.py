@@ -49,9 +49,9 @@ class CrlFiles:
         self._current = Revocations(self._read(), required=required)
 
     @property
-    def crls(self) -> tuple[Crl, ...]:
+    def revocations(self) -> Revocations:
         """Return the lists as they were last read."""
-        return self._current.crls
+        return self._current
 
     async def current(self, clock: Clock, log: Logger) -> Revocations:
         """Return the lists, read again when files have changed since the last look."""
