@@ -211,13 +211,12 @@ class Firmware:
 
     def _secure_boot(self) -> Iterable[Measurement]:
         keys = self.secure_boot
-        hashes = signature_list(secureboot.CERT_SHA256, self.dbx)
         contents = {
             "SecureBoot": bytes((self.secure_boot,)),
             "PK": signature_list(secureboot.CERT_X509, [b"platform key"]) if keys else b"",
             "KEK": signature_list(secureboot.CERT_X509, [b"exchange key"]) if keys else b"",
             "db": b"".join(signature_list(secureboot.CERT_X509, [c]) for c in self.db),
-            "dbx": hashes if self.dbx else b"",
+            "dbx": signature_list(secureboot.CERT_SHA256, self.dbx) if self.dbx else b"",
         }
         if self.debug_mode:
             yield Measurement(7, EV_ACTION, secureboot.DEBUG_MODE)
