@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 FIRMWARE_PCRS: Final = tuple(range(8))
 # The kernel's aggregate covers two more than firmware extends.
 AGGREGATE_PCRS: Final = tuple(range(10))
-# More than this is replayed in a thread: the event loop has others to serve.
-_SHORT_BYTES: Final = 64 * 1024
+# More than this is replayed in a thread: it takes long enough for others to wait for.
+_SHORT_BYTES: Final = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,8 @@ def _replay(
             early_authority="early_authority" in wanted.tolerate,
         )
         found = boot.facts(log, proved.pcrs, bank, rules)
-        logged = {(bank, n): value for n, value in eventlog.replay(log, bank).items()}
+        if logs.ima is not None:
+            logged = {(bank, n): value for n, value in eventlog.replay(log, bank).items()}
     listed = None
     if logs.ima is not None:
         listed = _replay_ima(wanted, bank, logs, proved, logged)
