@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from google.protobuf import wrappers_pb2
@@ -14,6 +14,7 @@ from spire_hw.cli.output import complain, count_of, epoch, go_time, table
 from spire_hw.cli.run import batch_code
 from spire_hw.clock import SystemClock
 from spire_hw.errors import SpireHwError
+from spire_hw_server.cli import agentposture
 from spire_hw_server.cli.connect import (
     MATCH_NAMES,
     Admin,
@@ -23,6 +24,9 @@ from spire_hw_server.cli.connect import (
     id_text,
     selector_match,
 )
+
+if TYPE_CHECKING:
+    from spire_hw._pb.hw_posture_pb2 import NodePosture
 
 _AGENT: Final = server_agent_pb2.DESCRIPTOR.services_by_name["Agent"]
 _LABEL_WIDTH: Final = 18
@@ -104,18 +108,23 @@ def list_agents(admin: Admin, **conditions: Any) -> None:
     request = server_agent_pb2.ListAgentsRequest()
     request.filter.SetInParent()
     _fill(request.filter, **conditions)
-    answer = admin.run(lambda session: _list(session, request))
+
+    async def work(session: Session) -> tuple[list[types_pb2.Agent], dict[str, NodePosture]]:
+        found = (await _list(session, request)).agents
+        return list(found), await agentposture.fetch_states(session)
+
+    agents, states = admin.run(work)
 
     def pretty() -> None:
-        if not answer.agents:
+        if not agents:
             click.echo("No attested agents found")
             return
-        number = count_of(len(answer.agents), "attested agent", "attested agents")
-        click.echo(f"Found {number}:\n")
-        for agent in answer.agents:
-            click.echo(agent_text(agent))
+        click.echo(f"Found {count_of(len(agents), 'attested agent', 'attested agents')}:\n")
+        for agent in agents:
+            click.echo(agent_text(agent, states.get(id_text(agent.id))))
 
-    admin.printer.message(answer, pretty)
+    values = {"agents": agentposture.states_of(agents, states), "next_page_token": ""}
+    admin.printer.value(values, pretty)
 
 
 @group.command("count", examples="spire-hw-server agent count -attestationType tpm")
@@ -144,15 +153,20 @@ def _id_flag(command: F) -> F:
 def show(admin: Admin, spiffe_id: str) -> None:
     """Show one attested agent."""
     request = server_agent_pb2.GetAgentRequest(id=id_message(spiffe_id))
-    agent = admin.call(_AGENT, "GetAgent", request)
+
+    async def work(session: Session) -> tuple[types_pb2.Agent, NodePosture | None]:
+        found = await session.call(_AGENT, "GetAgent", request)
+        return found, await agentposture.fetch_state(session, id_text(found.id))
+
+    agent, state = admin.run(work)
 
     def pretty() -> None:
         click.echo("Found an attested agent given its SPIFFE ID\n")
-        click.echo(agent_text(agent))
+        click.echo(agent_text(agent, state) + table(agentposture.detail_rows(state), _LABEL_WIDTH))
         rows = [("Selectors", f"{s.type}:{s.value}") for s in agent.selectors]
         click.echo(table(rows, _LABEL_WIDTH), nl=False)
 
-    admin.printer.message(agent, pretty)
+    admin.printer.value(agentposture.with_state(agent, state), pretty)
 
 
 @group.command(
@@ -248,7 +262,11 @@ def _print_purged(results: list[dict[str, Any]], *, dry_run: bool) -> None:
             complain(table(rows, _LABEL_WIDTH).rstrip("\n"))
 
 
-def agent_text(agent: types_pb2.Agent) -> str:
+for _command in (agentposture.evidence, agentposture.quarantine, agentposture.release):
+    group.add_command(_command)
+
+
+def agent_text(agent: types_pb2.Agent, state: NodePosture | None = None) -> str:
     """Return the lines about an agent, in upstream's layout."""
     rows = [
         ("SPIFFE ID", id_text(agent.id)),
@@ -259,4 +277,5 @@ def agent_text(agent: types_pb2.Agent) -> str:
     ]
     if agent.agent_version:
         rows.append(("Agent version", agent.agent_version))
+    rows += agentposture.state_rows(state)
     return table(rows, _LABEL_WIDTH)
