@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from typing import TYPE_CHECKING, Final
 
@@ -63,10 +64,15 @@ def read_policies(folder: Path) -> list[tuple[Path, Policy, str]]:
     return found
 
 
+def _at_once(path: str, flags: int) -> int:
+    """Open without waiting for somebody to write into a FIFO."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def _read(path: Path, most: int) -> bytes:
     try:
-        with path.open("rb") as stream:
-            if not stat.S_ISREG(path.stat().st_mode):
+        with open(path, "rb", opener=_at_once) as stream:  # noqa: PTH123 - a Path takes no opener
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
                 raise NotReadyError(f"{path} is not a file")
             data = stream.read(most + 1)
     except OSError as e:
