@@ -71,7 +71,7 @@ def _at_once(path: str, flags: int) -> int:
 
 def _read(path: Path, most: int) -> bytes:
     try:
-        with open(path, "rb", opener=_at_once) as stream:  # noqa: PTH123 - a Path takes no opener
+        with open(path, "rb", opener=_at_once) as stream:
             if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
                 raise NotReadyError(f"{path} is not a file")
             data = stream.read(most + 1)
