@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spire_hw import __version__
 from spire_hw.cli.program import root_group
-from spire_hw_agent.cli import api, healthcheck, run, tpm, tpmpolicy
+from spire_hw_agent.cli import api, healthcheck, run, tpm, tpmdevid, tpmpolicy
 
 PROGRAM = "spire-hw-agent"
 
@@ -15,5 +15,6 @@ root.add_command(run.run)
 root.add_command(run.validate)
 root.add_command(healthcheck.healthcheck)
 root.add_command(api.group)
+tpm.group.add_command(tpmdevid.group)
 tpm.group.add_command(tpmpolicy.group)
 root.add_command(tpm.group)

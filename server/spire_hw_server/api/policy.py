@@ -106,7 +106,14 @@ _SERVICES: Final[dict[str, dict[str, frozenset[CallerClass]]]] = {
         "RevokeWITAuthority": _OPERATOR,
     },
     # Ours: TPMs enrolled by endorsement key hash.
-    "spire_hw.server.v1.Tpm": {"AllowEk": _LOCAL, "DenyEk": _LOCAL, "ListEks": _LOCAL},
+    "spire_hw.server.v1.Tpm": {
+        "AllowEk": _LOCAL,
+        "EnrollEks": _LOCAL,
+        "DenyEk": _LOCAL,
+        "ListEks": _LOCAL,
+    },
+    # Ours: whose request for a DevID certificate it is.
+    "spire_hw.server.v1.DevId": {"CheckRequest": _LOCAL},
     # Ours: whether machines still are as they should be.
     "spire_hw.server.v1.Posture": {"Heartbeat": _AGENT},
     "spire_hw.server.v1.PostureAdmin": {
@@ -134,6 +141,7 @@ LOCAL_SERVICES: Final = frozenset(
         "spire.api.server.debug.v1.Debug",
         "spire.api.server.logger.v1.Logger",
         "grpc.health.v1.Health",
+        "spire_hw.server.v1.DevId",
         "spire_hw.server.v1.Policy",
         "spire_hw.server.v1.PostureAdmin",
         "spire_hw.server.v1.Tpm",

@@ -15,6 +15,7 @@ from spire_hw_server.api.audit import Audit
 from spire_hw_server.api.authorize import Authorizer
 from spire_hw_server.api.bundle import BundleService
 from spire_hw_server.api.debug import DebugService
+from spire_hw_server.api.devid import DevIdService
 from spire_hw_server.api.entry import EntryService
 from spire_hw_server.api.limits import Limits
 from spire_hw_server.api.localauthority import LocalAuthorityService
@@ -69,6 +70,7 @@ class Services:
     svid: SvidService
     local_authority: LocalAuthorityService
     tpm: TpmService
+    devid: DevIdService
     policy: PolicyService
     posture: PostureService
     posture_admin: PostureAdminService
@@ -121,6 +123,7 @@ def build_services(parts: Parts, settings: ServerSettings) -> Services:
             manager=parts.manager, audit=audit, jwt_enabled=jwt_enabled
         ),
         tpm=TpmService(store=parts.store, audit=audit),
+        devid=DevIdService(store=parts.store, audit=audit, clock=parts.clock),
         policy=PolicyService(store=parts.store, policies=parts.postures.policies, audit=audit),
         posture=PostureService(postures=parts.postures),
         posture_admin=PostureAdminService(

@@ -227,7 +227,7 @@ class EvidenceRecord:
 
     Attributes:
         made_at: server's time.
-        occasion: `attestation`, `heartbeat`, `policy_update` or `operator`.
+        occasion: `attestation`, `heartbeat`, `policy_update`, `silence` or `operator`.
         verdict: what became of it: accept, refuse, quarantine or ban.
         state: of the node after it.
         findings: JSON, ASCII.
@@ -624,6 +624,14 @@ class Datastore(Protocol):
 
         Raises:
             KeyInUseError: one of the keys is another node's.
+        """
+        ...
+
+    async def find_by_attestation_key(self, digest: bytes) -> Node | None:
+        """Return the node whose TPM speaks with a key, None when there is none.
+
+        Args:
+            digest: SHA-256 of the key's DER SubjectPublicKeyInfo.
         """
         ...
 

@@ -33,6 +33,7 @@ from spire_hw.tpm import public as areas
 from spire_hw.tpm import verify
 from spire_hw.tpm.certificate import parse_certificate
 from spire_hw.tpm.credential import make_credential
+from spire_hw.tpm.devidrequest import check_devid_key
 from spire_hw.tpm.ekcert import verify_ek_certificate
 from spire_hw.tpm.public import check_ak, check_ek, parse_public
 from spire_hw.tpm.wire import parse_attest
@@ -63,15 +64,6 @@ NAME: Final = wire.NAME
 _DENIED: Final = ErrorKind.PERMISSION_DENIED
 _OPTIONS: Final = SignOptions(HashAlgorithm.SHA256)
 _MAX_COMMON_NAME: Final = 255
-_ORIGIN: Final = areas.FIXED_TPM | areas.FIXED_PARENT | areas.SENSITIVE_DATA_ORIGIN
-_ALLOWED: Final = (
-    _ORIGIN
-    | areas.SIGN
-    | areas.DECRYPT
-    | areas.USER_WITH_AUTH
-    | areas.ADMIN_WITH_POLICY
-    | areas.NO_DA
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,10 +202,7 @@ def _check_residency(
     devid = parse_public(data.devid_pub, "devid: public area")
     if devid.spki != spki_der(key):
         raise _refuse("devid_key_mismatch", "devid: certificate and TPM key are different keys")
-    required = _ORIGIN | areas.SIGN
-    if not devid.has(required) or devid.attributes & ~_ALLOWED:
-        text = f"devid: attributes {devid.attributes:#010x} are not acceptable"
-        raise _refuse("devid_attributes", text)
+    check_devid_key(devid)
     ek = _check_ek(settings, data, now)
     ak = parse_public(data.ak_pub, "ak: public area")
     check_ak(ak)

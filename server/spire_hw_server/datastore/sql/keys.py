@@ -21,6 +21,14 @@ _OWNERS: Final = Prepared(
     .join(nodes, nodes.c.row_id == node_keys.c.node_row)
     .where(or_(node_keys.c.digest == bindparam("one"), node_keys.c.digest == bindparam("other")))
 )
+_ATTESTED: Final = Prepared(
+    select(nodes.c.agent_id)
+    .join(node_keys, nodes.c.row_id == node_keys.c.node_row)
+    .where(
+        node_keys.c.digest == bindparam("digest"),
+        node_keys.c.role == KeyRole.ATTESTATION.value,
+    )
+)
 _INSERT: Final = Prepared(insert(node_keys))
 _DELETE: Final = Prepared(delete(node_keys).where(_OF_NODE))
 
@@ -40,6 +48,13 @@ def check_free(tx: Transaction, agent_id: SpiffeId, keys: NodeKeys) -> None:
         owner = owners.get(keys[role], agent_id.text)
         if owner != agent_id.text:
             raise KeyInUseError(role, SpiffeId(owner))
+
+
+def owner_of_attestation_key(tx: Transaction, digest: bytes) -> SpiffeId | None:
+    """Return the node whose TPM speaks with a key, None when there is none."""
+    for row in _ATTESTED.fetch(tx, digest=digest):
+        return SpiffeId(row[0])
+    return None
 
 
 def replace_all(tx: Transaction, node_row: int, keys: NodeKeys, *, is_new: bool) -> None:

@@ -153,6 +153,13 @@ def find(tx: Transaction, agent_id: SpiffeId, keys: NodeKeys) -> Node | None:
     return None if row is None else _node(row)
 
 
+def find_by_attestation_key(tx: Transaction, digest: bytes) -> Node | None:
+    """Return a node; see `Datastore.find_by_attestation_key`."""
+    owner = node_keys.owner_of_attestation_key(tx, digest)
+    row = None if owner is None else _row(tx, owner)
+    return None if row is None else _node(row)
+
+
 def get(tx: Transaction, agent_id: SpiffeId) -> Node:
     """Return a node; see `Datastore.get_node`."""
     return _node(_existing(tx, agent_id))

@@ -174,6 +174,10 @@ class SqlDatastore(Datastore):
         return await self._database.glance(lambda tx: nodes.find(tx, agent_id, keys))
 
     @override
+    async def find_by_attestation_key(self, digest: bytes) -> Node | None:
+        return await self._database.read(lambda tx: nodes.find_by_attestation_key(tx, digest))
+
+    @override
     async def get_nodes(self, agent_ids: Collection[SpiffeId]) -> dict[SpiffeId, Node]:
         return await self._database.read(lambda tx: nodes.get_many(tx, agent_ids))
 
@@ -308,16 +312,16 @@ class SqlDatastore(Datastore):
         return await self._database.write(lambda tx: eks.allow(tx, ek))
 
     @override
-    async def deny_ek(self, ek_hash: str) -> None:
-        await self._database.write(lambda tx: eks.deny(tx, ek_hash))
-
-    @override
     async def enroll_eks(
         self, wanted: Sequence[EnrolledEk], *, dry_run: bool = False
     ) -> list[EkChange]:
         if dry_run:
             return await self._database.read(lambda tx: eks.compare(tx, wanted))
         return await self._database.write(lambda tx: eks.enroll(tx, wanted))
+
+    @override
+    async def deny_ek(self, ek_hash: str) -> None:
+        await self._database.write(lambda tx: eks.deny(tx, ek_hash))
 
     @override
     async def list_eks(self) -> list[EnrolledEk]:
