@@ -1,141 +1,383 @@
-"""Firmware and kernel of the simulator on a real TPM: what replays is what the TPM holds."""
+"""Boot log and IMA list of a machine over a real TPM, from the kernel's files to the verdict."""
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
-from dataclasses import replace
+import hashlib
+import json
+import secrets
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
 
-from spire_hw.errors import AttestationError
-from spire_hw.tpm import boot, eventlog, ima
-from spire_hw.tpm.attest import read_pcrs
-from spire_hw.tpm.device import TpmDevice
-from spire_hw.tpm.wire import PcrSelection
-from spire_hw_sim.firmware import PHASES, PROFILES, Boot
-from spire_hw_sim.imawriter import ImaList, Item
-from spire_hw_sim.swtpm import Swtpm
+from spire_hw.config.hcl import Body
+from spire_hw.errors import (
+    AttestationError,
+    ErrorKind,
+    InvalidInputError,
+    LimitError,
+    NotReadyError,
+)
+from spire_hw.posture.heartbeat import HeartbeatChallenge, KnownNode
+from spire_hw.posture.judge import EvidenceRequest
+from spire_hw.posture.policy import ima_start
+from spire_hw_sim.firmware import Firmware
+from spire_hw_sim.imawriter import ImaList
+from tests.integration.tpm.leaks import nothing_left_behind
+from tests.integration.tpm.parties import Bench, Exchange, Node, attest, codes, node, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
-    from tests.integration.tpm.conftest import Factory
+    from spire_hw.posture.evidence import Evidence, ImaState
+    from spire_hw_sim.swtpm import Swtpm
 
-BANKS = ("sha256", "sha384")
-ALL = tuple(range(24))
-FROM_LOCALITY_0 = sorted(PROFILES.keys() - {"locality", "legacy"})
-
-
-@pytest.fixture
-def off(factory: Factory, tmp_path: Path) -> Iterator[Swtpm]:
-    """Give a TPM nothing was measured into."""
-    with Swtpm(tmp_path / "off", clone_of=factory.first) as tpm:
-        yield tpm
+pytestmark = pytest.mark.asyncio
+LOGS = {"boot_log": True, "ima": True}
+BANKS = ("sha256",)
+SPKI = hashlib.sha256(b"the key of the SVID on the stream").digest()
+NOW = datetime(2026, 6, 1, tzinfo=UTC)
 
 
-def _boot(name: str) -> Boot:
-    return replace(PROFILES[name], banks=BANKS).boot()
+@dataclass
+class Machine:
+    """A machine around a TPM: its kernel's files, and what it goes on to run."""
+
+    tpm: Swtpm
+    folder: Path
+    listed: ImaList
+
+    @classmethod
+    def start(cls, tpm: Swtpm, folder: Path, firmware: Firmware | None = None) -> Machine:
+        """Boot."""
+        tpm.reset()
+        boot = (firmware or Firmware()).boot()
+        boot.run(tpm, BANKS)
+        folder.joinpath("log").write_bytes(boot.log())
+        made = cls(tpm, folder, ImaList.start(boot.values("sha256")))
+        made.listed.run(tpm, BANKS)
+        made.write()
+        return made
+
+    def run(self, count: int, prefix: str = "/usr/bin/tool") -> None:
+        """Run programs."""
+        before = len(self.listed.items)
+        self.listed = self.listed.files(count, prefix=prefix)
+        self.listed.run(self.tpm, BANKS, first=before)
+        self.write()
+
+    def write(self) -> None:
+        self.folder.joinpath("ima").write_bytes(self.listed.ascii())
+
+    async def let_show(self, n: Node, **more: object) -> None:
+        """Tell an agent where the files are."""
+        settings = {
+            "tcti": self.tpm.tcti,
+            "boot_log_path": str(self.folder / "log"),
+            "ima_log_path": str(self.folder / "ima"),
+        }
+        await n.agent.configure(Body.from_dict(settings | more))
 
 
-async def _held(tpm: Swtpm) -> dict[tuple[str, int], bytes]:
-    pcrs: dict[tuple[str, int], bytes] = {}
-    device = TpmDevice(tpm.tcti)
-    try:
-        for bank in BANKS:
-            selection = PcrSelection(bank, ALL)
-            values = await device.run("read", lambda c, s=selection: read_pcrs(c, s))
-            pcrs |= {(bank, n): value for n, value in values.items()}
-    finally:
-        await device.close()
-    return pcrs
+async def proved(n: Node, bench: Bench, stream: Exchange | None = None) -> Evidence:
+    found = await attest(n.agent, await serving(bench, **LOGS), n.key, stream)
+    assert found.evidence is not None
+    return found.evidence
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize("name", FROM_LOCALITY_0)
-async def test_a_log_replays_to_what_the_tpm_holds(name: str, off: Swtpm) -> None:
-    start = _boot(name)
-    start.run(off, BANKS)
-    held = await _held(off)
-    log = eventlog.parse(start.log())
-    for bank in BANKS:
-        facts = boot.facts(log, held, bank)
-        assert set(facts.explained) == set(ALL)
-        assert facts.secure_boot is (name != "secure_boot_off")
-        assert start.values(bank) == {n: held[bank, n] for n in ALL}
+async def test_a_clean_boot_and_what_ran_since(bench: Bench, tpm: Swtpm) -> None:
+    machine = Machine.start(tpm, bench.folder)
+    machine.run(20)
+    async with node(bench, tpm) as n:
+        await machine.let_show(n)
+        with nothing_left_behind(tpm):
+            evidence = await proved(n, bench)
+    assert evidence.boot is not None
+    assert evidence.boot.secure_boot is True
+    assert evidence.ima is not None
+    assert [entry.path for entry in evidence.ima.entries] == [
+        f"/usr/bin/tool{number}".encode() for number in range(20)
+    ]
 
 
-@pytest.mark.asyncio
-async def test_a_reset_gives_the_next_boot_a_fresh_start(off: Swtpm) -> None:
-    first, second = _boot("clean"), _boot("evil_kernel")
-    first.run(off, BANKS)
-    off.reset()
-    second.run(off, BANKS)
-    held = await _held(off)
-    assert boot.facts(eventlog.parse(second.log()), held, "sha256").images
-    with pytest.raises(AttestationError, match="PCR 4 does not replay"):
-        boot.facts(eventlog.parse(first.log()), held, "sha256")
+async def test_secure_boot_off_is_a_selector(bench: Bench, tpm: Swtpm) -> None:
+    machine = Machine.start(tpm, bench.folder, Firmware(secure_boot=False))
+    async with node(bench, tpm) as n:
+        await machine.let_show(n)
+        found = await attest(n.agent, await serving(bench, boot_log=True), n.key)
+    assert "secureboot:off" in found.selector_values
 
 
-@pytest.mark.asyncio
-async def test_boot_phases_and_a_list_on_top(off: Swtpm) -> None:
-    start = _boot("uki").with_phases(*PHASES)
-    start.run(off, BANKS)
-    listed = ImaList.start(start.values("sha256")).files(20, "ima-sig")
-    listed = listed.measure(Item(b"/var/log/x", bytes(32), violation=True)).files(5, prefix="/opt/")
-    listed.run(off, BANKS)
-    held = await _held(off)
-    facts = boot.facts(eventlog.parse(start.log()), held, "sha256")
-    assert facts.uki is not None
-    for bank in BANKS:
-        for data in (listed.ascii(), listed.binary()):
-            replayed = ima.replay(data, None, held, bank)
-            assert (replayed.violations, len(replayed.entries)) == (1, 25)
-    known = ima.replay(listed.ascii(), None, held, "sha256").state
-    more = listed.files(3, prefix="/srv/")
-    more.run(off, BANKS, first=known.count)
-    held = await _held(off)
-    later = ima.replay(more.binary(known.count), known, held, "sha256")
-    assert [entry.path for entry in later.entries] == [b"/srv/%d" % n for n in range(3)]
+async def test_a_list_in_rounds(bench: Bench, tpm: Swtpm) -> None:
+    machine = Machine.start(tpm, bench.folder)
+    machine.run(300)
+
+    def narrow(data: bytes) -> bytes:
+        message = json.loads(data)
+        if "EC" in message:
+            message["spire_hw"]["limits"]["response_bytes"] = 16 * 1024
+        return json.dumps(message).encode()
+
+    stream = Exchange(on_challenge=narrow)
+    async with node(bench, tpm) as n:
+        await machine.let_show(n)
+        evidence = await proved(n, bench, stream)
+    assert evidence.ima is not None
+    assert evidence.ima.state.count == 301
+    assert len(stream.sent) > 4
+    assert all(len(message) <= 16 * 1024 for message in stream.sent[1:])
 
 
-@pytest.mark.asyncio
-async def test_an_old_kernels_padding(off: Swtpm) -> None:
-    start = _boot("clean")
-    start.run(off, BANKS)
-    listed = ImaList.start(start.values("sha256"), padded=True).files(4)
-    listed.run(off, BANKS)
-    facts = ima.replay(listed.ascii(), None, await _held(off), "sha256", allow_padded_sha1=True)
-    assert facts.padded_sha1
+async def test_the_list_may_grow_after_the_quote(bench: Bench, tpm: Swtpm) -> None:
+    machine = Machine.start(tpm, bench.folder)
+    machine.run(5)
+    late = machine.listed.files(3, prefix="/late")
+    bench.folder.joinpath("ima").write_bytes(late.ascii())
+    async with node(bench, tpm) as n:
+        await machine.let_show(n)
+        evidence = await proved(n, bench)
+    assert evidence.ima is not None
+    assert evidence.ima.state.count == 6
 
 
-# --- another implementation ---------------------------------------------------------------------
+async def test_a_log_that_was_edited_is_refused(bench: Bench, tpm: Swtpm) -> None:
+    machine = Machine.start(tpm, bench.folder, Firmware(kernel=b"evil kernel"))
+    bench.folder.joinpath("log").write_bytes(Firmware().boot().log())
+    async with node(bench, tpm) as n:
+        await machine.let_show(n)
+        with nothing_left_behind(tpm), pytest.raises(AttestationError) as caught:
+            await proved(n, bench)
+    assert codes(caught.value)[0] == "log_replay"
 
 
-@pytest.mark.skipif(shutil.which("tpm2_eventlog") is None, reason="tpm2-tools are not installed")
-# Not all releases of that program know that PCR 0 may start elsewhere than at zero.
-@pytest.mark.parametrize("name", sorted(PROFILES.keys() - {"locality"}))
-def test_another_reader_computes_the_same_values(name: str, tmp_path: Path) -> None:
-    raw = PROFILES[name].boot().log()
-    (tmp_path / "log").write_bytes(raw)
-    said = subprocess.run(  # noqa: S603
-        ["tpm2_eventlog", str(tmp_path / "log")],  # noqa: S607
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    values: dict[tuple[str, int], bytes] = {}
-    bank = ""
-    for line in said[said.index("pcrs:") :].splitlines():
-        if found := re.fullmatch(r"  (sha\d+):", line):
-            bank = found[1]
-        elif found := re.fullmatch(r"    (\d+) +: 0x([0-9a-f]+)", line):
-            values[bank, int(found[1])] = bytes.fromhex(found[2])
-    assert values
-    log = eventlog.parse(raw, allow_legacy=True)
-    assert {bank for bank, _ in values} == set(log.banks)
-    for (bank, pcr), value in values.items():
-        assert eventlog.replay(log, bank)[pcr] == value
+async def test_a_program_left_out_of_the_list_is_noticed(bench: Bench, tpm: Swtpm) -> None:
+    machine = Machine.start(tpm, bench.folder)
+    machine.run(5)
+    hidden = replace(machine.listed, items=(*machine.listed.items[:3], *machine.listed.items[4:]))
+    bench.folder.joinpath("ima").write_bytes(hidden.ascii())
+    async with node(bench, tpm) as n:
+        await machine.let_show(n)
+        with pytest.raises(AttestationError) as caught:
+            await proved(n, bench)
+    assert codes(caught.value) == ["ima_replay"]
+
+
+# --- whom it is shown, and where it is ----------------------------------------------------------
+
+
+async def test_nothing_is_shown_to_a_server_nobody_verified(bench: Bench, tpm: Swtpm) -> None:
+    machine = Machine.start(tpm, bench.folder)
+    async with node(bench, tpm) as n:
+        await machine.let_show(n)
+        stream = Exchange(server_verified=False)
+        with nothing_left_behind(tpm), pytest.raises(NotReadyError, match="withheld"):
+            await proved(n, bench, stream)
+        assert len(stream.sent) == 1
+        found = await attest(n.agent, await serving(bench), n.key, Exchange(server_verified=False))
+        assert "tier:quote" in found.selector_values
+        await machine.let_show(n, insecure_evidence=True)
+        await proved(n, bench, Exchange(server_verified=False))
+
+
+async def test_a_machine_without_a_log_says_so(bench: Bench, tpm: Swtpm) -> None:
+    machine = Machine.start(tpm, bench.folder)
+    bench.folder.joinpath("log").unlink()
+    async with node(bench, tpm) as n:
+        await machine.let_show(n)
+        with pytest.raises(AttestationError) as caught:
+            await proved(n, bench)
+        assert codes(caught.value) == ["log_missing"]
+        bench.folder.joinpath("ima").unlink()
+        with pytest.raises(NotReadyError, match="no IMA list at"):
+            await attest(n.agent, await serving(bench, ima=True), n.key)
+
+
+async def test_a_file_that_cannot_be_read_is_named(bench: Bench, tpm: Swtpm) -> None:
+    machine = Machine.start(tpm, bench.folder)
+    bench.folder.joinpath("ima").unlink()
+    bench.folder.joinpath("ima").mkdir()
+    async with node(bench, tpm) as n:
+        await machine.let_show(n)
+        with nothing_left_behind(tpm), pytest.raises(NotReadyError, match="cannot be read"):
+            await attest(n.agent, await serving(bench, ima=True), n.key)
+
+
+async def test_a_log_larger_than_any_server_takes_is_not_shown(bench: Bench, tpm: Swtpm) -> None:
+    machine = Machine.start(tpm, bench.folder)
+    bench.folder.joinpath("log").write_bytes(bytes(512 * 1024 + 1))
+    bench.folder.joinpath("ima").write_bytes(b"x\n" * (4 * 1024 * 1024 + 1))
+    async with node(bench, tpm) as n:
+        await machine.let_show(n)
+        with pytest.raises(AttestationError) as caught:
+            await attest(n.agent, await serving(bench, boot_log=True), n.key)
+        assert codes(caught.value) == ["log_missing"]
+        with pytest.raises(LimitError, match="larger than 8388608 bytes"):
+            await attest(n.agent, await serving(bench, ima=True), n.key)
+
+
+def _ask(**changes: object) -> Callable[[bytes], bytes]:
+    def change(data: bytes) -> bytes:
+        message = json.loads(data)
+        message["spire_hw"].update(changes)
+        return json.dumps(message).encode()
+
+    return change
+
+
+HOSTILE: dict[str, tuple[Callable[[bytes], bytes], type[Exception], str]] = {
+    "217 no PCR at all": (_ask(quote=[]), InvalidInputError, "names no PCR"),
+    "222 a path": (_ask(path="/etc/shadow"), InvalidInputError, "unknown member"),
+    "222 another log": (_ask(want=["/etc/shadow"]), InvalidInputError, "not known"),
+    "small limit": (
+        lambda d: _ask(limits={"log_bytes": 5})(_ask(want=["log"])(d)),
+        LimitError,
+        "all the server takes",
+    ),
+    "counters of an honest key": (_ask(want=["time"]), InvalidInputError, "hides no counters"),
+}
+
+
+@pytest.mark.parametrize("row", HOSTILE)
+async def test_a_hostile_server_gets_nothing(bench: Bench, tpm: Swtpm, row: str) -> None:
+    change, kind, words = HOSTILE[row]
+    machine = Machine.start(tpm, bench.folder)
+    async with node(bench, tpm) as n:
+        await machine.let_show(n)
+        stream = Exchange(on_challenge=change)
+        with nothing_left_behind(tpm), pytest.raises(kind, match=words):
+            await attest(n.agent, await serving(bench), n.key, stream)
+        assert len(stream.sent) == 1
+
+
+@pytest.mark.parametrize(("start", "words"), [(7, "does not go on there"), (0, "too many rounds")])
+async def test_a_server_that_asks_without_end(
+    bench: Bench, tpm: Swtpm, start: int, words: str
+) -> None:
+    machine = Machine.start(tpm, bench.folder)
+    machine.run(5)
+
+    @dataclass
+    class Endless(Exchange):
+        """A server that goes on asking after it has all."""
+
+        async def next_challenge(self) -> bytes | None:
+            ours = {"v": 2, "want": ["ima"], "ima_from": start}
+            return json.dumps({"spire_hw": ours}).encode()
+
+    stream = Endless()
+    async with node(bench, tpm) as n:
+        await machine.let_show(n)
+        error = LimitError if start == 0 else InvalidInputError
+        with pytest.raises(error, match=words):
+            await attest(n.agent, await serving(bench, ima=True), n.key, stream)
+    assert len(stream.sent) <= 2 + 64
+
+
+# --- heartbeats ---------------------------------------------------------------------------------
+
+PCRS = (("sha256", tuple(range(11))),)
+
+
+async def beat(
+    n: Node,
+    bench: Bench,
+    who: KnownNode,
+    wanted: EvidenceRequest,
+    seen: EvidenceRequest | None = None,
+) -> Evidence:
+    """Do one heartbeat; `seen` is what crosses the wire, when that is less."""
+    server = await serving(bench)
+    nonce = secrets.token_bytes(32)
+    answer = await n.agent.heartbeat(HeartbeatChallenge(nonce, seen or wanted), SPKI)
+    return await server.check_heartbeat(who, HeartbeatChallenge(nonce, wanted), answer, NOW)
+
+
+def known(evidence: Evidence) -> KnownNode:
+    return KnownNode(
+        evidence.ek,
+        evidence.ak_public,
+        evidence.ak_hierarchy,
+        SPKI,
+        evidence.key_in_tpm,
+        evidence.ak_qualified_name,
+    )
+
+
+def going_on(evidence: Evidence) -> EvidenceRequest:
+    assert evidence.ima is not None
+    assert evidence.counters is not None
+    return EvidenceRequest(PCRS, ima=evidence.ima.state, reset_count=evidence.counters.reset_count)
+
+
+def on_the_wire(wanted: EvidenceRequest) -> EvidenceRequest:
+    """Return what the agent gets to see: of a state, its count."""
+    assert wanted.ima is not None
+    return replace(wanted, ima=replace(wanted.ima, pcr=b"", sha256=b""))
+
+
+async def test_heartbeats_show_what_came_since(bench: Bench, tpm: Swtpm) -> None:
+    machine = Machine.start(tpm, bench.folder)
+    machine.run(5)
+    async with node(bench, tpm) as n:
+        await machine.let_show(n)
+        evidence = await proved(n, bench)
+        who, wanted = known(evidence), going_on(evidence)
+        nothing = await beat(n, bench, who, wanted, on_the_wire(wanted))
+        assert nothing.ima is not None
+        assert nothing.ima.entries == ()
+        assert wanted.ima is not None
+        assert (nothing.ima.state.count, nothing.ima.state.pcr) == (6, wanted.ima.pcr)
+        machine.run(3, prefix="/opt/new")
+        more = await beat(n, bench, who, wanted, on_the_wire(wanted))
+        assert more.ima is not None
+        assert [entry.path for entry in more.ima.entries] == [
+            b"/opt/new0",
+            b"/opt/new1",
+            b"/opt/new2",
+        ]
+        assert (more.ima.start, more.ima.state.count) == (6, 9)
+        log = await beat(n, bench, who, EvidenceRequest(PCRS, boot_log=True))
+        assert log.boot == evidence.boot
+
+
+async def test_after_a_reboot_the_list_starts_anew(bench: Bench, tpm: Swtpm) -> None:
+    machine = Machine.start(tpm, bench.folder)
+    machine.run(5)
+    async with node(bench, tpm) as n:
+        await machine.let_show(n)
+        evidence = await proved(n, bench)
+        who, wanted = known(evidence), going_on(evidence)
+        machine = Machine.start(tpm, bench.folder)
+        machine.run(9)
+        fresh = await beat(n, bench, who, wanted, on_the_wire(wanted))
+        assert fresh.ima is not None
+        assert (fresh.ima.start, fresh.ima.state.count) == (0, 10)
+        with pytest.raises(AttestationError) as caught:
+            await beat(n, bench, who, wanted, replace(on_the_wire(wanted), reset_count=None))
+        assert codes(caught.value) == ["ima_restart"]
+        assert caught.value.kind is ErrorKind.INVALID_ARGUMENT
+
+
+async def test_a_list_that_was_rewritten_is_a_rollback(bench: Bench, tpm: Swtpm) -> None:
+    """What the host does: a part that does not replay has it ask for the whole list."""
+    machine = Machine.start(tpm, bench.folder)
+    machine.run(5)
+    async with node(bench, tpm) as n:
+        await machine.let_show(n)
+        evidence = await proved(n, bench)
+        wanted = going_on(evidence)
+        assert wanted.ima is not None
+        other = replace(wanted, ima=replace(wanted.ima, pcr=hashlib.sha256(b"other").digest()))
+        with pytest.raises(AttestationError) as caught:
+            await beat(n, bench, known(evidence), other)
+        assert codes(caught.value) == ["ima_replay"]
+        whole: ImaState = ima_start("sha256")
+        again = replace(other, ima=whole, known_ima=other.ima)
+        with pytest.raises(AttestationError) as caught:
+            await beat(n, bench, known(evidence), again)
+        assert codes(caught.value) == ["ima_rollback"]
+        assert caught.value.kind is ErrorKind.PERMISSION_DENIED
+        honest = replace(wanted, ima=whole, known_ima=wanted.ima)
+        assert (await beat(n, bench, known(evidence), honest)).ima is not None
