@@ -70,6 +70,7 @@ GOALS: Final = (
     Goal("x509_api_vs_openssl", "bench_server_api.py", "ratio", ">=", 0.25),
     Goal("softhsm_sign_vs_raw", "bench_pkcs11.py", "ratio", ">=", 0.6),
     Goal("attestations_per_server_cpu_s", "bench_attest.py", "1/s", ">=", 200),
+    Goal("ima_10k_ms", "bench_ima.py", "ms", "<", 60),
     Goal("attestation_cpu_ms", "bench_attest_evidence.py", "ms", "<", 4),
     Goal("heartbeat_cpu_ms", "bench_attest_evidence.py", "ms", "<", 1),
     Goal("jwt_api_per_cpu_s", "bench_server_api.py", "1/s", ">=", 800),

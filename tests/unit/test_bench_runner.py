@@ -42,7 +42,7 @@ def run(runner: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str)
 
 
 def test_every_goal_has_its_script(runner: Any) -> None:
-    assert len(runner.GOALS) == 11
+    assert len({goal.name for goal in runner.GOALS}) == len(runner.GOALS) > 10
     for goal in runner.GOALS:
         assert (BENCH / goal.script).is_file()
         assert goal.name in (BENCH / goal.script).read_text()
