@@ -144,12 +144,13 @@ def _check_secure_boot(sheet: Sheet, rules: BootRules, boot: BootFacts) -> None:
 def _check_revocations(sheet: Sheet, rules: BootRules, boot: BootFacts) -> None:
     if rules.dbx_floor is not None:
         missing = len(rules.dbx_floor - boot.dbx)
+        lacking = "1 entry is" if missing == 1 else f"{missing} entries are"
         sheet.rule(
             "dbx_floor",
             "dbx_old",
             holds=not missing,
             good=f"the revocation list has {len(boot.dbx)} entries, all those demanded among them",
-            bad=f"policy: revocation list is too old, {missing} entries are missing",
+            bad=f"policy: revocation list is too old, {lacking} missing",
         )
     if rules.sbat_floor is not None:
         level = _SBAT.fullmatch(boot.sbat)
