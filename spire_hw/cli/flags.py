@@ -74,6 +74,7 @@ def flag(
     repeated: bool = False,
     dest: str = "",
     hidden: bool = False,
+    alias: str = "",
 ) -> Callable[[F], F]:
     """Add a flag to a command.
 
@@ -85,6 +86,7 @@ def flag(
         repeated: may be given several times; the value is a tuple.
         dest: parameter name; the flag's name in snake case without it.
         hidden: leave it out of the help.
+        alias: another name it goes by.
     """
     shown = default
     if isinstance(default, timedelta):
@@ -92,8 +94,9 @@ def flag(
     note = "" if shown in (None, "", False, ()) else f" [default: {shown}]"
     if repeated:
         note += " Can be used more than once."
+    names = [f"-{one}" for one in (name, alias) if one]
     return click.option(
-        f"-{name}",
+        *names,
         dest or snake_case(name),
         type=click.BOOL if type is bool else type,
         default=() if repeated else default,

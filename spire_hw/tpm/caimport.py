@@ -160,7 +160,7 @@ def _fault(found: Certificate) -> str:
 
 def _is_signed(subject: Certificate, issuer: Certificate) -> bool:
     try:
-        verify_signature(subject, issuer, allow_sha1=True)
+        verify_signature(subject, issuer.key, allow_sha1=True)
     except (AttestationError, InvalidInputError):
         return False
     return True

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from spire_hw.key import PublicKey
-    from spire_hw.tpm.certificate import Certificate
 
 MGF1: Final = "1.2.840.113549.1.1.8"
 _RSASSA_PSS: Final = "1.2.840.113549.1.1.10"
@@ -62,8 +61,8 @@ class Signed(Protocol):
         ...
 
 
-def verify_signature(subject: Signed, issuer: Certificate, *, allow_sha1: bool = False) -> None:
-    """Check one link over the original bytes.
+def verify_signature(subject: Signed, key: PublicKey, *, allow_sha1: bool = False) -> None:
+    """Check that a key signed something, over the original bytes.
 
     Raises:
         InvalidInputError: the algorithm is not accepted.
@@ -72,7 +71,7 @@ def verify_signature(subject: Signed, issuer: Certificate, *, allow_sha1: bool =
     algorithm, pss = _read_algorithm(subject.signature_algorithm)
     if isinstance(algorithm, hashes.SHA1) and not allow_sha1:
         raise InvalidInputError("ek: signature algorithm sha1 is not accepted")
-    if not _is_signed(subject, issuer.key, algorithm, pss):
+    if not _is_signed(subject, key, algorithm, pss):
         text = "ek: signature does not verify"
         raise AttestationError([Finding("ek_untrusted", text, ErrorKind.PERMISSION_DENIED)])
 

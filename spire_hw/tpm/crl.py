@@ -234,7 +234,7 @@ def _is_signed_by(crl: Crl, issuer: Certificate) -> bool:
     if usage is not None and not usage & KeyUsage.CRL_SIGN:
         return False
     try:
-        verify_signature(crl, issuer)
+        verify_signature(crl, issuer.key)
     except (AttestationError, InvalidInputError):
         return False
     return True

@@ -262,7 +262,7 @@ def _verify_link(subject: Certificate, issuer: Certificate, *, allow_sha1: bool)
 
     Whatever depends on time or on the path is checked anew each time.
     """
-    verify_signature(subject, issuer, allow_sha1=allow_sha1)
+    verify_signature(subject, issuer.key, allow_sha1=allow_sha1)
 
 
 def _deny(code: str, text: str) -> AttestationError:
@@ -395,9 +395,11 @@ class _Search:
             raise _deny("ek_untrusted", "issuer is not trusted: too many candidates")
         pinned = self._roots.pinned
         weak = bool(pinned) and hashlib.sha256(subject.der).hexdigest() in pinned
-        check = verify_signature if subject is self._leaf else _verify_link
         try:
-            check(subject, issuer, allow_sha1=weak)
+            if subject is self._leaf:
+                verify_signature(subject, issuer.key, allow_sha1=weak)
+            else:
+                _verify_link(subject, issuer, allow_sha1=weak)
         except EncodingError as e:
             raise _deny("ek_signature_algorithm", e.message) from e
         except InvalidInputError as e:

@@ -1,8 +1,7 @@
-"""TPMs that may attest because an operator enrolled them by the hash of their endorsement key."""
+"""TPMs that may attest: enrolled by the hash of their endorsement key, or of a known maker."""
 
 from __future__ import annotations
 
-import re
 from typing import Final
 
 import click
@@ -12,33 +11,32 @@ from spire_hw.cli.flags import GoGroup, flag
 from spire_hw.cli.output import complain, count_of, epoch, relative, table
 from spire_hw.cli.run import batch_code
 from spire_hw.clock import SystemClock
-from spire_hw.errors import AlreadyExistsError, NotFoundError
+from spire_hw.errors import AlreadyExistsError, InvalidInputError, NotFoundError
+from spire_hw_server.cli import tpm_ca, tpm_enroll
 from spire_hw_server.cli.connect import Admin, Session, admin_flags
+from spire_hw_server.cli.eksource import normalise_hash
 
 _TPM: Final = hw_admin_pb2.DESCRIPTOR.services_by_name["Tpm"]
-_HASH: Final = re.compile(r"[0-9a-f]{64}")
 _LABEL_WIDTH: Final = 18
 _PAGE: Final = 1000
 
 
 @click.group("tpm", cls=GoGroup)
 def group() -> None:
-    """TPMs enrolled by endorsement key hash."""
+    """TPMs that may attest: enrolled ones, and their makers' CAs."""
+
+
+group.add_command(tpm_ca.group)
+group.add_command(tpm_enroll.enroll)
 
 
 def _hashes(given: tuple[str, ...]) -> list[str]:
     if not given:
         raise click.UsageError("an endorsement key hash is required")
-    found = []
-    for text in given:
-        ek_hash = text.lower().removeprefix("sha256:").replace(":", "")
-        if not _HASH.fullmatch(ek_hash):
-            raise click.UsageError(
-                f'"{text[:80]}" is not an endorsement key hash: 64 hex digits, as'
-                " `spire-hw-agent tpm ek-hash` prints them on the machine"
-            )
-        found.append(ek_hash)
-    return list(dict.fromkeys(found))
+    try:
+        return list(dict.fromkeys(normalise_hash(text) for text in given))
+    except InvalidInputError as e:
+        raise click.UsageError(e.message) from e
 
 
 @group.command(
@@ -49,15 +47,16 @@ def _hashes(given: tuple[str, ...]) -> list[str]:
 )
 @click.argument("hashes", nargs=-1, metavar="HASH...")
 @flag("comment", "Free text kept with the hash.", default="")
+@flag("owner", "Who answers for the machine.", default="")
 @admin_flags
-def allow(admin: Admin, hashes: tuple[str, ...], comment: str) -> None:
+def allow(admin: Admin, hashes: tuple[str, ...], comment: str, owner: str) -> None:
     """Let TPMs attest; enrolling one twice is no error."""
     wanted = _hashes(hashes)
 
     async def work(session: Session) -> hw_admin_pb2.ListEksResponse:
         done = hw_admin_pb2.ListEksResponse()
         for ek_hash in wanted:
-            request = hw_admin_pb2.AllowEkRequest(ek_hash=ek_hash, comment=comment)
+            request = hw_admin_pb2.AllowEkRequest(ek_hash=ek_hash, comment=comment, owner=owner)
             try:
                 done.eks.append(await session.call(_TPM, "AllowEk", request))
             except AlreadyExistsError:
@@ -138,6 +137,7 @@ def list_eks(admin: Admin) -> None:
         for ek in answer.eks:
             rows = [("EK hash", ek.ek_hash)]
             rows += [("Comment", ek.comment)] if ek.comment else []
+            rows += [("Owner", ek.owner)] if ek.owner else []
             rows += [("Enrolled", relative(epoch(ek.created_at), now))] if ek.created_at else []
             click.echo(table(rows, _LABEL_WIDTH))
 

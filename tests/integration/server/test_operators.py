@@ -346,6 +346,38 @@ async def test_bad_tpm_requests(operator: Operator, agent: ScriptedAgent) -> Non
     assert caught.value.kind is ErrorKind.UNIMPLEMENTED
 
 
+async def enroll(operator: Operator, *items: tuple[str, str], dry_run: bool = False) -> list[Any]:
+    request = hw_admin_pb2.EnrollEksRequest(dry_run=dry_run)
+    for ek_hash, comment in items:
+        request.eks.add(ek_hash=ek_hash, comment=comment)
+    answer = hw_admin_pb2.EnrollEksResponse
+    found = await ask(operator, TPM + "EnrollEks", request, answer)
+    return [(result.outcome, result.message) for result in found.results]
+
+
+async def test_many_tpms_are_enrolled_and_every_one_is_answered(operator: Operator) -> None:
+    result = hw_admin_pb2.EnrollEkResult
+    one, two = "1" * 64, "2" * 64
+    items = [(one, "a"), ("A" * 64, ""), (two, "x" * 1025), (one, "b"), (two, "c")]
+    messages = [
+        "",
+        "ek_hash is not a SHA-256 in 64 lower-case hex digits",
+        "comment is longer than 1024 characters",
+        "the same EK hash stood here before",
+        "",
+    ]
+    expected = [(result.REFUSED if message else result.ADDED, message) for message in messages]
+    assert await enroll(operator, *items, dry_run=True) == expected
+    assert await enroll(operator, *items) == expected
+    again = await enroll(operator, (one, "a"), (two, "new"))
+    assert again == [(result.UNCHANGED, ""), (result.UPDATED, "")]
+    assert await enroll(operator) == []
+    with pytest.raises(InvalidInputError, match="more than 1000 TPMs"):
+        await enroll(operator, *[(f"{n:064x}", "") for n in range(1001)])
+    listed = await tpm(operator, "ListEks", hw_admin_pb2.ListEksResponse)
+    assert [ek.comment for ek in listed.eks] == ["a", "new"]
+
+
 # --- state, log, health
 
 

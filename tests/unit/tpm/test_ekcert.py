@@ -119,13 +119,13 @@ def _pss(salt: int) -> bytes:
 
 def test_pss_signature_is_verified() -> None:
     own = parse_certificate(_pss(32))
-    verify_signature(own, own)
+    verify_signature(own, own.key)
 
 
 def test_pss_with_another_salt_is_refused() -> None:
     own = parse_certificate(_pss(20))
     with pytest.raises(InvalidInputError, match="RSASSA-PSS parameters"):
-        verify_signature(own, own)
+        verify_signature(own, own.key)
 
 
 def test_signature_of_another_family_does_not_verify() -> None:
@@ -134,10 +134,10 @@ def test_signature_of_another_family_does_not_verify() -> None:
     leaf = parse_certificate(vendor.certify(SoftTpm(ek=make_ek("L-2"))))
     signed_by_rsa = parse_certificate(rsa_root.issue(ek_spec(make_ek("L-2").private.public_key())))
     with pytest.raises(AttestationError):
-        verify_signature(leaf, parse_certificate(rsa_root.certificate))
+        verify_signature(leaf, parse_certificate(rsa_root.certificate).key)
     with pytest.raises(AttestationError):
-        verify_signature(signed_by_rsa, parse_certificate(vendor.root.certificate))
-    verify_signature(signed_by_rsa, parse_certificate(rsa_root.certificate))
+        verify_signature(signed_by_rsa, parse_certificate(vendor.root.certificate).key)
+    verify_signature(signed_by_rsa, parse_certificate(rsa_root.certificate).key)
 
 
 def test_certificate_without_alternative_name_says_nothing() -> None:
