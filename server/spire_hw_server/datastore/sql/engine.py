@@ -79,7 +79,7 @@ class Database:
         return (await self._in_thread(partial(self._attempts, once)))[0]
 
     async def glance(self, function: Callable[[Transaction], T]) -> T:
-        """Run a transaction that reads a row or two with prepared statements.
+        """Read a row or two with prepared statements; each sees what is stored when it runs.
 
         In SQLite it runs right here: a reader waits for nobody there, and takes less time than
         the way to another thread and back.
@@ -90,7 +90,7 @@ class Database:
         if self._closed:
             raise UnavailableError(_CLOSED)
         try:
-            return self._once_direct(direct, function, False)[0]
+            return function(Transaction(direct, self._clock.now().astimezone(UTC)))
         except (exc.SQLAlchemyError, ValueError, OverflowError) as e:
             if isinstance(e, SpireHwError):
                 raise
@@ -108,7 +108,7 @@ class Database:
         once = (
             partial(self._once, self._opened, function, True)
             if direct is None
-            else partial(self._once_direct, direct, function, True)
+            else partial(self._once_direct, direct, function)
         )
         work = partial(self._attempts, once)
         if self._writer is not None:
@@ -183,13 +183,13 @@ class Database:
         return result, changes
 
     def _once_direct(
-        self, driver: sqlite3.Connection, function: Callable[[Transaction], T], writes: bool
+        self, driver: sqlite3.Connection, function: Callable[[Transaction], T]
     ) -> tuple[T, list[Change]]:
         transaction = Transaction(driver, self._clock.now().astimezone(UTC))
         try:
-            driver.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
+            driver.execute("BEGIN IMMEDIATE")
             result = function(transaction)
-            changes = events.record(transaction) if writes else []
+            changes = events.record(transaction)
             driver.execute("COMMIT")
         except sqlite3.Error as e:
             raise translated(e) from e

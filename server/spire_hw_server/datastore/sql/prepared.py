@@ -7,9 +7,10 @@ the way there and back decides, and SQLAlchemy runs the statement.
 from __future__ import annotations
 
 import sqlite3
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import exc
+from sqlalchemy import LargeBinary, String, TypeDecorator, exc
 from sqlalchemy.dialects.sqlite import pysqlite
 
 from spire_hw.errors import SpireHwError
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from sqlalchemy import Delete, Insert, Select, Update
+    from sqlalchemy.types import TypeEngine
 
     from spire_hw_server.datastore.sql.transaction import Transaction
 
 _SQLITE: Final = pysqlite.dialect()
+_ROWS_AT_ONCE: Final = 64
 
 
 class Prepared:
@@ -32,9 +35,10 @@ class Prepared:
         compiled = statement.compile(dialect=_SQLITE)
         self._sql = compiled.string
         self._writers = [
-            (name, compiled.binds[name].type.dialect_impl(_SQLITE).bind_processor(_SQLITE))
-            for name in compiled.positiontup or ()
+            (name, _writer(compiled.binds[name].type)) for name in compiled.positiontup or ()
         ]
+        row = f"({', '.join('?' * len(self._writers))})"
+        self._row_more = f", {row}" if self._sql.endswith(f" VALUES {row}") else None
         self._readers = [
             column.type.dialect_impl(_SQLITE).result_processor(_SQLITE, None)
             for column in statement.exported_columns
@@ -57,6 +61,11 @@ class Prepared:
                 tx.connection.execute(self._statement, parameters)
         elif len(parameters) == 1:
             self._execute(tx.driver.execute, self._values(parameters[0]))
+        elif self._row_more is not None and 1 < len(parameters) <= _ROWS_AT_ONCE:
+            # One statement: the interpreter is let go and taken back for each.
+            sql = self._sql + self._row_more * (len(parameters) - 1)
+            values = [value for one in parameters for value in self._values(one)]
+            self._execute(tx.driver.execute, values, sql)
         else:
             self._execute(tx.driver.executemany, [self._values(one) for one in parameters])
 
@@ -84,12 +93,24 @@ class Prepared:
         ]
 
     def _execute(
-        self, execute: Callable[[str, Any], sqlite3.Cursor], values: Sequence[Any]
+        self, execute: Callable[[str, Any], sqlite3.Cursor], values: Sequence[Any], sql: str = ""
     ) -> sqlite3.Cursor:
         try:
-            return execute(self._sql, values)
+            return execute(sql or self._sql, values)
         except sqlite3.Error as e:
             raise translated(e) from e
+
+
+def _writer(kind: TypeEngine[Any]) -> Callable[[Any], Any] | None:
+    """Return what makes a value fit to be stored, None where it is already.
+
+    SQLite's driver takes text and bytes as they are; SQLAlchemy would wrap each.
+    """
+    if isinstance(kind, TypeDecorator) and isinstance(kind.impl_instance, (String, LargeBinary)):
+        if type(kind).process_bind_param is TypeDecorator.process_bind_param:
+            return None
+        return partial(kind.process_bind_param, dialect=_SQLITE)
+    return kind.dialect_impl(_SQLITE).bind_processor(_SQLITE)
 
 
 def translated(error: sqlite3.Error) -> BaseException:

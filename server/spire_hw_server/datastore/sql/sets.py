@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import and_, exists, func, not_, select
@@ -24,8 +25,9 @@ _MAX_ROW: Final = 2**63 - 1
 _MAX_TOKEN: Final = 19
 
 
+@lru_cache(maxsize=4096)
 def selector_digest(selector: Selector) -> bytes:
-    """Return the digest a selector is found by."""
+    """Return the digest a selector is found by; most of a node's are those of many others."""
     kind, value = selector.type.encode(), selector.value.encode()
     framed = len(kind).to_bytes(4, "big") + kind + len(value).to_bytes(4, "big") + value
     return hashlib.sha256(framed).digest()
