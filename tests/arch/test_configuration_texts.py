@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from spire_hw.clock import SystemClock
 from spire_hw.config import hcl
@@ -14,6 +16,10 @@ from spire_hw.config.hcl import Block, Body
 from spire_hw.log import get_logger
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
 from spire_hw.plugin.section import parse_plugins
+from spire_hw.posture import policykeys
+from spire_hw.posture.policyfile import parse_policy
+from spire_hw.posture.reasons import DEFAULT_ACTIONS
+from spire_hw.posture.verdict import Action
 from spire_hw.spiffeid import TrustDomain
 from spire_hw_agent import app as agent_app
 from spire_hw_agent import config as agent_config
@@ -71,9 +77,22 @@ async def test_the_sample_of_the_agent_is_valid_with_its_plugins() -> None:
 def test_shown_configuration_is_valid(text: str) -> None:
     body = hcl.parse(text)
     assert body.items
+    if body.blocks("policy"):
+        assert parse_policy(text, read=referred_to).sha256
+        return
     for item in body.items:
         assert isinstance(item, Block), "a fence holds whole blocks"
         check_block(item)
+
+
+def referred_to(name: str, /) -> bytes:
+    """Return a file as policies in the documentation refer to it."""
+    if name.endswith(".sha256"):
+        return b"00" * 32 + b"  name\n"
+    assert name.endswith(".pem")
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return key.public_bytes(serialization.Encoding.PEM, form)
 
 
 def check_block(block: Block) -> None:
@@ -160,6 +179,24 @@ def test_every_key_of_both_files_is_documented() -> None:
     }
     missing = {key for key in server | agent | refused if f"`{key}`" not in text}
     assert not missing
+
+
+def test_every_key_of_a_policy_and_every_reason_is_documented() -> None:
+    text = (ROOT / "docs" / "policies.md").read_text()
+    models = (
+        policykeys.PolicyKeys,
+        policykeys.NodesKeys,
+        policykeys.TpmKeys,
+        policykeys.BootKeys,
+        policykeys.ImaKeys,
+    )
+    words = set(re.findall(r"[a-z0-9_]+", "".join(re.findall(r"`[^`]*`", text))))
+    assert not keys_of(*models) - words
+    by_action = {action: f"| `{action.value}` | " for action in Action}
+    lines = text.splitlines()
+    for code, action in DEFAULT_ACTIONS.items():
+        (row,) = [line for line in lines if line.startswith(by_action[action])]
+        assert f"`{code}`" in row, code
 
 
 def test_every_key_of_every_plugin_is_documented() -> None:
