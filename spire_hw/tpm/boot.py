@@ -60,6 +60,7 @@ _COMMAND_PREFIXES: Final = tuple(
     for kind in ("grub_cmd", "kernel_cmdline", "grub_kernel_cmdline", "module_cmdline")
     for end in (": ", " ")
 )
+_NO_COMMANDS: Final = frozenset({EV_SEPARATOR, eventlog.EV_NO_ACTION})
 _TAG_HEAD_BYTES: Final = 8
 _MAX_ACTION: Final = 128
 
@@ -232,9 +233,9 @@ class _Boot:
         """Yield what boot loaders were told to do and to tell the kernel."""
         for pcr in _COMMAND_PCRS:
             if pcr in explained:
-                for _, kind, digest, data in self._extended(pcr):
-                    if kind != EV_SEPARATOR:
-                        yield self._command(kind, digest, data)
+                for event in self.events[pcr]:
+                    if event[1] not in _NO_COMMANDS:
+                        yield self._command(event)
 
     def files(self, explained: Iterable[int]) -> Iterable[bytes]:
         """Yield digests of what boot loaders loaded."""
@@ -304,14 +305,18 @@ class _Boot:
         plain = data.isascii() and data.decode("ascii").isprintable()
         return plain and self._hash(data) == digest
 
-    def _command(self, kind: int, digest: bytes, data: bytes) -> str:
+    def _command(self, event: Measured) -> str:
+        _, kind, digest, data = event
         content = data[_TAG_HEAD_BYTES:] if kind == EV_EVENT_TAG else data
         for prefix in _COMMAND_PREFIXES:
             if content.startswith(prefix):
                 content = content[len(prefix) :]
                 break
         # GRUB mostly leaves the end of the string out, some releases and systemd do not.
-        for covered in (content.removesuffix(b"\x00"), content, data):
+        covered = content.removesuffix(b"\x00")
+        if self._new(covered).digest() == digest:
+            return _text(covered)
+        for covered in (content, data):
             if self._hash(covered) == digest:
                 return _text(covered)
         return f"digest:{digest.hex()}"

@@ -192,23 +192,25 @@ def _read_agile(raw: bytes, table: _Table) -> list[Event]:
     count, numbers = len(sizes), tuple(number for number, _ in sizes)
     keep = [i for i, number in enumerate(numbers) if number in wire.HASHES]
     total, offset = len(raw), table.end
-    last = total - head.size
+    head_size, last = head.size, total - head.size
+    unpack, make = head.unpack_from, tuple.__new__  # the latter takes half the time of Event()
+    all_kept = len(keep) == count
     events: list[Event] = []
     while offset < total:
         if offset > last:
             raise _cut(raw, offset, len(events) + 1)
-        fields = head.unpack_from(raw, offset)
-        pcr, kind, claimed = fields[:3]
+        fields = unpack(raw, offset)
+        pcr, kind = fields[0], fields[1]
         digests = fields[4:-1:2]
-        if claimed != count or fields[3:-1:2] != numbers:
+        if fields[2] != count or fields[3:-1:2] != numbers:
             digests = _reorder(raw, offset, table, len(events) + 1)
-        start = offset + head.size
+        start = offset + head_size
         offset = start + fields[-1]
         if offset > total:
-            raise _cut(raw, start - head.size, len(events) + 1)
-        if len(keep) != count:
+            raise _cut(raw, start - head_size, len(events) + 1)
+        if not all_kept:
             digests = tuple(digests[i] for i in keep)
-        event = Event(pcr, kind, digests, raw[start:offset])
+        event = make(Event, (pcr, kind, digests, raw[start:offset]))
         if pcr >= wire.PCR_COUNT or kind == EV_NO_ACTION:
             if _is_end(event, at_end=offset == total):
                 break

@@ -253,8 +253,8 @@ async def _add_logs(
     proved = replay.Proved(evidence.pcrs, None if counters is None else counters.reset_count)
     logs = replay.Logs()
     if wanted.boot_log:
-        announced = None if log is None else (log.size, log.sha256)
-        logs = replace(logs, boot=replay.unpack_log(response.log, announced))
+        size, digest = (None, None) if log is None else (log.size, log.sha256)
+        logs = replay.Logs(replay.unpack_log(response.log, size), digest)
     if wanted.ima is not None:
         logs = await fetch_list(logs, response, talk)
     try:

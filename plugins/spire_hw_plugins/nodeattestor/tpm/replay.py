@@ -7,7 +7,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from spire_hw.errors import ErrorKind, LimitError, NotReadyError
+from spire_hw.errors import ErrorKind, LimitError, NotReadyError, SpireHwError
 from spire_hw.tpm import boot, eventlog, ima, imalist
 from spire_hw.tpm.boot import BootRules
 from spire_hw.tpm.inflate import inflate
@@ -26,6 +26,7 @@ FIRMWARE_PCRS: Final = tuple(range(8))
 AGGREGATE_PCRS: Final = tuple(range(10))
 # More than this is replayed in a thread: it takes long enough for others to wait for.
 _SHORT_BYTES: Final = 256 * 1024
+_NOT_ANNOUNCED: Final = "log: boot log is not the one announced"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,13 @@ class Logs:
 
     Attributes:
         boot: firmware's log, None when not asked for.
+        boot_sha256: lower-case hex digest it was announced with, None when it was not.
         ima: lines of the kernel's list, None when not asked for.
         ima_from: number of the first of them.
     """
 
     boot: bytes | None = None
+    boot_sha256: str | None = None
     ima: bytes | None = None
     ima_from: int = 0
 
@@ -64,12 +67,12 @@ class Replayed:
     ima: ImaFacts | None
 
 
-def unpack_log(data: bytes | None, announced: tuple[int, str] | None = None) -> bytes:
+def unpack_log(data: bytes | None, announced: int | None = None) -> bytes:
     """Return a boot log that was asked for.
 
     Args:
         data: zlib, as it came.
-        announced: size and lower-case hex SHA-256 it has to have.
+        announced: size it has to have.
 
     Raises:
         LimitError: too large.
@@ -79,8 +82,8 @@ def unpack_log(data: bytes | None, announced: tuple[int, str] | None = None) -> 
     raw = inflate(data, eventlog.MAX_BYTES, "log") if data else b""
     if not raw:
         raise refusal("log_missing", "log: boot log is missing")
-    if announced is not None and announced != (len(raw), hashlib.sha256(raw).hexdigest()):
-        raise refusal("log_announced", "log: boot log is not the one announced")
+    if announced not in {None, len(raw)}:
+        raise refusal("log_announced", _NOT_ANNOUNCED)
     return raw
 
 
@@ -140,7 +143,7 @@ def _replay(
         raise NotReadyError("policy: asks for a log, but not for the PCRs it is replayed into")
     found, logged = None, None
     if logs.boot is not None:
-        log = eventlog.parse(logs.boot, allow_legacy="sha1_log" in wanted.tolerate)
+        log = _parse(logs.boot, logs.boot_sha256, "sha1_log" in wanted.tolerate)
         rules = BootRules(
             empty_secure_boot="empty_secure_boot" in wanted.tolerate,
             early_authority="early_authority" in wanted.tolerate,
@@ -152,6 +155,19 @@ def _replay(
     if logs.ima is not None:
         listed = _replay_ima(wanted, bank, logs, proved, logged)
     return Replayed(found, listed)
+
+
+def _parse(raw: bytes, announced: str | None, allow_legacy: bool) -> eventlog.Log:
+    """Read a boot log; what is not the one announced is told to be that first."""
+    try:
+        log = eventlog.parse(raw, allow_legacy=allow_legacy)
+    except SpireHwError as e:
+        if announced not in {None, hashlib.sha256(raw).hexdigest()}:
+            raise refusal("log_announced", _NOT_ANNOUNCED) from e
+        raise
+    if announced not in {None, log.sha256}:
+        raise refusal("log_announced", _NOT_ANNOUNCED)
+    return log
 
 
 def _replay_ima(
