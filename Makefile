@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types rooms proto proto-check tests test-lowest test-vm coverage interop bench clean
+.PHONY: help setup demo test lint types rooms proto proto-check tests test-lowest test-vm coverage interop bench fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ interop: setup ## upstream's programs and clients with ours, where they are at h
 
 bench: setup ## speed, as ratios; writes build/bench.json
 	@$(PY) -m tests.bench
+
+fuzz: setup ## parsers of what nodes send, coverage-guided, a minute each (ARGS="--seconds 600 ima_list"); needs atheris
+	@$(PY) -m tests.fuzz $(ARGS)
 
 clean: ## remove what was built, not .venv
 	@rm -rf build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage*
