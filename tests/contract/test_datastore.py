@@ -504,6 +504,18 @@ async def test_key_is_free_once_its_node_has_another_or_is_gone(store: Datastore
 
 
 @pytest.mark.asyncio
+async def test_a_node_is_found_by_its_attestation_key_alone(store: Datastore) -> None:
+    first = make_node("first")
+    assert await store.find_by_attestation_key(KEY_A) is None
+    await store.put_node(first, {KeyRole.ATTESTATION: KEY_A, KeyRole.SVID: KEY_B})
+    found = await store.find_by_attestation_key(KEY_A)
+    assert found == await store.get_node(first.agent_id)
+    assert await store.find_by_attestation_key(KEY_B) is None
+    await store.delete_node(first.agent_id)
+    assert await store.find_by_attestation_key(KEY_A) is None
+
+
+@pytest.mark.asyncio
 async def test_renewed_key_is_the_nodes_beside_the_current_one(store: Datastore) -> None:
     node, other = make_node("n"), make_node("other")
     await store.put_node(node, {KeyRole.SVID: KEY_A})
