@@ -34,12 +34,14 @@ _SIGNATURE: Final[dict[tuple[str, str], str]] = {
     ("rsa", "sha1"): "1.2.840.113549.1.1.5",
     ("ec", "sha256"): "1.2.840.10045.4.3.2",
     ("ec", "sha384"): "1.2.840.10045.4.3.3",
+    ("ec", "sha512"): "1.2.840.10045.4.3.4",
     ("ec", "sha1"): "1.2.840.10045.4.1",
 }
 _HASHES: Final[dict[str, hashes.HashAlgorithm]] = {
     "sha1": hashes.SHA1(),  # noqa: S303 - verifiers must refuse it
     "sha256": hashes.SHA256(),
     "sha384": hashes.SHA384(),
+    "sha512": hashes.SHA512(),
 }
 
 
@@ -145,16 +147,20 @@ def utc(text: str) -> bytes:
 
 @dataclass(slots=True)
 class Spec:
-    """What a certificate should say; every field may be replaced."""
+    """What a certificate should say; every field may be replaced.
+
+    `serial` in bytes is the whole INTEGER; `null_parameters` puts a NULL behind an ECDSA identifier.
+    """
 
     spki: bytes
     subject: bytes = b"\x30\x00"
     not_before: bytes = field(default_factory=lambda: utc("20200101"))
     not_after: bytes = field(default_factory=lambda: tlv(0x18, b"99991231235959Z"))
-    serial: int = field(default_factory=lambda: next(_SERIALS))
+    serial: int | bytes = field(default_factory=lambda: next(_SERIALS))
     extensions: list[bytes] = field(default_factory=list)
     hash: str = "sha256"
     inner_algorithm: bytes | None = None
+    null_parameters: bool = False
 
 
 def ca_spec(text: str, key: PublicKey, path_length: int | None = None) -> Spec:
@@ -233,11 +239,11 @@ class EkCa:
 
     def issue(self, spec: Spec) -> bytes:
         """Return a signed certificate."""
-        algorithm = self._algorithm(spec.hash)
+        algorithm = self._algorithm(spec.hash, with_null=spec.null_parameters)
         tbs = tlv(
             0x30,
             tlv(0xA0, integer(2)),
-            integer(spec.serial),
+            spec.serial if isinstance(spec.serial, bytes) else integer(spec.serial),
             spec.inner_algorithm or algorithm,
             self.subject,
             tlv(0x30, spec.not_before, spec.not_after),
@@ -245,7 +251,7 @@ class EkCa:
             spec.spki,
             tlv(0xA3, tlv(0x30, *spec.extensions)) if spec.extensions else b"",
         )
-        return self._signed(tbs, spec.hash)
+        return tlv(0x30, tbs, algorithm, self._signature(tbs, spec.hash))
 
     def issue_crl(self, spec: CrlSpec) -> bytes:
         """Return a signed revocation list."""
@@ -261,16 +267,16 @@ class EkCa:
             tlv(0x30, *entries) if entries else b"",
             tlv(0xA0, tlv(0x30, *spec.extensions)) if spec.extensions else b"",
         )
-        return self._signed(tbs, spec.hash)
+        algorithm = self._algorithm(spec.hash)
+        return tlv(0x30, tbs, algorithm, self._signature(tbs, spec.hash))
 
-    def _algorithm(self, hash_name: str) -> bytes:
+    def _algorithm(self, hash_name: str, *, with_null: bool = False) -> bytes:
         is_ec = isinstance(self.key, ec.EllipticCurvePrivateKey)
         kind = oid(_SIGNATURE["ec" if is_ec else "rsa", hash_name])
-        return tlv(0x30, kind) if is_ec else tlv(0x30, kind, b"\x05\x00")
+        return tlv(0x30, kind, b"" if is_ec and not with_null else b"\x05\x00")
 
-    def _signed(self, tbs: bytes, hash_name: str) -> bytes:
-        signature = tlv(0x03, b"\x00" + self._sign(tbs, hash_name))
-        return tlv(0x30, tbs, self._algorithm(hash_name), signature)
+    def _signature(self, tbs: bytes, hash_name: str) -> bytes:
+        return tlv(0x03, b"\x00" + self._sign(tbs, hash_name))
 
     def _sign(self, data: bytes, hash_name: str) -> bytes:
         algorithm = _HASHES[hash_name]

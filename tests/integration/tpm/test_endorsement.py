@@ -12,10 +12,12 @@ from spire_hw.errors import AttestationError, NotReadyError
 from spire_hw.tpm import endorsement, wire
 from spire_hw.tpm.attest import activate as open_credential
 from spire_hw.tpm.attest import create_attestation_key
+from spire_hw.tpm.certificate import encode_pem
 from spire_hw.tpm.credential import make_credential
 from spire_hw.tpm.device import TpmDevice
 from spire_hw.tpm.endorsement import EkType
 from spire_hw.tpm.public import EK_TEMPLATES, check_ek, ek_hash, parse_public
+from spire_hw_sim.makers import SHAPES, make_maker
 from spire_hw_sim.manufacturer import EkKind, Manufacturer
 from spire_hw_sim.tpm_command import ENDORSEMENT
 from tests.integration.tpm.leaks import nothing_left_behind
@@ -182,3 +184,27 @@ async def test_a_chain_without_its_middle_is_refused(bench: Bench, bare_tpm: Swt
         with pytest.raises(AttestationError) as caught:
             await attest(n.agent, server, n.key)
     assert codes(caught.value) == ["ek_untrusted"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_what_makers_put_into_their_tpms_attests(
+    bench: Bench, bare_tpm: Swtpm, shape: str
+) -> None:
+    maker, label = make_maker(shape), SHAPES[shape][-1]
+    handle, public = bare_tpm.commands.create_primary(ENDORSEMENT, TEMPLATES[label])
+    bare_tpm.commands.flush(handle)
+    certificate = maker.certify(parse_public(public).key)
+    bare_tpm.commands.nv_store(endorsement._CERTIFICATES[label], certificate + bytes(60))
+    known = [maker.root.certificate]
+    if maker.in_nv:
+        for number, one in enumerate(maker.chain):
+            bare_tpm.commands.nv_store(0x01C00100 + number, one.ljust(800, b"\xff"))
+    else:
+        known += maker.chain
+    bare_tpm.extend_pcr(0, b"firmware")
+    path = bench.folder / "maker.pem"
+    path.write_bytes(b"".join(map(encode_pem, known)))
+    server = await serving(bench, endorsement_ca_path=str(path))
+    async with node(bench, bare_tpm) as n:
+        found = await attest(n.agent, server, n.key)
+    assert "ek:method:ca" in found.selector_values
