@@ -63,10 +63,11 @@ class Bench:
         text = f'policy "p" {{ {pcrs} drift {{ {drift} }} }}\n'
         (self._policies / "p.hcl").write_text(text)
 
-    def asked_at(self) -> float:
-        """Return when the server asked last, as the agent's log has it."""
+    def asked_before(self, moment: float) -> float:
+        """Return when the server last asked before a moment, as the agent's log has it."""
         found = _ASKED.findall(self.node.agent.log())
-        return datetime.fromisoformat(found[-1]).timestamp()
+        times = (datetime.fromisoformat(one).timestamp() for one in found)
+        return max(one for one in times if one < moment)
 
     async def round(self) -> tuple[float, float]:
         """Return the seconds from heartbeat, and from the change, to the end of the stream."""
@@ -81,7 +82,7 @@ class Bench:
                     await anext(stream)
             except DeniedError:
                 ended = _CLOCK.now().timestamp()
-        seen = self.asked_at()
+        seen = self.asked_before(ended)
         self.allow()
         self.site.server.send(signal.SIGUSR1)
         return ended - seen, ended - changed
