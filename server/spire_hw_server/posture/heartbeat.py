@@ -405,7 +405,8 @@ class Session:
         if node is None:
             raise DeniedError("node: was evicted", DeniedReason.AGENT_NOT_ATTESTED)
         if node.banned:
-            await self._send(StateMessage(NodeState.BANNED, message="node: banned"))
+            if self.told is not NodeState.BANNED:
+                await self._send(StateMessage(NodeState.BANNED, message="node: banned"))
             raise DeniedError("node: banned", DeniedReason.AGENT_BANNED)
         if self._hub.clock.now() >= self._stream.not_after:
             raise DeniedError("node: its SVID has expired", DeniedReason.AGENT_EXPIRED)

@@ -189,7 +189,8 @@ class NodeJudge:
     ) -> Outcome:
         now = self._clock.now()
         before = states.new(now) if known is None else known.standing
-        standing = states.after_evidence(before, verdict.checks, now)
+        anew = evidence.occasion is Occasion.ATTESTATION
+        standing = states.after_evidence(before, verdict.checks, now, anew=anew)
         memory = None if known is None else known.memory
         if verdict.action is Action.ACCEPT and not standing.is_cut_off:
             memory = advance(memory, evidence, verdict.policy_sha256)

@@ -1,6 +1,7 @@
 """The states of a node and what leads from one to another: pure rules.
 
-attested <-> drifted     good evidence, without and with deviations that are accepted
+attested -> drifted      good evidence with deviations that are accepted
+drifted -> attested      an attestation without any
 attested, drifted -> stale      no good evidence for too long; good evidence leads back
 any -> quarantined       by evidence, by silence or by an operator; see `HEALS`
 any -> banned            by evidence or by an operator; only evicting the node ends it
@@ -77,20 +78,23 @@ def new(now: datetime) -> Standing:
     return Standing(NodeState.NEW, (), "", now)
 
 
-def after_evidence(standing: Standing, checks: Iterable[Check], now: datetime) -> Standing:
+def after_evidence(
+    standing: Standing, checks: Iterable[Check], now: datetime, *, anew: bool = False
+) -> Standing:
     """Return where evidence leads.
 
     Args:
         standing: before it.
         checks: all of its verdict.
         now: server's time.
+        anew: the node attested, which makes what it shows the new measure.
     """
     failed = sorted((c for c in checks if not c.holds), key=lambda c: -c.action.weight)
     action = failed[0].action if failed else Action.ACCEPT
     if standing.state is NodeState.BANNED:
         return standing
     if action is Action.ACCEPT:
-        return _after_good(standing, failed, now)
+        return _after_good(standing, failed, now, anew=anew)
     if action is Action.REFUSE:
         return standing
     state = NodeState.BANNED if action is Action.BAN else NodeState.QUARANTINED
@@ -99,8 +103,10 @@ def after_evidence(standing: Standing, checks: Iterable[Check], now: datetime) -
     return _moved(standing, state, failed, now)
 
 
-def _after_good(standing: Standing, accepted: list[Check], now: datetime) -> Standing:
-    if _stays(standing):
+def _after_good(
+    standing: Standing, accepted: list[Check], now: datetime, *, anew: bool
+) -> Standing:
+    if _stays(standing) or (standing.state is NodeState.DRIFTED and not (accepted or anew)):
         return standing
     return _moved(standing, NodeState.DRIFTED if accepted else NodeState.ATTESTED, accepted, now)
 
