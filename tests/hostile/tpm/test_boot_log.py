@@ -462,6 +462,19 @@ def test_166_variable_events(data: bytes) -> None:
     assert str(caught.value) == f"log: variable event {number} is malformed"
 
 
+@pytest.mark.parametrize("level", [b"sbat,1,\xff\n", b"sbat\x1b[m\n", b"s" * 129, b"a\0b\n"])
+def test_166_revocation_level_that_is_no_text(level: bytes) -> None:
+    data = firmware.variable(firmware.SHIM_LOCK, "SbatLevel", level)
+    with pytest.raises(InvalidInputError, match=r"log: variable event \d+ is malformed"):
+        _of(_edit(_named("SbatLevel"), data=data))
+
+
+@pytest.mark.parametrize("level", [b"", b"\n", b"\0", b"\nsbat,1,2"])
+def test_168_revocation_level_that_says_nothing(level: bytes) -> None:
+    data = firmware.variable(firmware.SHIM_LOCK, "SbatLevel", level)
+    _refusal(_edit(_named("SbatLevel"), data=data), "secureboot_ambiguous")
+
+
 def _list(size: int, header: int, step: int, body: bytes) -> bytes:
     return secureboot.CERT_X509 + struct.pack("<III", size, header, step) + body
 
