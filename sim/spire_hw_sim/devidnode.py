@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding
 
@@ -123,7 +124,7 @@ class DevIdLab:
         """Configure a server half; its files go into a directory."""
         vendor, root, clock = Vendor.make(), make_root("DevID Root"), SimClock(now())
         makers, issuers = directory / "makers.pem", directory / "devid.pem"
-        makers.write_bytes(_pem(vendor.root.certificate))
+        makers.write_bytes(pem_of(vendor.root.certificate))
         issuers.write_bytes(root.certificate.public_bytes(PEM))
         host = HostInfo(
             Side.SERVER,
@@ -196,7 +197,6 @@ class DevIdLab:
         raise AssertionError(f"a bent exchange succeeded: {made.agent_id}")
 
 
-def _pem(der: bytes) -> bytes:
-    from cryptography import x509  # noqa: PLC0415
-
+def pem_of(der: bytes) -> bytes:
+    """Return a certificate in PEM."""
     return x509.load_der_x509_certificate(der).public_bytes(PEM)
