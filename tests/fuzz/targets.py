@@ -11,7 +11,7 @@ import hashlib
 import json
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
@@ -32,7 +32,7 @@ from spire_hw_plugins.nodeattestor.x509pop import wire as x509pop_wire
 from spire_hw_sim import firmware
 from spire_hw_sim.cabinets import make_cabinet
 from spire_hw_sim.ekca import CrlSpec
-from spire_hw_sim.firmware import PROFILES, Boot, Measurement
+from spire_hw_sim.firmware import Boot, Firmware, Measurement
 from spire_hw_sim.imawriter import ImaList, Item
 from spire_hw_sim.softtpm import SoftTpm, make_ak, make_ek, make_svid_key
 from spire_hw_sim.tpmnode import TpmNode, Vendor
@@ -51,7 +51,17 @@ _NODE = _VENDOR.equip(TpmNode(_TPM))
 _PCRS = (PcrSelection(BANK, (0, 7)),)
 _QUOTE = _TPM.quote(_PCRS, bytes(32))
 _AK = public.parse_public(_TPM.ak.public)
-_BOOTS = [PROFILES[name].boot() for name in ("clean", "uki", "old_shim", "legacy")]
+# Small, so that many inputs are tried.
+_SMALL = Firmware(commands=1, db=(bytes(20),), dbx=(bytes(32), b"\1" * 32), banks=("sha256",))
+_BOOTS = [
+    machine.boot()
+    for machine in (
+        _SMALL,
+        replace(_SMALL, loader="uki", locality=3),
+        replace(_SMALL, shim_adds_byte=True, banks=("sha384", "sha256")),
+        replace(_SMALL, secure_boot=False, legacy=True),
+    )
+]
 _VALUES = _BOOTS[0].values(BANK)
 _KINDS = (1, 3, 4, 5, 6, 7, 8, 13, 18, *range(0x80000001, 0x80000009), 0x800000E0)
 _DEVID = ("DevIDPub", "EKCert", "EKPub", "AKPub", "CertifiedDevID", "CertificationSignature")
@@ -72,7 +82,7 @@ _EVIDENCE = Evidence(
     counters=Counters(1, 2, 3, True, 4),
     pcrs={(BANK, 7): _VALUES[7]},
     boot=boot.facts(eventlog.parse(_BOOTS[1].log()), _BOOTS[1].pcrs(BANK), BANK),
-    ima=ima.replay(_LIST.ascii(), None, _BOOTS[0].pcrs() | {(BANK, 10): _LIST.pcr()}, BANK),
+    ima=ima.replay(_LIST.ascii(), None, _BOOTS[0].pcrs(BANK) | {(BANK, 10): _LIST.pcr()}, BANK),
 )
 
 
@@ -113,7 +123,7 @@ def _boot_events(raw: bytes) -> None:
         measured = Measurement(pcr % 24, _KINDS[kind % len(_KINDS)], data)
         parts.insert(place % (len(parts) + 1), measured)
         at += 4 + size
-    _understand(eventlog.parse(Boot(tuple(parts)).log()))
+    _understand(eventlog.parse(Boot(tuple(parts), (BANK,)).log()))
 
 
 def _variable(raw: bytes) -> None:
