@@ -165,6 +165,8 @@ class _Reader:
 
     def _take_authority(self, number: int, data: bytes, padding: int) -> None:
         _, name, value = _variable(number, data, padding)
+        if name in _OWNERS and name != "db":  # a variable relabelled
+            raise _ambiguous()
         if name == _SBAT:
             self._take_sbat(number, value)
         if name in _NOT_AUTHORITIES:

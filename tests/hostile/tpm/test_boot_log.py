@@ -349,6 +349,18 @@ def test_162_type_under_which_nothing_is_checked(kind: int) -> None:
     assert caught.value.message == f"log: event type {kind:08X} is not allowed in PCR 7 [log_type]"
 
 
+@pytest.mark.parametrize("name", ["SecureBoot", "PK", "KEK", "db", "dbx"])
+def test_162_variable_relabelled_as_an_authority(name: str) -> None:
+    start = _edit(_named(name), type=firmware.EV_AUTHORITY)
+    for rules in (boot.STRICT, BootRules(empty_secure_boot=True, early_authority=True)):
+        _refusal(start, "secureboot_ambiguous", rules)
+
+
+def test_162_authority_relabelled_as_a_variable() -> None:
+    start = _edit(lambda m: m.type == firmware.EV_AUTHORITY, type=firmware.EV_VARIABLE)
+    assert "comes after the separator" in _refusal(start, "log_order")
+
+
 def test_162_an_action_that_is_none_of_pcr_7() -> None:
     more = Measurement(7, firmware.EV_ACTION, b"Something happened")
     assert "is not allowed in PCR 7" in _refusal(_insert(_named("db"), more), "log_type")
