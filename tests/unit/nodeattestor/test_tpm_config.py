@@ -16,6 +16,7 @@ from spire_hw.tpm.wire import PcrSelection
 from spire_hw_plugins.nodeattestor.tpm.config import build_settings, find_faults
 from spire_hw_plugins.nodeattestor.tpm.server import build
 from spire_hw_sim.clock import SimClock
+from spire_hw_sim.ekca import CrlSpec
 from spire_hw_sim.tpmlab import Lab, ListedEks
 from spire_hw_sim.tpmnode import Vendor
 
@@ -87,6 +88,7 @@ FAULTS = {
     'ek_hashes = ["zz"]': "expected a SHA-256 in hexadecimal",
     f'ek_hashes = ["{HASH}00"]': "expected a SHA-256 in hexadecimal",
     "ek_hash = []": 'did you mean "ek_hashes"?',
+    "crl_required = true": "needs crl_path",
     'challenge_timeout = "0s"': "must be between 1s and 1m",
     'challenge_timeout = "1h"': "must be between 1s and 1m",
     "challenge_timeout = 30": "challenge_timeout",
@@ -130,8 +132,27 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     bad.write_text(f"{HASH}\nnot a hash\n")
     with pytest.raises(InvalidInputError, match=r"hashes:2: expected a SHA-256"):
         build_settings(parse(f'hash_path = "{bad}"'), has_ek_list=False)
+    with pytest.raises(NotReadyError, match="cannot read revocation lists"):
+        build_settings(parse(f'crl_path = "{tmp_path}/none"'), has_ek_list=True)
     with pytest.raises(NotReadyError, match="cannot read endorsement CAs"):
         build_settings(parse(f'endorsement_ca_path = "{tmp_path}/none"'), has_ek_list=False)
+
+
+def test_revocation_lists_are_read_at_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vendor = Vendor.make()
+    for number in range(3):
+        (tmp_path / f"{number}.crl").write_bytes(vendor.root.issue_crl(CrlSpec([number])))
+    (tmp_path / "notes.txt").write_text("not a list")
+    text = f'crl_path = "{tmp_path}"\ncrl_required = true\n'
+    crls = build_settings(parse(text), has_ek_list=True).crls
+    assert crls is not None
+    assert {tuple(crl.revoked) for crl in crls.revocations.crls} == {(0,), (1,), (2,)}
+    assert build_settings(parse(""), has_ek_list=True).crls is None
+    monkeypatch.setattr("spire_hw.tpm.crlfiles._MAX_FILES", 2)
+    with pytest.raises(InvalidInputError, match="more than 2 revocation lists"):
+        build_settings(parse(text), has_ek_list=True)
 
 
 def test_hash_file_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
