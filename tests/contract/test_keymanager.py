@@ -60,6 +60,13 @@ _ALL = frozenset(KeyType)
 # These run as processes of their own too.
 _ALSO_OUTSIDE = {("disk", Side.SERVER), ("tpm", Side.AGENT)}
 
+# Everything at once that a TPM can do for its keys.
+_GUARDED = (
+    ("session", "salted"),
+    ("persistent_handles", "0x81008100"),
+    ("policy_pcrs", {"sha256": [0, 7]}),
+)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -69,10 +76,12 @@ class Target:
     types: frozenset[KeyType] = _ALL
     persists: bool = True
     external: bool = False
+    settings: tuple[tuple[str, object], ...] = ()
 
     @property
     def id(self) -> str:
-        return f"{self.name}-{self.side.value}" + ("-external" if self.external else "")
+        guarded = "-guarded" if self.settings else ""
+        return f"{self.name}-{self.side.value}{guarded}" + ("-external" if self.external else "")
 
 
 class External:
@@ -118,6 +127,7 @@ class External:
 
 def _targets() -> list[Any]:
     rows = []
+    guarded = []
     for side in Side:
         # RSA-4096 takes seconds to make: once per implementation is enough.
         types = _ALL if side is Side.SERVER else _ALL - {KeyType.RSA_4096}
@@ -130,7 +140,10 @@ def _targets() -> list[Any]:
             tpm = importlib.import_module("spire_hw_plugins.keymanager.tpm")
             target = Target("tpm", side, tpm.build, _ALL - {KeyType.RSA_4096})
             rows.append((target, (pytest.mark.tpm,)))
+            if side is Side.AGENT:
+                guarded.append((replace(target, settings=_GUARDED), (pytest.mark.tpm,)))
     rows += [(replace(t, external=True), m) for t, m in rows if (t.name, t.side) in _ALSO_OUTSIDE]
+    rows += guarded
     return [pytest.param(target, id=target.id, marks=marks) for target, marks in rows]
 
 
@@ -155,7 +168,7 @@ class Bench:
                 return _softhsm(tmp_path)
             case "tpm", _:
                 swtpm = self._stack.enter_context(Swtpm(tmp_path / "swtpm"))
-                return {"tcti": swtpm.tcti}
+                return {"tcti": swtpm.tcti, **dict(self.target.settings)}
             case _:
                 return {}
 
