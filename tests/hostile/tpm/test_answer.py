@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import struct
 from dataclasses import replace
@@ -25,6 +26,7 @@ from spire_hw_plugins.nodeattestor.tpm.wire import (
 from spire_hw_sim.softtpm import (
     OWNER,
     SVID_KEY_ATTRIBUTES,
+    SoftKey,
     SoftTpm,
     encode_public,
     make_ak,
@@ -235,6 +237,8 @@ QUALIFIERS: dict[str, Callable[[TpmNode, ChallengeMessage, bytes, bytes], bytes]
     "107 bare nonce": lambda _n, c, _s, _q: c.nonce,
     "109 certify's": lambda n, c, s, _q: n.qualifier("certify", c, s),
     "109 time's": lambda n, c, s, _q: n.qualifier("time", c, s),
+    "109 heartbeat's": lambda n, c, s, _q: n.qualifier("heartbeat", c, s),
+    "109 a heartbeat's": lambda n, c, _s, _q: n.qualifier("heartbeat", c, b""),
     "110 other CSR": lambda n, c, s, _q: replace(n, key=make_svid_key()).qualifier("quote", c, s),
     "110 no CSR": lambda n, c, s, _q: replace(n, key=None).qualifier("quote", c, s),
     "110 other secret": lambda n, c, _s, _q: n.qualifier("quote", c, bytes(32)),
@@ -608,6 +612,49 @@ async def test_attributes_of_the_agent_key_are_demanded(tmp_path: Path, row: str
     error = await lab.refusal(node)
     assert _codes(error) == ["key_attributes"]
     assert f"certify: attributes {KEY_BITS[row]:#010x} are not acceptable" in error.message
+
+
+BOUND = hashlib.sha256(b"a policy over PCRs").digest()
+KEY_POLICY = f'key_policies = ["{BOUND.hex()}"]'
+# Without userWithAuth: the policy is the one way to use the key.
+BY_POLICY_ALONE = SVID_KEY_ATTRIBUTES & ~0x40
+
+
+def bound_key(policy: bytes, attributes: int) -> SoftKey:
+    private = make_key("secp256r1")
+    return SoftKey(private, encode_public(private, attributes, policy=policy), OWNER)
+
+
+async def test_key_that_is_bound_to_an_expected_policy_is_accepted(tmp_path: Path) -> None:
+    lab = await Lab.make(tmp_path, KEY_POLICY)
+    await lab.attest(replace(lab.node(), key=bound_key(BOUND, BY_POLICY_ALONE)))
+
+
+@pytest.mark.parametrize(
+    ("policy", "attributes"),
+    [
+        (b"", SVID_KEY_ATTRIBUTES),
+        (b"", BY_POLICY_ALONE),
+        (bytes(32), BY_POLICY_ALONE),
+        (BOUND, SVID_KEY_ATTRIBUTES),
+    ],
+)
+async def test_key_that_is_not_bound_as_expected_is_denied(
+    tmp_path: Path, policy: bytes, attributes: int
+) -> None:
+    lab = await Lab.make(tmp_path, KEY_POLICY)
+    node = replace(lab.node(), key=bound_key(policy, attributes))
+    honest = replace(lab.node(), key=bound_key(BOUND, BY_POLICY_ALONE))
+    error = await lab.refusal(node, afterwards=honest)
+    assert error.kind is PD
+    assert error.message == "certify: key is not bound to the expected policy [key_policy]"
+
+
+async def test_key_outside_the_tpm_is_bound_to_nothing(tmp_path: Path) -> None:
+    lab = await Lab.make(tmp_path, KEY_POLICY + "\nrequire_tpm_key = false")
+    node = replace(lab.node(), key=None, csr_spki=make_svid_key().spki)
+    honest = replace(lab.node(), key=bound_key(BOUND, BY_POLICY_ALONE))
+    assert _codes(await lab.refusal(node, afterwards=honest)) == ["key_not_in_tpm"]
 
 
 async def test_key_with_a_sha1_name_is_refused(tmp_path: Path) -> None:

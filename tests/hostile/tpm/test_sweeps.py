@@ -11,7 +11,7 @@ from spire_hw.errors import AttestationError, SpireHwError
 from spire_hw.tpm import verify
 from spire_hw.tpm.public import TpmPublic, check_ak, parse_public
 from spire_hw.tpm.verify import Statement
-from spire_hw.tpm.wire import PcrSelection
+from spire_hw.tpm.wire import ClockInfo, PcrSelection
 from spire_hw_sim.softtpm import SoftTpm, make_svid_key
 
 PCRS = PcrSelection("sha256", (0, 2, 4, 7))
@@ -27,6 +27,7 @@ class _Good:
     key: TpmPublic
     creation: Statement
     creation_data: bytes
+    time: Statement
 
     def check_quote(self, statement: Statement) -> None:
         verify.verify_quote(
@@ -47,6 +48,21 @@ class _Good:
             statement=statement,
         )
 
+    def check_time(self, statement: Statement) -> None:
+        verify.verify_time(
+            self.ak,
+            self.tpm.ak.qualified_name,
+            expected=self.expected,
+            statement=statement,
+            quote=verify.Quote(
+                {},
+                ClockInfo(
+                    self.tpm.clock_ms, self.tpm.reset_count, self.tpm.restart_count, safe=True
+                ),
+                self.tpm.firmware_version,
+            ),
+        )
+
     def check_creation(self, statement: Statement) -> None:
         verify.verify_creation(self.ak, self.creation_data, statement)
 
@@ -64,14 +80,16 @@ def good() -> _Good:
         key=parse_public(key.public),
         creation=Statement(*tpm.creation(data)),
         creation_data=data,
+        time=Statement(*tpm.time(expected)),
     )
     made.check_quote(made.quote)
     made.check_certify(made.certify)
     made.check_creation(made.creation)
+    made.check_time(made.time)
     return made
 
 
-STATEMENTS = ["quote", "certify", "creation"]
+STATEMENTS = ["quote", "certify", "creation", "time"]
 
 
 def _flips(data: bytes) -> list[bytes]:

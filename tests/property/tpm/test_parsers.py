@@ -22,6 +22,7 @@ from spire_hw.tpm.ekcert import EkRoots, read_model, verify_ek_certificate
 from spire_hw.tpm.public import check_ak, check_ek, check_svid_key, parse_public
 from spire_hw.tpm.verify import Statement
 from spire_hw.tpm.wire import PcrSelection
+from spire_hw_plugins.nodeattestor.tpm import dialects, rounds
 from spire_hw_plugins.nodeattestor.tpm.wire import (
     decode_attestation_data,
     decode_challenge,
@@ -41,6 +42,15 @@ AREAS = [TPM.ak.public, TPM.ek.public, RSA_TPM.ak.public, RSA_TPM.ek.public, mak
 CERTIFICATES = [VENDOR.certify(TPM), VENDOR.certify(RSA_TPM), VENDOR.root.certificate]
 ROOTS = EkRoots.of([parse_certificate(VENDOR.root.certificate)])
 NODE = VENDOR.equip(TpmNode(TPM))
+DECODERS = (
+    decode_attestation_data,
+    decode_challenge,
+    decode_response,
+    rounds.decode_part,
+    rounds.decode_part_request,
+    dialects.decode_challenge,
+    dialects.decode_response,
+)
 QUOTE = TPM.quote(PCRS, bytes(32))
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 
@@ -126,12 +136,14 @@ def test_statements(attest: bytes, signature: bytes) -> None:
 def test_creation_data(raw: bytes) -> None:
     with contextlib.suppress(SpireHwError):
         wire.parse_creation_data(raw)
+    with contextlib.suppress(SpireHwError):
+        wire.parse_time_body(raw)
 
 
 @quick
-@given(any_of([NODE.payload()]))
+@given(any_of([NODE.payload(), rounds.encode_part(NODE.part(0)), rounds.encode_part_request(7)]))
 def test_messages(raw: bytes) -> None:
-    for decode in (decode_attestation_data, decode_challenge, decode_response):
+    for decode in DECODERS:
         with contextlib.suppress(SpireHwError):
             decode(raw)
 
@@ -142,7 +154,10 @@ JSON = st.recursive(
         st.lists(inner, max_size=4)
         | st.dictionaries(
             st.sampled_from(
-                ["EK", "AK", "EC", "Secret", "spire_hw", "v", "quotes", "pcrs", "Public"]
+                [
+                    *("EK", "AK", "EC", "Secret", "spire_hw", "v", "quotes", "pcrs", "Public"),
+                    *("ima", "ima_from", "ima_left", "want", "Credential"),
+                ]
             ),
             inner,
             max_size=5,
@@ -156,7 +171,7 @@ JSON = st.recursive(
 @given(JSON)
 def test_json_of_any_shape(value: object) -> None:
     raw = json.dumps(value).encode()
-    for decode in (decode_attestation_data, decode_challenge, decode_response):
+    for decode in DECODERS:
         with contextlib.suppress(SpireHwError):
             decode(raw)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from spire_hw.errors import ErrorKind
 from spire_hw.tpm import verify
-from spire_hw.tpm.public import check_ak, check_svid_key, parse_public
+from spire_hw.tpm.public import USER_WITH_AUTH, check_ak, check_svid_key, parse_public
 from spire_hw.tpm.verify import Statement
 from spire_hw_plugins.nodeattestor.tpm.statements import Signer, refusal
 
@@ -96,7 +96,7 @@ def _check_key(
 ) -> TpmPublic | None:
     """Return the key to be certified, None when this node's key is not (known to be) in a TPM."""
     if csr_spki is None or data.key_pub is None:
-        if settings.require_tpm_key:
+        if settings.require_tpm_key or settings.key_policies:
             text = "policy: the agent key must be in the TPM"
             raise refusal("key_not_in_tpm", text, ErrorKind.PERMISSION_DENIED)
         return None
@@ -104,4 +104,9 @@ def _check_key(
     if key.spki != csr_spki:
         raise refusal("csr_key_mismatch", "certify: CSR holds another key")
     check_svid_key(key)
+    if settings.key_policies and (
+        key.auth_policy not in settings.key_policies or key.has(USER_WITH_AUTH)
+    ):
+        text = "certify: key is not bound to the expected policy"
+        raise refusal("key_policy", text, ErrorKind.PERMISSION_DENIED)
     return key

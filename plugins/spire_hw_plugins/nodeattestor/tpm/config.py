@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _HEX: Final = re.compile(r"[0-9a-f]*")
 _SHA256_CHARS: Final = 64
+_POLICY_CHARS: Final = frozenset({64, 96, 128})
 _MIN_TIMEOUT: Final = timedelta(seconds=1)
 _MAX_TIMEOUT: Final = timedelta(minutes=1)
 _MAX_HASH_FILE_BYTES: Final = 16 << 20
@@ -97,6 +98,8 @@ class ServerConfig(Model):
         pcrs: what to quote.
         pcr_values: which values are accepted.
         require_tpm_key: the agent's own key must be in the same TPM.
+        key_policies: that key must be usable under one of these TPM policies and in no other way;
+            empty for any key.
         bind_csr: evidence must be bound to the certificate request, where this half sees it.
         allow_owner_ak: accept attestation keys of the owner hierarchy.
         boot_log: the firmware's log must come along and replay to the quoted PCRs.
@@ -119,6 +122,7 @@ class ServerConfig(Model):
     pcrs: PcrSelectionConfig | None = None
     pcr_values: PcrValuesConfig | None = None
     require_tpm_key: bool = True
+    key_policies: list[_Digest] = Field(default_factory=list)
     bind_csr: bool = True
     allow_owner_ak: bool = False
     boot_log: bool = False
@@ -143,6 +147,7 @@ class Settings:
         selections: what to quote, one quote per bank.
         policy: allowed values by bank and PCR.
         require_tpm_key: see `ServerConfig`.
+        key_policies: authPolicy digests; empty for any key.
         bind_csr: see `ServerConfig`.
         allow_owner_ak: see `ServerConfig`.
         boot_log: see `ServerConfig`.
@@ -162,6 +167,7 @@ class Settings:
     selections: tuple[PcrSelection, ...]
     policy: PcrPolicy
     require_tpm_key: bool
+    key_policies: frozenset[bytes]
     bind_csr: bool
     allow_owner_ak: bool
     boot_log: bool
@@ -195,6 +201,8 @@ def _meaning_faults(config: ServerConfig, *, has_ek_list: bool) -> list[ConfigFa
         fault("challenge_timeout", "must be between 1s and 1m")
     if config.pcrs is not None and not _selections(config):
         fault("pcrs", "names no PCR")
+    if not all(len(digest) in _POLICY_CHARS for digest in config.key_policies):
+        fault("key_policies", "needs digests of SHA-256, SHA-384 or SHA-512")
     if config.accept_activation_only and (config.pcr_values or config.boot_log or config.ima):
         fault(
             "accept_activation_only",
@@ -273,6 +281,7 @@ def build_settings(body: Body, *, has_ek_list: bool) -> Settings:
             for bank, n, values in _listed(config)
         },
         require_tpm_key=config.require_tpm_key,
+        key_policies=frozenset(bytes.fromhex(digest) for digest in config.key_policies),
         bind_csr=config.bind_csr,
         allow_owner_ak=config.allow_owner_ak,
         boot_log=config.boot_log,
