@@ -59,6 +59,7 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.02, 1.0
 # and how long an object of ours has to be seen unchanged to be one that a dead process left.
 _FULL_PATIENCE_S: Final = 3.0
 _LEFTOVER_S: Final = 1.0
+_FLUSH_S: Final = 2.0
 _CAPABILITY_PAGE: Final = 64
 _MAX_CONTEXTS: Final = 32
 _MAX_PASSWORD_BYTES: Final = 1024
@@ -400,11 +401,15 @@ class Connection:
     def _flush(self, handle: Any) -> None:
         if self.is_lost:
             return  # it went with the connection
+        # A job that is out of time still tidies up: without a resource manager nobody else does.
+        before, self._deadline = self._deadline, max(self._deadline, time.monotonic() + _FLUSH_S)
         try:
             self.call(self.esys.flush_context, handle)
         except SpireHwError:
             # Whatever was wrong, this connection cannot be trusted to be clean any more.
             self.is_lost = True
+        finally:
+            self._deadline = before
 
     def _make_room(self, error: TpmError, shortage: _Shortage) -> None:
         """Flush objects of ours that a dead process left behind; never those of others.

@@ -207,12 +207,41 @@ def _parameters(key_type: KeyType) -> bytes:
     return _NULL + _NULL + struct.pack(">HI", _RSA_BITS[key_type], 0)
 
 
-def check_banks(connection: Connection, binding: Binding) -> None:
-    """Refuse PCRs the TPM does not have: a policy over them would hold in any state.
+def check_binding(connection: Connection, binding: Binding) -> None:
+    """Refuse what this TPM cannot bind a key to.
 
     Raises:
-        InvalidInputError: a bank is not active, or lacks a PCR.
+        InvalidInputError: a bank is not active, or the TPM cannot use the authority's key.
+        TpmError: the TPM refused for another reason.
     """
+    _check_banks(connection, binding)
+    signer = binding.signer
+    if signer is None:
+        return
+    try:
+        with _external(connection, signer):
+            pass
+    except TpmError as e:
+        if not e.is_any(NOT_SUPPORTED):
+            raise
+        raise InvalidInputError(
+            "this TPM cannot use a key of the policy authority's type; EC P-256 and RSA-2048 are "
+            "safe choices"
+        ) from e
+
+
+@contextlib.contextmanager
+def _external(connection: Connection, signer: TpmPublic) -> Iterator[Any]:
+    """Load a public key that is in no TPM, for the block."""
+    handle = connection.call(
+        connection.esys.load_external, public_from(signer.raw), hierarchy=ESYS_TR.OWNER
+    )
+    with connection.loaded(handle):
+        yield handle
+
+
+def _check_banks(connection: Connection, binding: Binding) -> None:
+    """Refuse PCRs the TPM does not have: a policy over them would hold in any state."""
     banks = connection.pcr_banks()
     for entry in binding.selections:
         if not set(entry.pcrs) <= set(banks.get(entry.bank, ())):
@@ -223,7 +252,7 @@ def check_banks(connection: Connection, binding: Binding) -> None:
 
 
 def _policy_of(connection: Connection, binding: Binding) -> bytes:
-    check_banks(connection, binding)
+    _check_banks(connection, binding)
     if binding.signer is not None:
         return authorized_policy(binding.signer.name, binding.ref)
     return present_policy(connection, binding)
@@ -410,8 +439,7 @@ def _satisfy(
         )
     esys = connection.esys
     signature, _ = TPMT_SIGNATURE.unmarshal(approval.signature)
-    handle = connection.call(esys.load_external, public_from(signer.raw), hierarchy=ESYS_TR.OWNER)
-    with connection.loaded(handle):
+    with _external(connection, signer) as handle:
         ticket = connection.call(
             esys.verify_signature, handle, approved_digest(present, binding.ref), signature
         )

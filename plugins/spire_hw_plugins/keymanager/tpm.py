@@ -111,7 +111,7 @@ class TpmKeyManager:
             abilities = await device.run("read what the TPM can do", keys.read_abilities)
             binding = settings.binding
             if binding is not None:
-                await device.run("read PCR banks", lambda c: keys.check_banks(c, binding))
+                await device.run("try the policy", lambda c: keys.check_binding(c, binding))
             stored, held = await self._load(device, store)
             await self._warn_of_leftovers(settings, device, stored.values())
         except BaseException:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -84,6 +85,20 @@ async def test_what_a_failing_job_loaded_is_flushed(device: TpmDevice, tpm: Swtp
 
     with nothing_left_behind(tpm), pytest.raises(InvalidInputError, match="on purpose"):
         await device.run("fail", job)
+
+
+async def test_a_job_that_is_out_of_time_still_tidies_up(device: TpmDevice, tpm: Swtpm) -> None:
+    def job(connection: Connection) -> list[int]:
+        with storage(connection):
+            while time.monotonic() < end:
+                time.sleep(0.01)
+            return transient(connection)
+
+    await device.run("list", transient)
+    end = time.monotonic() + 0.3
+    with nothing_left_behind(tpm), pytest.raises(UnavailableError, match="took too long"):
+        await device.run("be late", job, timeout_s=0.2)
+    assert await device.run("list", transient) == []
 
 
 async def test_a_refusal_names_code_place_cause_and_remedy(device: TpmDevice, tpm: Swtpm) -> None:

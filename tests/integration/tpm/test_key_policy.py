@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from spire_hw.config.hcl import parse
 from spire_hw.errors import InvalidInputError, NotFoundError, NotReadyError, SpireHwError
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.asyncio
 SHA256 = SignOptions(HashAlgorithm.SHA256)
 DIGEST = HashAlgorithm.SHA256.digest(b"data")
 PCRS = "policy_pcrs = { sha256 = [0, 7, 14] }"
-SIGN, CREATE, LOAD, EVICT = 0x15D, 0x153, 0x157, 0x120
+SIGN, LOAD, EVICT, LOAD_EXTERNAL = 0x15D, 0x157, 0x120, 0x167
 RANGE = 0x81008100
 
 
@@ -232,6 +233,19 @@ async def test_a_bank_that_is_off_binds_nothing_and_is_refused(
 ) -> None:
     with pytest.raises(InvalidInputError, match="PCR bank sha512 is not active"):
         await managers.open(tpm.tcti, "policy_pcrs = { sha512 = [0] }")
+
+
+async def test_an_authority_whose_key_the_tpm_cannot_use_is_told_at_the_start(
+    managers: Managers, tpm: Swtpm, tmp_path: Path
+) -> None:
+    authority = Authority(ec.generate_private_key(ec.SECP521R1()), tmp_path)
+    with TpmBus(tpm) as bus:
+        bus.on_command = lambda seen: refusal(Rc.CURVE) if seen.code == LOAD_EXTERNAL else None
+        with (
+            nothing_left_behind(tpm),
+            pytest.raises(InvalidInputError, match="policy authority's type"),
+        ):
+            await managers.open(bus.tcti, authority.settings)
 
 
 @pytest.mark.parametrize("settings", ["", PCRS])
