@@ -17,7 +17,9 @@ from spire_hw.plugin.nodeattestor import SvidKey
 from spire_hw.tpm.device import Hierarchy
 from spire_hw.tpm.endorsement import EkType
 from spire_hw.tpm.errors import TpmError
+from spire_hw.tpm.public import parse_public
 from spire_hw_plugins.keymanager.memory import build as build_memory
+from spire_hw_plugins.keymanager.tpm import TpmKeyManager
 from spire_hw_plugins.nodeattestor.tpm import wire
 from spire_hw_sim.manufacturer import EkKind, Manufacturer
 from spire_hw_sim.tpm_command import ENDORSEMENT
@@ -121,6 +123,28 @@ async def test_a_key_outside_the_tpm_is_refused_unless_policy_allows_it(
         found = await attest(n.agent, lax, outside)
         assert "key:tpm" not in found.selector_values
         await attest(n.agent, lax, None)
+
+
+async def test_a_key_bound_to_pcrs_is_told_from_one_that_is_not(bench: Bench, tpm: Swtpm) -> None:
+    keys = TpmKeyManager(bench.agent_host)
+    settings = {
+        "tcti": tpm.tcti,
+        "keys_path": str(bench.folder / "bound"),
+        "policy_pcrs": {"sha256": [7]},
+    }
+    await keys.configure(Body.from_dict(settings))
+    info = await keys.generate_key("id", KeyType.EC_P256)
+    bound = SvidKey(keys, "id", info.public_key)
+    policy = parse_public(keys.tpm_key_blob("id")[0][2:]).auth_policy
+    strict = await serving(bench, key_policies=[policy.hex()])
+    async with node(bench, tpm) as n:
+        with nothing_left_behind(tpm):
+            found = await attest(n.agent, strict, bound)
+        assert "key:tpm" in found.selector_values
+        with pytest.raises(AttestationError) as caught:
+            await attest(n.agent, strict, n.key)
+        assert codes(caught.value) == ["key_policy"]
+    await keys.close()
 
 
 @pytest.mark.parametrize(
