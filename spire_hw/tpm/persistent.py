@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from spire_hw.errors import NotReadyError
 from spire_hw.tpm.device import PERSISTENT_HANDLES, Hierarchy
+from spire_hw.tpm.errors import Rc, TpmError
 from spire_hw.tpm.storage import name_of_handle
 
 if TYPE_CHECKING:
@@ -75,14 +76,24 @@ def persistent_names(connection: Connection, first: int, count: int) -> dict[int
 @contextlib.contextmanager
 def kept_key(connection: Connection, handle: int, name: bytes) -> Iterator[Any]:
     """Give the library's handle of a persistent key, None when there is none of this Name."""
-    if handle not in connection.handles(PERSISTENT_HANDLES):
+    kept = _open(connection, handle)
+    if kept is None:
         yield None
         return
-    kept = connection.call(connection.esys.tr_from_tpmpublic, handle)
     try:
         yield kept if name_of_handle(connection, kept) == name else None
     finally:
         _forget(connection, kept)
+
+
+def _open(connection: Connection, handle: int) -> Any:
+    """Return the library's object of a persistent handle, None when nothing is there."""
+    try:
+        return connection.call(connection.esys.tr_from_tpmpublic, handle)
+    except TpmError as e:
+        if not e.is_any(frozenset({Rc.HANDLE})):
+            raise
+        return None
 
 
 def _forget(connection: Connection, handle: Any) -> None:
