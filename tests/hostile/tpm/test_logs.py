@@ -494,9 +494,9 @@ async def test_a_time_statement_for_another_purpose_is_refused(tmp_path: Path) -
 
 
 async def test_what_speaks_against_a_node_reaches_the_judge(tmp_path: Path) -> None:
-    judge = Wants(EvidenceRequest(pcrs=(("sha256", (0, 7)),)))
+    judge = Wants(EvidenceRequest(pcrs=(("sha256", (0, 7)),), boot_log=True))
     lab = await Lab.make(tmp_path, judge=judge)
-    node = lab.node()
+    node, _ = booted(lab)
     for n in range(8):
         node.tpm.pcrs["sha256", n] = bytes(32)
     error = await refusal(lab, node)

@@ -140,3 +140,14 @@ async def test_the_agent_refuses_a_malformed_challenge(
             await n.agent.heartbeat(challenge(pcrs=pcrs), SPKI)
         with pytest.raises(InvalidInputError, match="nonce must be 32 bytes"):
             await n.agent.heartbeat(replace(challenge(), nonce=bytes(31)), SPKI)
+
+
+async def test_a_bank_the_firmware_never_used_is_in_the_evidence(bench: Bench, tpm: Swtpm) -> None:
+    server = await serving(bench)
+    async with node(bench, tpm) as n:
+        who = await known(n, server)
+        tpm.reset()
+        asked = challenge(pcrs=PCRS[:1], boot_log=True)
+        answer = await n.agent.heartbeat(replace(asked, wanted=EvidenceRequest(PCRS[:1])), SPKI)
+    found = (await server.check_heartbeat(who, asked, answer, NOW)).findings
+    assert [finding.code for finding in found] == ["bank_unused"]

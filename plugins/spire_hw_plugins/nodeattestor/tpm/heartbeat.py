@@ -1,8 +1,8 @@
 """Server's side of a heartbeat: what a node shows between two attestations.
 
 Its attestation key was activated when it attested, so a quote of that key, bound to this nonce and
-to the key of the SVID on the stream, says all. What speaks against the machine is only told once
-that quote holds: the host changes the node's state by it.
+to the key of the SVID on the stream, says all. What speaks against the machine by itself is in the
+evidence once that quote holds: the host's judge changes the node's state by it.
 """
 
 from __future__ import annotations
@@ -47,13 +47,14 @@ async def check_heartbeat(
     quoted = check_quotes(signer, expected, asked, claims, findings)
     if quoted is None or findings:
         raise AttestationError(findings)
-    if unused := find_unused_banks(quoted.pcrs):
-        raise AttestationError(unused)
     counters = None
     if signer.hierarchy == "endorsement":  # a key elsewhere scrambles them
         counters = counters_of(quoted.clock, quoted.first.firmware_version)
-    proved = replay.Proved(quoted.pcrs, None if counters is None else counters.reset_count)
-    shown = await replay.replay_logs(wanted, asked, _unpack(wanted, answer), proved)
+    unused = find_unused_banks(quoted.pcrs)
+    shown = replay.Replayed(findings=tuple(unused))
+    if not unused:  # no log belongs to a bank that firmware left alone
+        proved = replay.Proved(quoted.pcrs, None if counters is None else counters.reset_count)
+        shown = await replay.replay_logs(wanted, asked, _unpack(wanted, answer), proved)
     return Evidence(
         made_at=now,
         occasion=Occasion.HEARTBEAT,
@@ -68,6 +69,7 @@ async def check_heartbeat(
         boot=shown.boot,
         ima=shown.ima,
         boot_id=answer.boot_id,
+        findings=shown.findings,
     )
 
 

@@ -7,7 +7,13 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from spire_hw.errors import ErrorKind, LimitError, NotReadyError, SpireHwError
+from spire_hw.errors import (
+    AttestationError,
+    ErrorKind,
+    LimitError,
+    NotReadyError,
+    SpireHwError,
+)
 from spire_hw.tpm import boot, eventlog, ima, imalist
 from spire_hw.tpm.boot import BootRules
 from spire_hw.tpm.inflate import inflate
@@ -17,6 +23,7 @@ from spire_hw_plugins.nodeattestor.tpm.statements import refusal
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from spire_hw.errors import Finding
     from spire_hw.posture.evidence import BootFacts, ImaFacts, PcrValues
     from spire_hw.posture.judge import EvidenceRequest
     from spire_hw.tpm.wire import PcrSelection
@@ -26,6 +33,7 @@ FIRMWARE_PCRS: Final = tuple(range(8))
 AGGREGATE_PCRS: Final = tuple(range(10))
 # More than this is replayed in a thread: it takes long enough for others to wait for.
 _SHORT_BYTES: Final = 256 * 1024
+_ROLLBACK: Final = "ima_rollback"
 _NOT_ANNOUNCED: Final = "log: boot log is not the one announced"
 
 
@@ -61,10 +69,17 @@ class Proved:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """What the logs tell."""
+    """What the logs tell.
 
-    boot: BootFacts | None
-    ima: ImaFacts | None
+    Attributes:
+        boot: of the boot log, None without one.
+        ima: of the list, None without one.
+        findings: `ima_rollback`, when the list contradicts what is known of this boot.
+    """
+
+    boot: BootFacts | None = None
+    ima: ImaFacts | None = None
+    findings: tuple[Finding, ...] = ()
 
 
 def unpack_log(data: bytes | None, announced: int | None = None) -> bytes:
@@ -122,7 +137,7 @@ async def replay_logs(
         proved: what the quotes said.
 
     Raises:
-        AttestationError: a log that does not replay, or contradicts what is known of this boot.
+        AttestationError: a log that does not replay.
         InvalidInputError: a log that does not parse.
         LimitError: too many events or entries.
     """
@@ -151,10 +166,14 @@ def _replay(
         found = boot.facts(log, proved.pcrs, bank, rules)
         if logs.ima is not None:
             logged = {(bank, n): value for n, value in eventlog.replay(log, bank).items()}
-    listed = None
-    if logs.ima is not None:
-        listed = _replay_ima(wanted, bank, logs, proved, logged)
-    return Replayed(found, listed)
+    if logs.ima is None:
+        return Replayed(found)
+    try:
+        return Replayed(found, _replay_ima(wanted, bank, logs, proved, logged))
+    except AttestationError as e:
+        if [finding.code for finding in e.findings] != [_ROLLBACK]:
+            raise
+        return Replayed(found, findings=tuple(e.findings))
 
 
 def _parse(raw: bytes, announced: str | None, allow_legacy: bool) -> eventlog.Log:
@@ -192,7 +211,7 @@ def _replay_ima(
         start, known = None, start  # the whole list instead: it must pass where the part begins
     elif logs.ima_from != (0 if start is None else start.count):
         denied = ErrorKind.PERMISSION_DENIED
-        raise refusal("ima_rollback", "ima: list was rewritten: it begins elsewhere", denied)
+        raise refusal(_ROLLBACK, "ima: list was rewritten: it begins elsewhere", denied)
     return ima.replay(
         logs.ima,
         start,
