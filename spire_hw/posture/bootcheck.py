@@ -53,7 +53,7 @@ def check_boot(sheet: Sheet, rules: BootRules, evidence: Evidence, bank: str) ->
         sheet.failed("boot log", "log_missing", message)
     _check_loaded(sheet, rules, boot)
     if rules.uki is not None:
-        _check_uki(sheet, rules.uki, boot, evidence.pcrs.get((bank, _UKI_PCR)))
+        _check_uki(sheet, rules.uki, boot.uki, evidence.pcrs.get((bank, _UKI_PCR)), bank)
     _check_mok(sheet, rules, boot)
 
 
@@ -83,7 +83,7 @@ def _check_firmware(sheet: Sheet, rules: BootRules, boot: BootFacts) -> None:
             bad=f"policy: firmware version is too old: {found}",
         )
     if rules.workarounds is not None:
-        more = sorted(set(boot.workarounds) - rules.workarounds)
+        more = [shown(n.encode()) for n in sorted(set(boot.workarounds) - rules.workarounds)]
         sheet.rule(
             "workarounds",
             "log_workaround",
@@ -192,13 +192,12 @@ def _check_loaded(sheet: Sheet, rules: BootRules, boot: BootFacts) -> None:
 
 
 def _check_uki(
-    sheet: Sheet, allowed: Collection[str], boot: BootFacts, quoted: bytes | None
+    sheet: Sheet, allowed: Collection[str], uki: str | None, quoted: bytes | None, bank: str
 ) -> None:
-    uki = boot.uki
     if uki is None or quoted is None:
         sheet.failed("uki", "uki", "policy: no unified kernel image is proved")
         return
-    passed = phases.passed(bytes.fromhex(uki), quoted, boot.bank)
+    passed = phases.passed(bytes.fromhex(uki), quoted, bank)
     sheet.rule(
         "uki",
         "uki",

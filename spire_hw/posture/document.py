@@ -29,6 +29,7 @@ from spire_hw.posture.evidence import (
     Tier,
 )
 from spire_hw.posture.jsonreader import WHAT, Members, load, refuse
+from spire_hw.posture.policy import BANK_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,8 +43,8 @@ _MAX_U64: Final = 2**64 - 1
 _MAX_PCR: Final = 23
 _NOT_PLAIN: Final = re.compile("[\\\\\udc80-\udcff]")
 _ESCAPED: Final = re.compile(r"\\(?:x([0-9a-f]{2}))?")
-# Names of hash algorithms and templates: few, however many entries there are.
-_WORD: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}", re.ASCII)
+# Names of hash algorithms, templates and reasons.
+_WORD: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}", re.ASCII)
 
 
 def encode_evidence(evidence: Evidence) -> bytes:
@@ -139,9 +140,9 @@ def _ek_out(ek: EkFacts) -> dict[str, Any]:
 
 def _ek_in(members: Members) -> EkFacts:
     ek = EkFacts(
-        hash=members.text("hash"),
+        hash=members.octets("hash").hex(),
         methods=tuple(members.texts("methods")),
-        root=members.optional_text("root"),
+        root=None if members.is_null("root") else members.octets("root").hex(),
         manufacturer=members.optional_text("manufacturer"),
         model=members.optional_text("model"),
         version=members.optional_text("version"),
@@ -182,6 +183,9 @@ def _pcrs_out(pcrs: PcrValues) -> dict[str, dict[str, str]]:
 def _pcrs_in(members: Members) -> dict[tuple[str, int], bytes]:
     found = {}
     for bank in members.names():
+        size = BANK_BYTES.get(bank)
+        if size is None:
+            refuse(f"pcrs.{bank}", f"expected one of {', '.join(BANK_BYTES)}")
         values = members.members(bank)
         if not values.names():
             refuse(f"pcrs.{bank}", "names no PCR")
@@ -190,7 +194,9 @@ def _pcrs_in(members: Members) -> dict[tuple[str, int], bytes]:
                 refuse(f"pcrs.{bank}", "expected numbers of PCRs")
             if int(name) > _MAX_PCR:
                 refuse(f"pcrs.{bank}", f"there is no PCR {name}")
-            found[bank, int(name)] = values.octets(name)
+            found[bank, int(name)] = value = values.octets(name)
+            if len(value) != size:
+                refuse(f"pcrs.{bank}.{name}", f"expected {size} bytes")
     return found
 
 
@@ -223,18 +229,18 @@ def _boot_in(members: Members) -> BootFacts:
     uki = None if members.is_null("uki") else members.octets("uki").hex()
     variables = members.members("variables")
     boot = BootFacts(
-        log_sha256=members.text("log_sha256"),
-        bank=members.text("bank"),
+        log_sha256=members.octets("log_sha256").hex(),
+        bank=members.choice("bank", BANK_BYTES),
         explained=tuple(members.wholes("explained", _MAX_PCR)),
         secure_boot=members.optional_boolean("secure_boot"),
         debug_mode=members.boolean("debug_mode"),
         dma_protection=members.boolean("dma_protection"),
         firmware_error=members.boolean("firmware_error"),
-        variables={name: variables.text(name) for name in variables.names()},
-        db=tuple(members.texts("db")),
-        dbx=frozenset(_ascending(members.texts("dbx"), "boot.dbx")),
+        variables={name: variables.octets(name).hex() for name in variables.names()},
+        db=tuple(entry.hex() for entry in members.each_octets("db")),
+        dbx=frozenset(entry.hex() for entry in _ascending(members.each_octets("dbx"))),
         sbat=members.text("sbat"),
-        authorities=tuple(members.texts("authorities")),
+        authorities=tuple(one.hex() for one in members.each_octets("authorities")),
         images=tuple(_image_in(image) for image in members.each_members("images")),
         commands=tuple(members.texts("commands")),
         files=tuple(members.each_octets("files")),
@@ -248,10 +254,10 @@ def _boot_in(members: Members) -> BootFacts:
     return boot
 
 
-def _ascending(texts: list[str], where: str) -> list[str]:
-    if any(one >= other for one, other in pairwise(texts)):
-        refuse(where, "expected ascending values, each once")
-    return texts
+def _ascending(entries: list[bytes]) -> list[bytes]:
+    if any(one.hex() >= other.hex() for one, other in pairwise(entries)):
+        refuse("boot.dbx", "expected ascending values, each once")
+    return entries
 
 
 def _image_in(members: Members) -> BootImage:
@@ -263,6 +269,8 @@ def _image_in(members: Members) -> BootImage:
 def _finding_in(members: Members) -> Finding:
     kind = ErrorKind[members.choice("kind", [kind.name for kind in ErrorKind])]
     finding = Finding(members.text("code"), members.text("message"), kind)
+    if _WORD.fullmatch(finding.code) is None or not finding.message.isprintable():
+        refuse("findings", "expected a reason code and a printable message")
     members.end()
     return finding
 

@@ -23,13 +23,14 @@ from spire_hw.posture.evidence import (
     Occasion,
     Tier,
 )
+from spire_hw.posture.policy import BANK_BYTES
 
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 maybe = st.none() | texts
 octets = st.binary(max_size=40)
 u32 = st.integers(0, 2**31 - 1)
 hexes = st.binary(min_size=32, max_size=32).map(bytes.hex)
-eks = st.builds(EkFacts, texts, st.lists(texts).map(tuple), maybe, maybe, maybe, maybe)
+eks = st.builds(EkFacts, hexes, st.lists(texts).map(tuple), st.none() | hexes, maybe, maybe, maybe)
 counters = st.builds(
     Counters, st.integers(0, 2**64 - 1), u32, u32, st.booleans(), st.integers(0, 2**64 - 1)
 )
@@ -72,6 +73,12 @@ imas = st.builds(
     u32,
     st.booleans(),
 )
+reasons = st.builds(
+    Finding,
+    st.from_regex("[a-z][a-z_]{0,20}", fullmatch=True),
+    texts.filter(str.isprintable),
+    st.sampled_from(ErrorKind),
+)
 evidences = st.builds(
     Evidence,
     made_at=st.datetimes(timezones=st.just(UTC), min_value=datetime(1970, 1, 1)),  # noqa: DTZ001
@@ -84,12 +91,12 @@ evidences = st.builds(
     key_in_tpm=st.booleans(),
     counters=st.none() | counters,
     pcrs=st.dictionaries(
-        st.tuples(st.sampled_from(["sha1", "sha256"]), st.integers(0, 23)), octets, max_size=6
-    ),
+        st.tuples(st.sampled_from(sorted(BANK_BYTES)), st.integers(0, 23)), octets, max_size=6
+    ).map(lambda pcrs: {w: v.ljust(64)[: BANK_BYTES[w[0]]] for w, v in pcrs.items()}),
     boot=st.none() | boots,
     ima=st.none() | imas,
     boot_id=maybe,
-    findings=st.lists(st.builds(Finding, texts, texts, st.sampled_from(ErrorKind))).map(tuple),
+    findings=st.lists(reasons).map(tuple),
 )
 documents = st.recursive(
     st.none() | st.booleans() | st.integers() | texts,
