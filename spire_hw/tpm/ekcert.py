@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Final
@@ -25,9 +26,10 @@ from spire_hw.errors import (
     InvalidInputError,
     WeakKeyError,
 )
-from spire_hw.tpm import certificate, der
+from spire_hw.tpm import certificate, der, ekmodel
 from spire_hw.tpm.certificate import Certificate, parse_certificate
 from spire_hw.tpm.certsig import verify_signature
+from spire_hw.tpm.ekmodel import TpmModel, read_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -39,20 +41,16 @@ MAX_DEPTH: Final = 6
 _MAX_SIGNATURE_CHECKS: Final = 64
 
 EK_PURPOSE: Final = "2.23.133.8.1"
-_SAN: Final = "2.5.29.17"
 EXTENDED_KEY_USAGE: Final = "2.5.29.37"
-_ATTRIBUTES: Final = {
-    "2.23.133.2.1": "manufacturer",
-    "2.23.133.2.2": "model",
-    "2.23.133.2.3": "version",
-}
 UNDERSTOOD: Final = frozenset(
-    {_SAN, EXTENDED_KEY_USAGE, certificate.BASIC_CONSTRAINTS, certificate.KEY_USAGE, "2.5.29.32"}
+    {
+        ekmodel.SAN,
+        EXTENDED_KEY_USAGE,
+        certificate.BASIC_CONSTRAINTS,
+        certificate.KEY_USAGE,
+        "2.5.29.32",
+    }
 )
-_DIRECTORY_NAME = 0xA4
-_STRING_TAGS: Final = frozenset({0x0C, 0x13, 0x16})  # UTF8String, PrintableString, IA5String
-_MAX_MODEL_CHARS = 64
-_MANUFACTURER_HEX = 8
 
 
 class ChainTime(Enum):
@@ -65,21 +63,6 @@ class ChainTime(Enum):
     STRICT = "strict"
     ISSUER_AT_LEAF_ISSUANCE = "issuer_at_leaf_issuance"
     IGNORE = "ignore"
-
-
-@dataclass(frozen=True, slots=True)
-class TpmModel:
-    """What an endorsement certificate says about its TPM; None where it says nothing.
-
-    Attributes:
-        manufacturer: `id:` and 8 hex digits of the vendor's TCG number.
-        model: part number.
-        version: firmware version at manufacture.
-    """
-
-    manufacturer: str | None = None
-    model: str | None = None
-    version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,69 +128,6 @@ def _by_subject(found: Iterable[Certificate]) -> _BySubject:
     for one in found:
         out.setdefault(one.subject, []).append(one)
     return out
-
-
-def read_model(leaf: Certificate) -> TpmModel:
-    """Read manufacturer, model and version from the subject alternative name.
-
-    Raises:
-        EncodingError: the extension is malformed.
-        InvalidInputError: a value is ambiguous or holds characters that are not allowed.
-    """
-    extension = leaf.extensions.get(_SAN)
-    return TpmModel() if extension is None else _read_names(extension.value)
-
-
-@functools.lru_cache(maxsize=64)
-def _read_names(value: bytes) -> TpmModel:
-    """Read a subject alternative name; all TPMs of a model have the same."""
-    names = der.read_all(value, "ek: subject alternative name", der.SEQUENCE).members()
-    directories = [name for name in names if name.tag == _DIRECTORY_NAME]
-    if len(directories) > 1:
-        raise InvalidInputError("ek: TPM manufacturer is ambiguous: two directory names")
-    found: dict[str, str] = {}
-    for directory in directories:
-        for kind, text in _walk_name(directory):
-            if found.setdefault(kind, text) != text:
-                raise InvalidInputError(f"ek: TPM {kind} is ambiguous")
-    manufacturer = found.get("manufacturer")
-    return TpmModel(
-        manufacturer=None if manufacturer is None else _check_manufacturer(manufacturer),
-        model=found.get("model"),
-        version=found.get("version"),
-    )
-
-
-def _walk_name(directory: der.Value) -> list[tuple[str, str]]:
-    what = directory.what
-    found = []
-    for rdn in der.read_all(directory.content, what, der.SEQUENCE).members():
-        for pair in rdn.expect(der.SET).members():
-            parts = pair.expect(der.SEQUENCE).members()
-            if len(parts) != 2:  # noqa: PLR2004 - type and value
-                raise pair.fail("attribute is malformed")
-            kind = _ATTRIBUTES.get(der.oid(parts[0]))
-            if kind is not None:
-                found.append((kind, _read_text(kind, parts[1])))
-    return found
-
-
-def _read_text(kind: str, value: der.Value) -> str:
-    text = value.content.decode("utf-8", "replace")
-    allowed = text.isascii() and text.isprintable() and 0 < len(text) <= _MAX_MODEL_CHARS
-    if value.tag not in _STRING_TAGS or not allowed:
-        raise InvalidInputError(f"ek: TPM {kind} contains characters that are not allowed")
-    return text
-
-
-def _check_manufacturer(text: str) -> str:
-    digits = text.removeprefix("id:")
-    if len(digits) != _MANUFACTURER_HEX or text == digits or set(digits) - set(_HEX_DIGITS):
-        raise InvalidInputError("ek: TPM manufacturer is not id: and 8 hexadecimal digits")
-    return text
-
-
-_HEX_DIGITS: Final = "0123456789abcdefABCDEF"
 
 
 def verify_ek_certificate(
@@ -339,7 +259,7 @@ class _Search:
     def _extend(self, path: list[Certificate]) -> Certificate | None:
         last = path[-1]
         for anchor in self._roots.anchors_named(last.issuer):
-            if self._links(path, anchor):
+            if self._links(path, anchor) and self._is_unrevoked([*path, anchor]):
                 return anchor
         if len(path) >= MAX_DEPTH:
             return None
@@ -357,8 +277,18 @@ class _Search:
         try:
             self._check_issuer(path, issuer)
             self._check_link(path[-1], issuer)
-            if self._revocations is not None:
-                self._revocations.check(path[-1], issuer, self._at)
+        except AttestationError as e:
+            self._reason = self._reason or e
+            return False
+        return True
+
+    def _is_unrevoked(self, path: list[Certificate]) -> bool:
+        """Ask revocation lists, last: issuers that lead nowhere must not cost a look at them."""
+        if self._revocations is None:
+            return True
+        try:
+            for subject, issuer in itertools.pairwise(path):
+                self._revocations.check(subject, issuer, self._at)
         except AttestationError as e:
             if self._reason is None or e.findings[0].code == "ek_revoked":
                 self._reason = e

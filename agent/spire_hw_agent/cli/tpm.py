@@ -14,7 +14,7 @@ from spire_hw.cli.flags import F, GoGroup, flag
 from spire_hw.cli.output import Printer, output_flags, table
 from spire_hw.errors import InvalidInputError
 from spire_hw.tpm.certificate import parse_certificate
-from spire_hw.tpm.ekcert import TpmModel, read_model
+from spire_hw.tpm.ekmodel import TpmModel, read_model
 from spire_hw.tpm.names import format_name
 
 if TYPE_CHECKING:

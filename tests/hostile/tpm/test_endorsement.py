@@ -185,8 +185,8 @@ async def test_certificate_is_malformed(tmp_path: Path, row: str) -> None:
     assert "\n" not in error.message
 
 
-def _ec_spki(point: bytes) -> bytes:
-    algorithm = tlv(0x30, ekca.oid("1.2.840.10045.2.1"), ekca.oid("1.2.840.10045.3.1.7"))
+def _ec_spki(point: bytes, curve: str = "1.2.840.10045.3.1.7") -> bytes:
+    algorithm = tlv(0x30, ekca.oid("1.2.840.10045.2.1"), ekca.oid(curve))
     return tlv(0x30, algorithm, tlv(0x03, b"\x00" + point))
 
 
@@ -202,6 +202,8 @@ KEYS = {
     "51 512 bits": (_rsa_spki((1 << 511) | 1, 65537), "RSA-512 is not supported"),
     "51 1024 bits": (_rsa_spki((1 << 1023) | 1, 65537), "RSA-1024 is not supported"),
     "51 16384 bits": (_rsa_spki((1 << 16383) | 1, 65537), "RSA-16384 is not supported"),
+    "51 65536 bits": (_rsa_spki((1 << 65535) | 1, 65537), "RSA-65536 is not supported"),
+    "53 top bit clear": (_rsa_spki(GOOD_N >> 1 | 1, 65537), "RSA-2047 is not supported"),
     "52 exponent 3": (_rsa_spki(GOOD_N, 3), "RSA exponent must be 65537"),
     "52 exponent nearly n": (_rsa_spki(GOOD_N, GOOD_N - 2), "RSA exponent must be 65537"),
     "52 exponent 0": (_rsa_spki(GOOD_N, 0), "RSA exponent must be 65537"),
@@ -219,6 +221,8 @@ KEYS = {
         "not in range",
     ),
     "55 short": (_ec_spki(b"\x04" + bytes(62)), "not in canonical form"),
+    "57 P-192": (_ec_spki(bytes(49), "1.2.840.10045.3.1.1"), "key type is not supported"),
+    "57 SM2": (_ec_spki(bytes(65), "1.2.156.10197.1.301"), "key type is not supported"),
     "56 compressed": (_ec_spki(b"\x02" + bytes(32)), "not in canonical form"),
     "56 hybrid": (_ec_spki(b"\x06" + bytes(64)), "not in canonical form"),
 }

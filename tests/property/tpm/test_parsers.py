@@ -18,7 +18,8 @@ from spire_hw.tpm.castore import Blob, split
 from spire_hw.tpm.certificate import parse_certificate
 from spire_hw.tpm.credential import make_credential
 from spire_hw.tpm.crl import Revocations, parse_crl, split_crls
-from spire_hw.tpm.ekcert import EkRoots, read_model, verify_ek_certificate
+from spire_hw.tpm.ekcert import EkRoots, verify_ek_certificate
+from spire_hw.tpm.ekmodel import read_model
 from spire_hw.tpm.public import check_ak, check_ek, check_svid_key, parse_public
 from spire_hw.tpm.verify import Statement
 from spire_hw.tpm.wire import PcrSelection

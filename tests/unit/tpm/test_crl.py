@@ -201,6 +201,17 @@ def test_every_certificate_of_a_path_is_asked_about() -> None:
         verify(CA.issue_crl(CrlSpec([LEAF.serial])), roots)
 
 
+def test_lists_are_asked_about_whole_paths_alone() -> None:
+    # A stranger's CA of the same name: its own leaf is on no list, but leads nowhere either.
+    key = make_key("secp256r1")
+    stranger = EkCa.root("Stranger", make_key("secp256r1")).child("Vendor EK CA", key)
+    forged = leaf(issuer=stranger)
+    revocations = Revocations([parse_crl(CA.issue_crl(CrlSpec([forged.serial])))], required=True)
+    chain = (stranger.certificate,)
+    with pytest.raises(AttestationError, match="ek_untrusted"):
+        verify_ek_certificate(forged, chain, _roots(), NOW, revocations=revocations)
+
+
 def test_revoked_goes_before_other_reasons() -> None:
     weaker = ca_spec("Vendor EK CA", CA.key.public_key())
     weaker.not_after = ekca.utc("20240101")

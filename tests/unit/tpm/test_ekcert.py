@@ -16,7 +16,8 @@ from spire_hw.tpm import certificate, der
 from spire_hw.tpm.castore import load_roots
 from spire_hw.tpm.certificate import parse_certificate
 from spire_hw.tpm.certsig import verify_signature
-from spire_hw.tpm.ekcert import ChainTime, EkRoots, TpmModel, read_model, verify_ek_certificate
+from spire_hw.tpm.ekcert import ChainTime, EkRoots, verify_ek_certificate
+from spire_hw.tpm.ekmodel import TpmModel, read_model
 from spire_hw_sim import ekca
 from spire_hw_sim.ekca import EkCa, ek_spec
 from spire_hw_sim.softtpm import SoftTpm, make_ek, make_key, rsa_key
