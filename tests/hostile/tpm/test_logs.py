@@ -349,6 +349,24 @@ async def test_a_log_that_is_not_announced_ends_it_before_the_challenge(tmp_path
     assert len(lab.challenges) == 2  # the honest nodes'
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"log": wire.LogAnnouncement(512 * 1024 + 1, "0" * 64)}, "log: larger than 524288 bytes"),
+        ({"ima_entries": 100_001}, "ima: more than 100000 entries"),
+    ],
+)
+async def test_logs_that_will_be_too_large_end_it_before_the_challenge(
+    tmp_path: Path, more: dict[str, Any], words: str
+) -> None:
+    lab = await Lab.make(tmp_path, LOGS)
+    node, _ = booted(lab)
+    payload = wire.encode_attestation_data(replace(node.data(), **more))
+    error = await refusal(lab, node, payload=payload)
+    assert (error.kind, error.message) == (RE, words)
+    assert len(lab.challenges) == 1  # the honest node's
+
+
 async def test_logs_nobody_asked_for_are_refused(tmp_path: Path) -> None:
     lab = await Lab.make(tmp_path)
     node, listed = booted(lab)

@@ -14,12 +14,13 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from spire_hw.errors import AttestationError, ErrorKind, NotReadyError
+from spire_hw.errors import AttestationError, ErrorKind, LimitError, NotReadyError
 from spire_hw.plugin.nodeattestor import AttestedIdentity
 from spire_hw.posture.evidence import Evidence, Occasion, Tier
 from spire_hw.posture.judge import EvidenceRequest
 from spire_hw.posture.policy import ima_start
 from spire_hw.spiffeid import agent_id
+from spire_hw.tpm import eventlog, imalist
 from spire_hw.tpm.credential import make_credential
 from spire_hw_plugins.nodeattestor.tpm import dialects, replay, statements, wire
 from spire_hw_plugins.nodeattestor.tpm.answer import Asked, check_answer, check_secret, draw
@@ -203,8 +204,7 @@ class TpmServer:
     ) -> tuple[Evidence, TpmPublic]:
         data, asked = exchange.data, exchange.asked
         claims = check_claims(settings, data, exchange.ek, request.csr_spki)
-        if asked.wanted.boot_log and (data.log is None or not data.log.size):
-            raise refusal("log_missing", "log: boot log is missing")
+        _check_announced(asked.wanted, data)
         node, message = draw(claims, asked, data, round(settings.timeout.total_seconds() * 1000))
         response = wire.decode_response(await exchange.talk.ask(message))
         check_secret(response.secret, node.secret)
@@ -254,3 +254,16 @@ class TpmServer:
             restart_count=None if counters is None else counters.restart_count,
             firmware_version=None if counters is None else f"{counters.firmware_version:016x}",
         )
+
+
+def _check_announced(wanted: EvidenceRequest, data: wire.AttestationData) -> None:
+    """Refuse a node that says beforehand that its logs will not do."""
+    if wanted.boot_log and (data.log is None or not data.log.size):
+        raise refusal("log_missing", "log: boot log is missing")
+    if wanted.boot_log and data.log is not None and data.log.size > eventlog.MAX_BYTES:
+        raise LimitError(f"log: larger than {eventlog.MAX_BYTES} bytes")
+    if wanted.ima is not None and data.ima_entries is not None:
+        # After a reset the list is shorter than what is known of the one before.
+        begun = wanted.ima.count if data.ima_entries >= wanted.ima.count else 0
+        if data.ima_entries - begun > imalist.MAX_ENTRIES:
+            raise LimitError(f"ima: more than {imalist.MAX_ENTRIES} entries")
