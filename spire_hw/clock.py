@@ -5,7 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Timer(Protocol):
+    """A call that is still to be made."""
+
+    def cancel(self) -> object:
+        """Make sure it is not made any more."""
+        ...
 
 
 class Clock(Protocol):
@@ -23,6 +34,10 @@ class Clock(Protocol):
         """Wait at least `seconds` seconds of this clock."""
         ...
 
+    def call_after(self, seconds: float, function: Callable[[], None]) -> Timer:
+        """Call a function in the running event loop, at least `seconds` seconds from now."""
+        ...
+
 
 class SystemClock:
     """The machine's own time."""
@@ -38,3 +53,7 @@ class SystemClock:
     async def sleep(self, seconds: float) -> None:
         """Wait at least `seconds` seconds."""
         await asyncio.sleep(max(0.0, seconds))
+
+    def call_after(self, seconds: float, function: Callable[[], None]) -> Timer:
+        """Call a function in the running event loop, at least `seconds` seconds from now."""
+        return asyncio.get_running_loop().call_later(max(0.0, seconds), function)

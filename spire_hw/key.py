@@ -6,10 +6,12 @@ TPM, a PKCS#11 token, a remote signer and a software key.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from functools import lru_cache
+from typing import Final, Protocol
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
@@ -23,6 +25,18 @@ PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 _MIN_RSA_BITS, _MAX_RSA_BITS = 2048, 4096
 _MIN_RSA_EXPONENT = 65537
+_EC_CURVES: Final[dict[str, ec.EllipticCurve]] = {
+    "secp256r1": ec.SECP256R1(),
+    "secp384r1": ec.SECP384R1(),
+    "secp521r1": ec.SECP521R1(),
+}
+# What stands before the point in a SubjectPublicKeyInfo, and how long the whole is.
+EC_SPKI_HEADS: Final = {
+    "secp256r1": bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107034200"),
+    "secp384r1": bytes.fromhex("3076301006072a8648ce3d020106052b81040022036200"),
+    "secp521r1": bytes.fromhex("30819b301006072a8648ce3d020106052b8104002303818600"),
+}
+_EC_BY_SIZE: Final = {91: "secp256r1", 120: "secp384r1", 158: "secp521r1"}
 
 
 class KeyType(Enum):
@@ -263,12 +277,26 @@ def fingerprint(spki: bytes) -> str:
     return hashlib.sha256(spki).hexdigest()
 
 
+@lru_cache(maxsize=64)
+def load_point(curve: str, point: bytes) -> ec.EllipticCurvePublicKey:
+    """Return the key of an encoded point; one exchange shows the same one in several places.
+
+    Raises:
+        ValueError: the point is malformed or not on the curve.
+    """
+    return ec.EllipticCurvePublicKey.from_encoded_point(_EC_CURVES[curve], point)
+
+
 def parse_spki(der: bytes) -> PublicKey:
     """Read a DER SubjectPublicKeyInfo and check that the key is strong enough.
 
     Raises:
         InvalidInputError: does not parse, or `check_public_key` refuses it.
     """
+    curve = _EC_BY_SIZE.get(len(der), "")
+    if curve and der.startswith(EC_SPKI_HEADS[curve]):
+        with contextlib.suppress(ValueError):  # what is wrong is told below
+            return load_point(curve, der[len(EC_SPKI_HEADS[curve]) :])
     try:
         key = serialization.load_der_public_key(der)
     except (ValueError, UnsupportedAlgorithm) as e:

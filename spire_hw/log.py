@@ -375,3 +375,26 @@ def unconfigure() -> None:
 def get_logger(subsystem: str) -> Logger:
     """Return a logger bound to a subsystem name, such as `ca_manager`."""
     return _OUTPUT.logger(subsystem)
+
+
+class LateLogger:
+    """A logger that is bound to its fields when its first line is written.
+
+    For what is logged rarely: binding costs more than the work of a short call.
+    """
+
+    __slots__ = ("_bound", "_fields", "_log")
+
+    def __init__(self, log: Logger, fields: Mapping[str, object]) -> None:
+        self._log = log
+        self._fields = fields
+        self._bound: Logger | None = None
+
+    def bind(self, **fields: object) -> LateLogger:
+        """Return a logger with further fields."""
+        return LateLogger(self._log, {**self._fields, **fields})
+
+    def __getattr__(self, name: str) -> Any:
+        if self._bound is None:
+            self._bound = self._log.bind(**self._fields)
+        return getattr(self._bound, name)

@@ -6,8 +6,14 @@ import asyncio
 import heapq
 import itertools
 from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
 
 from spire_hw.clock import SystemClock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from spire_hw.clock import Timer
 
 # Turns of the event loop given to woken tasks between two moments.
 _SETTLE_TURNS = 20
@@ -43,6 +49,16 @@ class SimClock:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._sleepers, (self._monotonic + seconds, next(self._order), future))
         await future
+
+    def call_after(self, seconds: float, function: Callable[[], None]) -> Timer:
+        """Call a function when the clock was moved this far; at once when that is no way."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda done: None if done.cancelled() else function())
+        if seconds <= 0:
+            future.set_result(None)
+        else:
+            heapq.heappush(self._sleepers, (self._monotonic + seconds, next(self._order), future))
+        return future
 
     async def advance(self, step: timedelta) -> None:
         """Move the clock, waking sleepers in the order of their times."""

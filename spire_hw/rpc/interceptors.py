@@ -8,18 +8,20 @@ Error translation is not here: an interceptor raises `SpireHwError`, the engine'
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 from uuid import uuid4
 
 from typing_extensions import override
 
 from spire_hw.clock import Clock, SystemClock
 from spire_hw.errors import ErrorKind, InvalidInputError, LimitError, SpireHwError
+from spire_hw.log import LateLogger
 from spire_hw.transport.peer import Peer, TcpPeer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
+    from spire_hw.log import Logger
     from spire_hw.rpc.service import Call, Handler, Response, StreamNext, UnaryNext
 
 _GENERATION_S: Final = 60.0
@@ -102,12 +104,13 @@ class RequestId(Guard):
         service, _, method = call.method[1:].rpartition("/")
         request_id = str(uuid4())
         call.attributes["request_id"] = request_id
-        call.log = call.log.bind(
-            request_id=request_id,
-            service=service.rpartition(".")[2],
-            method=method,
+        fields = {
+            "request_id": request_id,
+            "service": service.rpartition(".")[2],
+            "method": method,
             **caller_fields(call.peer),
-        )
+        }
+        call.log = cast("Logger", LateLogger(call.log, fields))
 
 
 def caller_fields(peer: Peer) -> dict[str, str | int]:

@@ -11,10 +11,9 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Final
 
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from spire_hw.errors import (
     AttestationError,
@@ -24,7 +23,7 @@ from spire_hw.errors import (
     InvalidInputError,
     WeakKeyError,
 )
-from spire_hw.key import PublicKey, fingerprint, spki_der
+from spire_hw.key import EC_SPKI_HEADS, PublicKey, fingerprint, load_point, spki_der
 from spire_hw.roca import is_marked, primes
 from spire_hw.tpm import wire
 from spire_hw.tpm.wire import Reader
@@ -50,17 +49,11 @@ _CURVES: Final = {
     wire.CURVE_P384: ("secp384r1", 48),
     wire.CURVE_P521: ("secp521r1", 66),
 }
-# Name: cryptography's curve, coordinate size in bytes, p.
-_FIELDS: Final[dict[str, tuple[ec.EllipticCurve, int, int]]] = {
-    "secp256r1": (ec.SECP256R1(), 32, 2**256 - 2**224 + 2**192 + 2**96 - 1),
-    "secp384r1": (ec.SECP384R1(), 48, 2**384 - 2**128 - 2**96 + 2**32 - 1),
-    "secp521r1": (ec.SECP521R1(), 66, 2**521 - 1),
-}
-# What stands before the point in a SubjectPublicKeyInfo.
-_SPKI_HEADS: Final = {
-    "secp256r1": bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107034200"),
-    "secp384r1": bytes.fromhex("3076301006072a8648ce3d020106052b81040022036200"),
-    "secp521r1": bytes.fromhex("30819b301006072a8648ce3d020106052b8104002303818600"),
+# Name: coordinate size in bytes, p.
+_FIELDS: Final[dict[str, tuple[int, int]]] = {
+    "secp256r1": (32, 2**256 - 2**224 + 2**192 + 2**96 - 1),
+    "secp384r1": (48, 2**384 - 2**128 - 2**96 + 2**32 - 1),
+    "secp521r1": (66, 2**521 - 1),
 }
 _CURVE_WORDS: Final = {"secp256r1": "P-256", "secp384r1": "P-384", "secp521r1": "P-521"}
 _UNCOMPRESSED = 0x04
@@ -250,22 +243,16 @@ def build_ecc_key(curve: str, point: bytes, what: str) -> tuple[PublicKey, bytes
         InvalidInputError: compressed or of another length, a coordinate not below p, or not on
             the curve.
     """
-    instance, size, prime = _FIELDS[curve]
+    size, prime = _FIELDS[curve]
     if len(point) != 2 * size + 1 or point[0] != _UNCOMPRESSED:
         raise InvalidInputError(f"{what}: public key is not in canonical form: point")
     x, y = point[1 : size + 1], point[size + 1 :]
     if int.from_bytes(x, "big") >= prime or int.from_bytes(y, "big") >= prime:
         raise InvalidInputError(f"{what}: coordinate is not in range")
     try:
-        return _load_point(instance, point), _SPKI_HEADS[curve] + point
+        return load_point(curve, point), EC_SPKI_HEADS[curve] + point
     except ValueError as e:
         raise InvalidInputError(f"{what}: point is not on {_CURVE_WORDS[curve]}") from e
-
-
-@lru_cache(maxsize=64)
-def _load_point(curve: ec.EllipticCurve, point: bytes) -> ec.EllipticCurvePublicKey:
-    """Return a key; one exchange shows the same one in several places."""
-    return ec.EllipticCurvePublicKey.from_encoded_point(curve, point)
 
 
 def build_rsa_key(modulus: int, exponent: int, what: str) -> rsa.RSAPublicKey:

@@ -19,7 +19,14 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from spire_hw.errors import EncodingError, InvalidInputError, VerificationError
-from spire_hw.key import PublicKey, Signer, check_public_key, spki_der
+from spire_hw.key import (
+    EC_SPKI_HEADS,
+    PublicKey,
+    Signer,
+    check_public_key,
+    load_point,
+    spki_der,
+)
 from spire_hw.x509 import der
 from spire_hw.x509.dnsname import check_dns_names
 from spire_hw.x509.extension import subject_alternative_name
@@ -40,11 +47,10 @@ _EXTENSION_REQUEST: Final = der.oid("1.2.840.113549.1.9.14")
 _SUBJECT_ALTERNATIVE_NAME: Final = der.oid("2.5.29.17")
 _NO_ATTRIBUTES: Final = der.encode(_ATTRIBUTES, b"")
 
-_P384: Final = bytes.fromhex("3076301006072a8648ce3d020106052b81040022036200")
 # By length of the SubjectPublicKeyInfo: what stands before the point, and the curve.
 _CURVES: Final = {
-    91: (der.P256_HEAD, ec.SECP256R1()),
-    120: (_P384, ec.SECP384R1()),
+    91: (EC_SPKI_HEADS["secp256r1"], "secp256r1"),
+    120: (EC_SPKI_HEADS["secp384r1"], "secp384r1"),
 }
 _UNCOMPRESSED: Final = 4
 _ECDSA: Final[dict[bytes, ec.EllipticCurveSignatureAlgorithm]] = {
@@ -195,7 +201,7 @@ def _ordinary_key(spki: bytes) -> ec.EllipticCurvePublicKey | None:
     if not spki.startswith(head) or spki[len(head)] != _UNCOMPRESSED:
         return None
     try:
-        return ec.EllipticCurvePublicKey.from_encoded_point(curve, spki[len(head) :])
+        return load_point(curve, spki[len(head) :])
     except ValueError:
         return None
 

@@ -57,27 +57,22 @@ class Talk:
         return answer
 
     async def _answer(self, message: bytes, left_s: float) -> bytes | SpireHwError | None:
-        answer: bytes | SpireHwError | None = None
         scope = asyncio.timeout(None)
 
         def end() -> None:
-            scope.reschedule(asyncio.get_running_loop().time())
+            if not scope.expired():
+                scope.reschedule(asyncio.get_running_loop().time())
 
-        async def expire() -> None:
-            await self._clock.sleep(max(left_s, 0.0))
-            end()
-
-        async with asyncio.TaskGroup() as group:
-            watcher = group.create_task(expire())
-            try:
-                async with scope:
-                    with self._place.interrupted_by(end):
-                        answer = await self._challenge(message)
-            except SpireHwError as e:
-                answer = e
-            except TimeoutError:
-                if not scope.expired():
-                    raise
-            finally:
-                watcher.cancel()
-        return answer
+        timer = self._clock.call_after(left_s, end)
+        try:
+            async with scope:
+                with self._place.interrupted_by(end):
+                    return await self._challenge(message)
+        except SpireHwError as e:
+            return e
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            return None
+        finally:
+            timer.cancel()
