@@ -65,13 +65,7 @@ def replay(
     is_whole = begin.count == 0
     if not data and is_whole:
         raise _refusal("ima_missing", "list is missing")
-    quoted = pcrs[bank, imalist.PCR]
-    part = _read(data, begin, bank, quoted)
-    padded = not part.reached and bank != "sha1"
-    if padded:
-        part = _read(data, begin, bank, quoted, padded=True)
-    if not part.reached:
-        raise _refusal("ima_replay", "list does not replay to PCR 10")
+    part, padded = _replayed(data, begin, bank, pcrs[bank, imalist.PCR])
     if padded and not allow_padded_sha1:
         text = f"kernel extends SHA-1 into the {bank.replace('sha', 'SHA-')} bank"
         raise _denial("ima_padded_sha1", text)
@@ -91,13 +85,11 @@ class _Part(NamedTuple):
     """A part of the list as far as it was replayed.
 
     Attributes:
-        reached: its end is the quoted value.
-        pcr: PCR 10 there.
+        pcr: PCR 10 at its end, as quoted.
         extended: what PCR 10 was extended with.
         entries: without violations.
     """
 
-    reached: bool
     pcr: bytes
     extended: list[bytes]
     entries: list[ImaEntry]
@@ -108,20 +100,29 @@ class _Part(NamedTuple):
         return ImaState(begin.count + len(self.extended), self.pcr, running)
 
 
-def _read(data: bytes, begin: ImaState, bank: str, quoted: bytes, *, padded: bool = False) -> _Part:
+def _replayed(data: bytes, begin: ImaState, bank: str, quoted: bytes) -> tuple[_Part, bool]:
+    """Return the part that reaches the quoted value, and whether the kernel pads SHA-1."""
+    for padded in (False,) if bank == "sha1" else (False, True):
+        if part := _read(data, begin, bank, quoted, padded=padded):
+            return part, padded
+    raise _refusal("ima_replay", "list does not replay to PCR 10")
+
+
+def _read(data: bytes, begin: ImaState, bank: str, quoted: bytes, *, padded: bool) -> _Part | None:
     """Extend entry by entry until the quoted value is reached."""
     new, pcr = getattr(hashlib, bank), begin.pcr
     extended: list[bytes] = []
     entries: list[ImaEntry] = []
-    if pcr != quoted:
-        for digest, entry in imalist.read(data, begin.count, bank, padded=padded):
-            pcr = new(pcr + digest).digest()
-            extended.append(digest)
-            if entry is not None:
-                entries.append(entry)
-            if pcr == quoted:
-                break
-    return _Part(pcr == quoted, pcr, extended, entries)
+    if pcr == quoted:
+        return _Part(pcr, extended, entries)
+    for digest, entry in imalist.read(data, begin.count, bank, padded=padded):
+        pcr = new(pcr + digest).digest()
+        extended.append(digest)
+        if entry is not None:
+            entries.append(entry)
+        if pcr == quoted:
+            return _Part(pcr, extended, entries)
+    return None
 
 
 def _passes(part: _Part, begin: ImaState, known: ImaState, bank: str) -> bool:

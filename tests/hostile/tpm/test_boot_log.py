@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import re
 import struct
+import sys
 import zlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from spire_hw.errors import AttestationError, ErrorKind, InvalidInputError, LimitError
+from spire_hw.errors import (
+    AttestationError,
+    ErrorKind,
+    InvalidInputError,
+    LimitError,
+    SpireHwError,
+)
 from spire_hw.tpm import boot, eventlog, secureboot
 from spire_hw.tpm.boot import BootRules
 from spire_hw.tpm.inflate import inflate
@@ -610,3 +618,31 @@ def test_173_the_hand_over_is_told_by_its_digest() -> None:
     renamed = _edit(lambda m: m.data == firmware.INVOCATION, data=b"x", content=firmware.INVOCATION)
     late = renamed.then(Measurement(4, firmware.EV_APPLICATION, b"path", b"late image"))
     assert "image measured after hand-over" in _refusal(late, "log_order")
+
+
+FAULTS = [
+    RAW[:-1],
+    RAW + bytes(100),
+    RAW[: len(HEADER) + 7],
+    PROFILES["evil_kernel"].boot().log(),
+    _spec(algorithms=[(11, 20)]),
+    _splice(4, lambda event: _with_digests(event, 0, b"")),
+    _edit(_is_separator(3), data=b"\2\0\0\0").log(),
+]
+
+
+def test_refusals_leave_nothing_behind() -> None:
+    def refuse(times: int) -> None:
+        for number in range(times):
+            try:
+                _facts(FAULTS[number % len(FAULTS)])
+            except SpireHwError:
+                continue
+            pytest.fail("a bent log was taken")
+
+    refuse(len(FAULTS))
+    gc.collect()
+    before = sys.getallocatedblocks()
+    refuse(10_000)
+    gc.collect()
+    assert sys.getallocatedblocks() - before < 1000

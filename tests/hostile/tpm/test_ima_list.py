@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import tracemalloc
 import zlib
 from dataclasses import replace
 
@@ -427,6 +428,21 @@ def test_186_padded_sha1_needs_leave() -> None:
         facts = _replay(data, old.pcr(), allow_padded_sha1=True)
         assert (facts.padded_sha1, facts.state.count, facts.violations) == (True, 9, 1)
     assert not _replay(LIST.ascii(), LIST.pcr(), allow_padded_sha1=True).padded_sha1
+
+
+@pytest.mark.parametrize("form", ["ascii", "binary"])
+def test_memory_goes_with_the_size_of_a_list(form: str) -> None:
+    """The largest list takes less than 64 MiB."""
+    unit = Item(b"1", bytes(16), algorithm="md5")
+    data = unit.line() + b"\n" if form == "ascii" else unit.record()
+    share = 16
+    data *= min(imalist.MAX_BYTES // len(data), imalist.MAX_ENTRIES) // share
+    tracemalloc.start()
+    with pytest.raises(AttestationError, match="does not replay"):
+        _replay(data, LIST.pcr())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 64 * 1024 * 1024 // share
 
 
 def test_no_list_at_all() -> None:
