@@ -821,6 +821,17 @@ async def test_endorsement_keys_are_enrolled_together(store: Datastore, clock: S
 
 
 @pytest.mark.asyncio
+async def test_endorsement_keys_are_enrolled_for_all_servers_at_once(opened: Any) -> None:
+    here, there = await opened(), await opened()
+    ek = EnrolledEk("a" * 64, "rack 1", owner="ops")
+    await here.enroll_eks([ek])
+    assert await there.is_ek_allowed(ek.ek_hash)
+    assert await there.list_eks() == await here.list_eks() == [replace(ek, created_at=START)]
+    await there.deny_ek(ek.ek_hash)
+    assert not await here.is_ek_allowed(ek.ek_hash)
+
+
+@pytest.mark.asyncio
 async def test_endorsement_keys_are_listed_by_hash(store: Datastore, clock: SimClock) -> None:
     hash_a, hash_b = "a" * 64, "b" * 64
     first = await store.allow_ek(EnrolledEk(hash_a, "rack 1 ☃", owner="ops"))
