@@ -202,6 +202,14 @@ class _EndedError(Exception):
     """A stream that came to its end."""
 
 
+class _BrokenError(Exception):
+    """An agent sent something that is no message for this place."""
+
+    def __init__(self, error: SpireHwError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
 class Session:
     """One stream; `Heartbeats.open` makes it.
 
@@ -247,6 +255,8 @@ class Session:
 
         Raises:
             DeniedError: the node is banned or gone, or its SVID has expired.
+            InvalidInputError: the agent sent something else than an answer.
+            LimitError: it sent too much.
             SpireHwError: DEADLINE_EXCEEDED, a challenge was not answered in time.
         """
         try:
@@ -259,6 +269,9 @@ class Session:
                     await self._beat()
         except _EndedError:
             return
+        except _BrokenError as e:
+            self._refused(e.error)
+            raise e.error from e
 
     async def _look(self) -> None:
         """Tell the agent what happened to its node."""
@@ -349,8 +362,11 @@ class Session:
             receiving.cancel()
 
     async def _receive(self) -> Answer:
-        async for answer in self._answers:
-            return answer
+        try:
+            async for answer in self._answers:
+                return answer
+        except SpireHwError as e:
+            raise _BrokenError(e) from e
         raise _EndedError
 
     async def _take(self, node: Node, known: Known, outcome: Outcome | None) -> bool:
