@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Final
 
 from spire_hw._pb import hw_policy_pb2 as pb
@@ -33,16 +34,17 @@ class PolicyService:
 
     async def create_policy(self, request: pb.CreatePolicyRequest, call: Call) -> pb.PolicyInfo:
         """Store a new policy."""
-        policy = self._parse(request.text, request.comment, call)
+        policy, stated = await self._parse(request.text, request.comment, call)
         self._policies.check(policy)
         newest = await self._newest(policy.name)
         if newest is not None and not newest.deleted:
             raise AlreadyExistsError(f'there is a policy "{policy.name}": update it instead')
-        return await self._add(policy, request.text, request.comment, newest, call)
+        row = _next(policy, newest, stated, text=request.text, comment=request.comment, call=call)
+        return await self._add(row, policy, newest, call)
 
     async def update_policy(self, request: pb.UpdatePolicyRequest, call: Call) -> pb.PolicyInfo:
         """Store the next version of a policy."""
-        policy = self._parse(request.text, request.comment, call)
+        policy, stated = await self._parse(request.text, request.comment, call)
         self._policies.check(policy)
         newest = await self._newest(policy.name)
         if newest is None or newest.deleted:
@@ -52,7 +54,8 @@ class PolicyService:
             raise AlreadyExistsError(
                 f'policy "{policy.name}" has version {newest.version} by now, not {expected}'
             )
-        return await self._add(policy, request.text, request.comment, newest, call)
+        row = _next(policy, newest, stated, text=request.text, comment=request.comment, call=call)
+        return await self._add(row, policy, newest, call)
 
     async def delete_policy(self, request: pb.DeletePolicyRequest, call: Call) -> pb.PolicyInfo:
         """Take a policy out of force."""
@@ -111,39 +114,56 @@ class PolicyService:
         row = await self._store.get_policy(request.name, request.version)
         return pb.GetPolicyResponse(info=_of_row(row), text=row.text)
 
-    def _parse(self, text: str, comment: str, call: Call) -> Policy:
+    async def _parse(self, text: str, comment: str, call: Call) -> tuple[Policy, int]:
+        """Return the policy of a text and the version it states, 0 for none."""
         _check_size(text)
         _check_comment(comment)
-        policy = parse_policy(text)
+        # A long list takes a while, in which the server has other things to do.
+        policy = await asyncio.to_thread(parse_policy, text)
         self._audit.note(call, policy=policy.name, policy_sha256=policy.sha256)
-        return policy
+        return policy, await asyncio.to_thread(stated_version, text)
 
     async def _newest(self, name: str) -> StoredPolicy | None:
         versions = await self._store.list_policy_versions(name)
         return versions[-1] if versions else None
 
     async def _add(
-        self, policy: Policy, text: str, comment: str, newest: StoredPolicy | None, call: Call
+        self, row: StoredPolicy, policy: Policy, newest: StoredPolicy | None, call: Call
     ) -> pb.PolicyInfo:
-        after = newest.version if newest is not None else 0
-        stated = stated_version(text)
-        if stated and stated <= after:
-            raise InvalidInputError(
-                f'policy "{policy.name}" has had version {after} before: state a higher one, or'
-                " none to have the next number"
-            )
-        row = StoredPolicy(
-            name=policy.name,
-            version=stated or after + 1,
-            text=text,
-            sha256=policy.sha256,
-            comment=comment,
-            created_by=_author(call),
-        )
-        stored = await self._store.add_policy(row, after)
+        stored = await self._store.add_policy(row, newest.version if newest is not None else 0)
         await self._policies.refresh()
         call.log.info("Policy stored", policy=stored.name, version=stored.version)
         return _of_row(stored, policy)
+
+
+def _next(
+    policy: Policy,
+    newest: StoredPolicy | None,
+    stated: int,
+    *,
+    text: str,
+    comment: str,
+    call: Call,
+) -> StoredPolicy:
+    """Return the next version of a policy.
+
+    Raises:
+        InvalidInputError: the version it states is not higher than all before.
+    """
+    after = newest.version if newest is not None else 0
+    if stated and stated <= after:
+        raise InvalidInputError(
+            f'policy "{policy.name}" has had version {after} before: state a higher one, or'
+            " none to have the next number"
+        )
+    return StoredPolicy(
+        name=policy.name,
+        version=stated or after + 1,
+        text=text,
+        sha256=policy.sha256,
+        comment=comment,
+        created_by=_author(call),
+    )
 
 
 def _author(call: Call) -> str:
