@@ -5,16 +5,22 @@ from __future__ import annotations
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from spire_hw_sim import demo as demo_module
+from spire_hw_sim.firmware import PROFILES
 from spire_hw_sim.fleet.command import fleet
+from spire_hw_sim.imawriter import ImaList
 from spire_hw_sim.manufacturer import EkKind, Manufacturer
 from spire_hw_sim.softhsm import SoftHsm
 from spire_hw_sim.swtpm import Swtpm
 
+# A TPM starts PCR 0 where the command came from, and ours always from there; its bank is SHA-256.
+BOOTS = sorted(PROFILES.keys() - {"locality", "legacy"})
+_PROGRAMS = 20
 _TOOLS = ("swtpm", "swtpm_setup", "softhsm2-util", "pkcs11-tool", "openssl", "setpriv")
 
 
@@ -39,12 +45,19 @@ def demo(*, keep: bool) -> None:
 @root.command()
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--measure", is_flag=True, help="Extend PCRs 0 to 7 as a boot would.")
-def tpm(directory: Path, *, measure: bool) -> None:
+@click.option(
+    "--boot",
+    type=click.Choice(BOOTS),
+    help="Boot a machine: PCRs, boot-log and ima-log in DIRECTORY fit together.",
+)
+def tpm(directory: Path, *, measure: bool, boot: str | None) -> None:
     """Run a TPM 2.0 whose state is in DIRECTORY until Ctrl-C; the same directory is the same TPM.
 
     On its first start a throw-away vendor certifies its endorsement key; the vendor's roots are in
     DIRECTORY/tpm-makers.pem.
     """
+    if measure and boot:
+        raise click.UsageError("--boot measures already; leave --measure out")
     roots = directory / "tpm-makers.pem"
     with Swtpm(directory) as device:
         if not roots.exists():
@@ -54,8 +67,23 @@ def tpm(directory: Path, *, measure: bool) -> None:
         if measure:
             for pcr in range(8):
                 device.extend_pcr(pcr, b"boot")
-        click.echo(f"tcti   {device.tcti}\nroots  {roots}\nCtrl-C switches it off.")
+        lines = [f"tcti   {device.tcti}", f"roots  {roots}"]
+        if boot:
+            lines += [f"{name} {path}" for name, path in _boot(device, directory, boot).items()]
+        click.echo("\n".join([*lines, "Ctrl-C switches it off."]))
         signal.sigwait({signal.SIGINT, signal.SIGTERM})
+
+
+def _boot(device: Swtpm, directory: Path, name: str) -> dict[str, Path]:
+    """Start a machine on a TPM and run some programs on it; return its logs by agent.conf's keys."""
+    start = replace(PROFILES[name], banks=("sha256",)).boot()
+    listed = ImaList.start(start.values("sha256")).files(_PROGRAMS)
+    start.run(device)
+    listed.run(device)
+    paths = {"boot_log_path": directory / "boot-log", "ima_log_path": directory / "ima-log"}
+    for path, content in zip(paths.values(), (start.log(), listed.ascii()), strict=True):
+        path.write_bytes(content)
+    return paths
 
 
 @root.command()
