@@ -40,10 +40,12 @@ def _verify(leaf: bytes, above: bytes = CA.certificate) -> None:
     verify_ek_certificate(parse_certificate(leaf), (above,), ROOTS, NOW)
 
 
-def _refused(leaf: bytes, above: bytes = CA.certificate) -> ErrorKind:
-    with pytest.raises(SpireHwError) as caught:
+def _refused(leaf: bytes, above: bytes = CA.certificate) -> ErrorKind | None:
+    try:
         _verify(leaf, above)
-    return caught.value.kind
+    except SpireHwError as e:
+        return e.kind
+    return None
 
 
 KINDS = {ErrorKind.INVALID_ARGUMENT, ErrorKind.PERMISSION_DENIED}

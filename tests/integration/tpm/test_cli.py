@@ -3,20 +3,28 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from spire_hw.cli.run import ExitCode, run
+from spire_hw.clock import SystemClock
+from spire_hw.errors import InvalidInputError
 from spire_hw.key import check_public_key, fingerprint, spki_der
+from spire_hw.tpm.certificate import parse_certificate
+from spire_hw.tpm.ekcert import EkRoots, verify_ek_certificate
+from spire_hw.tpm.public import ek_hash
 from spire_hw_agent.cli.tpm import group
+from spire_hw_server.cli.eksource import read_certificates, read_node
+from spire_hw_sim.manufacturer import EkKind
 from spire_hw_sim.tpm_command import ENDORSEMENT
 from tests.integration.tpm.leaks import nothing_left_behind
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pytest
-
     from spire_hw_sim.swtpm import Swtpm
+    from tests.integration.tpm.conftest import Factory
 
 
 def test_info_shows_the_tpm_in_words(tpm: Swtpm, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,6 +47,49 @@ def test_info_and_ek_hash_agree_as_json(tpm: Swtpm, capsys: pytest.CaptureFixtur
     for ek_type, index in (("ec-p256", 0), ("rsa-2048", 1), ("auto", 0)):
         run(group, "tpm", ["ek-hash", "-ekType", ek_type, "-tcti", tpm.tcti])
         assert capsys.readouterr().out == info["endorsement_keys"][index]["ek_hash"] + "\n"
+
+
+@pytest.mark.parametrize("words", [["info"], ["ek-hash"], ["ek-hash", "-ekType", "rsa-2048"]])
+def test_a_server_takes_what_is_printed(
+    tpm: Swtpm, factory: Factory, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    run(group, "tpm", [*words, "-output", "json", "-tcti", tpm.tcti])
+    printed = capsys.readouterr().out
+    assert read_node(printed.encode()) == json.loads(printed)["ek_hash"]
+    leaf, chain = read_certificates(printed.encode())
+    root = factory.manufacturer.root.public_bytes(Encoding.DER)
+    roots = EkRoots.of([parse_certificate(root)])
+    proved = verify_ek_certificate(leaf, chain, roots, SystemClock().now())
+    assert proved.model.model == "swtpm"
+
+
+def test_keys_of_every_certified_type_are_shown(
+    bare_tpm: Swtpm, factory: Factory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = (EkKind.ECC_P384, EkKind.RSA_3072)
+    made = factory.manufacturer.equip(bare_tpm, kinds)
+    run(group, "tpm", ["info", "-output", "json", "-tcti", bare_tpm.tcti])
+    info = json.loads(capsys.readouterr().out)
+    keys = {key["template"]: key for key in info["endorsement_keys"]}
+    assert set(keys) == {"L-1", "L-2", "H-3", "H-6"}
+    for one, label, name in zip(made, ("H-3", "H-6"), ("ec-p384", "rsa-3072"), strict=True):
+        assert keys[label]["ek_hash"] == ek_hash(one.public_key)
+        run(group, "tpm", ["ek-hash", "-ekType", name, "-tcti", bare_tpm.tcti])
+        assert capsys.readouterr().out == keys[label]["ek_hash"] + "\n"
+    # What has a certificate goes before what has none.
+    assert info["ek_hash"] == keys["H-3"]["ek_hash"]
+
+
+def test_an_unusable_certificate_is_a_complaint(
+    bare_tpm: Swtpm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare_tpm.commands.nv_store(EkKind.ECC_P256.value, b"\xff" * 700)
+    run(group, "tpm", ["info", "-output", "json", "-tcti", bare_tpm.tcti])
+    info = json.loads(capsys.readouterr().out)
+    assert info["ek_hash"] == ""
+    assert "holds no certificate" in info["complaints"][0]
+    with pytest.raises(InvalidInputError, match="no endorsement key its agent could attest with"):
+        read_node(json.dumps(info).encode())
 
 
 def test_the_hash_is_that_of_the_certified_key(
