@@ -177,13 +177,14 @@ class _Queue:
     async def _deliver(self, event: NodeStateEvent) -> None:
         backoff = Backoff(_FIRST_S, _CAP_S)
         error: Exception
-        for _ in range(MAX_TRIES):
+        for left in reversed(range(MAX_TRIES)):
             try:
                 async with asyncio.timeout(_TOLD_S):
                     await self._send(event)
             except (UnavailableError, TimeoutError) as e:
                 error = e
-                await self._clock.sleep(backoff.next_s())
+                if left:
+                    await self._clock.sleep(backoff.next_s())
             except SpireHwError as e:
                 error = e
                 break
