@@ -144,7 +144,7 @@ def test_an_interpreter_the_kernel_cannot_start_is_refused() -> None:
         (["serve", "KeyManger", "memory"], "'KeyManger' is unknown; use one of KeyManager", 2),
         (["serve", "KeyManager", "nothing"], "there are KeyManager disk", 5),
         (["serve", "NodeAttestor", "join_token"], "part of every host", 2),
-        (["serve", "-side", "server", "KeyManager", "tpm"], "not for the server", 2),
+        (["serve", "-side", "server", "WorkloadAttestor", "unix"], "not for the server", 2),
         (["check", "./x"], "-kind is required", 2),
         (["check", "-kind", "KeyManager", "./no-such-program"], "does not exist", 5),
         (["check", "-kind", "SVIDStore", "-side", "server", "/bin/true"], "on the server", 5),
