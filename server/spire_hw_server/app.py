@@ -14,7 +14,7 @@ from spire_hw import memory
 from spire_hw.aio.tasks import Tasks
 from spire_hw.catalog import Catalog, External, Table, check_plugins
 from spire_hw.clock import Clock, SystemClock
-from spire_hw.errors import ConfigError, NotReadyError, SpireHwError, UnavailableError
+from spire_hw.errors import ConfigError, ConfigFault, NotReadyError, SpireHwError, UnavailableError
 from spire_hw.hardening import check_directory, harden
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
 from spire_hw.plugin.keymanager import Keys
@@ -46,6 +46,7 @@ from spire_hw_server.datastore.sql.store import open_datastore
 from spire_hw_server.entries import EntryCache
 from spire_hw_server.hostservices import ServerServices
 from spire_hw_server.housekeeping import Housekeeping, HousekeepingSettings
+from spire_hw_server.posture.policyfiles import find_policy_faults
 from spire_hw_server.posture.postures import Postures
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from spire_hw.bundle.bundle import Bundle
-    from spire_hw.errors import ConfigFault
     from spire_hw.plugin.info import Builder, EkList
     from spire_hw.posture.judge import Judge
     from spire_hw.rpc.probes import Health
@@ -118,15 +118,19 @@ async def run(
 async def check_settings(
     settings: ServerSettings, *, clock: Clock | None = None
 ) -> list[ConfigFault]:
-    """Return the faults of plugins and store settings.
+    """Return the faults of plugins, store settings and policy files.
 
-    Nothing is touched but external plugins, which are started, asked and stopped.
+    Policy files are read. Nothing else is touched but external plugins, which are started, asked
+    and stopped.
     """
     faults: list[ConfigFault] = []
     try:
         parse_datastore(settings.store.data, settings.file)
     except ConfigError as e:
         faults += e.faults
+    if settings.posture.policy_dir is not None:
+        found = await asyncio.to_thread(find_policy_faults, settings.posture.policy_dir)
+        faults += [ConfigFault(0, f'"policy_dir": {message}') for message in found]
     host = _host(settings, clock or SystemClock(), _UnopenedEkList(), _no_bundle)
     services = ServerServices(clock=host.clock, log=host.log)
     faults += await check_plugins(

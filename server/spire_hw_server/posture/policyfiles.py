@@ -7,9 +7,16 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.config import hcl
-from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError, NotReadyError
+from spire_hw.errors import (
+    ConfigError,
+    ConfigFault,
+    InvalidInputError,
+    NotReadyError,
+    SpireHwError,
+)
 from spire_hw.posture import digestlist
 from spire_hw.posture.policyfile import load_policy
+from spire_hw.posture.policyset import PolicySet
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,6 +69,15 @@ def read_policies(folder: Path) -> list[tuple[Path, Policy, str]]:
     if faults:
         raise InvalidInputError("\n".join(e.message for e in faults))
     return found
+
+
+def find_policy_faults(folder: Path) -> list[str]:
+    """Return what keeps the policies of a folder from being in force together."""
+    try:
+        PolicySet.of(policy for _, policy, _ in read_policies(folder))
+    except SpireHwError as e:
+        return e.message.splitlines()
+    return []
 
 
 def _at_once(path: str, flags: int) -> int:

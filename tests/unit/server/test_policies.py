@@ -10,15 +10,19 @@ import pytest_asyncio
 import structlog
 from structlog.testing import capture_logs
 
+from spire_hw.config import hcl
 from spire_hw.errors import ConfigError, ErrorKind, InvalidInputError, NotReadyError
 from spire_hw.posture.policy import ek_selectors
 from spire_hw.posture.policyfile import parse_policy
+from spire_hw_server.app import check_settings
+from spire_hw_server.config import build_settings
 from spire_hw_server.datastore.config import DatastoreConfig
 from spire_hw_server.datastore.interface import StoredPolicy
 from spire_hw_server.datastore.sql.store import open_datastore
 from spire_hw_server.posture.policies import Policies
 from spire_hw_server.posture.policyfiles import read_policies, read_policy
 from spire_hw_sim.clock import SimClock
+from spire_hw_sim.servers import server_config
 from tests.unit.spire_hw.posture.samples import EK, EK_HASH, MAKER
 
 if TYPE_CHECKING:
@@ -31,6 +35,11 @@ PIN = f'pcrs {{ sha256 {{ "4" = ["{"11" * 32}"] }} }}'
 OTHER = f'pcrs {{ sha256 {{ "4" = ["{"22" * 32}"] }} }}'
 BY_MAKER = f'nodes {{ selectors = ["manufacturer:{MAKER}"] }}'
 BY_KEY = f'nodes {{ ek_hashes = ["{EK_HASH}"] }}'
+
+PCR7_ONLY = (
+    "PCR 7 alone does not identify what was booted: add PCR 4 or 11, or images or uki to boot { },"
+    " or say allow_pcr7_only = true"
+)
 
 
 def text(name: str, inside: str = PIN) -> str:
@@ -227,6 +236,29 @@ async def test_a_policy_is_checked_beside_those_in_force(
     ):
         with pytest.raises(InvalidInputError, match=message):
             policies.check(parse_policy(text(name, inside)))
+
+
+@pytest.mark.asyncio
+async def test_validate_tells_all_faults_of_the_directory(folder: Path, tmp_path: Path) -> None:
+    conf = f'{server_config(tmp_path)}\nposture {{ policy_dir = "{folder}" }}\n'
+    settings = build_settings(hcl.parse(conf, "server.conf"))
+    (folder / "a.hcl").write_text(text("web"))
+    assert await check_settings(settings) == []
+    (folder / "b.hcl").write_text(text("db"))
+    (fault,) = await check_settings(settings)
+    assert fault.message.startswith('"policy_dir": policies "db" and "web" are both for every')
+    (folder / "a.hcl").write_text(text("web", "colour = 1"))
+    (folder / "b.hcl").write_text(text("Db", "boot { }"))
+    assert [fault.message for fault in await check_settings(settings)] == [
+        f'"policy_dir": {folder}/a.hcl:2: unknown key "colour"',
+        f"\"policy_dir\": {folder}/b.hcl:1: a policy's name has 1 to 64 of a-z, 0-9, '.', '_' and '-'",
+        f'"policy_dir": {folder}/b.hcl:1: {PCR7_ONLY}',
+    ]
+    (folder / "a.hcl").unlink()
+    (folder / "b.hcl").unlink()
+    (folder / "c.hcl").mkdir()
+    (fault,) = await check_settings(settings)
+    assert fault.message.endswith("c.hcl: Is a directory")
 
 
 def test_files_beside_a_policy(folder: Path) -> None:
