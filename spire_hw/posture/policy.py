@@ -248,6 +248,10 @@ class Policy:
         """Tell whether knowing which TPM it is does not suffice."""
         return bool(self.valued_pcrs() or self.boot is not None or self.ima is not None)
 
+    def is_for(self, selectors: Collection[str]) -> bool:
+        """Tell whether a node with these selectors is in one of its groups, or it has none."""
+        return not self.nodes or any(group.has(selectors) for group in self.nodes)
+
     def valued_pcrs(self) -> tuple[tuple[str, int], ...]:
         """Return the PCRs whose values it names, by bank and number."""
         sets = (where for one in self.pcr_sets for where in one.values)

@@ -12,6 +12,7 @@ import click
 from spire_hw.cli.output import count_of, epoch, relative, shown, table
 from spire_hw.clock import SystemClock
 from spire_hw.posture.diff import pcr_differences
+from spire_hw.posture.policy import ek_selectors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,6 +37,7 @@ def verdict_values(one: Shown, policy: Policy, verdict: Verdict) -> dict[str, An
         "policy": verdict.policy,
         "version": verdict.version,
         "policy_sha256": verdict.policy_sha256,
+        "is_for_node": policy.is_for(ek_selectors(one.evidence.ek)),
         "holds": verdict.holds,
         "action": verdict.action.value,
         "checks": [
@@ -63,6 +65,8 @@ def verdict_values(one: Shown, policy: Policy, verdict: Verdict) -> dict[str, An
 def print_verdict(one: Shown, policy: Policy, verdict: Verdict) -> None:
     """Print a verdict line by line."""
     click.echo(f"{shown(one.source)} under policy {policy.reference}:\n")
+    if not policy.is_for(ek_selectors(one.evidence.ek)):
+        click.echo("! nodes: this machine is in no group of the policy, which is not used for it")
     for check in verdict.checks:
         click.echo(_line(check))
     if differing := pcr_differences(policy, one.evidence):

@@ -163,8 +163,15 @@ def test_a_policy_is_tried_without_a_server(cli: Cli, write: Write, evidence: st
     assert lines[start + 2].split() == [f"{'2' * 16}..{'2' * 8}"]
     assert lines[-1] == "Not accepted: 1 check fails, action quarantine"
 
+    write("web.hcl", f'nodes {{ selectors = ["model:other"] }}\n{pin()}', "other")
+    told = cli("policy", "test", "-evidence", evidence, "-policyFile", file)
+    assert told.code == 0
+    assert "! nodes: this machine is in no group of the policy" in told.out
+
+    write("web.hcl", f'pcrs {{ sha256 {{ "0" = ["{p0}"] "4" = ["{one}", "{two}"] }} }}')
     told = cli("policy", "test", "-evidence", evidence, "-policyFile", file, "-output", "json")
     (result,) = json.loads(told.out)["results"]
+    assert result["is_for_node"] is True
     assert told.code == ExitCode.FAILED
     assert (result["holds"], result["action"], result["selectors"]) == (False, "quarantine", [])
     assert result["pcr_differences"] == [
