@@ -181,7 +181,7 @@ def _judge_among(
         elif not any(_is_signed(found, issuer) for issuer in issuers):
             return replace(one, kind=Kind.REFUSED, reason="its issuer's key did not sign it")
         if is_sha1(found):
-            notes.append("signed with SHA-1: used only when pinned in sha1_ca_fingerprints")
+            notes.append(f"signed with SHA-1: sha1_ca_fingerprints has to list {one.fingerprint}")
     if found.not_after < at:
         notes.append(f"expired {found.not_after:%Y-%m-%d}: good for TPMs made before that")
     if found.not_before > at:

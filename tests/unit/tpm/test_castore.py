@@ -229,7 +229,7 @@ def test_roots_intermediates_and_copies_are_told_apart() -> None:
     [
         (_ca(not_after=ekca.utc("20251020")), "expired 2025-10-20"),
         (_ca(not_before=ekca.utc("20270101")), "not valid before 2027-01-01"),
-        (_ca(hash="sha1"), "signed with SHA-1: used only when pinned"),
+        (_ca(hash="sha1"), "signed with SHA-1: sha1_ca_fingerprints has to list "),
         (Vendor.make("Stranger").intermediate.certificate, "its issuer is not among them"),
     ],
 )
