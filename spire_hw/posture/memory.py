@@ -100,6 +100,14 @@ def is_same_boot(memory: Memory, evidence: Evidence) -> bool:
     return memory.last.boot_id is not None and memory.last.boot_id == evidence.boot_id
 
 
+def has_rebooted(memory: Memory, evidence: Evidence) -> bool:
+    """Tell whether the machine is known to have booted since."""
+    before, now = memory.last, evidence
+    if before.counters is not None and now.counters is not None:
+        return before.counters.reset_count != now.counters.reset_count
+    return None not in {before.boot_id, now.boot_id} and before.boot_id != now.boot_id
+
+
 def complete(memory: Memory | None, evidence: Evidence) -> Evidence:
     """Put the boot log's facts in where the same boot showed them before.
 

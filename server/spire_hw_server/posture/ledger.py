@@ -115,8 +115,8 @@ class Ledger:
         known.memory = memory
         known.posture = replace(known.posture, last_good_at=at, last_seen_at=at)
         if seen.ima is not None and seen.ima.entries:
-            if not known.entries:
-                known.first = seen.ima.start
+            if not known.entries or not seen.ima.start:
+                known.first, known.entries = seen.ima.start, []
             known.entries.extend(seen.ima.entries)
         known.dirty = True
         self._dirty[agent_id] = known

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import AttestationError, ErrorKind, Finding
+from spire_hw.posture.memory import has_rebooted
 from spire_hw.posture.verdict import Action, NodeState
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class Outcome:
         if before is None or before.memory is None or not self.accepted:
             return False
         if before.standing != self.standing or not self._shows_the_same(before.memory):
+            return False
+        if has_rebooted(before.memory, self.evidence):
             return False
         return before.memory.policy_sha256 == self.verdict.policy_sha256
 

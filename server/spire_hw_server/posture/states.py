@@ -9,7 +9,7 @@ any -> banned            by evidence or by an operator; only evicting the node e
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
@@ -150,13 +150,6 @@ def quarantined_by_operator(standing: Standing, comment: str, now: datetime) -> 
         return standing
     message = f"node: quarantined by an operator: {comment}" if comment else "node: quarantined"
     return Standing(NodeState.QUARANTINED, (BY_OPERATOR,), message, now)
-
-
-def banned_by_operator(standing: Standing, now: datetime) -> Standing:
-    """Return where an operator's ban leads."""
-    return replace(
-        standing, state=NodeState.BANNED, reasons=(BY_OPERATOR,), message="node: banned", since=now
-    )
 
 
 def released(now: datetime) -> Standing:
