@@ -36,9 +36,9 @@ from spire_hw_sim.tpmnode import TpmNode, Vendor
 if TYPE_CHECKING:
     from spire_hw.spiffeid import SpiffeId
 
-ROUNDS = 12
-ATTESTATIONS = 40
-HEARTBEATS = 200
+ROUNDS = 60
+ATTESTATIONS = 8
+HEARTBEATS = 50
 LOG_BYTES = 200_000
 PCRS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15)
 
