@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,7 +18,7 @@ from spire_hw_server.cli.connect import Admin, Session, admin_flags
 from spire_hw_server.cli.eksource import MAX_CSV_BYTES, MAX_NODE_BYTES, Wanted, read_csv, read_node
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 _TPM: Final = hw_admin_pb2.DESCRIPTOR.services_by_name["Tpm"]
 _OUTCOMES: Final = {
@@ -107,16 +108,28 @@ async def _enroll(session: Session, wanted: Sequence[Wanted], *, dry_run: bool) 
     """Return what became of each key, in order."""
     outcomes: list[_Outcome] = [(_REFUSED, one.fault) for one in wanted]
     sound = [number for number, one in enumerate(wanted) if not one.fault]
-    for start in range(0, len(sound), _PAGE):
-        numbers = sound[start : start + _PAGE]
-        request = hw_admin_pb2.EnrollEksRequest(dry_run=dry_run)
-        for number in numbers:
-            one = wanted[number]
-            request.eks.add(ek_hash=one.ek_hash, comment=one.comment, owner=one.owner)
-        answer = await session.call(_TPM, "EnrollEks", request)
-        for number, result in zip(numbers, answer.results, strict=True):
-            outcomes[number] = _OUTCOMES.get(result.outcome, _REFUSED), result.message
+    with _progress(len(sound)) as progress:
+        for start in range(0, len(sound), _PAGE):
+            numbers = sound[start : start + _PAGE]
+            request = hw_admin_pb2.EnrollEksRequest(dry_run=dry_run)
+            for number in numbers:
+                one = wanted[number]
+                request.eks.add(ek_hash=one.ek_hash, comment=one.comment, owner=one.owner)
+            answer = await session.call(_TPM, "EnrollEks", request)
+            for number, result in zip(numbers, answer.results, strict=True):
+                outcomes[number] = _OUTCOMES.get(result.outcome, _REFUSED), result.message
+            progress(len(numbers))
     return outcomes
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Give a function that is told of each part; shows a bar to people when there are several."""
+    if total <= _PAGE or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with click.progressbar(length=total, label="Enrolling", show_pos=True, file=sys.stderr) as bar:
+        yield bar.update
 
 
 def _report(

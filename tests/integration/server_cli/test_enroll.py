@@ -64,11 +64,19 @@ def test_table_is_enrolled_line_by_line(cli: Cli, tmp_path: Path) -> None:
     assert "Comment           : rack 2\nOwner             : web\n" in shown
 
 
-def test_large_table_is_enrolled_in_parts(cli: Cli, tmp_path: Path) -> None:
+def test_large_table_is_enrolled_in_parts(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = tmp_path / "fleet.csv"
-    table.write_text("".join(f"{n:064x}\n" for n in range(1201)))
-    assert cli("tpm", "enroll", "-csv", str(table)).out.endswith("1201 added\n")
-    assert len(listed(cli)) == 1201
+    table.write_text("".join(f"{n:064x}\n" for n in range(601)))
+    done = cli("tpm", "enroll", "-csv", str(table))
+    assert done.out.endswith("601 added\n")
+    assert done.err == ""
+    assert len(listed(cli)) == 601
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    again = cli("tpm", "enroll", "-csv", str(table))
+    assert again.out.endswith("601 unchanged\n")
+    assert "601/601" in again.err
 
 
 def test_long_comment_is_refused_by_the_server_alone(cli: Cli, tmp_path: Path) -> None:
