@@ -27,6 +27,7 @@ class EvidenceRequest:
         tolerate: what is refused unless it is among these: `sha1_log` (a boot log in the old
             format), `empty_secure_boot`, `early_authority` (see `tpm.boot.BootRules`),
             `padded_sha1` (an IMA list of a kernel before 5.8).
+        bank: whose PCRs the log and the list are replayed to; "" for the attestor's choice.
     """
 
     pcrs: tuple[tuple[str, tuple[int, ...]], ...] = ()
@@ -36,6 +37,7 @@ class EvidenceRequest:
     known_ima: ImaState | None = None
     counters: bool = False
     tolerate: frozenset[str] = frozenset()
+    bank: str = ""
 
 
 class Judge(Protocol):

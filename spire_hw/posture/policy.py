@@ -292,4 +292,5 @@ class Policy:
             reset_count=reset_count if start is not None and start.count else None,
             counters=self.tpm.counters or bool(self.tpm.firmware_floors),
             tolerate=tolerate,
+            bank="" if self.boot is None and self.ima is None else self.bank,
         )

@@ -114,7 +114,7 @@ def is_signed(entry: ImaEntry, keyring: Iterable[FileKey]) -> bool:
 
 
 # Machines of a fleet show the same files again and again.
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=16384)
 def _is_signed(key: FileKey, number: int, digest: bytes, signature: bytes) -> bool:
     return key.check(_HASHES[number][1], digest, signature)
 

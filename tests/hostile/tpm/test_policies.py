@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -50,11 +51,11 @@ ima {{ allow = ["@files"] exclude = ["/var/"] keyring = ["@keys"] violations = 6
 """
 
 
-def images(boot: Boot) -> list[bytes]:
+def images(boot: Boot, bank: str = "sha256") -> list[bytes]:
     """Return digests of what was started, as an operator knows them."""
     kinds = {firmware.EV_APPLICATION}
     found = (m for m in boot.measurements if m.pcr == 4 and m.type in kinds)
-    return [m.digest("sha256") for m in found]
+    return [m.digest(bank) for m in found]
 
 
 def pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -141,6 +142,21 @@ async def test_a_good_machine_is_accepted_with_selectors_of_its_policy(site: Sit
     made = await site.lab.attest(site.machine(None, signed(KEY, Item(b"/opt/a", b"\1" * 32))))
     values = {selector for selector in made.selector_values if "policy" in selector}
     assert values == {"boot:policy:web@1", "ima:policy:web"}
+
+
+async def test_logs_are_held_against_the_bank_of_the_policy(site: Site) -> None:
+    wide = replace(GOOD, banks=("sha1", "sha256", "sha384")).boot()
+    values = wide.values("sha256")
+    pins = "\n".join(f'"{n}" = ["{values[n].hex()}"]' for n in range(8))
+    kernel = images(wide, "sha384")
+    await site.rule(
+        f'bank = "sha384"\npcrs {{ sha256 {{ {pins} }} }}\n'
+        f"boot {{ images = {json.dumps([digest.hex() for digest in kernel])} }}"
+    )
+    made = await site.lab.attest(site.machine(wide))
+    assert made.evidence is not None
+    assert made.evidence.boot is not None
+    assert made.evidence.boot.bank == "sha384"
 
 
 def separator(kind: bytes) -> Boot:

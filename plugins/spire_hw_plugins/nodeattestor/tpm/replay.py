@@ -247,7 +247,12 @@ def extended(wanted: EvidenceRequest, asked: tuple[PcrSelection, ...]) -> tuple[
 
 
 def log_bank(wanted: EvidenceRequest, asked: Sequence[PcrSelection]) -> str:
-    """Return the bank that logs are replayed in: that of the list's state, else the best covered."""
+    """Return the bank that logs are replayed in.
+
+    The one asked for, else that of the list's state, else the best covered.
+    """
+    if any(wanted.bank == s.bank for s in asked):
+        return wanted.bank
     needed = needed_pcrs(wanted)
     if wanted.ima is not None:
         size = len(wanted.ima.pcr)
