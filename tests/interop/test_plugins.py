@@ -74,7 +74,21 @@ def keys_of_server(shop: Shop, name: str) -> tuple[str, dict[str, str]]:
 def test_key_manager_in_upstreams_server(
     shop: Shop, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    data, environment = keys_of_server(shop, name)
+    use_in_upstreams_server(shop, monkeypatch, name)
+
+
+@pytest.mark.tpm
+def test_tpm_keys_in_upstreams_server(
+    shop: Shop, tpm: Swtpm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_in_upstreams_server(shop, monkeypatch, "tpm", f'tcti = "{tpm.tcti}"')
+
+
+def use_in_upstreams_server(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, name: str, given: str = ""
+) -> None:
+    """Let one of our KeyManagers hold the authorities of upstream's server."""
+    data, environment = (given, {}) if given else keys_of_server(shop, name)
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     plugins = shop.block(Make.UPSTREAM, "KeyManager", name, data)
