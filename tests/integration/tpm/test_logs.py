@@ -18,12 +18,15 @@ from spire_hw.errors import (
     InvalidInputError,
     LimitError,
     NotReadyError,
+    SpireHwError,
 )
+from spire_hw.plugin.info import PluginKind, Side
 from spire_hw.posture.heartbeat import HeartbeatChallenge, KnownNode
 from spire_hw.posture.judge import EvidenceRequest
 from spire_hw.posture.policy import ima_start
 from spire_hw_sim.firmware import Firmware
 from spire_hw_sim.imawriter import ImaList
+from tests.integration.goplugin.wire import remote_of
 from tests.integration.tpm.leaks import nothing_left_behind
 from tests.integration.tpm.parties import Bench, Exchange, Node, attest, codes, node, serving
 
@@ -273,6 +276,36 @@ async def test_a_server_that_asks_without_end(
         with pytest.raises(error, match=words):
             await attest(n.agent, await serving(bench, ima=True), n.key, stream)
     assert len(stream.sent) <= 2 + 64
+
+
+async def test_under_hosts_that_are_not_ours(bench: Bench, tpm: Swtpm) -> None:
+    """Both halves as external plugins: several rounds, and a server nobody tells to be verified."""
+    machine = Machine.start(tpm, bench.folder)
+    machine.run(300)
+
+    def narrow(data: bytes) -> bytes:
+        message = json.loads(data)
+        if "EC" in message:
+            message["spire_hw"]["limits"]["response_bytes"] = 16 * 1024
+        return json.dumps(message).encode()
+
+    kind, folders = PluginKind.NODE_ATTESTOR, [bench.folder / name for name in ("a", "s")]
+    for folder in folders:
+        folder.mkdir()
+    server = await serving(bench, ima=True, require_tpm_key=False)
+    async with (
+        node(bench, tpm) as n,
+        remote_of(n.agent, kind, folders[0], Side.AGENT) as agent,
+        remote_of(server, kind, folders[1], Side.SERVER) as judge,
+    ):
+        await machine.let_show(n)
+        with pytest.raises(SpireHwError, match="withheld from an unverified server"):
+            await attest(agent, judge, n.key, Exchange())
+        await machine.let_show(n, insecure_evidence=True)
+        stream = Exchange(on_challenge=narrow)
+        found = await attest(agent, judge, n.key, stream)
+    assert "tier:quote" in found.selector_values
+    assert len(stream.sent) > 4
 
 
 # --- heartbeats ---------------------------------------------------------------------------------
