@@ -22,7 +22,13 @@ CORE = {
     "library bundle": ("spire_hw/bundle/",),
     "tpm verifier": tuple(
         f"spire_hw/tpm/{name}.py"
-        for name in ("wire", "public", "credential", "verify", "ekcert", "certificate", "der")
+        for name in (
+            *("wire", "public", "credential", "verify"),
+            *("ekcert", "ekmodel", "certificate", "certsig", "crl", "der"),
+        )
+    ),
+    "tpm makers": tuple(
+        f"spire_hw/tpm/{name}.py" for name in ("cabinet", "caimport", "castore", "crlfiles")
     ),
     "tpm attestor, server": (
         "plugins/spire_hw_plugins/nodeattestor/tpm/server.py",
