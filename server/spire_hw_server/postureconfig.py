@@ -14,7 +14,7 @@ from pydantic import Field
 from spire_hw.config.hcl import Block, Body
 from spire_hw.config.schema import GoDuration, Model, at_least, nearest, parsed
 from spire_hw.errors import ConfigFault, InvalidInputError
-from spire_hw.posture.reasons import DEFAULT_ACTIONS
+from spire_hw.posture.reasons import DEFAULT_ACTIONS, NEVER_ACCEPTED
 from spire_hw.posture.verdict import Action
 
 if TYPE_CHECKING:
@@ -197,6 +197,8 @@ def find_posture_faults(keys: PostureKeys) -> Iterator[ConfigFault]:
         elif item.value not in _ACTIONS:
             wanted = ", ".join(_ACTIONS)
             yield ConfigFault(item.line, f'"{item.key}": "{item.value}" is none of {wanted}')
+        elif item.key in NEVER_ACCEPTED and _ACTIONS[item.value] is Action.ACCEPT:
+            yield ConfigFault(item.line, f'"{item.key}" cannot be accepted')
 
 
 def posture_settings(keys: PostureKeys | None) -> PostureSettings:

@@ -101,7 +101,7 @@ def check_block(block: Block) -> None:
         for inner in block.body.items:
             assert isinstance(inner, Block)
             check_block(inner)
-    elif key in {"server", "health_checks"}:
+    elif key in {"server", "health_checks", "posture"}:
         on_top_of(SERVER_CONF, block, server_config.build_settings)
     elif key == "agent":
         on_top_of(AGENT_CONF, block, agent_config.build_settings)

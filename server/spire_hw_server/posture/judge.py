@@ -226,10 +226,10 @@ class NodeJudge:
 
     def _by_operator(self, check: Check, policy: Policy) -> Check:
         """Return a check with the action the server's configuration has for it."""
-        action = self._settings.drift.get(check.code)
-        if check.holds or action is None or check.code in policy.drift:
+        code = check.code
+        if check.holds or code in policy.drift or code not in self._settings.drift:
             return check
-        return replace(check, action=action)
+        return replace(check, action=self.action_of(code))
 
     async def admitted(
         self, agent_id: SpiffeId, evidence: Evidence

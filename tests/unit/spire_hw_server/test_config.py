@@ -201,7 +201,7 @@ def test_posture_block_is_read() -> None:
             stale_action = "quarantine"
             min_boot_time = "1m"
             evidence_retention = "24h"
-            drift { pcr_changed_without_reset = "quarantine" ima_rollback = "accept" }
+            drift { pcr_changed_without_reset = "quarantine" ima_rollback = "quarantine" }
             webhook { url = "https://hooks.test/node" secret_path = "/s" }
             syslog { address = "tcp://log.test" facility = "local3" }
         }"""
@@ -212,7 +212,7 @@ def test_posture_block_is_read() -> None:
     assert (made.stale_after, made.stale_action) == (5, Action.QUARANTINE)
     assert made.drift == {
         "pcr_changed_without_reset": Action.QUARANTINE,
-        "ima_rollback": Action.ACCEPT,
+        "ima_rollback": Action.QUARANTINE,
     }
     assert made.webhook == WebhookSettings("https://hooks.test/node", Path("/s"))
     assert made.syslog == SyslogSettings("tcp", "log.test", 601, facility=19)
@@ -228,6 +228,7 @@ def test_posture_block_is_read() -> None:
         ('drift { pcr_mismach = "ban" }', "pcr_mismatch"),
         ('drift { pcr_mismatch = "banish" }', "banish"),
         ("drift { pcr_mismatch = 1 }", "pcr_mismatch"),
+        ('drift { ima_rollback = "accept" }', "cannot be accepted"),
         ('webhook { url = "http://hooks.test/" }', "http://"),
         ('webhook { url = "https://u:p@hooks.test/" }', "secret_path"),
         ('webhook { url = "https:///x" }', "https://host"),
