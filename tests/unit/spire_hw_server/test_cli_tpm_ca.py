@@ -88,8 +88,10 @@ def test_import_tells_what_it_took_and_what_not(tmp_path: Path, cli: Cli) -> Non
         "Intermediates: 1\n",
         "CN=Vendor EK CA\n",
         "Refused: 2\n",
-        ("  not for endorsement keys: its extended key usage is 2.23.133.8.3\n"
-        "    Microsoft/IntermediateCA/aik.cer\n"),
+        (
+            "  not for endorsement keys: its extended key usage is 2.23.133.8.3\n"
+            "    Microsoft/IntermediateCA/aik.cer\n"
+        ),
         f"2 certificates taken, 2 refused, 1 twice. 2 new in {tmp_path / 'out'}.\n",
     ):
         assert line in out
