@@ -57,6 +57,7 @@ class Echo:
             ("Flood", False, True, self.flood),
             ("Join", True, False, self.join),
             ("Chat", True, True, self.chat),
+            ("Ask", True, True, self.ask),
         ]
         return [Method(PREFIX + n, StringValue, StringValue, i, o, h) for n, i, o, h in shapes]
 
@@ -114,6 +115,15 @@ class Echo:
             if request.value == "deny":
                 raise DeniedError("not that", DeniedReason.AGENT_MUST_REATTEST)
             yield StringValue(value=request.value.upper())
+
+    async def ask(
+        self, requests: AsyncIterator[StringValue], call: Call
+    ) -> AsyncIterator[StringValue]:
+        """Ask the caller back in the middle, and answer with all that was said."""
+        self.calls.append(call)
+        first = await anext(requests)
+        await call.reply(StringValue(value=f"{first.value}?"))
+        yield StringValue(value=first.value + (await anext(requests)).value)
 
 
 class EchoWorld:

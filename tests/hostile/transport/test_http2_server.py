@@ -187,6 +187,19 @@ async def test_the_first_frame_is_settings(world: EchoWorld) -> None:
     await peer.end()
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize("call", [whole(1, "Count"), whole(1), opened(1, "Chat"), b""])
+async def test_settings_come_first_and_wait_for_no_answer(world: EchoWorld, call: bytes) -> None:
+    reader, writer = await asyncio.open_unix_connection(str(world.path))
+    peer = H2Peer(reader, writer)
+    peer.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", frame(SETTINGS, 0, 0), call)
+    first = await peer.frame()
+    assert first is not None
+    assert (first.kind, first.flags) == (SETTINGS, 0)
+    await peer.next(SETTINGS)
+    await peer.end()
+
+
 # What one stream does wrong costs that stream.
 
 WRONG = {

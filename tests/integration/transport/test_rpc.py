@@ -64,6 +64,26 @@ async def stream(channel: Channel, name: str, text: str = "") -> list[str]:
 
 
 @pytest.mark.asyncio
+async def test_a_handler_may_answer_in_the_middle_of_its_work(
+    world: EchoWorld, channel: Channel
+) -> None:
+    async with channel.bidi(PREFIX + "Ask", StringValue, TIMEOUT_S) as asked:
+        await asked.send(StringValue(value="a"))
+        question = await asked.receive()
+        assert question is not None
+        assert question.value == "a?"
+        await asked.send(StringValue(value="b"))
+        answer = await asked.receive()
+        assert answer is not None
+        assert answer.value == "ab"
+        await asked.done_sending()
+        assert await asked.receive() is None
+    await call(channel, "Say", "x")
+    with pytest.raises(SpireHwError, match="no further response"):
+        await world.echo.calls[-1].reply(StringValue(value="more"))
+
+
+@pytest.mark.asyncio
 async def test_every_shape_of_call(channel: Channel) -> None:
     assert await call(channel, "Say", "x") == "x"
     assert await call(channel, "Raw", "x") == "x"

@@ -62,6 +62,20 @@ async def test_a_good_certificate_names_the_caller(world: EchoWorld) -> None:
 
 
 @pytest.mark.asyncio
+async def test_callers_that_are_gone_are_noticed(world: EchoWorld) -> None:
+    async with await world.over_tcp() as channel:
+        assert await say(channel) == "hello"
+        (lease,) = world.tcp._leases
+        assert lease.outer is not None
+        assert lease.outer.transport is not None
+        connection: socket.socket = lease.outer.transport.get_extra_info("socket")
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
+
+
+@pytest.mark.asyncio
 async def test_an_rsa_certificate_is_as_good(world: EchoWorld) -> None:
     key = rsa.generate_private_key(65537, 2048)
     identity = world.authority.identity(world.agent(), private_key=key)

@@ -18,7 +18,7 @@ from spire_hw.errors import InvalidInputError, NotFoundError, UnavailableError
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import TrustDomain
 from spire_hw_server.datastore.config import DatastoreConfig
-from spire_hw_server.datastore.interface import KeyRole, Node, NodeFilter
+from spire_hw_server.datastore.interface import KeyRole, Match, Node, NodeFilter
 from spire_hw_server.datastore.sql.store import open_datastore
 from spire_hw_server.datastore.sql.writer import Writer
 from spire_hw_sim.clock import SimClock
@@ -89,6 +89,19 @@ async def test_value_that_does_not_fit_is_refused(store: Datastore) -> None:
         with pytest.raises(InvalidInputError, match="cannot be stored"):
             await store.put_node(replace(make_node(), serial_number=serial))
     assert await store.find_node(make_node().agent_id) is None
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 64, 65, 200])
+async def test_any_number_of_rows_goes_in(store: Datastore, count: int) -> None:
+    selectors = tuple(sorted(Selector("tpm", f"s{i}") for i in range(count)))
+    await store.put_node(replace(make_node("other"), selectors=(Selector("tpm", "else"),)))
+    for marks in (selectors, (Selector("tpm", "new"), *selectors)):
+        node = replace(make_node(), selectors=marks)
+        await store.put_node(node, KEYS)
+        assert set((await store.get_node(node.agent_id)).selectors) == set(marks)
+        if marks:
+            where = NodeFilter(selectors=(Match.EXACT, marks))
+            assert await store.count_nodes(where) == 1
 
 
 async def test_look_sees_what_was_written_before_it(store: Datastore) -> None:

@@ -270,3 +270,14 @@ async def test_sigusr2_reopens_the_file(tmp_path: Path) -> None:
     finally:
         loop.remove_signal_handler(signal.SIGUSR2)
         output.close()
+
+
+def test_late_loggers_write_what_loggers_write(process_output: io.StringIO) -> None:
+    log.configure(LogSettings(format=Format.JSON), clock=FixedClock(), stream=process_output)
+    logger = log.get_logger("x").bind(a=1)
+    late = log.LateLogger(logger, {"b": 2})
+    late.bind(c=3, b=4).info("hello")
+    late.warning("bye", c=5)
+    first, second = map(json.loads, process_output.getvalue().splitlines())
+    assert (first["msg"], first["a"], first["b"], first["c"]) == ("hello", 1, 4, 3)
+    assert (second["msg"], second["a"], second["b"], second["c"]) == ("bye", 1, 2, 5)
