@@ -141,16 +141,21 @@ def test_what_is_missing_is_told(site: Site, tmp_path: Path) -> None:
     assert agent("tpm", "devid", "create").returncode == 2
 
 
-def test_a_banned_node_gets_none(site: Site, office: Office, tmp_path: Path) -> None:
-    tpm = site.power_on("devid-banned")
+@pytest.mark.parametrize(
+    ("state", "words"), [("quarantine", "is in quarantine"), ("ban", "is banned")]
+)
+def test_a_node_that_is_banned_or_in_quarantine_gets_none(
+    site: Site, office: Office, tmp_path: Path, state: str, words: str
+) -> None:
+    tpm = site.power_on(f"devid-{state}")
     site.enrol(tpm)
-    node = site.node("devid-banned", tpm=tpm)
+    node = site.node(f"devid-{state}", tpm=tpm)
     node.start()
     node.wait_in_use()
     assert create(tpm, tmp_path / "devid").returncode == 0
-    site.command("agent", "ban", "-spiffeID", node.id)
+    site.command("agent", state, "-spiffeID", node.id)
     done = office.issue(tmp_path / "devid" / "devid.request.json")
     assert done.returncode == 4
-    assert "is banned" in done.stderr
+    assert words in done.stderr
     assert not office.out.exists()
     node.agent.kill()
