@@ -1,9 +1,11 @@
 """Print `attestation_cpu_ms` and `heartbeat_cpu_ms`: what checking one node costs a server.
 
 Both run the server half of `tpm` in this process; only its own work counts. A full attestation is
-envelope, endorsement certificate with an intermediate, credential, key certification, quote of 15
-PCRs and a boot log of 200 kB, which is parsed, replayed and turned into facts. A heartbeat is one
-quote of the same PCRs by a known attestation key. The best of several rounds is printed.
+envelope, endorsement certificate with an intermediate, credential, key certification, quote of the
+PCRs that are quoted by default, and a boot log of 200 kB and 537 events, which is unpacked, parsed,
+replayed and turned into facts. What it costs to quote PCR 8 as well, so that each of GRUB's 500
+commands is held against its digest, is told beside it. A heartbeat is one quote of 15 PCRs by a
+known attestation key. The best of many rounds is printed.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ ATTESTATIONS = 8
 HEARTBEATS = 50
 LOG_BYTES = 200_000
 PCRS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15)
+DEFAULTS = "boot_log = true\n"
+ALL = f"{DEFAULTS}pcrs = {{ sha256 = [{', '.join(map(str, PCRS))}] }}\n"
 
 
 def machine() -> tuple[dict[tuple[str, int], bytes], bytes]:
@@ -56,7 +60,7 @@ def machine() -> tuple[dict[tuple[str, int], bytes], bytes]:
     return boot.pcrs("sha256"), log
 
 
-async def server(directory: Path, vendor: Vendor) -> TpmServer:
+async def server(directory: Path, vendor: Vendor, settings: str) -> TpmServer:
     """Return the server half, configured."""
     (directory / "root.der").write_bytes(vendor.root.certificate)
     host = HostInfo(
@@ -67,13 +71,8 @@ async def server(directory: Path, vendor: Vendor) -> TpmServer:
         clock=SystemClock(),
     )
     made = build(host)
-    numbers = ", ".join(map(str, PCRS))
-    await made.configure(
-        parse(
-            f'endorsement_ca_path = "{directory / "root.der"}"\nek_policy = "ca"\n'
-            f"boot_log = true\npcrs = {{ sha256 = [{numbers}] }}\n"
-        )
-    )
+    roots = f'endorsement_ca_path = "{directory / "root.der"}"\nek_policy = "ca"\n'
+    await made.configure(parse(roots + settings))
     return made
 
 
@@ -125,14 +124,17 @@ async def measure() -> None:
     vendor = Vendor.make()
     with tempfile.TemporaryDirectory() as name:
         configure(LogSettings(file=Path(name) / "log"))
-        made = await server(Path(name), vendor)
+        made = await server(Path(name), vendor, DEFAULTS)
+        strict = await server(Path(name), vendor, ALL)
         pcrs, log = machine()
         node = vendor.equip(TpmNode(SoftTpm(ek=make_ek("L-1"), pcrs=pcrs)))
         node.boot_log = log
         whole = [await attestation_ms(made, node) for _ in range(ROUNDS)]
+        more = [await attestation_ms(strict, node) for _ in range(ROUNDS)]
         beats = [await heartbeat_ms(made, node) for _ in range(ROUNDS)]
     sys.stdout.write("attestations, by round: " + " ".join(f"{ms:.2f}" for ms in whole) + "\n")
     sys.stdout.write("heartbeats, by round: " + " ".join(f"{ms:.3f}" for ms in beats) + "\n")
+    sys.stdout.write(f"with GRUB's commands: {min(more):.2f} ms\n")
     sys.stdout.write(f"attestation_cpu_ms {min(whole):.3f}\n")
     sys.stdout.write(f"heartbeat_cpu_ms {min(beats):.4f}\n")
 
