@@ -378,7 +378,7 @@ def sign(
         # A PCR may have changed between policy and signature.
         made = _sign_again(connection, blob, use, digest, scheme)
     signature = _plain_signature(made, blob)
-    _verify(blob, digest, signature, options)
+    verify_own(blob, digest, signature, options)
     return signature
 
 
@@ -461,7 +461,12 @@ def _plain_signature(raw: bytes, blob: KeyBlob) -> bytes:
     return parts[0]
 
 
-def _verify(blob: KeyBlob, digest: bytes, signature: bytes, options: SignOptions) -> None:
+def verify_own(blob: KeyBlob, digest: bytes, signature: bytes, options: SignOptions) -> None:
+    """Check what the TPM signed, before it leaves us.
+
+    Raises:
+        SpireHwError: it does not verify, or has a salt of another length.
+    """
     try:
         verify_digest(blob.parsed.key, digest, signature, options)
     except SpireHwError as e:

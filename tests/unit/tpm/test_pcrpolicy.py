@@ -5,13 +5,12 @@ import json
 import struct
 
 import pytest
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, padding, utils
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spire_hw.errors import InvalidInputError
-from spire_hw.key import HashAlgorithm, KeyType, generate_private_key
+from spire_hw.key import KeyType, generate_private_key
 from spire_hw.tpm.pcrpolicy import (
     Approval,
     Binding,
@@ -25,7 +24,6 @@ from spire_hw.tpm.pcrpolicy import (
     pcr_policy,
     signer_public,
 )
-from spire_hw.tpm.pss import pss_salt_bytes
 from spire_hw.tpm.public import name_of
 from spire_hw.tpm.wire import PcrSelection
 
@@ -179,21 +177,3 @@ def test_any_json_in_any_place_is_read_or_refused(value: object) -> None:
             parse_approval(json.dumps({**good, name: value}).encode())
         except InvalidInputError:
             continue
-
-
-@pytest.mark.parametrize("salt", [0, 20, 32, 222])
-def test_the_salt_of_a_signature_is_told(salt: int) -> None:
-    key = generate_private_key(KeyType.RSA_2048)
-    digest = HashAlgorithm.SHA256.digest(b"data")
-    pss = padding.PSS(padding.MGF1(hashes.SHA256()), salt)
-    assert not isinstance(key, ec.EllipticCurvePrivateKey)
-    signature = key.sign(digest, pss, utils.Prehashed(hashes.SHA256()))
-    assert pss_salt_bytes(key.public_key(), signature, HashAlgorithm.SHA256) == salt
-
-
-def test_what_is_no_pss_signature_has_no_salt() -> None:
-    key = generate_private_key(KeyType.RSA_2048)
-    assert not isinstance(key, ec.EllipticCurvePrivateKey)
-    plain = key.sign(b"data", padding.PKCS1v15(), hashes.SHA256())
-    for signature in (plain, bytes(256), b"\xff" * 256, b""):
-        assert pss_salt_bytes(key.public_key(), signature, HashAlgorithm.SHA256) is None
