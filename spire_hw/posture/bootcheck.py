@@ -57,6 +57,12 @@ def check_boot(sheet: Sheet, rules: BootRules, evidence: Evidence, bank: str) ->
     _check_mok(sheet, rules, boot)
 
 
+def sbat_level(sbat: str) -> int | None:
+    """Return the level of shim's revocations, None when there is none."""
+    found = _SBAT.fullmatch(sbat)
+    return None if found is None else int(found[1])
+
+
 def _check_firmware(sheet: Sheet, rules: BootRules, boot: BootFacts) -> None:
     sheet.rule(
         "firmware_error",
@@ -153,12 +159,12 @@ def _check_revocations(sheet: Sheet, rules: BootRules, boot: BootFacts) -> None:
             bad=f"policy: revocation list is too old, {lacking} missing",
         )
     if rules.sbat_floor is not None:
-        level = _SBAT.fullmatch(boot.sbat)
+        level = sbat_level(boot.sbat)
         found = shown(boot.sbat.encode()) if boot.sbat else "not measured"
         sheet.rule(
             "sbat_floor",
             "dbx_old",
-            holds=level is not None and int(level[1]) >= rules.sbat_floor,
+            holds=level is not None and level >= rules.sbat_floor,
             good=f"revocation level is {found}",
             bad=f"policy: revocation list is too old, SbatLevel is {found}",
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from spire_hw.config.hcl import quote
 from spire_hw.errors import ConfigError, ErrorKind, InvalidInputError
 from spire_hw.posture import digestlist
+from spire_hw.posture.bootcheck import sbat_level
 from spire_hw.posture.evaluate import evaluate
 from spire_hw.posture.firmware import tpm_version_text
 from spire_hw.posture.policy import BANK_BYTES, ek_selectors
@@ -68,7 +69,8 @@ def _text(name: str, evidences: Sequence[Evidence], *, allow_pcr7_only: bool) ->
     boots = [evidence.boot for evidence in evidences if evidence.boot is not None]
     lists = [evidence.ima for evidence in evidences if evidence.ima is not None]
     draft = _Draft()
-    draft.add(f"# Draft from {len(evidences)} evidence of known-good machines. Read every line:")
+    count = "one machine" if len(evidences) == 1 else f"{len(evidences)} machines"
+    draft.add(f"# Draft from what {count} showed, known to be good. Read every line:")
     draft.add("# what is written here will be allowed, what is not will be denied.")
     draft.open(f"policy {quote(name)}")
     draft.add(f"description = {quote('learnt, to be reviewed')}")
@@ -115,8 +117,12 @@ class _Draft:
         self.add("}")
 
     def texts(self, key: str, values: Iterable[str]) -> None:
-        """Write a list of texts, one a line."""
-        self.add(f"{key} = [", *(f"  {quote(value)}," for value in values), "]")
+        """Write a list of texts, one a line when there are several."""
+        lines = [quote(value) for value in values]
+        if len(lines) == 1:
+            self.add(f"{key} = [{lines[0]}]")
+        else:
+            self.add(f"{key} = [", *(f"  {line}," for line in lines), "]")
 
     def digests(self, key: str, values: Iterable[str | bytes]) -> None:
         """Write a list of digests, as a file when there are many."""
@@ -271,6 +277,9 @@ def _write_secure_boot(draft: _Draft, boots: Sequence[BootFacts]) -> None:
     if floor := frozenset.intersection(*(boot.dbx for boot in boots)):
         draft.add("# Revocations: machines need these at least.")
         draft.digests("dbx_floor", floor)
+    levels = [level for boot in boots if (level := sbat_level(boot.sbat)) is not None]
+    if len(levels) == len(boots):
+        draft.add(f"sbat_floor = {min(levels)}")
     if all(boot.authorities for boot in boots):
         draft.digests("authorities", {one for boot in boots for one in boot.authorities})
 
@@ -287,7 +296,8 @@ def _write_ima(draft: _Draft, lists: Sequence[ImaFacts]) -> None:
     if "sha1" in kinds:
         draft.add("# WARNING: files are listed by SHA-1, which can be forged.")
     draft.texts("algorithms", sorted(kinds))
-    lines = sorted({digestlist.encode_line(entry.digest, entry.path) for entry in entries})
+    listed = sorted({(entry.path, entry.digest) for entry in entries})
+    lines = [digestlist.encode_line(digest, path) for path, digest in listed]
     if lines:
         draft.file("allow", b"\n".join([*lines, b""]))
     else:
