@@ -11,6 +11,7 @@ from typing import Final
 
 import click
 
+from spire_hw import memory
 from spire_hw.aio.tasks import Tasks
 from spire_hw.bundle.document import parse_pem
 from spire_hw.errors import SpireHwError
@@ -94,6 +95,8 @@ async def _observe(crew: Fleet, duration_s: float | None, attest_within_s: float
     try:
         async with crew:
             await crew.attested(attest_within_s)
+            # A look for garbage over all that these nodes hold would be taken for the server's slowness.
+            memory.settle()
             click.echo("all nodes attested", err=True)
             await crew.observe(duration_s)
     finally:
