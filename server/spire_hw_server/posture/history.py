@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from spire_hw.posture.evidence import Evidence
+    from spire_hw.posture.memory import Memory
     from spire_hw.posture.verdict import Check
     from spire_hw.spiffeid import SpiffeId
     from spire_hw_server.posture.ledger import Known
@@ -35,11 +36,15 @@ _MAX_TEXT: Final = 1024
 def update(agent_id: SpiffeId, outcome: Outcome, occasion: str) -> PostureUpdate:
     """Return what an outcome changes in the store.
 
+    What shows nothing new has no record: the history would be full of it within a day.
+
     Args:
         agent_id: whose.
         outcome: what became of its evidence.
         occasion: for the history.
     """
+    if outcome.is_routine and outcome.memory is not None:
+        return _routine(agent_id, outcome, outcome.memory)
     evidence, verdict = outcome.evidence, outcome.verdict
     document = encode_evidence(evidence)
     packed = deflate(document)
@@ -71,6 +76,17 @@ def update(agent_id: SpiffeId, outcome: Outcome, occasion: str) -> PostureUpdate
         document=packed if len(packed) <= _MAX_DOCUMENT_BYTES else None,
     )
     return PostureUpdate(posture, record, _ima_part(outcome))
+
+
+def _routine(agent_id: SpiffeId, outcome: Outcome, memory: Memory) -> PostureUpdate:
+    at = outcome.evidence.made_at
+    posture = replace(
+        posture_of(agent_id, outcome.standing, outcome.before),
+        last_good_at=at if outcome.evidence.tier is Tier.QUOTE else None,
+        last_seen_at=at,
+        memory=encode_memory(memory),
+    )
+    return PostureUpdate(posture, None, _ima_part(outcome))
 
 
 def posture_of(agent_id: SpiffeId, standing: Standing, before: Known | None) -> Posture:

@@ -71,11 +71,20 @@ class Outcome:
 
     def _shows_the_same(self, memory: Memory) -> bool:
         last, now = memory.last, self.evidence
+        if _who(last) != _who(now):
+            return False
         return last.boot == now.boot and all(
             last.pcrs.get(place) == value
             for place, value in now.pcrs.items()
             if place[1] != IMA_PCR
         )
+
+
+def _who(evidence: Evidence) -> tuple[object, ...]:
+    """Return what says which TPM it is, and how much was proved of it."""
+    firmware = None if evidence.counters is None else evidence.counters.firmware_version
+    ak = (evidence.ak_public, evidence.ak_hierarchy, evidence.ak_qualified_name)
+    return (evidence.ek, ak, evidence.tier, evidence.key_in_tpm, firmware)
 
 
 def failed(checks: Iterable[Check]) -> list[Check]:
