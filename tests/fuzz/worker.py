@@ -13,6 +13,10 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MOST_S = 0.1
 MOST_BYTES = 64 * 1024 * 1024
@@ -50,9 +54,9 @@ def _check(name: str, folder: Path) -> int:
     return status
 
 
-def _seconds(run: object, name: str, raw: bytes) -> float:
+def _seconds(run: Callable[[str, bytes], None], name: str, raw: bytes) -> float:
     start = time.process_time()
-    run(name, raw)  # type: ignore[operator]
+    run(name, raw)
     return time.process_time() - start
 
 
