@@ -9,6 +9,7 @@ import pytest
 
 from spire_hw.errors import InvalidInputError, LimitError
 from spire_hw.tpm.wire import PcrSelection
+from spire_hw_plugins.nodeattestor.tpm import dialects, rounds
 from spire_hw_plugins.nodeattestor.tpm.wire import (
     AkEvidence,
     AttestationData,
@@ -43,8 +44,9 @@ CHALLENGE = ChallengeMessage(
     secret=b"\0\3abc",
     nonce=bytes(range(32)),
     quote=(PcrSelection("sha256", (0, 7)), PcrSelection("sha384", (0,))),
-    want=("log", "ima"),
+    want=("log", "ima", "time"),
     ima_from=4,
+    ima_reset=9,
     limits=(("log_bytes", 10), ("response_bytes", 20)),
     expires_ms=1000,
 )
@@ -56,6 +58,7 @@ RESPONSE = Response(
     log=b"log",
     ima=b"ima",
     ima_from=4,
+    ima_left=5,
 )
 
 
@@ -106,6 +109,49 @@ def test_answer_reads_back() -> None:
     assert decode_response(encode_response(RESPONSE)) == RESPONSE
     least = Response(b"", ())
     assert decode_response(encode_response(least)) == least
+
+
+def test_first_message_of_other_dialects_lacks_our_object() -> None:
+    old = AttestationData(
+        ek_certificate=b"certificate", ek_spki=None, ak=AK, ek_pub=None, csr=False
+    )
+    assert list(json.loads(encode_attestation_data(old))) == ["EK", "AK"]
+    assert decode_attestation_data(encode_attestation_data(old)) == old
+
+
+def test_challenge_and_answer_of_other_dialects_read_back() -> None:
+    message = dialects.encode_challenge(b"\0\4blob", b"\0\3abc")
+    assert json.loads(message) == {"EC": {"Credential": "AARibG9i", "Secret": "AANhYmM="}}
+    assert dialects.decode_challenge(message) == (b"\0\4blob", b"\0\3abc")
+    assert dialects.decode_challenge(encode_challenge(CHALLENGE)) is None
+    assert dialects.decode_response(dialects.encode_response(bytes(32))) == bytes(32)
+
+
+def test_parts_of_a_list_read_back() -> None:
+    assert rounds.decode_part_request(rounds.encode_part_request(12)) == 12
+    part = rounds.ImaPart(b"packed", 12, 34)
+    assert rounds.decode_part(rounds.encode_part(part)) == part
+
+
+@pytest.mark.parametrize(
+    ("ours", "words"),
+    [
+        ({"v": 2, "want": ["ima"], "ima_from": -1}, "out of range"),
+        ({"v": 2, "want": ["log"], "ima_from": 0}, "not known"),
+        ({"v": 2, "want": [], "ima_from": 0}, "not known"),
+        ({"v": 2, "want": ["ima"]}, "ima_from is missing"),
+        ({"v": 3, "want": ["ima"], "ima_from": 0}, "dialect 3"),
+        ({"v": 2, "want": ["ima"], "ima_from": 0, "quote": []}, "unknown member spire_hw.quote"),
+    ],
+)
+def test_hostile_request_for_a_part_is_refused(ours: dict[str, object], words: str) -> None:
+    with pytest.raises(InvalidInputError, match=words):
+        rounds.decode_part_request(json.dumps({"spire_hw": ours}).encode())
+
+
+def test_a_second_challenge_is_no_request_for_a_part() -> None:
+    with pytest.raises(InvalidInputError, match="expected a request"):
+        rounds.decode_part_request(encode_challenge(CHALLENGE))
 
 
 def _bent(path: str, value: object) -> bytes:
