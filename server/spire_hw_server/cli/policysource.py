@@ -70,12 +70,12 @@ class Wanted:
     Attributes:
         files: paths of documents.
         nodes: SPIFFE IDs of agents.
-        record: number of a node's record, 0 for the last that was accepted.
+        number: of a node's record, 0 for the last that was accepted.
     """
 
     files: tuple[str, ...]
     nodes: tuple[str, ...]
-    record: int
+    number: int
 
     def find(self, admin: Admin) -> list[Shown]:
         """Return it; the server is asked when there are nodes.
@@ -86,7 +86,7 @@ class Wanted:
         """
         found = [Shown(name, decode_evidence(_read(Path(name)))) for name in self.files]
         for node in self.nodes:
-            request = hw_posture_pb2.GetEvidenceRequest(agent_id=node, id=self.record)
+            request = hw_posture_pb2.GetEvidenceRequest(agent_id=node, id=self.number)
             answer = admin.call(_POSTURE, "GetEvidence", request)
             found.append(Shown(node, decode_evidence(answer.document)))
         return found
@@ -107,17 +107,17 @@ def evidence_flags(command: F) -> F:
 
     @functools.wraps(command)
     def inner(
-        *args: Any, evidence: tuple[str, ...], node: tuple[str, ...], record: int, **kwargs: Any
+        *args: Any, evidence: tuple[str, ...], node: tuple[str, ...], number: int, **kwargs: Any
     ) -> Any:
-        if record < 0:
-            raise click.UsageError("-record is negative")
-        return command(*args, wanted=Wanted(evidence, node, record), **kwargs)
+        if number < 0:
+            raise click.UsageError("-number is negative")
+        return command(*args, wanted=Wanted(evidence, node, number), **kwargs)
 
-    number = "Number of the nodes' record; 0 for the last accepted one."
-    wrapped = flag("record", number, type=int, default=0)(inner)
+    which = "Number of the nodes' evidence; 0 for the last that was accepted."
+    wrapped = flag("number", which, type=int, default=0)(inner)
     of_node = "SPIFFE ID of an agent whose stored evidence is taken."
     wrapped = flag("node", of_node, repeated=True)(wrapped)
-    document = "Evidence document, as the server stores it."
+    document = "Evidence document, as `agent evidence ID -latest` prints it."
     return flag("evidence", document, repeated=True)(wrapped)  # type: ignore[return-value]
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from spire_hw_sim.programs import try_run
 from spire_hw_sim.workload import Workload, refusal
 from tests.integration.posture.conftest import GOOD, extended
 
@@ -34,6 +35,13 @@ async def test_a_policy_is_learnt_tried_put_in_force_tightened_and_taken_back(
     assert f"✓ pcr sha256:4: PCR 4 is among 1 allowed: sha256:{GOOD}\n" in told
     assert "Accepted" in told
     assert "pcrs.sha256:4" not in site.command("policy", "diff", "p", learnt)
+
+    document = tmp_path / "node.json"
+    document.write_text(site.command("agent", "evidence", node.id, "-latest"))
+    offline = try_run(
+        "spire-hw-server", "policy", "test", "-evidence", document, "-policyFile", learnt
+    )
+    assert offline.stdout == told.replace(node.id, str(document))
 
     strict = tmp_path / "strict.hcl"
     strict.write_text(learnt.read_text().replace(GOOD, OTHER))

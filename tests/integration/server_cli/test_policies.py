@@ -186,7 +186,7 @@ def test_wrong_uses_of_test(cli: Cli, write: Write, evidence: str, tmp_path: Pat
         ("-evidence", evidence),
         ("-policyFile", file),
         ("-policyFile", file, "-policy", "web", "-evidence", evidence),
-        ("-policyFile", file, "-evidence", evidence, "-record", "-1"),
+        ("-policyFile", file, "-evidence", evidence, "-number", "-1"),
         ("-policy", "a@b@c", "-evidence", evidence),
         ("-policy", "web@x", "-evidence", evidence),
     ):
