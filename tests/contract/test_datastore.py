@@ -829,6 +829,13 @@ async def test_endorsement_keys_are_enrolled_for_all_servers_at_once(opened: Any
     assert await there.list_eks() == await here.list_eks() == [replace(ek, created_at=START)]
     await there.deny_ek(ek.ek_hash)
     assert not await here.is_ek_allowed(ek.ek_hash)
+    # Two operators import the same table at the same time.
+    table = [EnrolledEk(f"{n:064x}", "rack") for n in range(50)]
+    changes = await asyncio.gather(*[store.enroll_eks(table) for store in (here, there)])
+    assert sorted(change.value for change in [*changes[0], *changes[1]]) == (
+        ["added"] * 50 + ["unchanged"] * 50
+    )
+    assert len(await here.list_eks()) == 50
 
 
 @pytest.mark.asyncio
