@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import secrets
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from spire_hw.errors import AttestationError, ConfigError, ErrorKind, Finding, SpireHwError
 from spire_hw.posture.evidence import Evidence, Tier
@@ -21,6 +23,7 @@ from spire_hw_sim.softtpm import NULL, OWNER, SoftTpm, make_ak, make_ek
 from spire_hw_sim.tpmlab import Lab
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from spire_hw.posture.evidence import EkFacts
@@ -116,6 +119,43 @@ async def test_keys_are_checked_as_ever(tmp_path: Path) -> None:
     unknown = a_node(lab)
     unknown.certificate = None
     assert codes(await refusal(lab, unknown)) == ["ek_no_certificate"]
+
+
+def _spki(key: Any) -> bytes:
+    made: bytes = key.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return made
+
+
+def _compressed() -> bytes:
+    point = ec.generate_private_key(ec.SECP256R1()).public_key()
+    raw = point.public_bytes(
+        serialization.Encoding.X962, serialization.PublicFormat.CompressedPoint
+    )
+    head = bytes.fromhex("3039301306072a8648ce3d020106082a8648ce3d030107032200")
+    return head + raw
+
+
+BARE_KEYS: dict[str, Callable[[], bytes]] = {
+    "51 RSA-1024": lambda: _spki(rsa.generate_private_key(65537, 1024)),  # noqa: S505 - refused
+    "52 exponent 3": lambda: _spki(rsa.generate_private_key(3, 2048)),
+    "56 compressed": _compressed,
+    "57 P-224": lambda: _spki(ec.generate_private_key(ec.SECP224R1())),
+    "57 Ed25519": lambda: _spki(ed25519.Ed25519PrivateKey.generate()),
+    "not a key": lambda: b"\x30\x03\x02\x01\x00",
+    "bytes after": lambda: _spki(ec.generate_private_key(ec.SECP256R1())) + b"\0",
+}
+
+
+@pytest.mark.parametrize("row", BARE_KEYS)
+async def test_a_bare_key_is_checked_as_one_in_an_area(tmp_path: Path, row: str) -> None:
+    lab = await Lab.make(tmp_path, OPEN)
+    data = replace(a_node(lab).data(), ek_pub=None, ek_certificate=None, ek_spki=BARE_KEYS[row]())
+    error = await lab.refusal(a_node(lab), payload=encode_attestation_data(data))
+    assert error.kind is IA
+    assert error.message.startswith("ek: ")
+    assert len(lab.admitted) == 1  # the honest node alone
 
 
 async def test_owner_keys_are_theirs(tmp_path: Path) -> None:
