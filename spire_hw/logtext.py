@@ -29,7 +29,7 @@ _BMP_END: Final = 0xFFFF
 
 def format_time(moment: datetime) -> str:
     """Return RFC 3339 in UTC with the fraction's trailing zeros cut, as Go's RFC3339Nano."""
-    text = moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    text = moment.astimezone(UTC).isoformat()[: len("YYYY-MM-DDTHH:MM:SS")]
     fraction = f".{moment.microsecond:06d}".rstrip("0").rstrip(".")
     return f"{text}{fraction}Z"
 

@@ -17,7 +17,7 @@ class Watch(Generic[T]):
     def __init__(self, value: T) -> None:
         self._value = value
         self._version = 0
-        self._changed: asyncio.Future[None] | None = None
+        self._waiting: dict[asyncio.Future[None], None] = {}
 
     @property
     def value(self) -> T:
@@ -33,16 +33,20 @@ class Watch(Generic[T]):
         """Put a new value and wake every reader."""
         self._value = value
         self._version += 1
-        if self._changed is not None:
-            self._changed.set_result(None)
-            self._changed = None
+        waiting, self._waiting = self._waiting, {}
+        for one in waiting:
+            if not one.done():
+                one.set_result(None)
 
     async def wait(self, seen: int) -> tuple[T, int]:
         """Return (value, version) as soon as the version is past `seen`."""
         while self._version == seen:
-            if self._changed is None:
-                self._changed = asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._changed)
+            change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting[change] = None
+            try:
+                await change
+            finally:
+                self._waiting.pop(change, None)
         return self._value, self._version
 
     async def __aiter__(self) -> AsyncIterator[T]:

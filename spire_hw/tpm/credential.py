@@ -13,7 +13,7 @@ import hashlib
 import hmac
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from cryptography.hazmat.decrepit.ciphers.modes import CFB
 from cryptography.hazmat.primitives import hashes
@@ -25,9 +25,6 @@ from spire_hw.errors import InvalidInputError
 from spire_hw.tpm import wire
 from spire_hw.tpm.public import DECRYPT, RESTRICTED, Symmetric, TpmPublic, parse_public
 from spire_hw.tpm.wire import sized
-
-if TYPE_CHECKING:
-    from spire_hw.key import PublicKey
 
 _LABEL: Final = b"IDENTITY\x00"
 _HASHES: Final[dict[int, hashes.HashAlgorithm]] = {
@@ -77,30 +74,28 @@ def make_credential(ek_public: bytes | TpmPublic, name: bytes, secret: bytes) ->
         raise InvalidInputError("endorsement key uses a cipher other than AES-128 or AES-256 CFB")
     if not 1 <= len(secret) <= _HASHES[ek.name_alg].digest_size:
         raise InvalidInputError(f"secret of {len(secret)} bytes does not fit the endorsement key")
-    seed, encrypted = _share_seed(ek.key, _HASHES[ek.name_alg])
+    seed, encrypted = _share_seed(ek, _HASHES[ek.name_alg])
     blob = seal(ek.name_alg, cipher.bits, seed, name, secret)
     return Challenge(id_object=sized(blob), encrypted_secret=sized(encrypted))
 
 
-def _share_seed(key: PublicKey, algorithm: hashes.HashAlgorithm) -> tuple[bytes, bytes]:
+def _share_seed(ek: TpmPublic, algorithm: hashes.HashAlgorithm) -> tuple[bytes, bytes]:
+    key = ek.key
     if isinstance(key, ec.EllipticCurvePublicKey):
-        return _share_seed_ecc(key, algorithm)
+        return _share_seed_ecc(key, ek.spki, algorithm)
     seed = secrets.token_bytes(algorithm.digest_size)
     oaep = padding.OAEP(padding.MGF1(algorithm), algorithm, _LABEL)
     return seed, key.encrypt(seed, oaep)
 
 
 def _share_seed_ecc(
-    key: ec.EllipticCurvePublicKey, algorithm: hashes.HashAlgorithm
+    key: ec.EllipticCurvePublicKey, spki: bytes, algorithm: hashes.HashAlgorithm
 ) -> tuple[bytes, bytes]:
     size = (key.curve.key_size + 7) // 8
     ephemeral = ec.generate_private_key(key.curve)
-    # Uncompressed points: a byte 04, x and y.
-    ours, theirs = (
-        public.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
-        for public in (ephemeral.public_key(), key)
-    )
-    our_x, our_y, their_x = ours[1 : size + 1], ours[size + 1 :], theirs[1 : size + 1]
+    # Uncompressed points: a byte 04, x and y; a SubjectPublicKeyInfo ends with one.
+    ours = ephemeral.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+    our_x, our_y, their_x = ours[1 : size + 1], ours[size + 1 :], spki[-2 * size : -size]
     z = ephemeral.exchange(ec.ECDH(), key)
     seed = kdfe(algorithm.name, z, "IDENTITY", our_x, their_x, bits=algorithm.digest_size * 8)
     return seed, sized(our_x) + sized(our_y)
