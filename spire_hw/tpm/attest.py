@@ -27,7 +27,7 @@ from tpm2_pytss.types import (
 
 from spire_hw.errors import InvalidInputError, SpireHwError, UnavailableError
 from spire_hw.tpm import wire
-from spire_hw.tpm.device import Hierarchy
+from spire_hw.tpm.connection import Hierarchy
 from spire_hw.tpm.endorsement import Endorsement, endorsement_key
 from spire_hw.tpm.errors import STALE, Rc, TpmError
 from spire_hw.tpm.keys import KeyBlob, loaded_key
@@ -39,7 +39,7 @@ from spire_hw.tpm.storage import create_primary, name_of_handle
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from spire_hw.tpm.device import Connection
+    from spire_hw.tpm.connection import Connection
     from spire_hw.tpm.wire import PcrSelection
 
 T = TypeVar("T")

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from spire_hw.tpm.attest import AkKind, SignedAttest
-    from spire_hw.tpm.device import Connection
+    from spire_hw.tpm.connection import Connection
 
 KEY_TYPES: Final = (KeyType.EC_P256, KeyType.RSA_2048)
 # sign, fixedTPM, fixedParent, sensitiveDataOrigin, userWithAuth.

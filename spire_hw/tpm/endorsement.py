@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from spire_hw.errors import InvalidInputError, NotReadyError
 from spire_hw.tpm import wire
-from spire_hw.tpm.device import NV_HANDLES, PERSISTENT_HANDLES, Capability, Hierarchy
+from spire_hw.tpm.connection import NV_HANDLES, PERSISTENT_HANDLES, Capability, Hierarchy
 from spire_hw.tpm.public import (
     EK_TEMPLATES,
     USER_WITH_AUTH,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from spire_hw.key import PublicKey
-    from spire_hw.tpm.device import Connection
+    from spire_hw.tpm.connection import Connection
 
 # Where each template's certificate lies, in our order of preference: small and fast first.
 _CERTIFICATES: Final = {

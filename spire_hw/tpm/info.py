@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import NotReadyError
-from spire_hw.tpm.device import Capability
+from spire_hw.tpm.connection import Capability
 from spire_hw.tpm.endorsement import EkType, Endorsement, certified_types, find_endorsement
 
 if TYPE_CHECKING:
-    from spire_hw.tpm.device import Connection
+    from spire_hw.tpm.connection import Connection
 
 _FAMILY, _LEVEL, _REVISION = 0x100, 0x101, 0x102
 _MANUFACTURER, _VENDOR_FIRST, _VENDOR_LAST = 0x105, 0x106, 0x109

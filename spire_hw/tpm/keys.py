@@ -28,7 +28,7 @@ from tpm2_pytss.types import (
 from spire_hw.errors import EncodingError, InvalidInputError, NotReadyError, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, check_digest, verify_digest
 from spire_hw.tpm import wire
-from spire_hw.tpm.device import Capability
+from spire_hw.tpm.connection import Capability
 from spire_hw.tpm.errors import NOT_SUPPORTED, STALE, Rc, TpmError
 from spire_hw.tpm.pcrpolicy import (
     Approval,
@@ -52,7 +52,7 @@ from spire_hw.tpm.storage import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from spire_hw.tpm.device import Connection
+    from spire_hw.tpm.connection import Connection
 
 # sign, fixedTPM, fixedParent, sensitiveDataOrigin, noDA; userWithAuth unless a policy guards the
 # key. adminWithPolicy is clear, so that an attestation key may certify it.

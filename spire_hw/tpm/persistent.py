@@ -12,14 +12,14 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from spire_hw.errors import NotReadyError
-from spire_hw.tpm.device import PERSISTENT_HANDLES, Hierarchy
+from spire_hw.tpm.connection import PERSISTENT_HANDLES, Hierarchy
 from spire_hw.tpm.errors import Rc, TpmError
 from spire_hw.tpm.storage import name_of_handle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from spire_hw.tpm.device import Connection
+    from spire_hw.tpm.connection import Connection
 
 
 def persist(connection: Connection, key: Any, handle: int) -> None:

@@ -19,12 +19,12 @@ from tpm2_pytss.types import TPM2B_PUBLIC, TPM2B_SENSITIVE_CREATE, TPMT_SYM_DEF
 
 from spire_hw.errors import NotReadyError
 from spire_hw.tpm import wire
-from spire_hw.tpm.device import PERSISTENT_HANDLES, Hierarchy
+from spire_hw.tpm.connection import PERSISTENT_HANDLES, Hierarchy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from spire_hw.tpm.device import Connection
+    from spire_hw.tpm.connection import Connection
 
 # restricted decrypt, fixedTPM, fixedParent, sensitiveDataOrigin, userWithAuth, noDA.
 _ATTRIBUTES: Final = 0x00030472

@@ -20,7 +20,7 @@ from spire_hw.tpm.names import format_name
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from spire_hw.tpm.device import Connection
+    from spire_hw.tpm.connection import Connection
     from spire_hw.tpm.endorsement import Endorsement
     from spire_hw.tpm.info import TpmInfo
 
@@ -51,11 +51,8 @@ class Chosen:
 
     async def _run(self, operation: str, job: Callable[[Connection], T]) -> T:
         # Here, so that other commands work on a machine without libtss2.
-        from spire_hw.tpm.device import (  # noqa: PLC0415
-            Hierarchy,
-            TpmDevice,
-            load_password,
-        )
+        from spire_hw.tpm.connection import Hierarchy  # noqa: PLC0415
+        from spire_hw.tpm.device import TpmDevice, load_password  # noqa: PLC0415
 
         password = load_password(self.password_path)
         device = TpmDevice(self.tcti)

@@ -82,7 +82,8 @@ async def _make(
 ) -> dict[str, bytes]:
     # Here, so that other commands work on a machine without libtss2.
     from spire_hw.tpm.attest import AkKind, read_attestation_key  # noqa: PLC0415
-    from spire_hw.tpm.device import Hierarchy, TpmDevice, load_password  # noqa: PLC0415
+    from spire_hw.tpm.connection import Hierarchy  # noqa: PLC0415
+    from spire_hw.tpm.device import TpmDevice, load_password  # noqa: PLC0415
     from spire_hw.tpm.devid import DevIdKey, certify_devid, create_devid  # noqa: PLC0415
 
     password = load_password(password_path)

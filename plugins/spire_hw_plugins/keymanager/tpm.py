@@ -16,7 +16,8 @@ from spire_hw.errors import InvalidInputError, NotFoundError, NotReadyError, Spi
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo, KeySignature
 from spire_hw.tpm import keys, persistent
-from spire_hw.tpm.device import Hierarchy, TpmDevice, load_password, shared
+from spire_hw.tpm.connection import Hierarchy
+from spire_hw.tpm.device import TpmDevice, load_password, shared
 from spire_hw.tpm.info import read_identity
 from spire_hw.tpm.storage import KeyLostError, storage
 from spire_hw_plugins.keymanager.tpm_config import (
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from spire_hw.config.hcl import Body
     from spire_hw.errors import ConfigFault
     from spire_hw.key import KeyType, SignOptions
-    from spire_hw.tpm.device import Connection
+    from spire_hw.tpm.connection import Connection
     from spire_hw.tpm.pcrpolicy import Approval
 
 NAME: Final = "tpm"

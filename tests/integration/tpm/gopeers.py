@@ -41,7 +41,7 @@ from spire_hw.tpm.verify import Statement
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from spire_hw.tpm.device import Connection
+    from spire_hw.tpm.connection import Connection
 
 Dialect = Literal["A", "A with key", "B"]
 AK_TEMPLATE = "rsa2048:rsassa-sha256:null"

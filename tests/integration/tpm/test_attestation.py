@@ -14,7 +14,7 @@ from spire_hw.config.hcl import Body
 from spire_hw.errors import AttestationError, ErrorKind, InvalidInputError, SpireHwError
 from spire_hw.key import KeyType, fingerprint, spki_der
 from spire_hw.plugin.nodeattestor import SvidKey
-from spire_hw.tpm.device import Hierarchy
+from spire_hw.tpm.connection import Hierarchy
 from spire_hw.tpm.endorsement import EkType
 from spire_hw.tpm.errors import TpmError
 from spire_hw.tpm.public import parse_public

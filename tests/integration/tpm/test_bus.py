@@ -11,8 +11,9 @@ import pytest_asyncio
 from spire_hw.errors import ErrorKind, SpireHwError, UnavailableError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions
 from spire_hw.tpm import attest, endorsement, keys
+from spire_hw.tpm.connection import Connection, Hierarchy
 from spire_hw.tpm.credential import Challenge, make_credential
-from spire_hw.tpm.device import Connection, Hierarchy, TpmDevice
+from spire_hw.tpm.device import TpmDevice
 from spire_hw.tpm.errors import Rc, TpmError
 from spire_hw.tpm.wire import PcrSelection
 from spire_hw_sim.tpm_bus import Seen, TpmBus, refusal

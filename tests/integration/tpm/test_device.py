@@ -18,16 +18,8 @@ from spire_hw.errors import (
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions
 from spire_hw.log import LogSettings, configure, unconfigure
 from spire_hw.tpm import attest, keys
-from spire_hw.tpm.device import (
-    TRANSIENT_HANDLES,
-    Capability,
-    Connection,
-    Hierarchy,
-    TpmDevice,
-    load_password,
-    resolve_tcti,
-    shared,
-)
+from spire_hw.tpm.connection import TRANSIENT_HANDLES, Capability, Connection, Hierarchy
+from spire_hw.tpm.device import TpmDevice, load_password, resolve_tcti, shared
 from spire_hw.tpm.errors import TpmError
 from spire_hw.tpm.storage import storage
 from spire_hw_sim.tpm_command import ENDORSEMENT, OWNER

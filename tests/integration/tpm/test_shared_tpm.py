@@ -14,7 +14,8 @@ from spire_hw.config.hcl import parse
 from spire_hw.errors import ErrorKind, UnavailableError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions
 from spire_hw.tpm import keys
-from spire_hw.tpm.device import Hierarchy, TpmDevice
+from spire_hw.tpm.connection import Hierarchy
+from spire_hw.tpm.device import TpmDevice
 from spire_hw.tpm.errors import Rc, TpmError
 from spire_hw.tpm.storage import StorageKey
 from spire_hw_plugins.keymanager.tpm import TpmKeyManager, build

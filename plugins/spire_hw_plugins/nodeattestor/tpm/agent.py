@@ -25,7 +25,8 @@ from spire_hw.errors import (
 from spire_hw.key import spki_der
 from spire_hw.plugin.keymanager import TpmKeys
 from spire_hw.tpm import attest, verify
-from spire_hw.tpm.device import Hierarchy, TpmDevice, load_password, shared
+from spire_hw.tpm.connection import Hierarchy
+from spire_hw.tpm.device import TpmDevice, load_password, shared
 from spire_hw.tpm.endorsement import EkType, Endorsement, find_endorsement
 from spire_hw.tpm.keys import KeyBlob
 from spire_hw_plugins.nodeattestor.tpm import dialects, machine, wire
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from spire_hw.plugin.nodeattestor import AgentExchange, SvidKey
     from spire_hw.posture.heartbeat import HeartbeatAnswer, HeartbeatChallenge
     from spire_hw.tpm.attest import AttestationKey
-    from spire_hw.tpm.device import Connection
+    from spire_hw.tpm.connection import Connection
 
 NAME: Final = wire.NAME
 # An RSA endorsement key takes slow hardware most of a minute to make.

@@ -18,7 +18,8 @@ from spire_hw_plugins.nodeattestor.tpm import machine
 
 if TYPE_CHECKING:
     from spire_hw.posture.heartbeat import HeartbeatChallenge
-    from spire_hw.tpm.device import Connection, TpmDevice
+    from spire_hw.tpm.connection import Connection
+    from spire_hw.tpm.device import TpmDevice
     from spire_hw_plugins.nodeattestor.tpm.machine import ImaList, Machine
 
 _SPKI_HASH_BYTES = 32

@@ -22,7 +22,8 @@ from spire_hw.errors import (
 from spire_hw.key import HashAlgorithm, spki_der
 from spire_hw.tpm import attest, devid
 from spire_hw.tpm.attest import AkKind
-from spire_hw.tpm.device import Hierarchy, TpmDevice, load_password, shared
+from spire_hw.tpm.connection import Hierarchy
+from spire_hw.tpm.device import TpmDevice, load_password, shared
 from spire_hw.tpm.devid import DevIdKey
 from spire_hw.tpm.endorsement import EkType, find_endorsement
 from spire_hw.tpm.errors import WRONG_PASSWORD, TpmError
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from spire_hw.config.hcl import Body
     from spire_hw.plugin.info import HostInfo
     from spire_hw.plugin.nodeattestor import AgentExchange, SvidKey
-    from spire_hw.tpm.device import Connection
+    from spire_hw.tpm.connection import Connection
     from spire_hw.tpm.endorsement import Endorsement
     from spire_hw.tpm.keys import KeyBlob
 
