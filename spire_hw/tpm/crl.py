@@ -228,8 +228,8 @@ def _read_points(value: bytes) -> frozenset[bytes]:
 
 
 @lru_cache(maxsize=256)
-def _is_signed_by(crl: Crl, issuer: Certificate) -> bool:
-    """Tell whether a list is its issuer's, once for each pair of objects."""
+def is_signed_by(crl: Crl, issuer: Certificate) -> bool:
+    """Tell whether a list is this issuer's; looked at once for each pair of objects."""
     usage = issuer.key_usage
     if usage is not None and not usage & KeyUsage.CRL_SIGN:
         return False
@@ -284,7 +284,7 @@ class Revocations:
         related = [c for c in self._by_issuer.get(subject.issuer, ()) if c.concerns(subject)]
         counts = False
         for crl in related:
-            if not _is_signed_by(crl, issuer):
+            if not is_signed_by(crl, issuer):
                 continue
             if crl.is_complete and subject.serial in crl.revoked:
                 raise _refuse("ek_revoked", "certificate is revoked", ErrorKind.PERMISSION_DENIED)

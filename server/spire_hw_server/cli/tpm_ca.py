@@ -25,6 +25,7 @@ from spire_hw.tpm.castore import (
     read_source,
     write_certificate,
 )
+from spire_hw.tpm.crl import is_signed_by
 from spire_hw.tpm.crlfiles import CrlFiles
 from spire_hw.tpm.ekcert import ChainTime, EkRoots, verify_ek_certificate
 from spire_hw.tpm.names import format_name
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from datetime import datetime
 
-    from spire_hw.tpm.crl import Revocations
+    from spire_hw.tpm.crl import Crl, Revocations
 
 _FOLDERS: Final = {Kind.ROOT: ROOTS, Kind.INTERMEDIATE: INTERMEDIATES}
 _MAX_NAMES: Final = 3
@@ -232,11 +233,13 @@ def verify(
     crls = CrlFiles(Path(crl), required=False).revocations if crl else None
     faults = [one for one in _judge_store(roots) if not one.is_taken]
     now = SystemClock().now()
+    lists = [_describe_crl(one, roots, now) for one in (crls.crls if crls else ())]
     checked = [_check(name, roots, crls, ChainTime(chain_time), now) for name in keys]
     values = {
         "roots": len(roots.anchors),
         "intermediates": len(roots.intermediates),
         "faults": [one.values() for one in faults],
+        "crls": lists,
         "keys": checked,
     }
 
@@ -244,6 +247,7 @@ def verify(
         intermediates = count_of(len(roots.intermediates), "intermediate", "intermediates")
         click.echo(f"{count_of(len(roots.anchors), 'root', 'roots')}, {intermediates}")
         _show_reasons("Useless", [(one.reason, one.name) for one in faults])
+        _show_crls(lists)
         for one in checked:
             click.echo(_verdict(one))
 
@@ -251,7 +255,7 @@ def verify(
     bad = sum(not one["trusted"] for one in checked)
     if keys:
         ctx.exit(batch_code(len(checked) - bad, bad))
-    ctx.exit(batch_code(0, len(faults)))
+    ctx.exit(batch_code(0, len(faults) + sum(bool(one["fault"]) for one in lists)))
 
 
 def _check(
@@ -273,6 +277,43 @@ def _check(
         "model": model.model,
         "version": model.version,
     }
+
+
+def _describe_crl(crl: Crl, roots: EkRoots, at: datetime) -> dict[str, Any]:
+    """Return what a revocation list says, and why it does not count."""
+    issuers = [*roots.anchors_named(crl.issuer), *roots.intermediates_named(crl.issuer)]
+    fault = note = ""
+    if not issuers:
+        note = "its issuer is not among the CAs: for CAs that TPMs hold themselves, or for nothing"
+    elif not any(is_signed_by(crl, issuer) for issuer in issuers):
+        fault = "its issuer did not sign it, or may not"
+    elif not crl.is_complete:
+        fault = "not complete: a delta, an indirect list, or one with parts not understood"
+    elif not crl.is_fresh(at):
+        fault = "not valid now"
+    until = None if crl.next_update is None else crl.next_update.isoformat()
+    return {
+        "issuer": format_name(crl.issuer),
+        "this_update": crl.this_update.isoformat(),
+        "next_update": until,
+        "revoked": len(crl.revoked),
+        "fault": fault,
+        "note": note,
+    }
+
+
+def _show_crls(lists: Sequence[dict[str, Any]]) -> None:
+    if not lists:
+        return
+    click.echo(f"Revocation lists: {len(lists)}")
+    for one in lists:
+        until = (one["next_update"] or "?")[:_DATE]
+        click.echo(f"  until {until}, {one['revoked']} revoked  {one['issuer']}")
+        if one["fault"]:
+            click.echo(f"    does not count: {one['fault']}")
+        if one["note"]:
+            click.echo(f"    {one['note']}")
+    click.echo()
 
 
 def _read(name: str) -> bytes:

@@ -14,7 +14,7 @@ from spire_hw.tpm.certificate import encode_pem, parse_certificate
 from spire_hw_server.cli.commands import root
 from spire_hw_sim import ekca
 from spire_hw_sim.cabinets import make_cabinet
-from spire_hw_sim.ekca import CrlSpec, ca_spec
+from spire_hw_sim.ekca import CrlSpec, EkCa, ca_spec
 from spire_hw_sim.softtpm import SoftTpm, make_ek, make_key
 from spire_hw_sim.tpmnode import Vendor
 
@@ -194,3 +194,35 @@ def test_verify_asks_revocation_lists(tmp_path: Path, store: Path, cli: Cli) -> 
     assert code == ExitCode.FAILED
     assert "ek: certificate is revoked [ek_revoked]" in out
     assert cli("verify", str(store), str(key), "-crl", str(tmp_path / "no"))[0] == ExitCode.FAILED
+
+
+def test_verify_tells_which_lists_count(tmp_path: Path, store: Path, cli: Cli) -> None:
+    stranger, other = Vendor.make("Stranger"), EkCa(VENDOR.root.subject, make_key("secp256r1"), b"")
+    delta = CrlSpec(extensions=[ekca.extension(ekca.DELTA_CRL, ekca.integer(1), critical=True)])
+    folder = tmp_path / "crls"
+    folder.mkdir()
+    (folder / "0.crl").write_bytes(VENDOR.intermediate.issue_crl(CrlSpec([1, 2])))
+    (folder / "x.crl").write_bytes(stranger.root.issue_crl(CrlSpec(next_update=b"")))
+    code, out, _ = cli("verify", str(store), "-crl", str(folder))
+    assert code == 0
+    assert "Revocation lists: 2\n  until 2099-01-01, 2 revoked  CN=Vendor EK CA\n" in out
+    assert "  until ?, 0 revoked  CN=Stranger Root\n    its issuer is not among the CAs" in out
+    for number, raw in enumerate(
+        [
+            VENDOR.root.issue_crl(CrlSpec(next_update=ekca.utc("20250301"))),
+            VENDOR.root.issue_crl(delta),
+            other.issue_crl(CrlSpec()),
+        ]
+    ):
+        (folder / f"{number + 1}.crl").write_bytes(raw)
+    code, values = _json(cli, "verify", str(store), "-crl", str(folder))
+    assert code == ExitCode.FAILED
+    assert sorted(one["fault"] for one in values["crls"]) == [
+        "",
+        "",
+        "its issuer did not sign it, or may not",
+        "not complete: a delta, an indirect list, or one with parts not understood",
+        "not valid now",
+    ]
+    out = cli("verify", str(store), "-crl", str(folder))[1]
+    assert "CN=Vendor Root\n    does not count: not valid now\n" in out
