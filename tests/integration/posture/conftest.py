@@ -64,15 +64,15 @@ class Estate:
         new.write_text(text)
         new.replace(self._policies / "p.hcl")
 
-    def start_server(self, posture: str = "") -> None:
-        """Start the server with heartbeats every second."""
+    def start_server(self, posture: str = "", *, keys: str = "") -> None:
+        """Start the server with heartbeats every second; `keys` are more of `server { }`."""
         block = f'posture {{ policy_dir = "{self._policies}" heartbeat_interval = "1s" {posture} }}'
-        self.site.start_server(change=lambda text: f"{text}\n{block}\n")
+        self.site.start_server(keys=keys, change=lambda text: f"{text}\n{block}\n")
         self.site.wait_ready()
 
-    def start(self, posture: str = "") -> None:
+    def start(self, posture: str = "", *, keys: str = "") -> None:
         """Start server and node, and make this process a workload."""
-        self.start_server(posture)
+        self.start_server(posture, keys=keys)
         self.node = self.site.node("n")
         self.node.start()
         self.node.wait_in_use()

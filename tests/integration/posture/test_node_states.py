@@ -13,6 +13,8 @@ from spire_hw_sim.workload import Workload, refusal
 from tests.integration.posture.conftest import GOOD, extended
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from tests.integration.posture.conftest import Estate
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(180)]
@@ -20,6 +22,12 @@ pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(180)]
 # What policy tolerates is told as drift.
 SERVED = {"attested", "drifted"}
 CHANGED = extended(b"boot", b"evil")
+
+
+async def end_of(stream: AsyncIterator[object]) -> None:
+    """Read a stream to its end."""
+    async for _ in stream:
+        continue
 
 
 async def test_drift_takes_the_identity_away_and_a_wider_policy_gives_it_back(
@@ -129,3 +137,18 @@ async def test_a_node_that_falls_silent_is_stale_and_heals_when_it_speaks_again(
                 node.tpm.resume()
         await node.fetch_soon()
     assert await estate.state() == "attested"
+
+
+async def test_heartbeats_go_on_under_the_next_svid(estate: Estate) -> None:
+    estate.allow(GOOD, drift='pcr_changed_without_reset = "accept"')
+    estate.start(keys='agent_ttl = "20s"')
+    node = estate.node
+    await node.fetch_soon()
+    async with Workload(node.socket) as workload, workload.x509_svids() as stream:
+        await anext(stream)
+        node.wait_in_use(after=node.agent.log().index("Agent SVID in use") + 1)
+        node.tpm.extend_pcr(4, b"evil")
+        with pytest.raises(DeniedError, match="pcr_mismatch"):
+            await end_of(stream)
+    assert "The server refused this agent" not in node.agent.log().split("quarantined")[0]
+    assert "stream failed" not in node.agent.log()
