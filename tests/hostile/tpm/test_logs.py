@@ -301,6 +301,11 @@ RESPONSES: dict[str, tuple[Callable[[wire.Response], wire.Response], ErrorKind, 
         "ima: list is missing [ima_missing]",
     ),
     "ima empty": (_ima(lambda _: b""), IA, "ima: list is missing [ima_missing]"),
+    "182 from elsewhere than the start": (
+        lambda r: replace(r, ima_from=3),
+        IA,
+        "ima: list must start at entry 0 [ima_restart]",
+    ),
     "half a line": (_ima(lambda d: d[:-5]), IA, "ima: part of the list does not end with a line"),
     "177 hash": (
         _ima(lambda d: d.replace(b"/usr/bin/tool3\n", b"/usr/bin/tool4\n")),

@@ -200,16 +200,16 @@ def _replay_ima(
         raise refusal("evidence_unasked", "envelope: evidence that was not asked for")
     start, known = (wanted.ima if wanted.ima.count else None), wanted.known_ima
     if proved.reset_count is None:
-        same_boot = start is None or logs.ima_from != 0  # the node's word: nothing else tells
+        same_boot = logs.ima_from != 0  # the node's word: nothing else tells
     else:
-        same_boot = wanted.reset_count is None or wanted.reset_count == proved.reset_count
+        same_boot = wanted.reset_count in {None, proved.reset_count}
+    if logs.ima_from and (start is None or not same_boot):
+        raise refusal("ima_restart", "ima: list must start at entry 0")
     if not same_boot:
-        if logs.ima_from:
-            raise refusal("ima_restart", "ima: list must start at entry 0 after a reset")
         start = known = None
-    elif logs.ima_from == 0 and start is not None:
+    elif start is not None and not logs.ima_from:
         start, known = None, start  # the whole list instead: it must pass where the part begins
-    elif logs.ima_from != (0 if start is None else start.count):
+    elif start is not None and logs.ima_from != start.count:
         denied = ErrorKind.PERMISSION_DENIED
         raise refusal(_ROLLBACK, "ima: list was rewritten: it begins elsewhere", denied)
     return ima.replay(
