@@ -138,7 +138,8 @@ def _asked(message: hw_posture_pb2.HeartbeatResponse.Challenge) -> Asked:
     if message.HasField("ima_from"):
         # Only the server remembers what came before.
         ima = ImaState(message.ima_from, b"", b"")
-    wanted = EvidenceRequest(pcrs, message.boot_log, ima)
+    reset_count = message.reset_count if message.HasField("reset_count") else None
+    wanted = EvidenceRequest(pcrs, message.boot_log, ima, reset_count)
     return Asked(HeartbeatChallenge(message.nonce, wanted), message.timeout_ms / 1000)
 
 
