@@ -25,7 +25,13 @@ from tpm2_pytss.types import (
     TPMT_SIGNATURE,
 )
 
-from spire_hw.errors import EncodingError, InvalidInputError, NotReadyError, SpireHwError
+from spire_hw.errors import (
+    EncodingError,
+    InvalidInputError,
+    NotReadyError,
+    SpireHwError,
+    UnavailableError,
+)
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, check_digest, verify_digest
 from spire_hw.tpm import wire
 from spire_hw.tpm.connection import Capability
@@ -71,6 +77,7 @@ _HASH_IDS: Final = {
 }
 # What a TPM says to a policy that is not met, and to one whose PCRs changed since it was.
 _UNMET: Final = frozenset({Rc.POLICY_FAIL, Rc.PCR_CHANGED})
+_SIGN_ATTEMPTS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,6 +368,7 @@ def sign(
         InvalidInputError: see `check_sign_options`.
         KeyLostError: the key is lost.
         NotReadyError: nobody approved the present state of the machine.
+        UnavailableError: PCRs kept changing.
         TpmError: the TPM refused.
         SpireHwError: the TPM gave a signature that does not verify.
     """
@@ -370,43 +378,33 @@ def sign(
     else:
         scheme_id = wire.ALG_RSAPSS if options.pss else wire.ALG_RSASSA
     scheme, _ = TPMT_SIG_SCHEME.unmarshal(struct.pack(">HH", scheme_id, _HASH_IDS[options.hash]))
-    try:
-        made = _sign(connection, blob, use, digest, scheme)
-    except TpmError as e:
-        if use.binding is None or not e.is_any(_UNMET):
-            raise
-        # A PCR may have changed between policy and signature.
-        made = _sign_again(connection, blob, use, digest, scheme)
+    made = _sign(connection, blob, use, digest, scheme)
     signature = _plain_signature(made, blob)
     verify_own(blob, digest, signature, options)
     return signature
 
 
 def _sign(connection: Connection, blob: KeyBlob, use: KeyUse, digest: bytes, scheme: Any) -> bytes:
-    with (
-        _authority(connection, use) as session,
-        loaded_key(connection, blob, use) as handle,
-    ):
-        made = connection.call(connection.esys.sign, handle, digest, scheme, session1=session)
-        return bytes(made.marshal())
-
-
-def _sign_again(
-    connection: Connection, blob: KeyBlob, use: KeyUse, digest: bytes, scheme: Any
-) -> bytes:
-    try:
-        return _sign(connection, blob, use, digest, scheme)
-    except TpmError as e:
-        if not e.is_any(_UNMET):
-            raise
-        raise KeyLostError(
-            "PCRs changed since the key was made, and it is bound to their values: it must be "
-            "regenerated (bind keys to an authority to have approvals instead)"
-        ) from e
+    for _ in range(_SIGN_ATTEMPTS):
+        with (
+            _authority(connection, blob, use) as session,
+            loaded_key(connection, blob, use) as handle,
+        ):
+            try:
+                made = connection.call(
+                    connection.esys.sign, handle, digest, scheme, session1=session
+                )
+            except TpmError as e:
+                # A PCR changed between policy and signature, perhaps one that does not matter.
+                if use.binding is None or not e.is_any(_UNMET):
+                    raise
+            else:
+                return bytes(made.marshal())
+    raise UnavailableError("PCRs changed each time the key was about to be used; try again")
 
 
 @contextlib.contextmanager
-def _authority(connection: Connection, use: KeyUse) -> Iterator[Any]:
+def _authority(connection: Connection, blob: KeyBlob, use: KeyUse) -> Iterator[Any]:
     """Give the session that authorises use of a key."""
     if use.binding is None and not use.salted:
         yield ESYS_TR.PASSWORD
@@ -419,16 +417,25 @@ def _authority(connection: Connection, use: KeyUse) -> Iterator[Any]:
     )
     with opened as session:
         if use.binding is not None:
-            _satisfy(connection, session, use.binding, use.approvals)
+            _satisfy(connection, session, blob, use.binding, use.approvals)
         yield session
 
 
 def _satisfy(
-    connection: Connection, session: Any, binding: Binding, approvals: tuple[Approval, ...]
+    connection: Connection,
+    session: Any,
+    blob: KeyBlob,
+    binding: Binding,
+    approvals: tuple[Approval, ...],
 ) -> None:
     present = _satisfy_pcrs(connection, session, binding)
     signer = binding.signer
     if signer is None:
+        if present != blob.parsed.auth_policy:
+            raise KeyLostError(
+                "PCRs changed since the key was made, and it is bound to their values: it must "
+                "be regenerated (bind keys to an authority to have approvals instead)"
+            )
         return
     approval = find_approval(approvals, present, binding)
     if approval is None:

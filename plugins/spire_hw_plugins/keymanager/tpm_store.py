@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _SUFFIX: Final = ".tpmkey"
 _VERSION: Final = 1
 _MAX_FILE_BYTES: Final = 64 * 1024
+_HANDLE: Final = re.compile(r"0x81[0-9a-f]{6}")
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
@@ -179,7 +180,7 @@ def decode(content: bytes) -> StoredKey:
             ),
             storage_name=bytes.fromhex(document["storage_name"]),
             created_at=_text(document["created_at"]),
-            handle=int(document["handle"], 16) if "handle" in document else None,
+            handle=_handle(document["handle"]) if "handle" in document else None,
             binding=Binding.parse(document["policy"]) if "policy" in document else None,
         )
     except InvalidInputError:
@@ -193,6 +194,12 @@ def decode(content: bytes) -> StoredKey:
 def _check_version(version: object) -> None:
     if version != _VERSION:
         raise InvalidInputError(f"format {version!r} is not known")
+
+
+def _handle(value: object) -> int:
+    if not isinstance(value, str) or not _HANDLE.fullmatch(value):
+        raise InvalidInputError("is not a TPM key file: handle is none of a persistent key")
+    return int(value, 16)
 
 
 def _text(value: object) -> str:

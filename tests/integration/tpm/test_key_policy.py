@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_asyncio
@@ -10,7 +11,13 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from spire_hw.config.hcl import parse
-from spire_hw.errors import InvalidInputError, NotFoundError, NotReadyError, SpireHwError
+from spire_hw.errors import (
+    InvalidInputError,
+    NotFoundError,
+    NotReadyError,
+    SpireHwError,
+    UnavailableError,
+)
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, generate_private_key, verify_digest
 from spire_hw.tpm import attest, keys, persistent
 from spire_hw.tpm.device import TpmDevice
@@ -226,6 +233,78 @@ async def test_a_pcr_that_changes_between_policy_and_signature_is_tried_once_mor
             await works(manager)
             assert sum(seen.code == SIGN for seen in bus.commands) == 2
             await manager.close()
+
+
+async def test_pcrs_that_keep_changing_cost_no_key(
+    managers: Managers, device: TpmDevice, tpm: Swtpm, tmp_path: Path
+) -> None:
+    authority = Authority(generate_private_key(KeyType.EC_P256), tmp_path)
+
+    def measure(seen: Seen) -> bytes | None:
+        if seen.code == SIGN:
+            tpm.extend_pcr(3, b"not ours")
+        return None
+
+    for settings in (PCRS, authority.settings):
+        with TpmBus(tpm) as bus:
+            manager = await managers.open(bus.tcti, settings)
+            await manager.generate_key("A", KeyType.EC_P256)
+            authority.approve(await present(device))
+            bus.on_command = measure
+            with nothing_left_behind(tpm), pytest.raises(UnavailableError, match="PCRs changed"):
+                await manager.sign_data("A", DIGEST, SHA256)
+            bus.on_command = lambda _: None
+            await works(manager)
+            await manager.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"policy": ...},
+        {"policy": {"pcrs": {"sha256": [1]}, "authority": "", "ref": ""}},
+        {"policy": {"pcrs": {"sha256": [0, 7, 14]}, "authority": "", "ref": ""}},
+        {"handle": "0xffffffffffff"},
+        {"handle": "-1"},
+        {"handle": 5},
+        {"storage_name": "000b" + "00" * 32},
+    ],
+)
+async def test_a_key_file_that_was_altered_gives_nobody_more_than_before(
+    managers: Managers, device: TpmDevice, tpm: Swtpm, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    authority = Authority(generate_private_key(KeyType.EC_P256), tmp_path)
+    manager = await managers.open(tpm.tcti, authority.settings)
+    await manager.generate_key("A", KeyType.EC_P256)
+    await manager.close()
+    path = managers.host.data_dir / "keys-tpm" / "A.tpmkey"
+    content = {**json.loads(path.read_bytes()), **change}
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
+    again = await managers.open(tpm.tcti, authority.settings)
+    with nothing_left_behind(tpm), pytest.raises(SpireHwError):
+        await again.sign_data("A", DIGEST, SHA256)
+    await again.generate_key("A", KeyType.EC_P256)
+    authority.approve(await present(device))
+    with nothing_left_behind(tpm):
+        await works(again)
+
+
+@pytest.mark.parametrize("handle", ["0x81010001", "0x81000001", "0x81ffffff"])
+async def test_a_key_file_that_names_a_handle_of_others_takes_nothing_from_them(
+    managers: Managers, tpm: Swtpm, handle: str
+) -> None:
+    manager = await managers.open(tpm.tcti)
+    await manager.generate_key("A", KeyType.EC_P256)
+    await manager.close()
+    before = tpm.commands.handles(0x81000000)
+    path = managers.host.data_dir / "keys-tpm" / "A.tpmkey"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "handle": handle}))
+    again = await managers.open(tpm.tcti)
+    with nothing_left_behind(tpm):
+        await works(again)
+        await again.generate_key("A", KeyType.EC_P256)
+        await works(again)
+    assert tpm.commands.handles(0x81000000) == before
 
 
 async def test_a_bank_that_is_off_binds_nothing_and_is_refused(
