@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+import zlib
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from spire_hw._pb import hw_posture_pb2, server_agent_pb2, types_pb2
@@ -113,15 +114,23 @@ class Beater:
             yield BeaterStream(self, stream)
 
     def answer(self, challenge: HeartbeatChallenge) -> HeartbeatAnswer:
-        """Return the honest answer to a challenge, without logs."""
-        tpm = self.node.tpm
+        """Return the honest answer to a challenge."""
+        tpm, wanted = self.node.tpm, challenge.wanted
         spki = hashlib.sha256(self.node.spki or b"").digest()
         extra = qualifier("heartbeat", challenge.nonce, spki, b"", tpm.ak.name)
         quotes = []
         for bank, numbers in challenge.wanted.pcrs:
             selection = PcrSelection(bank, numbers)
             quotes.append(SignedQuote(*tpm.quote((selection,), extra), tpm.pcr_values(selection)))
-        return HeartbeatAnswer(tuple(quotes), boot_id=self.boot_id)
+        log = None
+        if wanted.boot_log and self.node.boot_log is not None:
+            log = zlib.compress(self.node.boot_log)
+        answer = HeartbeatAnswer(tuple(quotes), log, boot_id=self.boot_id)
+        if wanted.ima is None or self.node.ima is None:
+            return answer
+        is_new = wanted.reset_count not in {None, tpm.reset_count}
+        part = self.node.part(0 if is_new else wanted.ima.count)
+        return replace(answer, ima=part.data, ima_from=part.start)
 
 
 @dataclass(frozen=True, slots=True)

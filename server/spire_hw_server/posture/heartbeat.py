@@ -30,6 +30,7 @@ from spire_hw.posture.heartbeat import HeartbeatAnswer, HeartbeatChallenge, Hear
 from spire_hw.posture.memory import complete
 from spire_hw.posture.verdict import NodeState
 from spire_hw.selector import Selector
+from spire_hw_server.posture.ahead import verify_ahead
 from spire_hw_server.posture.outcome import failed, refusal
 from spire_hw_server.posture.pace import Pace, Sleeper, spread
 
@@ -317,7 +318,8 @@ class Session:
         looks at.
         """
         hub = self._hub
-        whole = memory.last.boot_id != self._stream.boot_id
+        ids = memory.last.boot_id, self._stream.boot_id
+        whole = None not in ids and ids[0] != ids[1]
         while True:
             policy = hub.judge.policy_for(memory.last.ek)
             wanted = hub.judge.wanted_by_heartbeat(policy, known, whole=whole)
@@ -339,6 +341,7 @@ class Session:
             if complete(memory, evidence).boot is not None:
                 break
             whole = True
+        await verify_ahead(policy, evidence)
         return hub.judge.assess(known, evidence, policy)
 
     async def _answer(self) -> Answer:

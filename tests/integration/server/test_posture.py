@@ -3,172 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
 
 from spire_hw._pb import hw_posture_pb2 as pb
 from spire_hw._pb import server_agent_pb2, server_entry_pb2
-from spire_hw.config import hcl
 from spire_hw.errors import DeniedError, DeniedReason, ErrorKind, NotReadyError, SpireHwError
 from spire_hw.posture.document import decode_evidence
 from spire_hw.posture.verdict import NodeState
-from spire_hw_server.app import Server
-from spire_hw_server.config import build_settings
-from spire_hw_sim.beater import Beater
-from spire_hw_sim.fleet.keys import FleetKeys
-from spire_hw_sim.servers import AGENT, ENTRY, TIMEOUT_S, Operator, server_config
+from spire_hw_sim.servers import AGENT, ENTRY, TIMEOUT_S
+from spire_hw_sim.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
-    from spire_hw.posture.heartbeat import HeartbeatChallenge
-    from spire_hw_agent.upstream.posture import Standing
-    from spire_hw_sim.beater import BeaterStream
+    from spire_hw_sim.beater import Beater
     from spire_hw_sim.clock import SimClock
 
 pytestmark = pytest.mark.asyncio
 
-ADMIN = "/spire_hw.server.v1.PostureAdmin/"
 MINUTE = timedelta(minutes=1)
-# The longest a heartbeat may be away.
-A_BEAT = timedelta(seconds=71)
-UNLIMITED = "ratelimit { attestation = false signing = false }"
-WATCHED = "0, 2, 4, 7"
-
-
-class Site:
-    """A server that can be started again, its operator, and machines.
-
-    Attributes:
-        settings: text of the block `posture`, without the directory of policies.
-    """
-
-    def __init__(self, directory: Path, clock: SimClock) -> None:
-        self.clock = clock
-        self.settings = ""
-        self._directory = directory
-        self._keys = FleetKeys(directory / "fleet")
-        self._policies = directory / "policies"
-        self._policies.mkdir()
-        self._servers: list[tuple[Server, Operator]] = []
-        self._made = 0
-
-    @property
-    def server(self) -> Server:
-        return self._servers[-1][0]
-
-    @property
-    def operator(self) -> Operator:
-        return self._servers[-1][1]
-
-    def allow(self, *beaters: Beater, pcr: int = 4, rules: str = "") -> None:
-        """Write a policy that knows the present values of a PCR of some machines."""
-        values = sorted({b.node.tpm.pcrs["sha256", pcr].hex() for b in beaters})
-        listed = ", ".join(f'"{v}"' for v in values)
-        text = f'policy "web" {{ pcrs {{ sha256 {{ "{pcr}" = [{listed}] }} }} {rules} }}'
-        (self._policies / "web.hcl").write_text(text)
-
-    async def start(self, name: str = "a") -> Server:
-        directory = self._directory / name
-        directory.mkdir(exist_ok=True)
-        plugin = (
-            f'NodeAttestor "tpm" {{ plugin_data {{ endorsement_ca_path = "{self._keys.roots}"'
-            f" pcrs {{ sha256 = [{WATCHED}] }} }} }}"
-        )
-        text = server_config(directory, plugins="", more=UNLIMITED).replace(
-            'NodeAttestor "join_token"', f'{plugin}\n  NodeAttestor "join_token"'
-        )
-        block = f'posture {{ policy_dir = "{self._policies}" {self.settings} }}'
-        text = text.replace(f"{directory}/data/db.sqlite3", f"{self._directory}/db.sqlite3")
-        server = Server(build_settings(hcl.parse(f"{text}\n{block}", "s")), clock=self.clock)
-        await server.start()
-        self._servers.append((server, Operator(server.settings.socket_path)))
-        return server
-
-    async def stop(self) -> None:
-        server, operator = self._servers.pop()
-        await operator.close()
-        await server.close()
-
-    async def close(self) -> None:
-        while self._servers:
-            await self.stop()
-
-    async def machine(self) -> Beater:
-        """Return another machine; all of them booted the same."""
-        self._made += 1
-        node = self._keys.node(self._made)
-        node.tpm.pcrs = dict(node.tpm.pcrs)
-        return Beater(node, self.server.port, await self.operator.bundle(), self.clock)
-
-    async def known(self) -> Beater:
-        """Return a machine that has attested."""
-        beater = await self.machine()
-        await beater.attest()
-        return beater
-
-    async def pass_time(self, step: timedelta, *beaters: Beater) -> None:
-        for beater in beaters:
-            beater.tick(step.total_seconds())
-        await self.clock.advance(step)
-
-    async def admin(self, method: str, request: Any, answer: Any) -> Any:
-        async with asyncio.timeout(TIMEOUT_S):
-            return await self.operator.channel.unary(
-                ADMIN + method, request, answer, timeout_s=TIMEOUT_S
-            )
-
-    async def state(self, beater: Beater) -> pb.NodePosture:
-        request = pb.GetStateRequest(agent_id=beater.id.text)
-        found: pb.NodePosture = await self.admin("GetState", request, pb.NodePosture)
-        return found
-
-    async def history(self, beater: Beater) -> list[pb.EvidenceRecord]:
-        request = pb.ListEvidenceRequest(agent_id=beater.id.text)
-        answer = await self.admin("ListEvidence", request, pb.ListEvidenceResponse)
-        return list(answer.records)
-
-    async def by_hand(self, method: str, beater: Beater, comment: str = "") -> pb.NodePosture:
-        kind = pb.QuarantineRequest if method == "Quarantine" else pb.ReleaseRequest
-        request = kind(agent_id=beater.id.text, comment=comment)
-        found: pb.NodePosture = await self.admin(method, request, pb.NodePosture)
-        return found
-
-    @asynccontextmanager
-    async def streaming(self, beater: Beater) -> AsyncIterator[BeaterStream]:
-        async with asyncio.timeout(TIMEOUT_S), beater.stream() as stream:
-            await stream.state()
-            yield stream
-
-    async def challenge(
-        self, stream: BeaterStream, within: timedelta = A_BEAT
-    ) -> HeartbeatChallenge:
-        """Let time pass until the next heartbeat comes."""
-        end = self.clock.now() + within
-        async with asyncio.TaskGroup() as group:
-            asked = group.create_task(stream.challenge())
-            while not asked.done():
-                assert self.clock.now() < end, "no challenge came"
-                await self.pass_time(timedelta(seconds=5), stream.beater)
-                await asyncio.wait({asked}, timeout=0.05)
-        return asked.result()
-
-    async def beat(self, stream: BeaterStream, within: timedelta = A_BEAT) -> Standing:
-        """Answer the next heartbeat honestly and return what the server says to it."""
-        challenge = await self.challenge(stream, within)
-        await stream.raw.answer(stream.beater.answer(challenge))
-        return await stream.state()
 
 
 @pytest_asyncio.fixture
-async def site(short_dir: Path, clock: SimClock) -> AsyncIterator[Site]:
-    made = Site(short_dir, clock)
+async def site(short_dir: Path, clock: SimClock) -> AsyncIterator[Watch]:
+    made = Watch(short_dir, clock)
     yield made
     await made.close()
 
@@ -188,7 +52,7 @@ async def refusal(work: Awaitable[object]) -> SpireHwError:
     return caught.value
 
 
-async def eventually(site: Site, is_so: Callable[[], Awaitable[bool]]) -> None:
+async def eventually(site: Watch, is_so: Callable[[], Awaitable[bool]]) -> None:
     """Let time pass until something has happened in the background."""
     async with asyncio.timeout(TIMEOUT_S):
         while not await is_so():
@@ -196,7 +60,7 @@ async def eventually(site: Site, is_so: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_attestation_stores_what_was_proved(site: Site) -> None:
+async def test_attestation_stores_what_was_proved(site: Watch) -> None:
     await site.start()
     beater = await site.machine()
     site.allow(beater)
@@ -219,7 +83,7 @@ async def test_attestation_stores_what_was_proved(site: Site) -> None:
     assert decode_evidence(latest.document).pcrs == evidence.pcrs
 
 
-async def test_good_heartbeats_leave_times_and_nothing_else(site: Site) -> None:
+async def test_good_heartbeats_leave_times_and_nothing_else(site: Watch) -> None:
     await site.start()
     beater = await site.known()
     async with site.streaming(beater) as stream:
@@ -237,7 +101,7 @@ async def test_good_heartbeats_leave_times_and_nothing_else(site: Site) -> None:
     assert (await site.state(beater)).last_good_at == state.last_good_at
 
 
-async def test_drift_takes_the_identity_away_and_the_way_back_is_open(site: Site) -> None:
+async def test_drift_takes_the_identity_away_and_the_way_back_is_open(site: Watch) -> None:
     await site.start()
     beater = await site.machine()
     site.allow(beater)
@@ -269,7 +133,7 @@ async def test_drift_takes_the_identity_away_and_the_way_back_is_open(site: Site
     assert (await site.state(beater)).state == "attested"
 
 
-async def test_quarantined_node_heals_by_attesting(site: Site) -> None:
+async def test_quarantined_node_heals_by_attesting(site: Watch) -> None:
     await site.start()
     beater = await site.machine()
     site.allow(beater)
@@ -289,7 +153,7 @@ async def test_quarantined_node_heals_by_attesting(site: Site) -> None:
     assert (await site.state(beater)).state == "attested"
 
 
-async def test_pcr_that_changes_without_a_reset_bans(site: Site) -> None:
+async def test_pcr_that_changes_without_a_reset_bans(site: Watch) -> None:
     await site.start()
     beater = await site.known()
     async with site.streaming(beater) as stream:
@@ -307,7 +171,7 @@ async def test_pcr_that_changes_without_a_reset_bans(site: Site) -> None:
     assert (state.state, list(state.reasons)) == ("banned", ["pcr_changed_without_reset"])
 
 
-async def test_state_changes_are_pushed_to_a_resting_stream(site: Site) -> None:
+async def test_state_changes_are_pushed_to_a_resting_stream(site: Watch) -> None:
     await site.start()
     beater = await site.known()
     async with site.streaming(beater) as stream:
@@ -328,7 +192,7 @@ async def test_state_changes_are_pushed_to_a_resting_stream(site: Site) -> None:
     assert occasions == ["operator", "operator", "attestation"]
 
 
-async def test_ban_and_eviction_by_an_operator_end_the_stream(site: Site) -> None:
+async def test_ban_and_eviction_by_an_operator_end_the_stream(site: Watch) -> None:
     await site.start()
     banned, evicted = await site.known(), await site.known()
     async with site.streaming(banned) as one, site.streaming(evicted) as other:
@@ -347,7 +211,7 @@ async def test_ban_and_eviction_by_an_operator_end_the_stream(site: Site) -> Non
     assert (await site.state(banned)).state == "banned"
 
 
-async def test_new_svid_and_new_stream_end_the_old_stream_well(site: Site) -> None:
+async def test_new_svid_and_new_stream_end_the_old_stream_well(site: Watch) -> None:
     await site.start()
     beater = await site.known()
     async with site.streaming(beater) as old, site.streaming(beater) as new:
@@ -356,7 +220,7 @@ async def test_new_svid_and_new_stream_end_the_old_stream_well(site: Site) -> No
         assert await new.raw.receive() is None
 
 
-async def test_silent_node_becomes_stale_also_after_a_restart(site: Site) -> None:
+async def test_silent_node_becomes_stale_also_after_a_restart(site: Watch) -> None:
     await site.start()
     beater = await site.known()
     await site.pass_time(2 * MINUTE)
@@ -381,7 +245,7 @@ async def test_silent_node_becomes_stale_also_after_a_restart(site: Site) -> Non
         assert (await site.beat(stream)).state is NodeState.ATTESTED
 
 
-async def test_silent_node_can_be_cut_off(site: Site) -> None:
+async def test_silent_node_can_be_cut_off(site: Watch) -> None:
     site.settings = 'stale_action = "quarantine" stale_after = 2'
     await site.start()
     beater = await site.known()
@@ -397,7 +261,7 @@ async def test_silent_node_can_be_cut_off(site: Site) -> None:
     await sync(beater)
 
 
-async def test_changed_policy_is_held_against_stored_evidence_at_once(site: Site) -> None:
+async def test_changed_policy_is_held_against_stored_evidence_at_once(site: Watch) -> None:
     await site.start()
     beater, other = await site.machine(), await site.machine()
     other.measure(4, b"another kernel")
@@ -420,7 +284,7 @@ async def test_changed_policy_is_held_against_stored_evidence_at_once(site: Site
     await sync(beater)
 
 
-async def test_policies_changed_while_the_server_was_away_count(site: Site) -> None:
+async def test_policies_changed_while_the_server_was_away_count(site: Watch) -> None:
     await site.start()
     beater = await site.machine()
     site.allow(beater)
@@ -438,7 +302,7 @@ async def test_policies_changed_while_the_server_was_away_count(site: Site) -> N
     await eventually(site, is_cut_off)
 
 
-async def test_node_without_a_policy_is_refused_and_not_stored(site: Site) -> None:
+async def test_node_without_a_policy_is_refused_and_not_stored(site: Watch) -> None:
     await site.start()
     beater = await site.machine()
     site.allow(beater, rules='nodes { selectors = ["manufacturer:id:00000000"] }')
@@ -450,7 +314,7 @@ async def test_node_without_a_policy_is_refused_and_not_stored(site: Site) -> No
         await site.state(beater)
 
 
-async def test_newer_policy_is_applied_to_an_answer_that_was_on_its_way(site: Site) -> None:
+async def test_newer_policy_is_applied_to_an_answer_that_was_on_its_way(site: Watch) -> None:
     await site.start()
     beater, other = await site.machine(), await site.machine()
     other.measure(4, b"another kernel")
@@ -467,7 +331,7 @@ async def test_newer_policy_is_applied_to_an_answer_that_was_on_its_way(site: Si
     assert denied.kind is ErrorKind.PERMISSION_DENIED
 
 
-async def test_reset_without_a_boot_holds_until_the_next_boot(site: Site) -> None:
+async def test_reset_without_a_boot_holds_until_the_next_boot(site: Watch) -> None:
     site.settings = 'min_boot_time = "2m"'
     await site.start()
     beater = await site.known()
@@ -484,7 +348,7 @@ async def test_reset_without_a_boot_holds_until_the_next_boot(site: Site) -> Non
         assert (await site.beat(stream)).state is NodeState.ATTESTED
 
 
-async def test_accepted_deviation_is_shown_until_the_node_attests_anew(site: Site) -> None:
+async def test_accepted_deviation_is_shown_until_the_node_attests_anew(site: Watch) -> None:
     site.settings = 'drift { pcr_changed_without_reset = "accept" }'
     await site.start()
     beater = await site.known()
@@ -500,7 +364,7 @@ async def test_accepted_deviation_is_shown_until_the_node_attests_anew(site: Sit
     assert (await site.state(beater)).state == "attested"
 
 
-async def test_two_servers_with_one_database_agree(site: Site, clock: SimClock) -> None:
+async def test_two_servers_with_one_database_agree(site: Watch, clock: SimClock) -> None:
     first = await site.start("a")
     beater = await site.known()
     await site.start("b")
@@ -516,7 +380,7 @@ async def test_two_servers_with_one_database_agree(site: Site, clock: SimClock) 
         assert said.result().state is NodeState.QUARANTINED
 
 
-async def test_heartbeats_can_be_switched_off(site: Site) -> None:
+async def test_heartbeats_can_be_switched_off(site: Watch) -> None:
     site.settings = 'heartbeat_interval = "0s"'
     await site.start()
     beater = await site.known()
@@ -527,7 +391,7 @@ async def test_heartbeats_can_be_switched_off(site: Site) -> None:
         assert (await stream.state()).state is NodeState.QUARANTINED
 
 
-async def test_states_are_listed_page_by_page(site: Site) -> None:
+async def test_states_are_listed_page_by_page(site: Watch) -> None:
     await site.start()
     beaters = [await site.known() for _ in range(3)]
     await site.by_hand("Quarantine", beaters[1])
@@ -550,7 +414,7 @@ async def test_states_are_listed_page_by_page(site: Site) -> None:
     assert wrong.kind is ErrorKind.INVALID_ARGUMENT
 
 
-async def test_release_is_refused_while_the_policy_does_not_hold(site: Site) -> None:
+async def test_release_is_refused_while_the_policy_does_not_hold(site: Watch) -> None:
     await site.start()
     beater, other = await site.machine(), await site.machine()
     other.measure(4, b"another kernel")
