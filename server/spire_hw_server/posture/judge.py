@@ -25,6 +25,7 @@ from spire_hw.posture.policy import ek_selectors
 from spire_hw.posture.reasons import action_of
 from spire_hw.posture.verdict import Action, NodeState, Verdict
 from spire_hw_server.posture import history, states
+from spire_hw_server.posture.ahead import verify_ahead
 from spire_hw_server.posture.outcome import IMA_PCR, Outcome, StateChange, refusal
 from spire_hw_server.posture.states import Heal
 
@@ -101,6 +102,7 @@ class NodeJudge:
             if evidence.findings:
                 raise AttestationError(list(evidence.findings))
             return _NO_POLICY
+        await verify_ahead(policy, evidence)
         known = await self._ledger.get(agent_id)
         if known is not None:
             _refuse_cut_off(known)

@@ -14,6 +14,7 @@ from spire_hw.posture.memory import encode_memory
 from spire_hw.posture.verdict import Check, NodeState, Verdict
 from spire_hw_server.datastore.interface import EvidenceRecord, Page, PostureUpdate
 from spire_hw_server.posture import states
+from spire_hw_server.posture.ahead import verify_ahead
 from spire_hw_server.posture.history import encode_findings, posture_of
 from spire_hw_server.posture.outcome import StateChange, failed
 
@@ -114,7 +115,9 @@ class Reevaluation:
             return Verdict("", 0, "", (check,))
         if policy is None:
             return None
-        return self._judge.by_policy(policy, await self.whole(agent_id, known))
+        evidence = await self.whole(agent_id, known)
+        await verify_ahead(policy, evidence)
+        return self._judge.by_policy(policy, evidence)
 
     async def whole(self, agent_id: SpiffeId, known: Known | None) -> Evidence:
         """Return all that a node showed in its present boot.

@@ -259,6 +259,16 @@ async def test_files_that_are_neither_listed_nor_signed_by_a_key_of_the_policy(
     assert len(text) < 500
 
 
+async def test_one_file_among_many_signed_ones(site: Site) -> None:
+    await site.rule(RULES)
+    many = [signed(KEY, replace(NEW, path=b"/opt/%d" % n)) for n in range(200)]
+    await site.lab.attest(site.machine(None, *many))
+    many[100] = signed(STRANGER, replace(NEW, path=b"/opt/evil"))
+    kind, text, codes = await site.refusal(site.machine(None, *many))
+    assert (kind, codes) == (DENIED, ["ima_unknown_file"])
+    assert '"/opt/evil"' in text
+
+
 async def test_old_kernels_are_accepted_by_a_policy_that_says_so_alone(site: Site) -> None:
     await site.rule(RULES)
     kind, text, codes = await site.refusal(site.machine(padded=True))
