@@ -55,10 +55,10 @@ make_root() {
 
 install_project() {
   say "installing the project into it"
-  rm -rf "$OUT/root/opt/spire-hw"
-  "$PY" -m pip install -q --disable-pip-version-check --no-compile --target "$OUT/root/opt/spire-hw" .
+  rm -rf "$OUT/guest/opt/spire-hw"
+  "$PY" -m pip install -q --disable-pip-version-check --no-compile --target "$OUT/guest/opt/spire-hw" .
   # Files of templates and of other Python versions among the dependencies do not compile.
-  "$PY" -m compileall -qq "$OUT/root/opt/spire-hw" -s "$OUT/root" || :
+  "$PY" -m compileall -qq "$OUT/guest/opt/spire-hw" -s "$OUT/guest" || :
 }
 
 make_initrd() {
@@ -82,23 +82,23 @@ main() {
   install_tools
   mkdir -p "$OUT"
   if [ ! -f "$OUT/unpacked/suite" ] || [ "$(cat "$OUT/unpacked/suite")" != "$suite" ]; then
-    rm -rf "$OUT/root" "$OUT/unpacked"
+    rm -rf "$OUT/guest" "$OUT/unpacked"
     make_root "$suite"
-    mkdir -p "$OUT/root" "$OUT/unpacked"
-    tar xf "$OUT/root.tar" -C "$OUT/root" --no-same-owner --exclude='./dev/*'
+    mkdir -p "$OUT/guest" "$OUT/unpacked"
+    tar xf "$OUT/root.tar" -C "$OUT/guest" --no-same-owner --exclude='./dev/*'
     rm "$OUT/root.tar"
-    for deb in "$OUT"/root/debs/*.deb; do dpkg-deb -x "$deb" "$OUT/unpacked"; done
-    rm -rf "$OUT/root/debs"
+    for deb in "$OUT"/guest/debs/*.deb; do dpkg-deb -x "$deb" "$OUT/unpacked"; done
+    rm -rf "$OUT/guest/debs"
     echo "$suite" > "$OUT/unpacked/suite"
   fi
   install_project
-  cp scripts/vm-guest.sh "$OUT/root/sbin/guest-init"
-  cp "$OUT/unpacked/bin/busybox" "$OUT/root/bin/busybox"
-  chmod 755 "$OUT/root/sbin/guest-init"
-  mkdir -p "$OUT"/root/{mnt,proc,sys,dev,run,tmp}
+  cp scripts/vm-guest.sh "$OUT/guest/sbin/guest-init"
+  cp "$OUT/unpacked/bin/busybox" "$OUT/guest/bin/busybox"
+  chmod 755 "$OUT/guest/sbin/guest-init"
+  mkdir -p "$OUT"/guest/{mnt,proc,sys,dev,run,tmp}
   make_initrd
   rm -f "$OUT/root.img"
-  mke2fs -q -t ext4 -m 0 -d "$OUT/root" "$OUT/root.img" 1G
+  mke2fs -q -t ext4 -m 0 -d "$OUT/guest" "$OUT/root.img" 1G
   cp "$OUT"/unpacked/boot/vmlinuz-* "$OUT/vmlinuz"
   cp "$OUT/unpacked/usr/lib/shim/shimx64.efi.signed" "$OUT/shim.efi"
   cp "$OUT/unpacked/usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed" "$OUT/grub.efi"

@@ -142,7 +142,6 @@ def test_a_learnt_policy_keeps_a_changed_kernel_command_line_out(site: Site) -> 
         machine.wait_for("Agent SVID in use", BOOT_S)
         (agent_id,) = _agent_ids(site)
         policy.write_text(site.command("policy", "learn", "-node", agent_id, "-name", "vm"))
-        print(policy.read_text())
         site.command("policy", "create", "-policyFile", policy)
         machine.power_off()
 
@@ -159,5 +158,4 @@ def test_a_learnt_policy_keeps_a_changed_kernel_command_line_out(site: Site) -> 
 
 def _state(site: Site, agent_id: str) -> str:
     shown = json.loads(site.command("agent", "show", "-spiffeID", agent_id, "-output", "json"))
-    print(json.dumps(shown)[:600])
     return str(shown["posture"]["state"])
