@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from spire_hw._pb import hw_posture_pb2 as pb
 from spire_hw.config import hcl
 from spire_hw.errors import SpireHwError
+from spire_hw_agent.upstream.posture import Asked
 from spire_hw_server.app import Server
 from spire_hw_server.config import build_settings
 from spire_hw_sim.beater import Beater
@@ -171,7 +172,14 @@ class Watch:
         return asked.result()
 
     async def beat(self, stream: BeaterStream, within: timedelta = A_BEAT) -> Standing:
-        """Answer the next heartbeat honestly and return what the server says to it."""
-        challenge = await self.challenge(stream, within)
-        await stream.raw.answer(stream.beater.answer(challenge))
-        return await stream.state()
+        """Answer the next heartbeat honestly and return what the server says to it.
+
+        After a boot the server asks twice: for the quote, then for all there is.
+        """
+        asked: Asked | Standing | None = Asked(await self.challenge(stream, within), 0)
+        while isinstance(asked, Asked):
+            await stream.raw.answer(stream.beater.answer(asked.challenge))
+            asked = await stream.raw.receive()
+        if asked is None:
+            raise SpireHwError("the stream has ended")
+        return asked

@@ -1103,10 +1103,11 @@ async def test_sightings_are_stored_without_a_change(store: Datastore) -> None:
     ids = [node.agent_id for node in nodes]
     await store.note_sightings(
         [
-            Sighting(ids[0], 1, later, "new", ImaPart(3, b"more")),
-            Sighting(ids[1], 0, later, "of another time"),
-            Sighting(ids[2], 0, later, "never seen"),
-            Sighting(PARENT, 0, later, "no node"),
+            Sighting(ids[0], 1, START, later, "new", ImaPart(3, b"more")),
+            Sighting(ids[1], 0, START, later, "of another time"),
+            Sighting(ids[1], 1, later, later, "of another life"),
+            Sighting(ids[2], 0, START, later, "never seen"),
+            Sighting(PARENT, 0, START, later, "no node"),
         ]
     )
     assert await store.last_change() == before

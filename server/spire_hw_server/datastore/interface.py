@@ -289,12 +289,13 @@ class Sighting:
     """Good evidence that changed nothing but times and counters.
 
     Attributes:
-        records: as in the posture it was compared with; anything else in the store means that
-            somebody judged the node meanwhile, and nothing is changed.
+        records: as in the posture it was compared with, like `since`; anything else in the store
+            means that somebody judged the node meanwhile, and nothing is changed.
     """
 
     agent_id: SpiffeId
     records: int
+    since: datetime
     last_good_at: datetime
     memory: str
     ima: ImaPart | None = None

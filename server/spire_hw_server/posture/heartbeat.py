@@ -397,7 +397,8 @@ class Session:
     def _refused(self, error: SpireHwError) -> None:
         """Write the audit record of a heartbeat that was not accepted, but not every one."""
         hub = self._hub
-        codes = [f.code for f in error.findings] if isinstance(error, AttestationError) else []
+        found = error.findings if isinstance(error, AttestationError) else []
+        codes = list(dict.fromkeys(finding.code for finding in found))
         left_out = hub.refusals.admit((self.agent_id, *codes))
         if left_out is not None:
             hub.log.warning(

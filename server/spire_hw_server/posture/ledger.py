@@ -20,6 +20,8 @@ from spire_hw_server.posture.deflated import inflate
 from spire_hw_server.posture.states import Standing
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw.posture.evidence import BootFacts, Evidence, ImaEntry
@@ -96,9 +98,10 @@ class Ledger:
         posture = await self._store.get_posture(agent_id)
         if posture is None:
             self._known.pop(agent_id, None)
+            self._dirty.pop(agent_id, None)
             return None
         waiting = self._dirty.get(agent_id)
-        if waiting is not None and waiting.posture.records == posture.records:
+        if waiting is not None and _age(waiting.posture) == _age(posture):
             known = waiting
         else:
             known = self._read(posture)
@@ -160,7 +163,8 @@ class Ledger:
         if known.entries:
             part = ImaPart(known.first, imalist.pack(known.entries))
         text = encode_memory(known.memory)
-        return Sighting(agent_id, known.posture.records, at, text, part)
+        posture = known.posture
+        return Sighting(agent_id, posture.records, posture.since, at, text, part)
 
     async def _stored(self, agent_id: SpiffeId, known: Known) -> None:
         if not known.entries or known.dirty:
@@ -230,3 +234,8 @@ class Ledger:
                 self._known.move_to_end(oldest)
                 break
             del self._known[oldest]
+
+
+def _age(posture: Posture) -> tuple[int, datetime]:
+    """Return what changes whenever a node is judged other than by routine."""
+    return posture.records, posture.since.replace(microsecond=0)

@@ -96,10 +96,14 @@ async def test_after_a_reboot_everything_is_shown_anew(site: Watch, machine: Mac
     async with site.streaming(machine.beater) as stream:
         machine.beater.reboot()
         machine.boot(files=2)
-        first = await site.challenge(stream)
-        await stream.raw.answer(machine.beater.answer(first))
-        said = await stream.state()
+        said = await site.beat(stream)
         assert (said.state, said.reattest) == (NodeState.ATTESTED, True)
+        request = pb.GetEvidenceRequest(agent_id=machine.beater.id.text)
+        found = await site.admin("GetEvidence", request, pb.GetEvidenceResponse)
+        shown = decode_evidence(found.document)
+        assert shown.boot is not None
+        assert shown.ima is not None
+        assert len(shown.ima.entries) == 2
         machine.boot(files=3)
         said = await site.beat(stream)
         assert (said.state, said.reasons) == (NodeState.ATTESTED, ())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from sqlalchemy import Integer, and_, bindparam, delete, insert, select, update
+from sqlalchemy import BigInteger, Integer, and_, bindparam, delete, insert, select, update
 
 from spire_hw.errors import InvalidInputError
 from spire_hw.spiffeid import SpiffeId
@@ -64,6 +64,7 @@ _SEEN: Final = Prepared(
     .where(
         nodes.c.agent_id == bindparam("wanted"),
         node_postures.c.records == bindparam("expected", type_=Integer()),
+        node_postures.c.since == bindparam("beginning", type_=BigInteger()),
     )
 )
 _TOUCH: Final = Prepared(
@@ -106,7 +107,12 @@ def put(tx: Transaction, node_row: int, change: PostureUpdate) -> None:
 def note(tx: Transaction, sightings: Sequence[Sighting]) -> None:
     """Store good evidence that changed nothing else; see `Datastore.note_sightings`."""
     for one in sightings:
-        rows = _SEEN.fetch(tx, wanted=one.agent_id.text, expected=one.records)
+        rows = _SEEN.fetch(
+            tx,
+            wanted=one.agent_id.text,
+            expected=one.records,
+            beginning=seconds_of(one.since),
+        )
         if not rows:
             continue
         at = seconds_of(one.last_good_at)
