@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -30,11 +31,21 @@ _RUN = "from spire_hw_server.cli.main import main; main()"
 
 
 @pytest.fixture(scope="module")
-def socket_path() -> Iterator[Path]:
+def port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        number: int = probe.getsockname()[1]
+        return number
+
+
+@pytest.fixture(scope="module")
+def socket_path(port: int) -> Iterator[Path]:
     """A real server in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="hwcli") as folder:
         config = Path(folder) / "server.conf"
-        config.write_text(server_config(Path(folder), key_manager="memory"))
+        text = server_config(Path(folder), key_manager="memory")
+        config.write_text(text.replace("bind_port = 0", f"bind_port = {port}"))
         command = [sys.executable, "-c", _RUN, "run", "-config", str(config), "-logLevel=info"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
             assert process.stdout is not None
