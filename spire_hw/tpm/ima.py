@@ -9,6 +9,7 @@ Spec: Linux kernel, security/integrity/ima (templates, violations, boot aggregat
 from __future__ import annotations
 
 import hashlib
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from spire_hw.errors import AttestationError, ErrorKind, Finding
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 AGGREGATE: Final = b"boot_aggregate"
 
+_path_of = attrgetter("path")
 _FIRMWARE_PCRS: Final = range(8)
 _LOADER_PCRS: Final = (8, 9)
 
@@ -139,7 +141,7 @@ def _check_aggregate(part: _Part, pcrs: PcrValues, logged: PcrValues, *, is_whol
     """Tie the list to this boot: its first entry, and no other, is a digest over PCRs."""
     wrong = _refusal("boot_aggregate", "boot aggregate does not match")
     later = part.entries[1:] if is_whole else part.entries
-    if any(entry.path == AGGREGATE for entry in later):
+    if AGGREGATE in map(_path_of, later):
         raise wrong
     if not is_whole:
         return

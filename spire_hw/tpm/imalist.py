@@ -75,6 +75,9 @@ _TEMPLATES: Final = {
     b"ima-buf": (6, "ima-buf"),
     b"ima": (5, "ima"),
 }
+_WITH_TAIL: Final = 6
+# The latter takes half the time of ImaEntry().
+_join, _make = b"".join, tuple.__new__
 _COLUMN_BANKS: Final = {size: name for name, size in wire.HASHES.values()}
 _RECORD: Final = struct.Struct("<I20sI")
 _U32: Final = struct.Struct("<I")
@@ -140,9 +143,10 @@ def _read_line(line: bytes) -> tuple[ImaEntry, bytes, bytes]:
     """
     fields = line.split(b" ")
     columns, kind = _TEMPLATES[fields[2]]
-    if len(fields) != columns or fields[0] != b"10" or not fields[4]:
-        raise ValueError("wrong columns")
-    _, column, _, named, path = fields[:5]
+    tail = fields.pop() if columns == _WITH_TAIL else b""
+    pcr, column, _, named, path = fields
+    if pcr != b"10" or not path:
+        raise ValueError("another PCR, or no name")
     if kind == "ima":
         return (*_old_entry(_unhex(named), path), column)
     name, _, text = named.partition(b":")
@@ -150,14 +154,13 @@ def _read_line(line: bytes) -> tuple[ImaEntry, bytes, bytes]:
     digest = unhexlify(text)
     if len(digest) != size or hexlify(digest) != text:  # the latter: upper case
         raise ValueError("wrong digest")
-    body = b"".join((head, digest, (len(path) + 1).to_bytes(4, "little"), path, b"\x00"))
-    signature = b""
-    if kind != "ima-ng":
-        extra = _unhex(fields[5])
-        body += len(extra).to_bytes(4, "little") + extra
-        signature = extra if kind == "ima-sig" else b""
-    # Takes half the time of ImaEntry().
-    return tuple.__new__(ImaEntry, (path, algorithm, digest, kind, signature)), body, column
+    body = _join((head, digest, (len(path) + 1).to_bytes(4, "little"), path, b"\x00"))
+    if columns != _WITH_TAIL:
+        return _make(ImaEntry, (path, algorithm, digest, kind, b"")), body, column
+    extra = _unhex(tail)
+    body += len(extra).to_bytes(4, "little") + extra
+    signature = extra if kind == "ima-sig" else b""
+    return _make(ImaEntry, (path, algorithm, digest, kind, signature)), body, column
 
 
 def _unhex(text: bytes) -> bytes:
@@ -189,6 +192,8 @@ def _lines(data: bytes, before: int) -> list[bytes]:
 
 
 def _check_text(data: bytes, number: int) -> None:
+    if data.isascii():
+        return
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as e:
