@@ -7,7 +7,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from spire_hw._pb import hw_posture_pb2, server_agent_pb2, types_pb2
-from spire_hw.errors import SpireHwError
+from spire_hw.errors import SpireHwError, UnavailableError
 from spire_hw.key import SoftwareSigner
 from spire_hw.posture.heartbeat import HeartbeatAnswer, SignedQuote
 from spire_hw.rpc.client import connect
@@ -18,7 +18,7 @@ from spire_hw.tpm.wire import PcrSelection
 from spire_hw.transport.dialer import Dialer
 from spire_hw.transport.tls import TlsIdentity
 from spire_hw.x509.csr import build_csr
-from spire_hw_agent.upstream.posture import HEARTBEAT, HeartbeatStream, Standing
+from spire_hw_agent.upstream.posture import HEARTBEAT, Asked, HeartbeatStream, Standing
 from spire_hw_sim.servers import AGENT, TIMEOUT_S
 
 if TYPE_CHECKING:
@@ -110,14 +110,14 @@ class LightNode:
         self.renew_at = svid.not_after - (svid.not_after - svid.not_before) / 2
 
     async def beat(self, tally: Tally, leave_after_s: float) -> None:
-        """Answer heartbeats over one connection for a while, or until the server ends it.
+        """Answer heartbeats over one connection for a while.
 
         Args:
             tally: counts them; the latency is that of the server's verdict on an answer.
             leave_after_s: then it ends, between two heartbeats.
 
         Raises:
-            SpireHwError: the stream could not be opened, or was cut.
+            SpireHwError: the stream could not be opened, or has ended.
         """
         try:
             async with (
@@ -138,18 +138,14 @@ class LightNode:
                     message = await stream.receive()
             except TimeoutError:
                 return
+            if isinstance(message, Asked):
+                with tally.watching():
+                    while isinstance(message, Asked):  # servers may want more before they judge
+                        await stream.answer(self._answer(message.challenge))
+                        message = await stream.receive()
             if message is None:
-                return
-            if isinstance(message, Standing):
-                self.standing = message
-                continue
-            answer = self._answer(message.challenge)
-            with tally.watching():
-                await stream.answer(answer)
-                verdict = await stream.receive()
-            if not isinstance(verdict, Standing):
-                raise SpireHwError("the server did not judge a heartbeat")
-            self.standing = verdict
+                raise UnavailableError("the server ended the heartbeat stream")
+            self.standing = message
 
     def _answer(self, challenge: HeartbeatChallenge) -> HeartbeatAnswer:
         tpm = self._machine.tpm
