@@ -247,7 +247,8 @@ class Session:
 
     async def greeting(self) -> StateMessage:
         """Return what the agent is told first."""
-        known = await self._hub.ledger.get(self.agent_id)
+        # It may have held its stream to another server, which wrote what it saw without notice.
+        known = await self._hub.ledger.get(self.agent_id, fresh=True)
         self._schedule(known)
         return self._state(known)
 

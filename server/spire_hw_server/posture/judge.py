@@ -6,6 +6,7 @@ when a node is refused without a state: anybody may try, and only an audit recor
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from spire_hw_server.posture.policies import Policies
     from spire_hw_server.postureconfig import PostureSettings
 
+_MAX_JUDGED: Final = 1024
 _NO_POLICY: Final = Verdict("", 0, "", ())
 # What a heartbeat quotes of a machine of which nothing was quoted before.
 _BOOT_PCRS: Final = (("sha256", tuple(range(8))),)
@@ -79,6 +81,8 @@ class NodeJudge:
         self._clock = clock
         self._log = log
         self._on_change = on_change
+        # Attestations that were accepted and are not stored yet.
+        self._judged: OrderedDict[SpiffeId, tuple[Evidence, Policy | None, Outcome]] = OrderedDict()
 
     @property
     def is_active(self) -> bool:
@@ -110,6 +114,9 @@ class NodeJudge:
         if not outcome.accepted:
             await self.record(agent_id, outcome, evidence.occasion.value)
             raise refusal(outcome)
+        self._judged[agent_id] = (evidence, policy, outcome)
+        if len(self._judged) > _MAX_JUDGED:
+            self._judged.popitem(last=False)
         return outcome.verdict
 
     def policy_for(self, ek: EkFacts) -> Policy | None:
@@ -247,10 +254,23 @@ class NodeJudge:
         known = await self._ledger.get(agent_id)
         if known is not None:
             _refuse_cut_off(known)
-        outcome = self.assess(known, evidence, policy)
+        outcome = self._judged_before(agent_id, evidence, policy, known)
+        if outcome is None:
+            outcome = self.assess(known, evidence, policy)
         if not outcome.accepted:
             raise refusal(outcome)
         return history.update(agent_id, outcome, Occasion.ATTESTATION.value), outcome
+
+    def _judged_before(
+        self, agent_id: SpiffeId, evidence: Evidence, policy: Policy | None, known: Known | None
+    ) -> Outcome | None:
+        """Return what `judge` came to, if all it looked at is still the same."""
+        judged = self._judged.pop(agent_id, None)
+        if judged is None:
+            return None
+        shown, by, outcome = judged
+        same = shown is evidence and by is policy and outcome.before is known
+        return outcome if same else None
 
     async def record(self, agent_id: SpiffeId, outcome: Outcome, occasion: str) -> None:
         """Store what an outcome does to a node; a node that is not stored has no state."""

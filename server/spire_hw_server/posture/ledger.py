@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 FLUSH_S: Final = 5.0
 _MAX_NODES: Final = 100_000
 _MAX_BOOTS: Final = 1024
+_MAX_ABSENT: Final = 1024
 # Parts of an IMA list that are put together as soon as there are so many.
 _MAX_PARTS: Final = 32
 _BATCH: Final = 500
@@ -79,6 +80,7 @@ class Ledger:
         self._limit = limit
         self._known: OrderedDict[SpiffeId, Known] = OrderedDict()
         self._dirty: dict[SpiffeId, Known] = {}
+        self._absent: OrderedDict[SpiffeId, None] = OrderedDict()
         self._boots: OrderedDict[tuple[str, str], BootFacts] = OrderedDict()
 
     async def get(self, agent_id: SpiffeId, *, fresh: bool = False) -> Known | None:
@@ -95,11 +97,17 @@ class Ledger:
         if known is not None and (not fresh or known.dirty):
             self._known.move_to_end(agent_id)
             return known
+        if agent_id in self._absent and not fresh:
+            return None
         posture = await self._store.get_posture(agent_id)
         if posture is None:
             self._known.pop(agent_id, None)
             self._dirty.pop(agent_id, None)
+            self._absent[agent_id] = None
+            if len(self._absent) > _MAX_ABSENT:
+                self._absent.popitem(last=False)
             return None
+        self._absent.pop(agent_id, None)
         waiting = self._dirty.get(agent_id)
         if waiting is not None and _age(waiting.posture) == _age(posture):
             known = waiting
@@ -111,6 +119,7 @@ class Ledger:
     def forget(self, agent_id: SpiffeId) -> None:
         """Read a node anew when it is asked for next: somebody changed it."""
         self._known.pop(agent_id, None)
+        self._absent.pop(agent_id, None)
 
     def sighted(self, agent_id: SpiffeId, known: Known, memory: Memory, seen: Evidence) -> None:
         """Note good evidence that changed nothing but times and counters."""

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _IDLE_S: Final = 3600.0
 _STEPS: Final = 1000
+# Entries that were overtaken are swept out when there are so many.
+_LEAST_SWEEP: Final = 1024
 
 
 def spread(seconds: float, share: float) -> float:
@@ -63,6 +65,12 @@ class Pace:
         self._alarm = Alarm(clock)
         self._queue: list[tuple[float, int, Sleeper]] = []
         self._count = 0
+        self._sweep_at = _LEAST_SWEEP
+
+    @property
+    def places(self) -> int:
+        """Return how many entries there are, those that were overtaken among them."""
+        return len(self._queue)
 
     async def run(self) -> None:
         """Wake whoever is due; ends only when cancelled."""
@@ -81,6 +89,10 @@ class Pace:
         self._count += 1
         sleeper.is_due = False
         sleeper.due = self._clock.monotonic() + seconds
+        if len(self._queue) >= self._sweep_at:
+            self._queue = [entry for entry in self._queue if entry[2].due == entry[0]]
+            heapq.heapify(self._queue)
+            self._sweep_at = max(_LEAST_SWEEP, 2 * len(self._queue))
         heapq.heappush(self._queue, (sleeper.due, self._count, sleeper))
         if self._queue[0][2] is sleeper:
             self._alarm.ring()
