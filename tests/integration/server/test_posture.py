@@ -171,6 +171,27 @@ async def test_pcr_that_changes_without_a_reset_bans(site: Watch) -> None:
     assert (state.state, list(state.reasons)) == ("banned", ["pcr_changed_without_reset"])
 
 
+async def test_evicting_a_banned_node_forgets_its_past(site: Watch) -> None:
+    await site.start()
+    beater = await site.known()
+    async with site.streaming(beater) as stream:
+        beater.node.tpm.reset_count -= 1
+        assert (await site.beat(stream)).reasons == ("tpm_replaced",)
+    await refusal(beater.attest())
+    request = server_agent_pb2.DeleteAgentRequest(
+        id={"trust_domain": "example.org", "path": beater.id.path}
+    )
+    await site.operator.channel.unary(
+        AGENT + "DeleteAgent", request, pb.NodePosture, timeout_s=TIMEOUT_S
+    )
+    await beater.attest()
+    assert (await site.state(beater)).state == "attested"
+    (record,) = await site.history(beater)
+    assert record.id == 1
+    async with site.streaming(beater) as stream:
+        assert (await site.beat(stream)).reasons == ()
+
+
 async def test_state_changes_are_pushed_to_a_resting_stream(site: Watch) -> None:
     await site.start()
     beater = await site.known()
