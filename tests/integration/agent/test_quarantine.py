@@ -34,7 +34,14 @@ pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
 MINE = f"unix:uid:{os.getuid()}"
 
 
-class WatchfulServer(LyingServer):
+class SteadyServer(LyingServer):
+    """Issues agent SVIDs that are not due for renewal yet."""
+
+    def agent_chain(self, key: PublicKey) -> list[bytes]:
+        return [self.leaf(key, AGENT_PATH, start=now())]
+
+
+class WatchfulServer(SteadyServer):
     """Tells agents whatever is put into its queue, on whichever stream is open.
 
     Attributes:
@@ -80,9 +87,6 @@ class WatchfulServer(LyingServer):
         """Tell the agent a state, now and on every later stream."""
         self.first = state(word, *reasons)
         self.told.put_nowait(self.first)
-
-    def agent_chain(self, key: PublicKey) -> list[bytes]:
-        return [self.leaf(key, AGENT_PATH, start=now())]  # not due for renewal yet
 
 
 def state(word: str, *reasons: str, **fields: Any) -> pb.HeartbeatResponse:
@@ -223,7 +227,7 @@ async def test_a_banned_agent_gives_everything_up_and_ends(
 
 
 async def test_a_server_without_heartbeats_is_asked_once(home: Path) -> None:
-    async with asyncio.timeout(60), LyingServer() as server:
+    async with asyncio.timeout(60), SteadyServer() as server:
         server.add("/web", MINE)
         asked = 0
         unknown = server.heartbeat_answers
