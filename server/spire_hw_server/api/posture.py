@@ -24,7 +24,8 @@ from spire_hw_server.api.posture_message import (
 )
 from spire_hw_server.datastore.interface import NodeFilter
 from spire_hw_server.posture.deflated import inflate
-from spire_hw_server.posture.heartbeat import ANSWER_S, Stream
+from spire_hw_server.posture.heartbeat import ANSWER_S
+from spire_hw_server.posture.stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from spire_hw.rpc.service import Call
     from spire_hw_server.api.audit import Audit
     from spire_hw_server.datastore.interface import Datastore, Node, Posture
-    from spire_hw_server.posture.heartbeat import Answer, StateMessage
     from spire_hw_server.posture.postures import Postures
+    from spire_hw_server.posture.stream import Answer, StateMessage
 
 _FIRST_MESSAGE_S: Final = 10.0
 # What fits into a message with all that is around it.

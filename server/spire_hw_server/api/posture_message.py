@@ -8,13 +8,13 @@ from spire_hw._pb import hw_posture_pb2 as pb
 from spire_hw.errors import InvalidInputError, LimitError
 from spire_hw.posture.heartbeat import HeartbeatAnswer, SignedQuote
 from spire_hw.rpc import convert
-from spire_hw_server.posture.heartbeat import CannotAnswer, StateMessage
 from spire_hw_server.posture.history import decode_findings
+from spire_hw_server.posture.stream import CannotAnswer, StateMessage
 
 if TYPE_CHECKING:
     from spire_hw.posture.heartbeat import HeartbeatChallenge
     from spire_hw_server.datastore.interface import EvidenceRecord, Posture
-    from spire_hw_server.posture.heartbeat import Answer
+    from spire_hw_server.posture.stream import Answer
 
 MAX_LOG_BYTES: Final = 1 << 20
 MAX_REASON: Final = 1024

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.aio.tasks import Tasks
@@ -26,17 +24,17 @@ from spire_hw.errors import (
 )
 from spire_hw.logsample import Sampler
 from spire_hw.posture.evidence import Occasion
-from spire_hw.posture.heartbeat import HeartbeatAnswer, HeartbeatChallenge, HeartbeatVerifier
+from spire_hw.posture.heartbeat import HeartbeatChallenge, HeartbeatVerifier
 from spire_hw.posture.memory import complete
 from spire_hw.posture.verdict import NodeState
 from spire_hw.selector import Selector
 from spire_hw_server.posture.ahead import verify_ahead
-from spire_hw_server.posture.outcome import failed, refusal
+from spire_hw_server.posture.outcome import refusal
 from spire_hw_server.posture.pace import Pace, Sleeper, spread
+from spire_hw_server.posture.stream import CannotAnswer, StateMessage, state_message
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-    from datetime import datetime
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
@@ -46,6 +44,7 @@ if TYPE_CHECKING:
     from spire_hw_server.posture.judge import NodeJudge
     from spire_hw_server.posture.ledger import Known, Ledger
     from spire_hw_server.posture.outcome import Outcome
+    from spire_hw_server.posture.stream import Answer, Send, Stream
 
 ANSWER_S: Final = 30.0
 _JITTER: Final = 0.1
@@ -54,54 +53,6 @@ _LATE_S: Final = 10.0
 _NONCE_BYTES: Final = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """Who holds a stream.
-
-    Attributes:
-        agent_id: whom the certificate of the connection was issued to.
-        attestation_type: name of the attestor that let it in.
-        serial_number: decimal, of that certificate.
-        not_after: when it ends.
-        spki_sha256: digest of its key.
-        can_answer: whether the agent answers challenges.
-        boot_id: of its kernel, as it says; None when it does not.
-    """
-
-    agent_id: SpiffeId
-    attestation_type: str
-    serial_number: str
-    not_after: datetime
-    spki_sha256: bytes
-    can_answer: bool
-    boot_id: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class StateMessage:
-    """What an agent is told.
-
-    Attributes:
-        next_s: until the next challenge may come; None when none comes.
-        reattest: it should attest anew.
-    """
-
-    state: NodeState
-    reasons: tuple[str, ...] = ()
-    message: str = ""
-    next_s: float | None = None
-    reattest: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class CannotAnswer:
-    """An agent's excuse."""
-
-    reason: str
-
-
-Answer = HeartbeatAnswer | CannotAnswer
-Send = Callable[[HeartbeatChallenge | StateMessage], Awaitable[None]]
 # Evidence that is not good; anything else is a fault of the stream, or of ours.
 _REFUSALS: Final = (AttestationError, InvalidInputError, LimitError)
 
@@ -464,21 +415,15 @@ class Session:
         reattest: bool = False,
     ) -> StateMessage:
         """Return what the agent is told of its state."""
-        state, message = NodeState.ATTESTED, ""
-        reasons: tuple[str, ...] = ()
-        if known is not None:
-            standing = known.standing
-            state, reasons, message = standing.state, standing.reasons, standing.message
-        if outcome is not None and not outcome.accepted and not reasons:
-            checks = failed(outcome.verdict.checks)
-            reasons = tuple(dict.fromkeys(check.code for check in checks))
-            message = checks[0].message
-        elif refused is not None and not reasons:
-            if isinstance(refused, AttestationError):
-                reasons = tuple(f.code for f in refused.findings)
-            message = refused.message
         lacks = self._hub.interval_s is not None and self._stream.can_answer
         lacks &= known is None or known.memory is None
         lacks &= self._stream.attestation_type in self._hub.verifiers
-        self.told = state
-        return StateMessage(state, reasons, message, self._next_s, reattest or lacks)
+        said = state_message(
+            None if known is None else known.standing,
+            next_s=self._next_s,
+            reattest=reattest or lacks,
+            outcome=outcome,
+            refused=refused,
+        )
+        self.told = said.state
+        return said

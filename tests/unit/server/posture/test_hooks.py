@@ -23,7 +23,7 @@ from cryptography.x509.oid import NameOID
 from structlog.testing import capture_logs
 
 from spire_hw.aio.tasks import Tasks
-from spire_hw.errors import NotReadyError, UnavailableError
+from spire_hw.errors import InvalidInputError, NotReadyError, UnavailableError
 from spire_hw.posture.verdict import NodeState
 from spire_hw.spiffeid import TrustDomain, agent_id
 from spire_hw_server.posture import states
@@ -239,7 +239,7 @@ async def test_secret_that_will_not_do_stops_the_start(tmp_path: Path, text: str
     secret.write_text(text)
     for path in (secret, tmp_path / "none"):
         hooks = Hooks(hook(1, secret_path=path), trust_domain=TD, clock=SimClock(), log=LOG)
-        with pytest.raises(NotReadyError, match="secret") as refused:
+        with pytest.raises((NotReadyError, InvalidInputError), match="secret") as refused:
             await hooks.start()
         assert not text or text not in refused.value.message
 
