@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 from spire_hw.errors import (
@@ -25,6 +26,7 @@ from spire_hw.errors import (
     SpireHwError,
 )
 from spire_hw.key import parse_spki
+from spire_hw.logsample import Sampler
 from spire_hw.plugin.nodeattestor import (
     AttestationRequest,
     AttestedIdentity,
@@ -43,7 +45,7 @@ from spire_hw_server.datastore.interface import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
     from datetime import datetime
 
     from spire_hw.clock import Clock
@@ -62,6 +64,8 @@ _MAX_ROUNDS: Final = 16
 _MAX_SELECTORS: Final = 1000
 _MAX_TOKEN: Final = 255
 _NAME_SEGMENT: Final = 3  # of "/spire/agent/<name>/..."
+_RECORDS_PER_MINUTE: Final = 100  # from one source; beyond, they are counted
+_OUR_OWN: Final = frozenset({ErrorKind.INTERNAL, ErrorKind.UNAVAILABLE, ErrorKind.UNKNOWN})
 
 
 @runtime_checkable
@@ -89,6 +93,7 @@ class Admission:
         csr_spki: DER of the one public key the SVID may be issued for.
         keys: digests of the keys no other node may have.
         evidence: what was proved about its machine, None when nothing was.
+        caller: IP address, for the audit record.
     """
 
     agent_id: SpiffeId
@@ -98,6 +103,7 @@ class Admission:
     csr_spki: bytes
     keys: NodeKeys
     evidence: Evidence | None = None
+    caller: str = ""
 
 
 class Admissions:
@@ -150,6 +156,7 @@ class Admissions:
         self._is_banned = is_banned
         self._judge = judge
         self._strict_ids = strict_ids
+        self._records = Sampler(clock, burst=_RECORDS_PER_MINUTE)
 
     async def admit(
         self,
@@ -182,9 +189,10 @@ class Admissions:
             SpireHwError: DEADLINE_EXCEEDED; INTERNAL for an attestor that gave a wrong answer.
         """
         try:
-            return await self._within_time(
+            admission = await self._within_time(
                 attestation_type, payload, csr_spki, challenge, caller=caller, source=source
             )
+            return replace(admission, caller=caller)
         except SpireHwError as e:
             self._record_refusal(e, attestation_type, csr_spki, caller)
             raise
@@ -202,6 +210,7 @@ class Admissions:
         Raises:
             DeniedError: the node was banned meanwhile; the SVID must not be sent.
             AttestationError: another node got one of its keys meanwhile; likewise.
+            SpireHwError: INTERNAL, the datastore failed.
         """
         node = Node(
             agent_id=admission.agent_id,
@@ -212,9 +221,10 @@ class Admissions:
             selectors=admission.selectors,
         )
         try:
-            shown = await self._shown(admission)
-            update = None if shown is None else shown[0]
-            stored = await self._datastore.put_node(node, admission.keys, update)
+            with self.own_faults("cannot store the attestation", admission.agent_id):
+                shown = await self._shown(admission)
+                update = None if shown is None else shown[0]
+                stored = await self._datastore.put_node(node, admission.keys, update)
         except (DeniedError, AttestationError) as e:
             refusal: SpireHwError = e
             if isinstance(e, KeyInUseError):
@@ -223,7 +233,9 @@ class Admissions:
                 refusal = _quarantined(e)
             elif isinstance(e, DeniedError):
                 refusal = _banned(admission.agent_id)
-            self._record_refusal(refusal, admission.attestation_type, admission.csr_spki, "")
+            self._record_refusal(
+                refusal, admission.attestation_type, admission.csr_spki, admission.caller
+            )
             raise refusal from e
         if shown is not None and self._judge is not None:
             self._judge.stored(admission.agent_id, shown[1], Occasion.ATTESTATION.value)
@@ -235,6 +247,26 @@ class Admissions:
             selectors=len(stored.selectors),
         )
         return stored
+
+    @contextmanager
+    def own_faults(self, what: str, agent_id: SpiffeId) -> Iterator[None]:
+        """Tell the operator why this server fails, and the node no more than that it does.
+
+        Args:
+            what: cannot be done.
+            agent_id: for whom.
+
+        Raises:
+            SpireHwError: INTERNAL, in place of an error that is not the node's.
+        """
+        try:
+            yield
+        except SpireHwError as e:
+            if e.kind not in _OUR_OWN:
+                raise
+            text = f"node: {what} now"
+            self._log.error(text, agent_id=str(agent_id), error=e.message)
+            raise SpireHwError(text, kind=ErrorKind.INTERNAL) from e
 
     async def _shown(self, admission: Admission) -> tuple[PostureUpdate, Outcome] | None:
         """Return what evidence changes of what is known of a machine."""
@@ -356,7 +388,8 @@ class Admissions:
             DeniedError: it is banned.
             KeyInUseError: one of the keys is another node's.
         """
-        node = await self._datastore.find_node(identity, keys)
+        with self.own_faults("cannot look the node up", identity):
+            node = await self._datastore.find_node(identity, keys)
         if node is not None and node.banned:
             raise _banned(identity)
         return node
@@ -418,6 +451,10 @@ class Admissions:
     def _record_refusal(
         self, error: SpireHwError, attestation_type: str, csr_spki: bytes, caller: str
     ) -> None:
+        left_out = self._records.admit(caller)
+        if left_out is None:
+            return
+        more = {"left_out": left_out} if left_out else {}
         self._log.warning(
             "Node attestation refused",
             type="audit",
@@ -428,6 +465,7 @@ class Admissions:
             node_attestor_type=_shown(attestation_type),
             key_sha256=hashlib.sha256(csr_spki).hexdigest(),
             caller_addr=caller,
+            **more,
         )
 
 

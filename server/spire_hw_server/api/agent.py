@@ -266,7 +266,8 @@ class AgentService:
         )
         self._audit.note(call, spiffe_id=str(admission.agent_id))
         with self._alone(admission.agent_id):
-            issued = await self._issuer.agent_svid(csr.spki, admission.agent_id)
+            with self._admissions.own_faults("cannot issue", admission.agent_id):
+                issued = await self._issuer.agent_svid(csr.spki, admission.agent_id)
             await self._admissions.store(
                 admission, serial_number=str(issued.serial), expires_at=issued.not_after
             )

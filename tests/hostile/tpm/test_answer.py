@@ -159,6 +159,7 @@ def _signed(tpm: SoftTpm, attest: bytes, selection: PcrSelection = PCRS) -> Quot
 SHAPES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "99 one byte after": (lambda a: a + b"\0", "quote_malformed"),
     "99 133 bytes after": (lambda a: a + bytes(133), "quote_malformed"),
+    "20 kB after": (lambda a: a + bytes(20_000), "quote_malformed"),
     "100 magic 46": (lambda a: b"\xff\x54\x43\x46" + a[4:], "magic"),
     "100 magic 0": (lambda a: bytes(4) + a[4:], "magic"),
     "100 magic little-endian": (lambda a: a[3::-1] + a[4:], "magic"),
@@ -215,6 +216,37 @@ async def test_quote_of_another_signer_is_refused(tmp_path: Path) -> None:
             "quote_signature",
             "quote_scheme",
         }
+
+
+RSASSA, RSAPSS = wire.ALG_RSASSA, wire.ALG_RSAPSS
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "used"),
+    [
+        ("rsa2048", (RSASSA, wire.ALG_SHA256), (RSAPSS, wire.ALG_SHA256)),
+        ("rsa2048", (RSAPSS, wire.ALG_SHA256), (RSASSA, wire.ALG_SHA256)),
+        ("rsa2048", (RSASSA, wire.ALG_SHA256), (RSASSA, wire.ALG_SHA1)),
+        ("rsa2048", (RSASSA, wire.ALG_SHA256), (RSASSA, wire.ALG_SHA384)),
+        ("secp256r1", (wire.ALG_ECDSA, wire.ALG_SHA256), (wire.ALG_ECDSA, wire.ALG_SHA1)),
+        ("secp256r1", (wire.ALG_ECDSA, wire.ALG_SHA256), (wire.ALG_ECDSA, wire.ALG_SHA384)),
+    ],
+)
+async def test_signature_has_the_scheme_of_its_key(
+    tmp_path: Path, kind: str, own: tuple[int, int], used: tuple[int, int]
+) -> None:
+    lab = await Lab.make(tmp_path)
+    tpm = SoftTpm(ek=make_ek("L-2"), ak=make_ak(kind, scheme=own), ak_scheme=own)
+    node = lab.node(tpm)
+    await lab.attest(node)
+
+    def bend(_: ChallengeMessage, extra: bytes) -> QuoteEvidence:
+        attest, _sig = tpm.quote((PCRS,), extra)
+        return QuoteEvidence(attest, sign(tpm.ak.private, attest, used), tpm.pcr_values(PCRS))
+
+    error = await _bend_quote(lab, node, bend)
+    assert error.kind is IA
+    assert _codes(error) == ["quote_scheme"]
 
 
 async def test_signed_software_structure_needs_the_ak(tmp_path: Path) -> None:

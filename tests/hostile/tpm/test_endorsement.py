@@ -20,6 +20,7 @@ from spire_hw_sim.ekca import EkCa, Spec, ca_spec, ek_spec, tlv
 from spire_hw_sim.softtpm import (
     SoftKey,
     SoftTpm,
+    coordinates,
     encode_public,
     make_ak,
     make_ek,
@@ -207,6 +208,11 @@ KEYS = {
     "52 exponent 3": (_rsa_spki(GOOD_N, 3), "RSA exponent must be 65537"),
     "52 exponent nearly n": (_rsa_spki(GOOD_N, GOOD_N - 2), "RSA exponent must be 65537"),
     "52 exponent 0": (_rsa_spki(GOOD_N, 0), "RSA exponent must be 65537"),
+    "exponent 1": (_rsa_spki(GOOD_N, 1), "RSA exponent must be 65537"),
+    "exponent 5": (_rsa_spki(GOOD_N, 5), "RSA exponent must be 65537"),
+    "exponent 17": (_rsa_spki(GOOD_N, 17), "RSA exponent must be 65537"),
+    "even exponent": (_rsa_spki(GOOD_N, 65536), "RSA exponent must be 65537"),
+    "negative exponent": (_rsa_spki(GOOD_N, -65537), "RSA exponent must be 65537"),
     "53 even modulus": (_rsa_spki(GOOD_N - 1, 65537), "modulus is not acceptable"),
     "53 small factor": (_rsa_spki(GOOD_N // 997 * 997 | 0, 65537), "RSA"),
     "53 negative modulus": (_rsa_spki(-GOOD_N, 65537), "RSA"),
@@ -221,6 +227,7 @@ KEYS = {
         "not in range",
     ),
     "55 short": (_ec_spki(b"\x04" + bytes(62)), "not in canonical form"),
+    "long": (_ec_spki(b"\x04" + bytes(66)), "not in canonical form"),
     "57 P-192": (_ec_spki(bytes(49), "1.2.840.10045.3.1.1"), "key type is not supported"),
     "57 SM2": (_ec_spki(bytes(65), "1.2.156.10197.1.301"), "key type is not supported"),
     "56 compressed": (_ec_spki(b"\x02" + bytes(32)), "not in canonical form"),
@@ -371,6 +378,21 @@ async def test_public_area_of_another_type_is_refused(tmp_path: Path, kind: int)
         lab.node(), data=lambda d: replace(d, ek_pub=kind.to_bytes(2, "big") + d.ek_pub[2:])
     )
     assert "ek: public area: key type" in error.message
+
+
+@pytest.mark.parametrize("more", [b"\0", b""])
+async def test_coordinates_of_a_public_area_have_one_length(tmp_path: Path, more: bytes) -> None:
+    lab = await Lab.make(tmp_path)
+    node = lab.node()
+    key = node.tpm.ek.private
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    x, _ = coordinates(key)
+    other = wire.sized(more + (x if more else x[1:]))
+    area = node.tpm.ek.public.replace(wire.sized(x), other)
+    error = await lab.refusal(node, data=lambda d: replace(d, ek_pub=area))
+    assert error.kind is IA
+    assert error.message.startswith("ek: public area ")
+    assert "coordinate must be 32 bytes" in error.message
 
 
 # --- paths ------------------------------------------------------------------------------------

@@ -395,6 +395,14 @@ PEMS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "26 not PEM": (lambda _: b"hello", "no endorsement key in the request"),
     "26 binary": (lambda _: b"\xff\xfe\x00", "no endorsement key in the request"),
     "27 three blocks": (lambda p: p + p, "expected one certificate and at most one public key"),
+    "two certificates": (
+        lambda p: p[: p.index(b"-----BEGIN PUBLIC")] * 2,
+        "expected one certificate and at most one public key",
+    ),
+    "two public keys": (
+        lambda p: p + p[p.index(b"-----BEGIN PUBLIC") :],
+        "expected one certificate and at most one public key",
+    ),
     "27 text before": (lambda p: b"x\n" + p, "text beside PEM blocks"),
     "27 text between": (lambda p: p.replace(b"-----\n-----", b"-----\nx\n-----"), "text beside"),
     "27 headers": (
