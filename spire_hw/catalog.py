@@ -26,6 +26,7 @@ from spire_hw.errors import (
     SpireHwError,
     UnavailableError,
 )
+from spire_hw.files import read_bounded
 from spire_hw.plugin.hostservices import HostServices
 from spire_hw.plugin.info import Builder, HostInfo, Plugin, PluginKind
 from spire_hw.plugin.section import PluginConfig, Rules, check_counts
@@ -379,12 +380,9 @@ def _load_data(config: PluginConfig) -> _Data:
     if not config.data_file:
         return _Data(config.data.to_hcl(), config.data)
     path = Path(config.data_file)
+    raw = read_bounded(path, _MAX_DATA_FILE_BYTES, "plugin_data_file")
     try:
-        with path.open("rb") as stream:
-            raw = stream.read(_MAX_DATA_FILE_BYTES + 1)
         text = raw.decode()
-    except OSError as e:
-        raise UnavailableError(f"plugin_data_file {path}: {e.strerror}") from e
     except UnicodeDecodeError as e:
         raise InvalidInputError(f"plugin_data_file {path} is not UTF-8 text") from e
     return _Data(text, hcl.parse(text, str(path)))

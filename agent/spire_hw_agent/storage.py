@@ -16,7 +16,8 @@ import threading
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from spire_hw.errors import InvalidInputError, NotReadyError, SpireHwError
+from spire_hw.errors import InvalidInputError, NotReadyError
+from spire_hw.files import NoFileError, read_bounded, replace_file
 from spire_hw.hardening import check_directory
 from spire_hw.x509.certificate import load_certificate
 
@@ -90,21 +91,15 @@ class Storage:
     def _read(self) -> AgentData:
         path = self.directory / _FILE
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return AgentData()
-        except OSError as e:
-            raise NotReadyError(f"{path} cannot be read: {e.strerror}") from e
-        with os.fdopen(fd, "rb") as f:
-            raw = f.read(_MAX_BYTES + 1)
-        try:
-            document = _document(raw)
+            document = _document(read_bounded(path, _MAX_BYTES, links=False))
             return AgentData(
                 svid=_chain(document.pop("svid", None)),
                 bundle=_usable(_chain(document.pop("bundle", None))),
                 reattestable=document.pop("reattestable", False) is True,
                 other=document,
             )
+        except NoFileError:
+            return AgentData()
         except (ValueError, TypeError, RecursionError) as e:
             raise NotReadyError(
                 f"{path} is damaged: {e}; remove the file to make the agent enrol again"
@@ -135,39 +130,12 @@ class Storage:
             "bundle": _lines(data.bundle),
             "reattestable": data.reattestable,
         }
-        try:
-            _replace(self.directory / _FILE, json.dumps(document, indent=2).encode() + b"\n")
-        except OSError as e:
-            raise SpireHwError(f"{self.directory / _FILE} cannot be written: {e.strerror}") from e
+        # Its draft has one name: the directory is locked.
+        replace_file(self.directory / _FILE, json.dumps(document, indent=2).encode() + b"\n")
         self._data = data
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Replace a file so that a crash leaves the old or the new content, never a part."""
-    # One name: the directory is locked, and what a killed agent left behind is written over.
-    temporary = path.with_name(f".{path.name}.new")
-    fd = os.open(
-        temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-    )
-    try:
-        with os.fdopen(fd, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
 def _document(raw: bytes) -> dict[str, Any]:
-    if len(raw) > _MAX_BYTES:
-        raise ValueError("larger than 4 MiB")
     document = json.loads(raw)
     if not isinstance(document, dict):
         raise TypeError("not a JSON object")

@@ -20,6 +20,7 @@ from spire_hw.errors import (
     SpireHwError,
     UnavailableError,
 )
+from spire_hw.files import NoFileError, read_bounded
 from spire_hw_agent.config import RebootstrapMode
 
 if TYPE_CHECKING:
@@ -153,13 +154,11 @@ async def fetch_bundle(settings: AgentSettings, log: Logger) -> Bundle | None:
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as f:
-            raw = f.read(_MAX_BUNDLE_BYTES + 1)
-    except FileNotFoundError as e:
+        return read_bounded(path, _MAX_BUNDLE_BYTES, "trust bundle", pipes=True)
+    except NoFileError as e:
         raise NotFoundError(f"trust bundle {path} does not exist") from e
-    except OSError as e:
-        raise NotReadyError(f"trust bundle {path} cannot be read: {e.strerror}") from e
-    return _sized(raw, str(path))
+    except InvalidInputError as e:
+        raise NotReadyError(e.message) from e
 
 
 async def _fetch(url: str, unix_socket: str) -> bytes:

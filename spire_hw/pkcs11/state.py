@@ -9,12 +9,11 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import os
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from spire_hw.errors import ErrorKind
+from spire_hw.errors import ErrorKind, NotReadyError
+from spire_hw.files import replace_file
 from spire_hw.key import spki_der
 from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.pkcs11.labels import Owner
@@ -102,25 +101,11 @@ class StateFile:
         Raises:
             TokenError: INTERNAL, it cannot be written; the old one is intact.
         """
-        draft = self.path.with_name(f".{self.path.name}.new")
         try:
-            draft.unlink(missing_ok=True)
-            handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(_encode(state))
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except OSError as e:
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
+            replace_file(self.path, _encode(state), "key manifest")
+        except NotReadyError as e:
             raise TokenError(
-                f"key manifest {self.path} cannot be written: {e.strerror}",
+                e.message,
                 reason="hsm.state_write",
                 operation="write manifest",
             ) from e

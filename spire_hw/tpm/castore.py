@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import InvalidInputError, NotReadyError
+from spire_hw.files import read_bounded
 from spire_hw.tpm import cabinet, certificate, der
 from spire_hw.tpm.certificate import Certificate, parse_certificate
 from spire_hw.tpm.ekcert import EkRoots
@@ -111,18 +112,11 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def _read_file(path: Path) -> list[Certificate]:
+    blob = read_bounded(path, _MAX_FILE_BYTES, "endorsement CAs at")
     try:
-        return [parse_certificate(one, "certificate") for one in split(_read(path))]
+        return [parse_certificate(one, "certificate") for one in split(blob)]
     except InvalidInputError as e:
         raise InvalidInputError(f"{path}: {e.message}") from e
-
-
-def _read(path: Path) -> bytes:
-    with path.open("rb") as file:
-        blob = file.read(_MAX_FILE_BYTES + 1)
-    if len(blob) > _MAX_FILE_BYTES:
-        raise InvalidInputError(f"larger than {_MAX_FILE_BYTES} bytes")
-    return blob
 
 
 def split(blob: bytes) -> list[bytes]:
@@ -148,12 +142,9 @@ def read_source(path: Path) -> Source:
     try:
         if path.is_dir():
             return _sort("directory", "", _walk(path))
-        with path.open("rb") as file:
-            blob = file.read(cabinet.MAX_CABINET_BYTES + 1)
     except OSError as e:
-        raise NotReadyError(f"cannot read {path}: {e.strerror}") from e
-    if len(blob) > cabinet.MAX_CABINET_BYTES:
-        raise InvalidInputError(f"{path}: larger than {cabinet.MAX_CABINET_BYTES} bytes")
+        raise NotReadyError(f"{path} cannot be read: {e.strerror}") from e
+    blob = read_bounded(path, cabinet.MAX_CABINET_BYTES)
     digest = hashlib.sha256(blob).hexdigest()
     if blob.startswith(cabinet.MAGIC):
         return _sort("cabinet", digest, iter(cabinet.read_cabinet(blob)))

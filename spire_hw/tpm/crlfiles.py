@@ -11,6 +11,7 @@ import asyncio
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import InvalidInputError, NotReadyError, SpireHwError
+from spire_hw.files import read_bounded
 from spire_hw.tpm.crl import MAX_CRL_BYTES, Revocations, parse_crl, split_crls
 
 if TYPE_CHECKING:
@@ -98,10 +99,7 @@ class CrlFiles:
 
 
 def _read_file(path: Path) -> list[Crl]:
-    with path.open("rb") as file:
-        blob = file.read(2 * MAX_CRL_BYTES + 1)
-    if len(blob) > 2 * MAX_CRL_BYTES:
-        raise InvalidInputError(f"{path}: larger than {2 * MAX_CRL_BYTES} bytes")
+    blob = read_bounded(path, 2 * MAX_CRL_BYTES, "revocation lists at")
     try:
         return [parse_crl(one) for one in split_crls(blob)]
     except InvalidInputError as e:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from spire_hw.aio.backoff import Backoff
 from spire_hw.cli.flags import GoGroup, flag
 from spire_hw.cli.output import complain, count_of, shown
 from spire_hw.errors import ErrorKind, SpireHwError
+from spire_hw.files import replace_file
 from spire_hw.x509.certificate import encode_pem, load_chain
 from spire_hw_agent.cli.connect import Workload, workload_flags
 
@@ -125,7 +125,7 @@ def _write_x509(answer: workload_pb2.X509SVIDResponse, directory: Path, *, quiet
         path = directory / name
         if not quiet:
             click.echo(f"Writing {what} #{number} to file {path}.")
-        _write(path, content, mode)
+        replace_file(path, content, mode=mode, shared=True)
 
     for i, svid in enumerate(answer.svids):
         put("SVID", i, f"svid.{i}.pem", _pem(svid.x509_svid), 0o644)
@@ -151,17 +151,6 @@ def _key_pem(der: bytes) -> bytes:
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-
-
-def _write(path: Path, content: bytes, mode: int) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode)
-        with os.fdopen(fd, "wb") as f:
-            f.write(content)
-        temporary.replace(path)
-    except OSError as e:
-        raise SpireHwError(f"{path} cannot be written: {e.strerror}") from e
 
 
 # -- JWT -----------------------------------------------------------------------

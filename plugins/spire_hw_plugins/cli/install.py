@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +18,7 @@ import click
 from spire_hw.cli.flags import GoCommand
 from spire_hw.cli.output import Printer, complain, output_flags
 from spire_hw.errors import InvalidInputError, UnavailableError
+from spire_hw.files import replace_file
 from spire_hw.hardening import check_directory
 from spire_hw_plugins.serve import available, sides_of
 
@@ -95,7 +95,7 @@ def install(directory: str, output: str, field: str) -> None:
 def _install(folder: Path, kind: PluginKind, name: str) -> dict[str, str]:
     path = folder / f"{kind.value.lower()}-{name}"
     content = launcher(kind, name)
-    _replace(path, content)
+    replace_file(path, content, mode=_MODE, shared=True)
     return {
         "kind": kind.value,
         "name": name,
@@ -103,17 +103,3 @@ def _install(folder: Path, kind: PluginKind, name: str) -> dict[str, str]:
         "path": str(path),
         "checksum": hashlib.sha256(content).hexdigest(),
     }
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Put a file in place at once: a host may be about to start it."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    made = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-        made.chmod(_MODE)
-        made.replace(path)
-    except OSError:
-        made.unlink(missing_ok=True)
-        raise

@@ -13,7 +13,6 @@ import binascii
 import json
 import os
 import stat
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -23,7 +22,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from pydantic import StringConstraints
 
 from spire_hw.config.schema import Model, decode, faults
-from spire_hw.errors import ConfigFault, InvalidInputError, NotReadyError, SpireHwError
+from spire_hw.errors import ConfigFault, InvalidInputError, NotReadyError
+from spire_hw.files import NoFileError, read_bounded, replace_file
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw_plugins.keymanager.software import SoftwareKey, SoftwareKeys
 
@@ -86,11 +86,12 @@ class DiskKeyManager(SoftwareKeys):
 
     def _read(self, path: Path) -> dict[str, SoftwareKey]:
         try:
-            content, mode = _read_bounded(path)
-        except FileNotFoundError:
+            content = read_bounded(path, _MAX_FILE_BYTES, "key file")
+        except NoFileError:
             return {}
-        except OSError as e:
-            raise NotReadyError(f"key file {path} cannot be read: {e.strerror}") from e
+        except InvalidInputError as e:
+            raise NotReadyError(e.message) from e
+        mode = stat.S_IMODE(path.stat().st_mode)
         if mode & (stat.S_IRWXG | stat.S_IRWXO):
             self._log.warning(
                 "key file is open to others than its owner", path=str(path), mode=f"{mode:04o}"
@@ -104,10 +105,7 @@ class DiskKeyManager(SoftwareKeys):
         path = self._path
         if path is None:
             raise NotReadyError("not configured")
-        try:
-            _replace(path, encode_keys(keys))
-        except OSError as e:
-            raise SpireHwError(f"key file {path} cannot be written: {e.strerror}") from e
+        replace_file(path, encode_keys(keys), "key file")
 
 
 def encode_keys(keys: Mapping[str, SoftwareKey]) -> bytes:
@@ -166,36 +164,6 @@ def _check_directory(directory: Path) -> None:
         raise NotReadyError(f"directory {directory} does not exist")
     if not os.access(directory, os.W_OK | os.X_OK):
         raise NotReadyError(f"directory {directory} is not writable")
-
-
-def _read_bounded(path: Path) -> tuple[bytes, int]:
-    with path.open("rb") as file:
-        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        content = file.read(_MAX_FILE_BYTES + 1)
-    if len(content) > _MAX_FILE_BYTES:
-        raise NotReadyError(f"key file {path} is larger than {_MAX_FILE_BYTES} bytes")
-    return content, mode
-
-
-def _replace(path: Path, content: bytes) -> None:
-    draft = path.with_name(f".{path.name}.new")
-    draft.unlink(missing_ok=True)
-    try:
-        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def build(host: HostInfo) -> DiskKeyManager:

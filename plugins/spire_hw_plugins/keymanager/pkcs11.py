@@ -34,6 +34,7 @@ from spire_hw.errors import (
     InvalidInputError,
     NotReadyError,
 )
+from spire_hw.files import NoFileError, read_bounded
 from spire_hw.key import KeyType, SignOptions
 from spire_hw.pkcs11 import uri as pkcs11_uri
 from spire_hw.pkcs11.keyring import Keyring, Policy, info_of
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 NAME: Final = "pkcs11"
 _IDENTIFIER_FILE: Final = "pkcs11-key-identifier"
+_MAX_IDENTIFIER_FILE_BYTES: Final = 4096
 _MAX_IDENTIFIER: Final = 64
 _URI_ATTRIBUTES: Final = frozenset(
     {"token", "serial", "model", "manufacturer", "slot-description", "slot-manufacturer"}
@@ -330,12 +332,13 @@ class Pkcs11KeyManager:
         named = config.key_identifier_file
         path = Path(named) if named is not None else self._host.data_dir / _IDENTIFIER_FILE
         try:
-            identifier = path.read_text(encoding="ascii").strip()
-        except FileNotFoundError:
+            content = read_bounded(path, _MAX_IDENTIFIER_FILE_BYTES, "key identifier file")
+            identifier = content.decode("ascii").strip()
+        except NoFileError:
             identifier = str(uuid.uuid4())
             _create(path, identifier)
-        except (OSError, UnicodeDecodeError) as e:
-            raise NotReadyError(f"key identifier file {path} cannot be read") from e
+        except UnicodeDecodeError as e:
+            raise NotReadyError(f"key identifier file {path} does not hold an identifier") from e
         if not _is_identifier(identifier):
             raise NotReadyError(f"key identifier file {path} does not hold an identifier")
         return identifier

@@ -8,10 +8,10 @@ without a word. This file is the second way to the journal. It holds nothing sec
 from __future__ import annotations
 
 import json
-import os
 from typing import TYPE_CHECKING, Final
 
-from spire_hw.errors import EncodingError, SpireHwError
+from spire_hw.errors import EncodingError
+from spire_hw.files import NoFileError, read_bounded, replace_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,17 +35,13 @@ class AuthorityMark:
         """Return the stored ids, none when nothing was stored yet.
 
         Raises:
-            EncodingError: the file is not what `store` wrote.
-            SpireHwError: it cannot be read.
+            InvalidInputError: the file is not what `store` wrote.
+            NotReadyError: it cannot be read.
         """
         try:
-            fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
+            data = read_bounded(self._path, _MAX_BYTES, links=False)
+        except NoFileError:
             return ()
-        except OSError as e:
-            raise SpireHwError(f"cannot read {self._path}: {e.strerror}") from e
-        with os.fdopen(fd, "rb") as file:
-            data = file.read(_MAX_BYTES + 1)
         try:
             ids = json.loads(data)[_FIELD]
         except (ValueError, KeyError, TypeError) as e:
@@ -58,22 +54,7 @@ class AuthorityMark:
         """Replace the ids; they survive a power cut once this returns.
 
         Raises:
-            SpireHwError: the file cannot be written.
+            NotReadyError: the file cannot be written.
         """
         data = json.dumps({_FIELD: list(ids)}).encode() + b"\n"
-        temporary = self._path.with_name(f".{FILE_NAME}.new")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            fd = os.open(temporary, flags, 0o600)
-            with os.fdopen(fd, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._path)
-            directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
-        except OSError as e:
-            raise SpireHwError(f"cannot write {self._path}: {e.strerror}") from e
+        replace_file(self._path, data)

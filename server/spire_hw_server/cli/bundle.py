@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -11,9 +9,10 @@ import click
 from spire_hw._pb import server_bundle_pb2 as pb
 from spire_hw._pb import types_pb2
 from spire_hw.bundle.document import encode_document, encode_pem, parse_document, parse_pem
+from spire_hw.cli.files import read_input
 from spire_hw.cli.flags import F, GoGroup, flag
 from spire_hw.cli.output import count_of
-from spire_hw.errors import InvalidInputError, SpireHwError
+from spire_hw.errors import InvalidInputError, NotReadyError, SpireHwError
 from spire_hw.rpc.convert import bundle_from_pb, bundle_to_pb
 from spire_hw.rpc.status import item_error
 from spire_hw.spiffeid import TrustDomain
@@ -135,16 +134,9 @@ def set_bundle(admin: Admin, id: str, path: str, format: str) -> None:  # noqa: 
 
 def _read(path: str) -> bytes:
     try:
-        if path:
-            with Path(path).open("rb") as stream:
-                data = stream.read(_MAX_BYTES + 1)
-        else:
-            data = sys.stdin.buffer.read(_MAX_BYTES + 1)
-    except OSError as e:
-        raise InvalidInputError(f"{path or 'standard input'} cannot be read: {e.strerror}") from e
-    if len(data) > _MAX_BYTES:
-        raise InvalidInputError(f"the bundle is longer than {_MAX_BYTES} bytes")
-    return data
+        return read_input(path or "-", _MAX_BYTES)
+    except NotReadyError as e:
+        raise InvalidInputError(e.message) from e
 
 
 @group.command(

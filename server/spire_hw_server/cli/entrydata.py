@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw._pb import types_pb2
+from spire_hw.cli.files import read_input
 from spire_hw.cli.output import go_time, table
 from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
 from spire_hw.selector import Selector
@@ -27,19 +26,12 @@ def read_json(path: str) -> Any:
     """Return what a JSON file holds; `-` is standard input.
 
     Raises:
-        ConfigError: it cannot be read or is not JSON.
+        NotReadyError: it cannot be read.
+        InvalidInputError: it is too large.
+        ConfigError: it is not JSON.
     """
     name = "standard input" if path == "-" else path
-    try:
-        if path == "-":
-            raw = sys.stdin.buffer.read(_MAX_BYTES + 1)
-        else:
-            with Path(path).open("rb") as stream:
-                raw = stream.read(_MAX_BYTES + 1)
-    except OSError as e:
-        raise ConfigError(name, [ConfigFault(0, f"cannot be read: {e.strerror}")]) from e
-    if len(raw) > _MAX_BYTES:
-        raise ConfigError(name, [ConfigFault(0, "is larger than 64 MiB")])
+    raw = read_input(path, _MAX_BYTES)
     try:
         return json.loads(raw)
     except json.JSONDecodeError as e:

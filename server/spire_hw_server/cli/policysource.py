@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from spire_hw._pb import hw_policy_pb2, hw_posture_pb2
+from spire_hw.cli.files import read_input
 from spire_hw.cli.flags import F, flag
-from spire_hw.errors import NotReadyError
 from spire_hw.posture.document import MAX_BYTES, decode_evidence
 from spire_hw.posture.policyfile import parse_policy
 from spire_hw_server.posture.policyfiles import SUFFIX, read_policy
@@ -84,7 +84,7 @@ class Wanted:
             EncodingError: a file is no evidence document.
             NotFoundError: there is no such node, or nothing is stored of it.
         """
-        found = [Shown(name, decode_evidence(_read(Path(name)))) for name in self.files]
+        found = [Shown(name, decode_evidence(read_input(name, MAX_BYTES))) for name in self.files]
         for node in self.nodes:
             request = hw_posture_pb2.GetEvidenceRequest(agent_id=node, id=self.number)
             answer = admin.call(_POSTURE, "GetEvidence", request)
@@ -119,11 +119,3 @@ def evidence_flags(command: F) -> F:
     wrapped = flag("node", of_node, repeated=True)(wrapped)
     document = "Evidence document, as `agent evidence ID -latest` prints it."
     return flag("evidence", document, repeated=True)(wrapped)  # type: ignore[return-value]
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as stream:
-            return stream.read(MAX_BYTES + 1)
-    except OSError as e:
-        raise NotReadyError(f"cannot read {path}: {e.strerror}") from e

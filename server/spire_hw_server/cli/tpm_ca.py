@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from spire_hw.cli.files import read_input
 from spire_hw.cli.flags import F, GoGroup, flag
 from spire_hw.cli.output import Printer, count_of, output_flags, shown
 from spire_hw.cli.run import batch_code
 from spire_hw.clock import SystemClock
-from spire_hw.errors import InvalidInputError, NotReadyError, SpireHwError
+from spire_hw.errors import InvalidInputError, SpireHwError
 from spire_hw.tpm.caimport import Judged, Kind, judge
 from spire_hw.tpm.castore import (
     INTERMEDIATES,
@@ -263,7 +264,7 @@ def _check(
 ) -> dict[str, Any]:
     out: dict[str, Any] = {"name": name, "trusted": False}
     try:
-        leaf, chain = read_certificates(_read(name))
+        leaf, chain = read_certificates(read_input(name, MAX_NODE_BYTES))
         proved = verify_ek_certificate(
             leaf, chain, roots, at, chain_time=chain_time, revocations=crls
         )
@@ -314,17 +315,6 @@ def _show_crls(lists: Sequence[dict[str, Any]]) -> None:
         if one["note"]:
             click.echo(f"    {one['note']}")
     click.echo()
-
-
-def _read(name: str) -> bytes:
-    try:
-        with Path(name).open("rb") as file:
-            raw = file.read(MAX_NODE_BYTES + 1)
-    except OSError as e:
-        raise NotReadyError(f"cannot be read: {e.strerror}") from e
-    if len(raw) > MAX_NODE_BYTES:
-        raise InvalidInputError(f"larger than {MAX_NODE_BYTES} bytes")
-    return raw
 
 
 def _verdict(one: dict[str, Any]) -> str:

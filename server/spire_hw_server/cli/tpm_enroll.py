@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
 
 from spire_hw._pb import hw_admin_pb2
+from spire_hw.cli.files import read_input
 from spire_hw.cli.flags import GoCommand, flag
 from spire_hw.cli.output import count_of, shown
 from spire_hw.cli.run import batch_code
-from spire_hw.errors import InvalidInputError, NotReadyError
+from spire_hw.errors import InvalidInputError
 from spire_hw_server.cli.connect import Admin, Session, admin_flags
 from spire_hw_server.cli.eksource import MAX_CSV_BYTES, MAX_NODE_BYTES, Wanted, read_csv, read_node
 
@@ -80,26 +80,16 @@ def enroll(
     ctx.exit(batch_code(len(outcomes) - refused, refused))
 
 
-def _read(name: str, limit: int) -> bytes:
-    try:
-        if name == "-":
-            return sys.stdin.buffer.read(limit + 1)
-        with Path(name).open("rb") as file:
-            return file.read(limit + 1)
-    except OSError as e:
-        raise NotReadyError(f"cannot read {name}: {e.strerror}") from e
-
-
 def _read_table(name: str, comment: str, owner: str) -> list[Wanted]:
     try:
-        return read_csv(_read(name, MAX_CSV_BYTES), comment, owner)
+        return read_csv(read_input(name, MAX_CSV_BYTES), comment, owner)
     except InvalidInputError as e:
         raise InvalidInputError(f"{name}: {e.message}") from e
 
 
 def _read_node(name: str, template: str, comment: str, owner: str) -> Wanted:
     try:
-        return Wanted(name, read_node(_read(name, MAX_NODE_BYTES), template), comment, owner)
+        return Wanted(name, read_node(read_input(name, MAX_NODE_BYTES), template), comment, owner)
     except InvalidInputError as e:
         return Wanted(name, "", fault=e.message)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
-import secrets
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -18,7 +16,8 @@ from spire_hw._pb import server_bundle_pb2, server_svid_pb2
 from spire_hw.cli.flags import DURATION, GoGroup, flag
 from spire_hw.cli.output import complain, epoch, rfc3339
 from spire_hw.clock import SystemClock
-from spire_hw.errors import ErrorKind, SpireHwError, UnavailableError
+from spire_hw.errors import ErrorKind, SpireHwError
+from spire_hw.files import replace_file
 from spire_hw_server.cli.connect import Admin, Session, admin_flags, id_message, id_text
 
 if TYPE_CHECKING:
@@ -133,30 +132,12 @@ def pem(label: str, blocks: Sequence[bytes]) -> str:
 
 def write_public(path: Path, data: bytes) -> None:
     """Write a file that all may read, whole or not at all."""
-    _replace(path, data, 0o644)
+    replace_file(path, data, mode=0o644, shared=True)
 
 
 def write_private(path: Path, data: bytes) -> None:
     """Write a file that only its owner may read, whole or not at all."""
-    _replace(path, data, 0o600)
-
-
-def _replace(path: Path, data: bytes, mode: int) -> None:
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fchmod(stream.fileno(), mode)
-                os.fsync(stream.fileno())
-            fresh.replace(path)
-        except OSError:
-            fresh.unlink(missing_ok=True)
-            raise
-    except OSError as e:
-        raise UnavailableError(f"cannot write {path}: {e.strerror}", kind=ErrorKind.UNKNOWN) from e
+    replace_file(path, data, shared=True)
 
 
 def _base64(data: bytes) -> str:

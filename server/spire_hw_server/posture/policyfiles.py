@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.config import hcl
@@ -14,6 +12,7 @@ from spire_hw.errors import (
     NotReadyError,
     SpireHwError,
 )
+from spire_hw.files import read_bounded
 from spire_hw.posture import digestlist
 from spire_hw.posture.policyfile import load_policy
 from spire_hw.posture.policyset import PolicySet
@@ -35,14 +34,14 @@ def read_policy(path: Path) -> tuple[Policy, str]:
         ConfigError: it is no policy, with every fault.
         NotReadyError: it cannot be read.
     """
-    raw = _read(path, 4 * hcl.MAX_CHARS)
+    raw = read_bounded(path, 4 * hcl.MAX_CHARS)
     try:
         text = raw.decode()
     except UnicodeDecodeError as e:
         raise ConfigError(str(path), [ConfigFault(0, "is not UTF-8 text")]) from e
     folder = path.parent
     return load_policy(
-        text, str(path), read=lambda name: _read(folder / name, digestlist.MAX_BYTES)
+        text, str(path), read=lambda name: read_bounded(folder / name, digestlist.MAX_BYTES)
     )
 
 
@@ -78,23 +77,3 @@ def find_policy_faults(folder: Path) -> list[str]:
     except SpireHwError as e:
         return e.message.splitlines()
     return []
-
-
-def _at_once(path: str, flags: int) -> int:
-    """Open without waiting for somebody to write into a FIFO."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
-def _read(path: Path, most: int) -> bytes:
-    try:
-        with open(path, "rb", opener=_at_once) as stream:
-            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-                raise NotReadyError(f"{path} is not a file")
-            data = stream.read(most + 1)
-    except OSError as e:
-        raise NotReadyError(f"cannot read {path}: {e.strerror}") from e
-    except ValueError as e:  # a NUL in the name
-        raise NotReadyError(f"cannot read {str(path)!r}: {e}") from e
-    if len(data) > most:
-        raise InvalidInputError(f"{path} is larger than {most} bytes")
-    return data

@@ -16,6 +16,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import InvalidInputError, NotReadyError, UnavailableError
+from spire_hw.files import read_bounded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,6 +48,7 @@ class Webhook:
 
         Raises:
             NotReadyError: a file cannot be read or is not what it should be.
+            InvalidInputError: the secret is too long.
         """
         await asyncio.to_thread(self._read)
 
@@ -107,12 +109,9 @@ def sign(secret: bytes, timestamp: str, body: bytes) -> str:
 
 
 def _read_secret(path: Path) -> bytes:
-    try:
-        with path.open("rb") as f:
-            secret = f.read(_MOST_SECRET_BYTES + 1).rstrip(b"\r\n")
-    except OSError as e:
-        raise NotReadyError(f"posture.webhook: secret_path {path}: {e.strerror}") from e
-    if not _LEAST_SECRET_BYTES <= len(secret) <= _MOST_SECRET_BYTES:
+    content = read_bounded(path, _MOST_SECRET_BYTES, "posture.webhook: secret_path")
+    secret = content.rstrip(b"\r\n")
+    if len(secret) < _LEAST_SECRET_BYTES:
         raise NotReadyError(
             f"posture.webhook: {path} holds {len(secret)} bytes, expected at least"
             f" {_LEAST_SECRET_BYTES} (such as `openssl rand -hex 32` prints)"

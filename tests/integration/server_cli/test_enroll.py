@@ -126,7 +126,7 @@ def test_wrong_use_is_told(cli: Cli, tmp_path: Path) -> None:
     assert cli("tpm", "enroll", "-csv", "a", "-fromNode", "b").code == ExitCode.USAGE
     missing = cli("tpm", "enroll", "-csv", str(tmp_path / "none"))
     assert missing.code == ExitCode.FAILED
-    assert "cannot read" in missing.err
+    assert "cannot be read" in missing.err
     (tmp_path / "bad.csv").write_bytes(b"\xff")
     bad = cli("tpm", "enroll", "-csv", str(tmp_path / "bad.csv"))
     assert bad.code == ExitCode.USAGE

@@ -124,7 +124,10 @@ def test_what_cannot_be_in_force_is_not_stored(cli: Cli, write: Write) -> None:
     for inside, part in (
         ("colour = 1\nboot { images = [] }", 'other.hcl:2: unknown key "colour"'),
         ("boot { }", "PCR 7 alone does not identify what was booted"),
-        ('pcrs { sha256 { "4" = ["@missing"] } }', "missing: No such file or directory"),
+        (
+            'pcrs { sha256 { "4" = ["@missing"] } }',
+            "missing cannot be read: No such file or directory",
+        ),
     ):
         refused = cli("policy", "create", "-policyFile", write("other.hcl", inside, "other"))
         assert refused.code == ExitCode.FAILED
@@ -203,7 +206,7 @@ def test_wrong_uses_of_test(cli: Cli, write: Write, evidence: str, tmp_path: Pat
     assert refused.err == "Error: evidence document: format: is missing\n"
     missing = cli("policy", "test", "-evidence", "/none.json", "-policyFile", file)
     assert missing.code == ExitCode.FAILED
-    assert "cannot read /none.json: No such file or directory" in missing.err
+    assert "/none.json cannot be read: No such file or directory" in missing.err
 
 
 def test_a_draft_is_a_policy_that_accepts(cli: Cli, evidence: str, tmp_path: Path) -> None:

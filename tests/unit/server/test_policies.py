@@ -258,7 +258,7 @@ async def test_validate_tells_all_faults_of_the_directory(folder: Path, tmp_path
     (folder / "b.hcl").unlink()
     (folder / "c.hcl").mkdir()
     (fault,) = await check_settings(settings)
-    assert fault.message.endswith("c.hcl: Is a directory")
+    assert fault.message.endswith("c.hcl cannot be read: Is a directory")
 
 
 def test_files_beside_a_policy(folder: Path) -> None:
@@ -278,7 +278,7 @@ def test_what_is_no_file_is_refused(folder: Path, name: str) -> None:
     file.write_text(text("web", f'pcrs {{ sha256 {{ "4" = ["@{name}"] }} }}'))
     if name == "fifo":
         os.mkfifo(folder / name)
-    with pytest.raises(ConfigError, match=r"cannot read|is not a file"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         read_policy(file)
 
 
@@ -287,5 +287,5 @@ def test_text_that_is_none_is_refused(folder: Path) -> None:
     file.write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="is not UTF-8 text"):
         read_policy(file)
-    with pytest.raises(NotReadyError, match="cannot read"):
+    with pytest.raises(NotReadyError, match="cannot be read"):
         read_policy(folder / "none.hcl")

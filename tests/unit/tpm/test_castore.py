@@ -126,7 +126,7 @@ def test_file_is_read_whatever_its_name(tmp_path: Path) -> None:
 def test_source_that_is_not_there_or_too_much(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(NotReadyError, match="cannot read"):
+    with pytest.raises(NotReadyError, match="cannot be read"):
         read_source(tmp_path / "none")
     (tmp_path / "a.cab").write_bytes(b"MSCF")
     with pytest.raises(InvalidInputError, match="cabinet"):

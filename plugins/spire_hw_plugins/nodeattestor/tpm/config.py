@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 from pydantic import AfterValidator, Field, create_model
 
 from spire_hw.config.schema import GoDuration, Model, check
-from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError, NotReadyError
+from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
+from spire_hw.files import read_bounded
 from spire_hw.tpm.castore import load_roots
 from spire_hw.tpm.crlfiles import CrlFiles
 from spire_hw.tpm.ekcert import ChainTime, EkRoots
@@ -301,15 +302,10 @@ def _read_hashes(name: str) -> tuple[frozenset[str], Path | None]:
     if not name:
         return frozenset(), None
     path = Path(name)
-    try:
-        if path.is_dir():
-            return frozenset(), path
-        with path.open("rb") as file:
-            text = file.read(_MAX_HASH_FILE_BYTES + 1).decode("ascii", "replace")
-    except OSError as e:
-        raise NotReadyError(f"cannot read endorsement key hashes at {path}: {e.strerror}") from e
-    if len(text) > _MAX_HASH_FILE_BYTES:
-        raise InvalidInputError(f"{path}: larger than {_MAX_HASH_FILE_BYTES} bytes")
+    if path.is_dir():
+        return frozenset(), path
+    content = read_bounded(path, _MAX_HASH_FILE_BYTES, "endorsement key hashes at")
+    text = content.decode("ascii", "replace")
     found = set()
     for number, line in enumerate(text.splitlines(), start=1):
         entry = line.split("#", 1)[0].strip()

@@ -8,7 +8,6 @@ is not there yet is made, and a certificate request for it is written for the op
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import socket
 from collections.abc import Mapping
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
 from spire_hw.config.schema import Model, decode, faults
@@ -29,7 +27,9 @@ from spire_hw.errors import (
     NotReadyError,
     SpireHwError,
 )
-from spire_hw.key import KeyType, SoftwareSigner, check_public_key, spki_der
+from spire_hw.files import read_bounded, replace_file
+from spire_hw.key import KeyType, SoftwareSigner, spki_der
+from spire_hw.keyfile import load_private_key
 from spire_hw.plugin.keymanager import Keys
 from spire_hw.x509.certificate import load_certificate, parse_pem, public_key_of
 from spire_hw.x509.csr import build_csr
@@ -39,7 +39,7 @@ from spire_hw_plugins.nodeattestor.x509pop.token import SCHEME, TokenKey, check_
 
 if TYPE_CHECKING:
     from spire_hw.config.hcl import Body
-    from spire_hw.key import PrivateKey, Signer
+    from spire_hw.key import Signer
     from spire_hw.plugin.info import HostInfo
     from spire_hw.plugin.nodeattestor import AgentExchange, SvidKey
 
@@ -196,7 +196,9 @@ def _conflicts(settings: Config) -> list[ConfigFault]:
 
 
 def _from_files(settings: Config) -> _Proof:
-    return _from_certificates(settings, SoftwareSigner(_load_key(settings.private_key_path)))
+    return _from_certificates(
+        settings, SoftwareSigner(load_private_key(Path(settings.private_key_path)))
+    )
 
 
 def _load_chain(settings: Config) -> list[bytes]:
@@ -216,37 +218,11 @@ def _from_certificates(settings: Config, signer: Signer) -> _Proof:
 
 
 def _load_certificates(path: str) -> list[bytes]:
-    data = _read(path)
+    data = read_bounded(Path(path), _MAX_FILE_BYTES)
     try:
         return parse_pem(data)
     except InvalidInputError as e:
         raise InvalidInputError(f"{path}: {e.message}") from e
-
-
-def _load_key(path: str) -> PrivateKey:
-    data = _read(path)
-    try:
-        key = serialization.load_pem_private_key(data, None)
-    except TypeError as e:
-        raise InvalidInputError(f"{path}: the private key is encrypted; decrypt it") from e
-    except (ValueError, UnsupportedAlgorithm) as e:
-        raise InvalidInputError(f"{path}: holds no private key in PEM (PKCS#8 or PKCS#1)") from e
-    try:
-        check_public_key(key.public_key())
-    except InvalidInputError as e:
-        raise InvalidInputError(f"{path}: {e.message}") from e
-    return key  # type: ignore[return-value]  # check_public_key let EC and RSA alone through
-
-
-def _read(path: str) -> bytes:
-    try:
-        with Path(path).open("rb") as stream:
-            data = stream.read(_MAX_FILE_BYTES + 1)
-    except OSError as e:
-        raise NotReadyError(f"{path} cannot be read: {e.strerror}") from e
-    if len(data) > _MAX_FILE_BYTES:
-        raise InvalidInputError(f"{path} is larger than {_MAX_FILE_BYTES >> 20} MiB")
-    return data
 
 
 def _subject() -> bytes:
@@ -256,13 +232,7 @@ def _subject() -> bytes:
 
 def _write_request(path: Path, der: bytes) -> None:
     text = x509.load_der_x509_csr(der).public_bytes(serialization.Encoding.PEM)
-    try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(path, flags, 0o644)
-        with os.fdopen(fd, "wb") as stream:
-            stream.write(text)
-    except OSError as e:
-        raise NotReadyError(f"{path} cannot be written: {e.strerror}") from e
+    replace_file(path, text, mode=0o644)
 
 
 def build(host: HostInfo) -> X509PopAgent:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.config.schema import Model, check
-from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError, NotReadyError
+from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
+from spire_hw.files import read_bounded
 from spire_hw.x509.certificate import load_certificate, parse_pem
 from spire_hw_plugins.nodeattestor.pathtemplate import PathTemplate
 
@@ -176,11 +177,7 @@ def _spiffe_conflicts(raw: ServerConfig, has_trust_bundle: bool) -> Iterator[Con
 
 def _load(paths: list[str]) -> Iterator[x509.Certificate]:
     for path in paths:
-        try:
-            with Path(path).open("rb") as stream:
-                text = stream.read(_MAX_BUNDLE_BYTES + 1)
-        except OSError as e:
-            raise NotReadyError(f"trusted authorities {path}: {e.strerror}") from e
+        text = read_bounded(Path(path), _MAX_BUNDLE_BYTES, "trusted authorities")
         try:
             yield from map(load_certificate, parse_pem(text))
         except InvalidInputError as e:

@@ -37,10 +37,10 @@ def test_something_else_is_refused(tmp_path: Path, text: str) -> None:
 def test_links_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "other").write_text('{"x509_authority_ids": []}')
     (tmp_path / FILE_NAME).symlink_to(tmp_path / "other")
-    with pytest.raises(SpireHwError, match="cannot read"):
+    with pytest.raises(SpireHwError, match="cannot be read"):
         AuthorityMark(tmp_path).load()
 
 
 def test_a_missing_directory_is_told(tmp_path: Path) -> None:
-    with pytest.raises(SpireHwError, match="cannot write"):
+    with pytest.raises(SpireHwError, match="cannot be written"):
         AuthorityMark(tmp_path / "absent").store(("a",))
