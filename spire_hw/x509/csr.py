@@ -134,7 +134,10 @@ def parse_csr(data: bytes, *, check_signature: bool = True) -> Csr:
     ordinary = _walk(body)
     scheme = _ECDSA.get(algorithm)
     if ordinary is None or scheme is None:
-        return _parse_unusual(data, check_signature=check_signature)
+        csr = _parse_unusual(data, check_signature=check_signature)
+        if _key_as_written(body) != csr.spki:
+            raise EncodingError(_WHAT, "key is not in its one usual form")
+        return csr
     csr, key = ordinary
     if check_signature:
         try:
@@ -155,6 +158,15 @@ def _frame(data: bytes) -> tuple[bytes, bytes, bytes]:
     if start == stop or data[start]:
         raise EncodingError(_WHAT, "signature is not a whole number of bytes", start)
     return data[at:body_end], data[body_end:algorithm_end], data[start + 1 : stop]
+
+
+def _key_as_written(body: bytes) -> bytes:
+    """Return the SubjectPublicKeyInfo of a request; written in two ways a key would seem two."""
+    at, end = der.step(body, 0, len(body), der.SEQUENCE, _WHAT)
+    _, at = der.step(body, at, end, der.INTEGER, _WHAT)
+    _, at = der.step(body, at, end, der.SEQUENCE, _WHAT)
+    _, stop = der.step(body, at, end, der.SEQUENCE, _WHAT)
+    return body[at:stop]
 
 
 _Ordinary = tuple[Csr, ec.EllipticCurvePublicKey]

@@ -19,12 +19,13 @@ from spire_hw.errors import (
 )
 from spire_hw.posture.drift import DriftRules, compare
 from spire_hw.posture.evaluate import evaluate
-from spire_hw.posture.evidence import Occasion
+from spire_hw.posture.evidence import Occasion, Tier
 from spire_hw.posture.judge import EvidenceRequest
 from spire_hw.posture.memory import advance, complete, has_same_facts
 from spire_hw.posture.policy import ek_selectors
 from spire_hw.posture.reasons import action_of
 from spire_hw.posture.verdict import Action, NodeState, Verdict
+from spire_hw_server.datastore.interface import NO_KEYS
 from spire_hw_server.posture import history, states
 from spire_hw_server.posture.ahead import verify_ahead
 from spire_hw_server.posture.outcome import IMA_PCR, Outcome, StateChange, refusal
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from spire_hw_server.postureconfig import PostureSettings
 
 _MAX_JUDGED: Final = 1024
+_QUOTED: Final = f"tier:{Tier.QUOTE.value}"
 _NO_POLICY: Final = Verdict("", 0, "", ())
 # What a heartbeat quotes of a machine of which nothing was quoted before.
 _BOOT_PCRS: Final = (("sha256", tuple(range(8))),)
@@ -105,11 +107,14 @@ class NodeJudge:
         if not self.is_active:
             if evidence.findings:
                 raise AttestationError(list(evidence.findings))
+            await self._refuse_fallback(agent_id, evidence)
             return _NO_POLICY
         await verify_ahead(policy, evidence)
         known = await self._ledger.get(agent_id)
         if known is not None:
             _refuse_cut_off(known)
+        if known is None or known.memory is None:
+            await self._refuse_fallback(agent_id, evidence)
         outcome = self.assess(known, evidence, policy)
         if not outcome.accepted:
             await self.record(agent_id, outcome, evidence.occasion.value)
@@ -118,6 +123,19 @@ class NodeJudge:
         if len(self._judged) > _MAX_JUDGED:
             self._judged.popitem(last=False)
         return outcome.verdict
+
+    async def _refuse_fallback(self, agent_id: SpiffeId, evidence: Evidence) -> None:
+        """Refuse less than what a node of which no evidence is kept was let in with.
+
+        Raises:
+            AttestationError: `downgrade`; evicting the node lifts it.
+        """
+        if evidence.tier is Tier.QUOTE:
+            return
+        node = await self._store.find_node(agent_id, NO_KEYS)
+        if node is not None and any(s.value == _QUOTED for s in node.selectors):
+            text = "policy: node attested with quotes before and may not fall back"
+            raise AttestationError([Finding("downgrade", text, ErrorKind.PERMISSION_DENIED)])
 
     def policy_for(self, ek: EkFacts) -> Policy | None:
         """Return the policy of a node, None where there is none at all.

@@ -24,10 +24,16 @@ from spire_hw._pb import types_pb2
 from spire_hw.aio.tasks import Tasks
 from spire_hw.config import hcl
 from spire_hw.errors import ErrorKind, LimitError, SpireHwError
-from spire_hw_plugins.nodeattestor.tpm.wire import decode_challenge, encode_response
+from spire_hw_plugins.nodeattestor.tpm import dialects
+from spire_hw_plugins.nodeattestor.tpm.wire import (
+    decode_challenge,
+    encode_attestation_data,
+    encode_response,
+)
 from spire_hw_server.api import agent as agent_api
 from spire_hw_server.app import Server
 from spire_hw_server.config import build_settings
+from spire_hw_sim.ekca import common_name, ek_spec, integer, oid, tlv
 from spire_hw_sim.servers import (
     AGENT,
     TIMEOUT_S,
@@ -73,13 +79,14 @@ class Site:
     vendor: Vendor
 
     @classmethod
-    async def open(cls, directory: Path, clock: SimClock) -> Self:
+    async def open(cls, directory: Path, clock: SimClock, settings: str = "") -> Self:
         vendor = Vendor.make()
         (directory / "roots.der").write_bytes(vendor.root.certificate)
         plugin = f"""
           NodeAttestor "tpm" {{ plugin_data {{
             endorsement_ca_path = "{directory}/roots.der" ek_policy = "ca"
             pcrs = {{ sha256 = [0, 2, 4, 7] }}
+            {settings}
           }} }}
           KeyManager "memory" """
         text = server_config(directory, key_manager="memory", more=NO_LIMITS)
@@ -277,6 +284,42 @@ async def test_row_23_no_way_back_to_evidence_without_a_quote(site: Site) -> Non
     await site.attest(node)
 
 
+async def test_node_that_was_quoted_never_falls_back_where_activation_is_enough(
+    short_dir: Path, clock: SimClock
+) -> None:
+    site = await Site.open(short_dir, clock, "accept_activation_only = true")
+    try:
+        quoted, plain = site.node(), site.node()
+        for node in (quoted, plain):
+            node.certificate = site.vendor.root.issue(ek_spec(node.tpm.ek.private.public_key()))
+        await site.attest(quoted)
+        with pytest.raises(SpireHwError) as caught:
+            await activate(site, quoted)
+        assert caught.value.kind is ErrorKind.PERMISSION_DENIED
+        assert caught.value.message.endswith(
+            "policy: node attested with quotes before and may not fall back [downgrade]"
+        )
+        await site.attest(quoted)
+        assert (await activate(site, plain)).reattestable
+        await site.attest(plain)
+        with pytest.raises(SpireHwError, match=r"\[downgrade\]"):
+            await activate(site, plain)
+        assert await site.agents() == 2
+    finally:
+        await site.close()
+
+
+async def activate(site: Site, node: TpmNode) -> pb.AttestAgentResponse.Result:
+    """Attest by activation alone."""
+    payload = encode_attestation_data(replace(node.data(), ek_pub=None))
+    async with await site.channel() as channel, stream_on(channel) as call:
+        await call.send(first(await params(node, payload=payload)))
+        sealed = dialects.decode_challenge((await received(call)).challenge)
+        assert sealed is not None
+        await call.send(answer(dialects.encode_response(node.tpm.activate(*sealed))))
+        return (await received(call)).result
+
+
 async def test_row_92_and_93_an_answer_is_worth_nothing_on_another_stream(site: Site) -> None:
     node = site.node()
     async with await site.channel() as channel, stream_on(channel) as call:
@@ -360,6 +403,19 @@ def broken_signature() -> bytes:
     return bytes(sound)
 
 
+def odd_point(form: int) -> bytes:
+    """Return a well signed request whose key is not in the usual form."""
+    numbers = KEY.public_key().public_numbers()
+    x, y = (n.to_bytes(32, "big") for n in (numbers.x, numbers.y))
+    point = bytes((form | numbers.y & 1,)) + x + (y if form == HYBRID else b"")
+    kind = tlv(0x30, oid("1.2.840.10045.2.1"), oid("1.2.840.10045.3.1.7"))
+    key = tlv(0x30, kind, tlv(0x03, b"\0" + point))
+    body = tlv(0x30, integer(0), common_name("x"), key, tlv(0xA0))
+    signature = KEY.sign(body, ec.ECDSA(hashes.SHA256()))
+    return tlv(0x30, body, tlv(0x30, oid("1.2.840.10045.4.3.2")), tlv(0x03, b"\0" + signature))
+
+
+UNCOMPRESSED, COMPRESSED, HYBRID = 4, 2, 6
 SOUND = csr_of(KEY)
 REQUESTS = {
     "136 broken signature": broken_signature(),
@@ -377,6 +433,8 @@ REQUESTS = {
     "139 RSA exponent 3": csr_of(rsa.generate_private_key(3, 2048)),
     "139 P-224": csr_of(ec.generate_private_key(ec.SECP224R1())),
     "139 secp256k1": csr_of(ec.generate_private_key(ec.SECP256K1())),
+    "compressed point": odd_point(COMPRESSED),
+    "hybrid point": odd_point(HYBRID),
     "139 Ed25519": csr_of(ed25519.Ed25519PrivateKey.generate()),
     "SHA-1": SOUND.replace(bytes.fromhex("06082a8648ce3d040302"), bytes.fromhex("06082a8648ce3d040301")),
     "empty sequence": b"\x30\x00",

@@ -277,6 +277,55 @@ async def test_reset_count_that_fell_bans(site: Site) -> None:
         await beater.attest()
 
 
+def lost(beater: Beater) -> None:
+    beater.node.tpm.restart_count += 1
+    beater.node.tpm.pcrs["sha256", 0] = bytes(32)
+
+
+def reset(beater: Beater) -> None:
+    beater.node.tpm.reset_count += 1
+
+
+def other_firmware(beater: Beater) -> None:
+    beater.reboot()
+    beater.node.tpm.firmware_version += 1
+
+
+@pytest.mark.parametrize(
+    ("happens", "reason"),
+    [
+        (lost, "pcr_lost"),
+        (reset, "tpm_reset_without_reboot"),
+        (other_firmware, "tpm_firmware"),
+    ],
+)
+async def test_change_that_nothing_explains_is_quarantine(
+    site: Site, happens: Callable[[Beater], None], reason: str
+) -> None:
+    beater = await site.known()
+    async with site.streaming(beater) as stream:
+        assert (await site.said_to(stream, lambda answer: answer)).reasons == ()
+        happens(beater)
+        said = await site.said_to(stream, lambda answer: answer)
+        assert (said.state, said.reasons) == (NodeState.QUARANTINED, (reason,))
+    with pytest.raises(SpireHwError) as denied:
+        await beater.attest()
+    assert denied.value.kind is ErrorKind.PERMISSION_DENIED
+    assert (await site.posture(beater))[0].state == "quarantined"
+
+
+async def test_sleep_and_reboots_nobody_saw_are_no_change(site: Site) -> None:
+    beater = await site.known()
+    async with site.streaming(beater) as stream:
+        beater.node.tpm.restart_count += 1
+        assert (await site.said_to(stream, lambda answer: answer)).reasons == ()
+        for _ in range(3):
+            beater.reboot()
+        beater.node.tpm.clock_ms, beater.node.tpm.safe = 5, 0
+        said = await site.said_to(stream, lambda answer: answer)
+        assert (said.state, said.reasons) == (NodeState.ATTESTED, ())
+
+
 async def test_banks_the_firmware_never_used_are_a_finding(site: Site) -> None:
     beater = await site.known()
     async with site.streaming(beater) as stream:
