@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from spire_hw.plugin.info import HostInfo
     from spire_hw.spiffeid import SpiffeId
     from spire_hw_sim.swtpm import Swtpm
+    from spire_hw_sim.tpm_bus import TpmBus
     from tests.integration.tpm.conftest import Factory
 
 Change = Callable[[bytes], bytes]
@@ -116,10 +117,13 @@ class Bench:
 
 
 @asynccontextmanager
-async def node(bench: Bench, tpm: Swtpm, ek_type: EkType = EkType.AUTO) -> AsyncIterator[Node]:
+async def node(
+    bench: Bench, tpm: Swtpm, ek_type: EkType = EkType.AUTO, bus: TpmBus | None = None
+) -> AsyncIterator[Node]:
     agent, keys = TpmAgentAttestor(bench.agent_host), TpmKeyManager(bench.agent_host)
-    await agent.open(tpm.tcti, ek_type)
-    settings = {"tcti": tpm.tcti, "keys_path": str(bench.folder / f"keys of {tpm.state_dir.name}")}
+    tcti = tpm.tcti if bus is None else bus.tcti
+    await agent.open(tcti, ek_type)
+    settings = {"tcti": tcti, "keys_path": str(bench.folder / f"keys of {tpm.state_dir.name}")}
     await keys.configure(Body.from_dict(settings))
     info = await keys.generate_key("agent-svid-A", KeyType.EC_P256)
     try:

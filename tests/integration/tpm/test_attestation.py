@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,12 +16,13 @@ from spire_hw.key import KeyType, fingerprint, spki_der
 from spire_hw.plugin.nodeattestor import SvidKey
 from spire_hw.tpm.connection import Hierarchy
 from spire_hw.tpm.endorsement import EkType
-from spire_hw.tpm.errors import TpmError
+from spire_hw.tpm.errors import Rc, TpmError
 from spire_hw.tpm.public import parse_public
 from spire_hw_plugins.keymanager.memory import build as build_memory
 from spire_hw_plugins.keymanager.tpm import TpmKeyManager
 from spire_hw_plugins.nodeattestor.tpm import wire
 from spire_hw_sim.manufacturer import EkKind, Manufacturer
+from spire_hw_sim.tpm_bus import TpmBus, refusal
 from spire_hw_sim.tpm_command import ENDORSEMENT
 from tests.integration.tpm.leaks import nothing_left_behind
 from tests.integration.tpm.parties import (
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from spire_hw_sim.swtpm import Swtpm
 
 pytestmark = pytest.mark.asyncio
+QUOTE, ACTIVATE, CERTIFY = 0x158, 0x147, 0x148
 
 
 @pytest.mark.parametrize("ek_type", [EkType.AUTO, EkType.EC_P256, EkType.RSA_2048])
@@ -317,6 +319,50 @@ async def test_a_hostile_server_gets_no_statement(bench: Bench, tpm: Swtpm, name
             await attest(n.agent, server, n.key, stream)
         assert len(stream.sent) == 1
         await attest(n.agent, server, n.key)
+
+
+def damaged_secret(data: bytes) -> bytes:
+    message = wire.decode_challenge(data)
+    secret = message.secret[:-1] + bytes([message.secret[-1] ^ 1])
+    return wire.encode_challenge(replace(message, secret=secret))
+
+
+@pytest.mark.parametrize("change", [damaged_secret, damaged_credential])
+@pytest.mark.parametrize("ek_type", [EkType.EC_P256, EkType.RSA_2048])
+async def test_a_credential_that_does_not_open_is_no_dead_tpm(
+    bench: Bench, tpm: Swtpm, ek_type: EkType, change: Change
+) -> None:
+    """What a damaged secret of an RSA key is answered with is also what a broken TPM says."""
+    server = await serving(bench)
+    async with node(bench, tpm, ek_type) as n:
+        stream = Exchange(on_challenge=change)
+        with (
+            nothing_left_behind(tpm),
+            pytest.raises(InvalidInputError, match="challenge: TPM refused the credential"),
+        ):
+            await attest(n.agent, server, n.key, stream)
+        assert len(stream.sent) == 1
+        await attest(n.agent, server, n.key)
+
+
+@pytest.mark.parametrize("code", [Rc.LOCKOUT, Rc.OBJECT_MEMORY, Rc.SESSION_MEMORY, 0x9A2])
+@pytest.mark.parametrize("command", [ACTIVATE, QUOTE, CERTIFY])
+async def test_a_tpm_that_refuses_in_mid_exchange_ends_it_and_is_left_clean(
+    bench: Bench, tpm: Swtpm, command: int, code: int
+) -> None:
+    server = await serving(bench)
+    with TpmBus(tpm) as bus:
+        async with node(bench, tpm, EkType.EC_P256, bus) as n:
+            await attest(n.agent, server, n.key)
+            bus.on_command = lambda seen: refusal(code) if seen.code == command else None
+            before = len(bus.commands)
+            with nothing_left_behind(tpm), pytest.raises(SpireHwError) as caught:
+                await attest(n.agent, server, n.key)
+            assert caught.value.kind is ErrorKind.UNAVAILABLE
+            if code in {Rc.LOCKOUT, 0x9A2}:  # a password is not tried again
+                assert sum(seen.code == command for seen in bus.commands[before:]) == 1
+            bus.on_command = lambda _: None
+            await attest(n.agent, server, n.key)
 
 
 async def test_an_endorsement_password_is_proved_and_never_sent(bench: Bench, tpm: Swtpm) -> None:
