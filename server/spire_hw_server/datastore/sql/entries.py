@@ -26,8 +26,8 @@ from spire_hw_server.datastore.sql.models import (
     entry_federations,
     entry_selectors,
 )
+from spire_hw_server.datastore.sql.pages import after_row, fetch_page
 from spire_hw_server.datastore.sql.sets import (
-    after_row,
     decode_list,
     encode_list,
     encode_selectors,
@@ -118,13 +118,8 @@ def list_page(tx: Transaction, where: EntryFilter, page: Page) -> EntryPage:
         .where(entries.c.row_id > after_row(page), *_conditions(where))
         .order_by(entries.c.row_id)
     )
-    if page.size:
-        query = query.limit(page.size + 1)
-    rows = tx.connection.execute(query).all()
-    more = bool(page.size) and len(rows) > page.size
-    if more:
-        rows = rows[: page.size]
-    return EntryPage([_entry(row) for row in rows], str(rows[-1].row_id) if more else "")
+    rows, token = fetch_page(tx, query, page)
+    return EntryPage([_entry(row) for row in rows], token)
 
 
 def count(tx: Transaction, where: EntryFilter) -> int:

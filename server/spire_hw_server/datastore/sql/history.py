@@ -9,8 +9,9 @@ from sqlalchemy import bindparam, delete, insert, select
 from spire_hw.errors import NotFoundError
 from spire_hw_server.datastore.interface import EvidencePage, EvidenceRecord
 from spire_hw_server.datastore.sql.models import node_evidence, nodes
+from spire_hw_server.datastore.sql.pages import after_row, fetch_page
 from spire_hw_server.datastore.sql.prepared import Prepared
-from spire_hw_server.datastore.sql.sets import after_row, moment_of, seconds_of
+from spire_hw_server.datastore.sql.sets import moment_of, seconds_of
 
 if TYPE_CHECKING:
     from typing import Any
@@ -67,13 +68,8 @@ def list_page(tx: Transaction, agent_id: SpiffeId, page: Page) -> EvidencePage:
     if before:
         query = query.where(node_evidence.c.number < before)
     query = query.order_by(node_evidence.c.number.desc())
-    if page.size:
-        query = query.limit(page.size + 1)
-    rows = tx.connection.execute(query).all()
-    more = bool(page.size) and len(rows) > page.size
-    if more:
-        rows = rows[: page.size]
-    return EvidencePage([_record(row) for row in rows], str(rows[-1].number) if more else "")
+    rows, token = fetch_page(tx, query, page, "number")
+    return EvidencePage([_record(row) for row in rows], token)
 
 
 def get(tx: Transaction, agent_id: SpiffeId, number: int) -> EvidenceRecord:

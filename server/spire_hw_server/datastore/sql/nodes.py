@@ -34,9 +34,9 @@ from spire_hw_server.datastore.sql import entries as entry_queries
 from spire_hw_server.datastore.sql import keys as node_keys
 from spire_hw_server.datastore.sql import postures
 from spire_hw_server.datastore.sql.models import entries, node_selectors, nodes
+from spire_hw_server.datastore.sql.pages import after_row, fetch_page
 from spire_hw_server.datastore.sql.prepared import Prepared
 from spire_hw_server.datastore.sql.sets import (
-    after_row,
     decode_list,
     encode_selectors,
     matching,
@@ -184,13 +184,8 @@ def list_page(tx: Transaction, where: NodeFilter, page: Page) -> NodePage:
         .where(nodes.c.row_id > after_row(page), *_conditions(where))
         .order_by(nodes.c.row_id)
     )
-    if page.size:
-        query = query.limit(page.size + 1)
-    rows = tx.connection.execute(query).all()
-    more = bool(page.size) and len(rows) > page.size
-    if more:
-        rows = rows[: page.size]
-    return NodePage([_node(row) for row in rows], str(rows[-1].row_id) if more else "")
+    rows, token = fetch_page(tx, query, page)
+    return NodePage([_node(row) for row in rows], token)
 
 
 def count(tx: Transaction, where: NodeFilter) -> int:

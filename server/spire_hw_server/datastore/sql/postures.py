@@ -11,9 +11,9 @@ from spire_hw.spiffeid import SpiffeId
 from spire_hw_server.datastore.interface import BANNED, QUARANTINED, ImaPart, Posture
 from spire_hw_server.datastore.sql import history
 from spire_hw_server.datastore.sql.models import node_ima, node_postures, nodes
+from spire_hw_server.datastore.sql.pages import after_row, fetch_page
 from spire_hw_server.datastore.sql.prepared import Prepared
 from spire_hw_server.datastore.sql.sets import (
-    after_row,
     decode_list,
     encode_list,
     moment_of,
@@ -159,13 +159,8 @@ def list_page(tx: Transaction, page: Page) -> tuple[list[Posture], str]:
         .where(nodes.c.row_id > after_row(page))
         .order_by(nodes.c.row_id)
     )
-    if page.size:
-        query = query.limit(page.size + 1)
-    rows = tx.connection.execute(query).all()
-    more = bool(page.size) and len(rows) > page.size
-    if more:
-        rows = rows[: page.size]
-    return [_posture(row[:-1]) for row in rows], str(rows[-1].row_id) if more else ""
+    rows, token = fetch_page(tx, query, page)
+    return [_posture(row[:-1]) for row in rows], token
 
 
 def list_silent(tx: Transaction, since: datetime, limit: int) -> list[SpiffeId]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import and_, exists, func, not_, select
 
 from spire_hw.errors import InvalidInputError, SpireHwError
-from spire_hw_server.datastore.interface import Match, Page
+from spire_hw_server.datastore.interface import Match
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from spire_hw.selector import Selector
 
 _MAX_ASKED: Final = 1000
-_MAX_ROW: Final = 2**63 - 1
-_MAX_TOKEN: Final = 19
 
 
 @lru_cache(maxsize=4096)
@@ -104,26 +102,6 @@ def matching(
             return parent.in_(complete)
         case Match.EXACT:
             return and_(parent.in_(complete), not_(stranger))
-
-
-def after_row(page: Page) -> int:
-    """Return the row number a page starts after.
-
-    Raises:
-        InvalidInputError: the token is not one of ours, or the size is negative.
-    """
-    if page.size < 0:
-        raise InvalidInputError("page size is negative")
-    if not page.token:
-        return 0
-    token = page.token
-    if (
-        len(token) > _MAX_TOKEN
-        or not (token.isascii() and token.isdigit())
-        or int(token) > _MAX_ROW
-    ):
-        raise InvalidInputError("page token is not one of ours")
-    return int(token)
 
 
 def seconds_of(moment: datetime) -> int:
