@@ -1,4 +1,4 @@
-"""Strict JSON for messages of strangers: what two parsers could read differently is refused.
+"""JSON of messages, strict: what two parsers could read differently is refused.
 
 No duplicate members (nor names that differ in case alone), no floats, no special numbers, no
 byte-order mark, no lone surrogates, canonical base64. Every fault is an `InvalidInputError` whose
@@ -142,6 +142,20 @@ class StrictObject:
                 raise self._wrong(name, "a list of numbers")
             found.append(value)
         return found
+
+
+def dump(value: object) -> bytes:
+    """Return a message as it is sent; what is bytes in it becomes padded base64, as in Go."""
+    return _ENCODER.encode(value).encode("ascii")
+
+
+def _text_of(value: object) -> str:
+    if isinstance(value, bytes):
+        return _encode64(value)
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"), default=_text_of)
 
 
 def load(data: bytes, limit: int) -> StrictObject:

@@ -6,22 +6,19 @@ answer the secret; nothing in them speaks of PCRs, logs or the SVID's key.
 
 from __future__ import annotations
 
-import base64
-
 from spire_hw.errors import InvalidInputError
 from spire_hw_plugins.nodeattestor import strictjson
 from spire_hw_plugins.nodeattestor.tpm.wire import (
     MAX_CHALLENGE_BYTES,
     MAX_PAYLOAD_BYTES,
-    dump,
     read_credential,
 )
 
 
 def encode_challenge(credential: bytes, secret: bytes) -> bytes:
     """Return a challenge; both arguments with their size prefix."""
-    ec = {"Credential": _b64(credential), "Secret": _b64(secret)}
-    return dump({"EC": ec})
+    ec = {"Credential": credential, "Secret": secret}
+    return strictjson.dump({"EC": ec})
 
 
 def decode_challenge(data: bytes) -> tuple[bytes, bytes] | None:
@@ -41,7 +38,7 @@ def decode_challenge(data: bytes) -> tuple[bytes, bytes] | None:
 
 def encode_response(secret: bytes) -> bytes:
     """Return the answer."""
-    return dump({"Secret": _b64(secret)})
+    return strictjson.dump({"Secret": secret})
 
 
 def decode_response(data: bytes) -> bytes:
@@ -59,7 +56,3 @@ def decode_response(data: bytes) -> bytes:
     if "spire_hw" in outer:
         raise InvalidInputError("envelope: evidence that was not asked for")
     return outer.blob("Secret", empty=True)
-
-
-def _b64(data: bytes) -> str:
-    return base64.b64encode(data).decode()

@@ -6,7 +6,6 @@ entries are left. The list is a snapshot: it does not grow during an exchange.
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,7 +16,6 @@ from spire_hw_plugins.nodeattestor.tpm.wire import (
     MAX_CHALLENGE_BYTES,
     MAX_RESPONSE_BYTES,
     check_version,
-    dump,
 )
 
 # Hosts end an exchange after 16 challenges; the first one asks for the quotes.
@@ -41,7 +39,7 @@ class ImaPart:
 
 def encode_part_request(start: int) -> bytes:
     """Return the challenge for the part that begins at an entry."""
-    return dump({"spire_hw": {"v": DIALECT, "want": ["ima"], "ima_from": start}})
+    return strictjson.dump({"spire_hw": {"v": DIALECT, "want": ["ima"], "ima_from": start}})
 
 
 def decode_part_request(data: bytes) -> int:
@@ -64,9 +62,8 @@ def decode_part_request(data: bytes) -> int:
 
 def encode_part(part: ImaPart) -> bytes:
     """Return the answer with a part."""
-    data = base64.b64encode(part.data).decode()
-    ours = {"v": DIALECT, "ima": data, "ima_from": part.start, "ima_left": part.left}
-    return dump({"spire_hw": ours})
+    ours = {"v": DIALECT, "ima": part.data, "ima_from": part.start, "ima_left": part.left}
+    return strictjson.dump({"spire_hw": ours})
 
 
 def decode_part(data: bytes) -> ImaPart:

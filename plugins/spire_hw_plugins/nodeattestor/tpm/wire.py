@@ -13,8 +13,6 @@ Reading is strict and total: hostile bytes give an `InvalidInputError` whose tex
 
 from __future__ import annotations
 
-import base64
-import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -190,25 +188,24 @@ def encode_attestation_data(data: AttestationData) -> bytes:
     """Return the first message; certificate before key, as dialects A and B read it."""
     ek = pem.join(data.ek_certificate, data.ek_spki)
     ak = {
-        "Public": _b64(data.ak.public),
+        "Public": data.ak.public,
         "UseTCSDActivationFormat": False,
-        "CreateData": _b64(data.ak.create_data),
-        "CreateAttestation": _b64(data.ak.create_attestation),
-        "CreateSignature": _b64(data.ak.create_signature),
+        "CreateData": data.ak.create_data,
+        "CreateAttestation": data.ak.create_attestation,
+        "CreateSignature": data.ak.create_signature,
     }
-    outer: dict[str, object] = {"EK": _b64(ek), "AK": ak}
+    outer: dict[str, object] = {"EK": ek, "AK": ak}
     if data.ek_pub is not None:
         outer["spire_hw"] = _our_data(data, data.ek_pub)
-    return dump(outer)
+    return strictjson.dump(outer)
 
 
 def _our_data(data: AttestationData, ek_pub: bytes) -> dict[str, object]:
-    ours: dict[str, object] = {"v": DIALECT, "ek_pub": _b64(ek_pub)}
-    ours["ek_chain"] = [_b64(certificate) for certificate in data.ek_chain]
+    ours: dict[str, object] = {"v": DIALECT, "ek_pub": ek_pub, "ek_chain": data.ek_chain}
     if data.key_pub is not None:
-        ours["key_pub"] = _b64(data.key_pub)
+        ours["key_pub"] = data.key_pub
     if data.ak_parent_pub is not None:
-        ours["ak_parent_pub"] = _b64(data.ak_parent_pub)
+        ours["ak_parent_pub"] = data.ak_parent_pub
     if data.log is not None:
         ours["log"] = {"size": data.log.size, "sha256": data.log.sha256}
     if data.ima_entries is not None:
@@ -224,7 +221,7 @@ def encode_challenge(message: ChallengeMessage) -> bytes:
     """Return the challenge message."""
     ours: dict[str, object] = {
         "v": DIALECT,
-        "nonce": _b64(message.nonce),
+        "nonce": message.nonce,
         "quote": [{"bank": s.bank, "pcrs": list(s.pcrs)} for s in message.quote],
         "want": list(message.want),
         "ima_from": message.ima_from,
@@ -235,8 +232,8 @@ def encode_challenge(message: ChallengeMessage) -> bytes:
         ours["ima_reset"] = message.ima_reset
     if not message.csr:
         ours["csr"] = False
-    ec = {"Credential": _b64(message.credential), "Secret": _b64(message.secret)}
-    return dump({"EC": ec, "spire_hw": ours})
+    ec = {"Credential": message.credential, "Secret": message.secret}
+    return strictjson.dump({"EC": ec, "spire_hw": ours})
 
 
 def encode_response(response: Response) -> bytes:
@@ -244,13 +241,15 @@ def encode_response(response: Response) -> bytes:
     ours: dict[str, object] = {"v": DIALECT, "quotes": [_quote_json(q) for q in response.quotes]}
     for name, statement in (("certify", response.certify), ("time", response.time)):
         if statement is not None:
-            ours[name] = {"attest": _b64(statement.attest), "sig": _b64(statement.sig)}
-    for name, blob in (("log", response.log), ("ima", response.ima)):
-        if blob is not None:
-            ours[name] = _b64(blob)
-    numbers = {"ima_from": response.ima_from, "ima_left": response.ima_left}
-    ours |= {name: number for name, number in numbers.items() if number is not None}
-    return dump({"Secret": _b64(response.secret), "spire_hw": ours})
+            ours[name] = {"attest": statement.attest, "sig": statement.sig}
+    rest = {
+        "log": response.log,
+        "ima": response.ima,
+        "ima_from": response.ima_from,
+        "ima_left": response.ima_left,
+    }
+    ours |= {name: value for name, value in rest.items() if value is not None}
+    return strictjson.dump({"Secret": response.secret, "spire_hw": ours})
 
 
 def _quote_json(quote: QuoteEvidence) -> dict[str, object]:
@@ -258,16 +257,7 @@ def _quote_json(quote: QuoteEvidence) -> dict[str, object]:
         bank: {str(n): value.hex() for n, value in sorted(values.items())}
         for bank, values in quote.pcrs.items()
     }
-    return {"attest": _b64(quote.attest), "sig": _b64(quote.sig), "pcrs": pcrs}
-
-
-def dump(value: object) -> bytes:
-    """Return a message as sent."""
-    return json.dumps(value, separators=(",", ":")).encode()
-
-
-def _b64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+    return {"attest": quote.attest, "sig": quote.sig, "pcrs": pcrs}
 
 
 # --- reading ---------------------------------------------------------------------------------

@@ -11,9 +11,7 @@ size, or an `AttestationError`.
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
@@ -79,7 +77,7 @@ class Response:
 
 def encode_payload(certificates: list[bytes]) -> bytes:
     """Return the agent's first message: DER certificates, the node's own first."""
-    return _encode({"certificates": [_text(der) for der in certificates]})
+    return strictjson.dump({"certificates": certificates})
 
 
 def decode_payload(data: bytes, *, max_certificates: int) -> list[bytes]:
@@ -96,9 +94,9 @@ def decode_payload(data: bytes, *, max_certificates: int) -> list[bytes]:
 
 def encode_challenge(challenge: Challenge) -> bytes:
     """Return the challenge as upstream writes it, the other scheme's member null."""
-    return _encode(
+    return strictjson.dump(
         {
-            scheme.value: {"nonce": _text(challenge.nonce)} if scheme is challenge.scheme else None
+            scheme.value: {"nonce": challenge.nonce} if scheme is challenge.scheme else None
             for scheme in Scheme
         }
     )
@@ -112,13 +110,13 @@ def decode_challenge(data: bytes) -> Challenge:
 
 def encode_response(response: Response) -> bytes:
     """Return the response as upstream writes it; an ECDSA signature as its two halves."""
-    fields = {"nonce": _text(response.nonce)}
+    fields = {"nonce": response.nonce}
     if response.scheme is Scheme.RSA:
-        fields["signature"] = _text(response.signature)
+        fields["signature"] = response.signature
     else:
         for name, half in zip("rs", utils.decode_dss_signature(response.signature), strict=True):
-            fields[name] = _text(half.to_bytes((half.bit_length() + 7) // 8))
-    return _encode({s.value: fields if s is response.scheme else None for s in Scheme})
+            fields[name] = half.to_bytes((half.bit_length() + 7) // 8)
+    return strictjson.dump({s.value: fields if s is response.scheme else None for s in Scheme})
 
 
 def decode_response(data: bytes) -> Response:
@@ -190,11 +188,3 @@ def _bounded(member: strictjson.StrictObject, name: str) -> bytes:
     if len(value) > _MAX_SIGNATURE_BYTES:
         raise InvalidInputError(f"envelope: {name} is too long")
     return value
-
-
-def _text(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
-
-
-def _encode(fields: dict[str, object]) -> bytes:
-    return json.dumps(fields, separators=(",", ":")).encode("ascii")
