@@ -20,7 +20,7 @@ from spire_hw.key import spki_der
 from spire_hw.x509.certificate import public_key_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from datetime import datetime
 
 MAX_CHAIN: Final = 10
@@ -78,6 +78,35 @@ def verify_chain(
             raise ChainError("leaf is itself in the list of roots; a root has to have signed it")
         return path
     raise _explain(leaf, intermediates, roots, at) from cause
+
+
+def find_paths(
+    leaf: x509.Certificate,
+    intermediates: Sequence[x509.Certificate],
+    roots: Iterable[x509.Certificate],
+    at: datetime,
+) -> list[list[x509.Certificate]]:
+    """Find a valid path from a leaf to each root that there is one to, at least one.
+
+    Arguments and the form of a path are those of `verify_chain`.
+
+    Raises:
+        UnknownAuthorityError: no root has the name of an issuer.
+        ChainError: what is wrong with the first that has.
+    """
+    paths: list[list[x509.Certificate]] = []
+    issuers = {certificate.issuer for certificate in (leaf, *intermediates)}
+    fault: ChainError | None = None
+    for root in roots:
+        if root.subject not in issuers:
+            continue
+        try:
+            paths.append(verify_chain(leaf, intermediates, [root], at))
+        except ChainError as e:
+            fault = fault or e
+    if not paths:
+        raise fault or UnknownAuthorityError("is signed by no authority that is trusted here")
+    return paths
 
 
 def _check_basic_constraints(

@@ -33,7 +33,7 @@ from spire_hw.x509.certificate import (
     public_key_of,
     sha1_fingerprint,
 )
-from spire_hw.x509.chain import verify_chain
+from spire_hw.x509.chain import find_paths
 from spire_hw_plugins.nodeattestor.x509pop import wire
 from spire_hw_plugins.nodeattestor.x509pop.config import Settings, build_settings, find_faults
 
@@ -218,20 +218,10 @@ def _verify(
     now: datetime,
 ) -> list[list[x509.Certificate]]:
     """Return a path to every root there is one to; extended key usages do not matter."""
-    paths: list[list[x509.Certificate]] = []
-    issuers = {certificate.issuer for certificate in (leaf, *intermediates)}
-    fault = None
-    for root in roots:
-        if root.subject not in issuers:
-            continue
-        try:
-            paths.append(verify_chain(leaf, intermediates, [root], now))
-        except ChainError as e:
-            fault = fault or e
-    if not paths:
-        reason = "is signed by no authority this server trusts" if fault is None else fault.message
-        raise _refuse("untrusted", reason) from fault
-    return paths
+    try:
+        return find_paths(leaf, intermediates, roots, now)
+    except ChainError as e:
+        raise _refuse("untrusted", e.message) from e
 
 
 def _check_address(leaf: x509.Certificate, address: str) -> None:

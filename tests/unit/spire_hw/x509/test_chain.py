@@ -8,7 +8,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from spire_hw.errors import ChainError
-from spire_hw.x509.chain import UnknownAuthorityError, verify_chain
+from spire_hw.x509.chain import UnknownAuthorityError, find_paths, verify_chain
 
 if TYPE_CHECKING:
     from tests.unit.spire_hw.x509.conftest import Mint
@@ -86,6 +86,30 @@ def test_the_right_root_is_found_among_several(tree: Tree, mint: Mint) -> None:
     key = mint.key()
     others = [mint.certificate("root", key, "root", key), mint.certificate("x", key, "x", key)]
     assert verify_chain(tree.direct, [], [*others, tree.root], NOW)[-1] == tree.root
+
+
+def test_there_is_a_path_to_each_root_that_signed_it(tree: Tree, mint: Mint) -> None:
+    twin = tree.anchor(usage=None)  # the same name and key in another certificate
+    stranger = mint.certificate("else", mint.key(), "else", mint.key())
+    namesake = mint.certificate("root", mint.key(), "root", mint.key())
+    roots = [stranger, tree.root, namesake, twin]
+    assert find_paths(tree.leaf, [tree.middle], roots, NOW) == [
+        [tree.leaf, tree.middle, tree.root],
+        [tree.leaf, tree.middle, twin],
+    ]
+    assert find_paths(tree.direct, [], iter([tree.root]), NOW) == [[tree.direct, tree.root]]
+
+
+def test_no_path_to_any_root(tree: Tree, mint: Mint) -> None:
+    stranger = mint.certificate("else", mint.key(), "else", mint.key())
+    namesake = mint.certificate("root", mint.key(), "root", mint.key())
+    for roots in ([], [stranger]):
+        with pytest.raises(UnknownAuthorityError, match="no authority that is trusted here"):
+            find_paths(tree.leaf, [tree.middle], roots, NOW)
+    with pytest.raises(UnknownAuthorityError, match="signed by an unknown authority"):
+        find_paths(tree.leaf, [tree.middle], [namesake], NOW)
+    with pytest.raises(ChainError, match="has expired"):
+        find_paths(tree.leaf, [tree.middle], [tree.root, namesake], NOW + 1000 * HOUR)
 
 
 def test_roots_need_no_key_usage(tree: Tree) -> None:
