@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
+    from spire_hw.posture.judge import EvidenceRequest
     from spire_hw.posture.memory import Memory
     from spire_hw.spiffeid import SpiffeId
     from spire_hw_server.datastore.interface import Node
@@ -51,7 +52,7 @@ _JITTER: Final = 0.1
 # How long those who should have been asked long ago are spread over.
 _LATE_S: Final = 10.0
 _NONCE_BYTES: Final = 32
-
+_BROKEN_LIST: Final = "ima_replay"
 
 # Evidence that is not good; anything else is a fault of the stream, or of ours.
 _REFUSALS: Final = (AttestationError, InvalidInputError, LimitError)
@@ -148,6 +149,12 @@ class Heartbeats:
             self.pace.drop(session.sleeper)
             if self._sessions.get(stream.agent_id) is session:
                 del self._sessions[stream.agent_id]
+
+
+def _is_broken_part(wanted: EvidenceRequest, error: AttestationError) -> bool:
+    """Tell whether all that is wrong is a part of an IMA list that does not fit what is known."""
+    is_part = wanted.ima is not None and wanted.ima.count > 0
+    return is_part and [finding.code for finding in error.findings] == [_BROKEN_LIST]
 
 
 class _EndedError(Exception):
@@ -267,14 +274,16 @@ class Session:
         """Ask the node and return what came of it, None when it could not answer.
 
         The boot log is asked for at once when the machine booted since, so that policy has all it
-        looks at.
+        looks at; so is the whole IMA list when its rest does not go on where it should: garbage, or
+        a list that was rewritten.
         """
         hub = self._hub
         ids = memory.last.boot_id, self._stream.boot_id
         whole = None not in ids and ids[0] != ids[1]
+        anew = False
         while True:
             policy = hub.judge.policy_for(memory.last.ek)
-            wanted = hub.judge.wanted_by_heartbeat(policy, known, whole=whole)
+            wanted = hub.judge.wanted_by_heartbeat(policy, known, whole=whole, anew=anew)
             challenge = HeartbeatChallenge(secrets.token_bytes(_NONCE_BYTES), wanted)
             await self._send(challenge)
             answer = await self._answer()
@@ -285,9 +294,15 @@ class Session:
                     )
                 return None
             spki = self._stream.spki_sha256
-            evidence = await verifier.check_heartbeat(
-                memory.known_node(spki), challenge, answer, hub.clock.now()
-            )
+            try:
+                evidence = await verifier.check_heartbeat(
+                    memory.known_node(spki), challenge, answer, hub.clock.now()
+                )
+            except AttestationError as e:
+                if anew or not _is_broken_part(wanted, e):
+                    raise
+                whole = anew = True
+                continue
             if policy is None or policy.boot is None or wanted.boot_log:
                 break
             if complete(memory, evidence).boot is not None:

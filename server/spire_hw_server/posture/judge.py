@@ -150,18 +150,25 @@ class NodeJudge:
             raise AttestationError([Finding("no_policy", text, ErrorKind.FAILED_PRECONDITION)])
         return policy
 
-    def wanted(self, policy: Policy | None, known: Known | None) -> EvidenceRequest:
+    def wanted(
+        self, policy: Policy | None, known: Known | None, *, anew: bool = False
+    ) -> EvidenceRequest:
         """Return what an attestation has to show.
 
         The part of the IMA list that is new, unless what is known of the list was not judged by
         this policy, or did not hold.
+
+        Args:
+            policy: of the node.
+            known: the node, None for one that never showed evidence.
+            anew: the IMA list is wanted from its start.
         """
         memory = None if known is None else known.memory
         if policy is None:
             return EvidenceRequest()
         if memory is None or known is None:
             return policy.request()
-        if known.standing.is_cut_off or memory.policy_sha256 != policy.sha256:
+        if anew or known.standing.is_cut_off or memory.policy_sha256 != policy.sha256:
             request = policy.request()
             if request.ima is None or memory.ima is None or not memory.ima.count:
                 return request
@@ -169,7 +176,7 @@ class NodeJudge:
         return policy.request(memory.ima, memory.reset_count)
 
     def wanted_by_heartbeat(
-        self, policy: Policy | None, known: Known, *, whole: bool
+        self, policy: Policy | None, known: Known, *, whole: bool, anew: bool = False
     ) -> EvidenceRequest:
         """Return what a heartbeat has to show.
 
@@ -177,8 +184,9 @@ class NodeJudge:
             policy: of the node.
             known: the node; it has shown evidence before.
             whole: the boot log is wanted although the facts of the same boot are known.
+            anew: the IMA list is wanted from its start.
         """
-        request = self.wanted(policy, known)
+        request = self.wanted(policy, known, anew=anew)
         memory = known.memory
         if request.boot_log and not whole and memory is not None and memory.last.boot is not None:
             request = replace(request, boot_log=False)

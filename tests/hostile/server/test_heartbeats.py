@@ -200,6 +200,25 @@ async def test_row_212_svid_that_was_superseded(site: Site) -> None:
         assert (await site.said_to(stream, lambda answer: answer)).reasons == ()
 
 
+async def test_stream_does_not_outlive_its_svid(site: Site) -> None:
+    beater = await site.known()
+    async with site.streaming(beater) as stream:
+        assert (await site.said_to(stream, lambda answer: answer)).reasons == ()
+        site.clock._now += timedelta(hours=2)
+        async with asyncio.TaskGroup() as group:
+            ended = group.create_task(end_of(stream))
+            while not ended.done():
+                await site.clock.advance(timedelta(seconds=5))
+                await asyncio.wait({ended}, timeout=0.05)
+    error = ended.result()
+    assert isinstance(error, DeniedError)
+    assert error.reason is DeniedReason.AGENT_EXPIRED
+    with pytest.raises(SpireHwError) as refused:  # TLS already takes no such certificate
+        async with site.streaming(beater):
+            pass
+    assert refused.value.kind is ErrorKind.UNAVAILABLE
+
+
 async def test_row_212_heartbeats_are_for_agents_alone(site: Site) -> None:
     beater = await site.machine()
     with pytest.raises(DeniedError):
