@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.aio.backoff import Backoff
 from spire_hw.aio.tasks import Tasks
+from spire_hw.bootid import read_boot_id
 from spire_hw.errors import DeniedError, ErrorKind, NotReadyError, SpireHwError, UnavailableError
 from spire_hw.key import spki_der
 from spire_hw.svid.x509svid import parse_x509_svid
@@ -36,7 +36,6 @@ _UNKNOWN_S: Final = 3600.0
 _GRACE_S: Final = 5.0
 _ANSWER_S: Final = 30.0
 _MAX_ANSWER_S: Final = 300.0
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Heartbeat:
@@ -133,9 +132,8 @@ class Heartbeat:
         Raises:
             SpireHwError: it ended.
         """
-        await stream.hello(
-            await asyncio.to_thread(read_boot_id), can_answer=self._source is not None
-        )
+        boot_id = await asyncio.to_thread(read_boot_id) or ""
+        await stream.hello(boot_id, can_answer=self._source is not None)
         tasks = Tasks(self._failed)
         answering: asyncio.Task[None] | None = None
         patience_s: float | None = None
@@ -191,11 +189,3 @@ class Heartbeat:
             error=str(error),
             exc_info=None if known else error,
         )
-
-
-def read_boot_id() -> str:
-    """Return the kernel's id of this boot, "" where it tells none."""
-    try:
-        return _BOOT_ID.read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
-        return ""

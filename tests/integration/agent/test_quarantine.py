@@ -13,12 +13,12 @@ import pytest
 import pytest_asyncio
 
 from spire_hw._pb import hw_posture_pb2 as pb
+from spire_hw.bootid import read_boot_id
 from spire_hw.config.hcl import parse
 from spire_hw.errors import DeniedError, DeniedReason
 from spire_hw.x509.certificate import encode_pem
 from spire_hw_agent.app import Agent
 from spire_hw_agent.config import build_settings
-from spire_hw_agent.heartbeat import read_boot_id
 from spire_hw_sim.liar import AGENT_PATH, TRUST_DOMAIN, LyingServer
 from spire_hw_sim.pki import now
 from spire_hw_sim.programs import try_run
@@ -251,7 +251,7 @@ async def test_a_node_that_cannot_answer_says_so(server: WatchfulServer, home: P
         await until(lambda: len(server.heard) > 1)
     hello, answer = server.heard[:2]
     assert not hello.hello.can_answer
-    assert hello.hello.boot_id == read_boot_id() != ""
+    assert hello.hello.boot_id == read_boot_id()
     assert "cannot answer" in answer.cannot_answer.reason
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from spire_hw.bootid import read_boot_id
 from spire_hw.config.schema import Model, decode, faults
 from spire_hw.errors import (
     ConfigError,
@@ -29,7 +30,7 @@ from spire_hw.tpm.connection import Hierarchy
 from spire_hw.tpm.device import TpmDevice, load_password, shared
 from spire_hw.tpm.endorsement import EkType, Endorsement, find_endorsement
 from spire_hw.tpm.keys import KeyBlob
-from spire_hw_plugins.nodeattestor.tpm import dialects, machine, wire
+from spire_hw_plugins.nodeattestor.tpm import dialects, wire
 from spire_hw_plugins.nodeattestor.tpm.machine import BOOT_LOG, IMA_LOG, Machine, NoLogError
 from spire_hw_plugins.nodeattestor.tpm.reply import send_answer
 from spire_hw_plugins.nodeattestor.tpm.source import answer_heartbeat
@@ -243,7 +244,7 @@ class TpmAgentAttestor:
                 "The boot log cannot be shown: a server that asks for it will refuse this node",
                 error=e.message,
             )
-        return _Shown(log or None, self._machine.ima_entries(), machine.boot_id())
+        return _Shown(log or None, self._machine.ima_entries(), read_boot_id())
 
     def _check_wants(self, exchange: AgentExchange, challenge: wire.ChallengeMessage) -> None:
         if "time" in challenge.want:

@@ -1,11 +1,10 @@
-"""What the kernel shows an agent about its machine: boot log, list of measured files, boot id.
+"""What the kernel shows an agent about its machine: boot log, list of measured files.
 
 The places are the operator's to set and never come over the wire.
 """
 
 from __future__ import annotations
 
-import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,6 @@ from spire_hw.tpm import eventlog, imalist
 
 BOOT_LOG: Final = Path("/sys/kernel/security/tpm0/binary_bios_measurements")
 IMA_LOG: Final = Path("/sys/kernel/security/ima/ascii_runtime_measurements")
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class NoLogError(NotReadyError):
@@ -92,15 +89,6 @@ class ImaList:
     def __len__(self) -> int:
         """Return the number of entries."""
         return self.raw.count(b"\n")
-
-
-def boot_id() -> str | None:
-    """Return the kernel's boot id, None where there is no such file."""
-    try:
-        text = _BOOT_ID.read_text("ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return text if _UUID.fullmatch(text) else None
 
 
 def compress(data: bytes) -> bytes:

@@ -10,6 +10,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from spire_hw.bootid import read_boot_id
 from spire_hw.errors import InvalidInputError
 from spire_hw.posture.heartbeat import HeartbeatAnswer, SignedQuote
 from spire_hw.tpm import attest, verify
@@ -53,7 +54,7 @@ async def answer_heartbeat(
         boot_log=logs.boot_log,
         ima=logs.ima,
         ima_from=logs.ima_from,
-        boot_id=machine.boot_id(),
+        boot_id=read_boot_id(),
     )
 
 

@@ -17,6 +17,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from spire_hw.bootid import is_boot_id
 from spire_hw.errors import InvalidInputError
 from spire_hw.tpm.wire import BANKS, HASHES, PCR_COUNT, PcrSelection
 from spire_hw_plugins.nodeattestor import strictjson
@@ -44,7 +45,6 @@ _CHALLENGE_MEMBERS: Final = (
     *("v", "nonce", "quote", "want", "ima_from", "ima_reset", "limits", "expires_ms", "csr"),
 )
 _WANTS: Final = frozenset({"log", "ima", "time"})
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _HEX = re.compile(r"[0-9a-f]*")
 _PCR = re.compile(r"[0-9]|1[0-9]|2[0-3]")
 
@@ -431,7 +431,7 @@ def _read_boot_id(ours: StrictObject) -> str | None:
     if "boot_id" not in ours:
         return None
     value = ours.text("boot_id")
-    if not _UUID.fullmatch(value):
+    if not is_boot_id(value):
         raise InvalidInputError("envelope: spire_hw.boot_id is not a UUID")
     return value
 
