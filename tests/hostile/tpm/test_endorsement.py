@@ -678,6 +678,20 @@ async def test_sha1_link_is_accepted_only_when_pinned(tmp_path: Path) -> None:
     await pinned.attest(pinned.node())
 
 
+async def test_md5_link_is_denied(tmp_path: Path) -> None:
+    root = EkCa.root("Old Root", make_key("rsa2048", 7))
+    vendor = Vendor(root, root.child("Old CA", make_key("rsa2048", 8)))
+    lab = await Lab.make(tmp_path, vendor=vendor)
+    node = lab.node()
+    assert node.certificate is not None
+    sha256, md5 = (ekca.oid(f"1.2.840.113549.1.1.{n}") for n in (11, 4))
+    assert node.certificate.count(sha256) == 2
+    node.certificate = node.certificate.replace(sha256, md5)
+    error = await lab.refusal(node)
+    assert error.kind is PD
+    assert _codes(error) == ["ek_signature_algorithm"]
+
+
 @pytest.mark.parametrize("ek", ["L-1", "L-2", "H-1", "H-2", "H-3", "H-6"])
 @pytest.mark.parametrize("ak", ["secp256r1", "rsa2048"])
 async def test_every_usual_endorsement_key_is_accepted(tmp_path: Path, ek: str, ak: str) -> None:

@@ -33,6 +33,7 @@ from spire_hw_sim.softtpm import (
     make_key,
     make_svid_key,
 )
+from spire_hw_sim.tpmnode import TpmNode
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -444,6 +445,7 @@ async def test_envelopes(lab: DevIdLab) -> None:
         b"null",
         b"[]",
         b"{}",
+        TpmNode(node.tpm).payload(),
         text + b" x",
         text.decode().encode("utf-16"),
         b"\xef\xbb\xbf" + text,
