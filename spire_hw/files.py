@@ -64,6 +64,19 @@ def read_bounded(
     return content
 
 
+def create_file(path: Path, content: bytes, what: str = "", *, mode: int = 0o600) -> None:
+    """Write a file that is not there yet; arguments as in `replace_file`.
+
+    Raises:
+        NotReadyError: it is there, or cannot be written.
+    """
+    try:
+        _create(path, content, mode)
+        _sync(path.parent)
+    except OSError as e:
+        raise _not_written(path, what, e) from e
+
+
 def replace_file(
     path: Path, content: bytes, what: str = "", *, mode: int = 0o600, shared: bool = False
 ) -> None:
@@ -87,19 +100,26 @@ def replace_file(
     try:
         if not shared:
             draft.unlink(missing_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with os.fdopen(os.open(draft, flags, 0o600), "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fchmod(stream.fileno(), mode)
-            os.fsync(stream.fileno())
+        _create(draft, content, mode)
         draft.replace(path)
         _sync(path.parent)
     except OSError as e:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-        name = f"{what} {path}".lstrip()
-        raise NotReadyError(f"{name} cannot be written: {e.strerror}") from e
+        raise _not_written(path, what, e) from e
+
+
+def _create(path: Path, content: bytes, mode: int) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with os.fdopen(os.open(path, flags, 0o600), "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fchmod(stream.fileno(), mode)
+        os.fsync(stream.fileno())
+
+
+def _not_written(path: Path, what: str, e: OSError) -> NotReadyError:
+    return NotReadyError(f"{f'{what} {path}'.lstrip()} cannot be written: {e.strerror}")
 
 
 def _sync(folder: Path) -> None:

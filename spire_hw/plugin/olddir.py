@@ -14,7 +14,8 @@ from pydantic import Field
 from spire_hw.config import hcl
 from spire_hw.config.hcl import Block, Body, Item
 from spire_hw.config.schema import Model, check
-from spire_hw.errors import ConfigError, ConfigFault
+from spire_hw.errors import ConfigError, ConfigFault, SpireHwError
+from spire_hw.files import read_bounded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,17 +73,16 @@ def read_plugin_dir(directory: Path, line: int) -> OldStyle:
 
 def _read(file: Path, line: int, found: OldStyle) -> None:
     try:
-        with file.open("rb") as stream:
-            text = stream.read(hcl.MAX_CHARS + 1).decode()
+        text = read_bounded(file, hcl.MAX_CHARS).decode()
         raw, faults = check(hcl.parse(text, str(file)), _OldFile)
-    except OSError as e:
-        found.faults.append(ConfigFault(line, f"{file}: {e.strerror}"))
-        return
     except UnicodeDecodeError:
         found.faults.append(ConfigFault(line, f"{file} is not UTF-8 text"))
         return
     except ConfigError as e:
         raw, faults = None, e.faults
+    except SpireHwError as e:
+        found.faults.append(ConfigFault(line, e.message))
+        return
     found.faults += [ConfigFault(line, f"{file}:{f.line}: {f.message}") for f in faults]
     if raw is None:
         return

@@ -34,7 +34,7 @@ from spire_hw.errors import (
     InvalidInputError,
     NotReadyError,
 )
-from spire_hw.files import NoFileError, read_bounded
+from spire_hw.files import NoFileError, create_file, read_bounded
 from spire_hw.key import KeyType, SignOptions
 from spire_hw.pkcs11 import uri as pkcs11_uri
 from spire_hw.pkcs11.keyring import Keyring, Policy, info_of
@@ -336,7 +336,7 @@ class Pkcs11KeyManager:
             identifier = content.decode("ascii").strip()
         except NoFileError:
             identifier = str(uuid.uuid4())
-            _create(path, identifier)
+            create_file(path, identifier.encode("ascii"), "key identifier file")
         except UnicodeDecodeError as e:
             raise NotReadyError(f"key identifier file {path} does not hold an identifier") from e
         if not _is_identifier(identifier):
@@ -355,17 +355,6 @@ class Pkcs11KeyManager:
     def _environment(self, config: Config, settings: Settings) -> dict[str, str]:
         inherited = {n: v for n, v in os.environ.items() if n != config.pin_env}
         return {**inherited, **settings.environment}
-
-
-def _create(path: Path, identifier: str) -> None:
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w") as file:
-            file.write(identifier)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as e:
-        raise NotReadyError(f"key identifier file {path} cannot be made: {e.strerror}") from e
 
 
 def _limits(config: Config) -> Limits:

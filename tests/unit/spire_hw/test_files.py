@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spire_hw.errors import InvalidInputError, NotReadyError
-from spire_hw.files import NoFileError, read_bounded, replace_file
+from spire_hw.files import NoFileError, create_file, read_bounded, replace_file
 
 
 def test_a_file_may_have_as_much_as_its_limit(tmp_path: Path) -> None:
@@ -119,6 +119,17 @@ def test_the_mode_does_not_hang_on_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert mode_of(tmp_path / "a") == 0o755
+
+
+def test_what_is_there_is_not_created(tmp_path: Path) -> None:
+    create_file(tmp_path / "a", b"first", mode=0o640)
+    assert ((tmp_path / "a").read_bytes(), mode_of(tmp_path / "a")) == (b"first", 0o640)
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("a", "link"):
+        with pytest.raises(NotReadyError, match=f"request .*{name} cannot be written: File exists"):
+            create_file(tmp_path / name, b"second", "request")
+    assert (tmp_path / "a").read_bytes() == b"first"
+    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize("shared", [False, True])

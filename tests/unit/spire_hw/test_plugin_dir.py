@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -77,6 +78,12 @@ def test_faults_name_the_file(tmp_path: Path) -> None:
     message = caught.value.message
     for words in ("a.hcl:1: ", 'b.hcl:2: unknown key "pluginTyp"', "c.hcl is not UTF-8"):
         assert words in message, words
+
+
+def test_what_is_no_file_does_not_hold_a_start_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.hcl")
+    (fault,) = read_plugin_dir(tmp_path, 3).faults
+    assert fault.message == f"{tmp_path}/a.hcl cannot be read: it is not a regular file"
 
 
 def test_checks_of_blocks_hold_for_files(tmp_path: Path) -> None:
