@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import pytest
 
-from spire_hw.config.hcl import parse
+from spire_hw.config.hcl import MAX_CHARS, parse
 from spire_hw.errors import ConfigError
 from spire_hw.plugin.info import PluginKind
 from spire_hw.plugin.olddir import read_plugin_dir
@@ -80,10 +79,10 @@ def test_faults_name_the_file(tmp_path: Path) -> None:
         assert words in message, words
 
 
-def test_what_is_no_file_does_not_hold_a_start_up(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a.hcl")
+def test_a_file_that_is_too_large_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.hcl").write_bytes(b"#" * (MAX_CHARS + 1))
     (fault,) = read_plugin_dir(tmp_path, 3).faults
-    assert fault.message == f"{tmp_path}/a.hcl cannot be read: it is not a regular file"
+    assert fault.message == f"{tmp_path}/a.hcl is larger than 4 MiB"
 
 
 def test_checks_of_blocks_hold_for_files(tmp_path: Path) -> None:
