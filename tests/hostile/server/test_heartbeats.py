@@ -1,4 +1,4 @@
-"""Heartbeats of machines and agents that lie, and of those that may not beat (rows 198 to 215)."""
+"""Heartbeats of machines and agents that lie, and of those that may not beat."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ async def test_answer_that_does_not_hold_changes_nothing(site: Site, bend: str) 
         assert (said.state, said.reasons) == (NodeState.ATTESTED, ())
 
 
-async def test_row_213_heartbeat_of_another_attestation_key(site: Site) -> None:
+async def test_heartbeat_of_another_attestation_key(site: Site) -> None:
     beater = await site.known()
     before = await site.posture(beater)
     mine = beater.node.tpm.ak
@@ -186,7 +186,7 @@ async def test_quote_bound_to_another_svid_is_worth_nothing(site: Site) -> None:
         assert (await stream.state()).reasons == ("nonce_mismatch",)
 
 
-async def test_row_212_svid_that_was_superseded(site: Site) -> None:
+async def test_svid_that_was_superseded(site: Site) -> None:
     beater = await site.known()
     old = replace(beater.agent)
     await beater.attest()
@@ -219,7 +219,7 @@ async def test_stream_does_not_outlive_its_svid(site: Site) -> None:
     assert refused.value.kind is ErrorKind.UNAVAILABLE
 
 
-async def test_row_212_heartbeats_are_for_agents_alone(site: Site) -> None:
+async def test_heartbeats_are_for_agents_alone(site: Site) -> None:
     beater = await site.machine()
     with pytest.raises(DeniedError):
         async with site.streaming(beater):
@@ -244,7 +244,7 @@ async def test_node_that_shows_no_evidence_is_told_its_state_alone(site: Site) -
         assert (answer.state.state, answer.state.reattest) == ("attested", False)
 
 
-async def test_row_199_two_machines_with_one_tpm_identity(site: Site) -> None:
+async def test_two_machines_with_one_tpm_identity(site: Site) -> None:
     one = await site.known()
     two = await site.machine()
     two.node.tpm.clock_ms, two.node.tpm.reset_count = 5, one.node.tpm.reset_count + 2
@@ -355,7 +355,7 @@ async def test_banks_the_firmware_never_used_are_a_finding(site: Site) -> None:
         assert (said.state, said.reasons) == (NodeState.QUARANTINED, ("bank_unused",))
 
 
-async def test_row_214_withheld_answers_end_the_stream_and_are_no_excuse(site: Site) -> None:
+async def test_withheld_answers_end_the_stream_and_are_no_excuse(site: Site) -> None:
     beater = await site.known()
     async with site.streaming(beater) as stream:
         await site.challenge(stream)

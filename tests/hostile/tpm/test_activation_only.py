@@ -138,11 +138,11 @@ def _compressed() -> bytes:
 
 
 BARE_KEYS: dict[str, Callable[[], bytes]] = {
-    "51 RSA-1024": lambda: _spki(rsa.generate_private_key(65537, 1024)),  # noqa: S505 - refused
-    "52 exponent 3": lambda: _spki(rsa.generate_private_key(3, 2048)),
-    "56 compressed": _compressed,
-    "57 P-224": lambda: _spki(ec.generate_private_key(ec.SECP224R1())),
-    "57 Ed25519": lambda: _spki(ed25519.Ed25519PrivateKey.generate()),
+    "RSA-1024": lambda: _spki(rsa.generate_private_key(65537, 1024)),  # noqa: S505 - refused
+    "exponent 3": lambda: _spki(rsa.generate_private_key(3, 2048)),
+    "compressed": _compressed,
+    "P-224": lambda: _spki(ec.generate_private_key(ec.SECP224R1())),
+    "Ed25519": lambda: _spki(ed25519.Ed25519PrivateKey.generate()),
     "not a key": lambda: b"\x30\x03\x02\x01\x00",
     "bytes after": lambda: _spki(ec.generate_private_key(ec.SECP256R1())) + b"\0",
 }

@@ -1,4 +1,4 @@
-"""Groups D, E and F: the secret, the quote and the statement about the agent's key."""
+"""The secret, the quote and the statement about the agent's key."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _codes(error: SpireHwError) -> list[str]:
     return [finding.code for finding in error.findings]
 
 
-# --- D: the secret ------------------------------------------------------------------------------
+# --- the secret ---------------------------------------------------------------------------------
 
 SECRETS: dict[str, Callable[[bytes], bytes]] = {
     "wrong": lambda _: secrets.token_bytes(32),
@@ -132,7 +132,7 @@ async def test_credential_opens_only_for_this_ak_in_this_tpm(tmp_path: Path) -> 
         relayed.activate(challenge.credential, challenge.secret)
 
 
-# --- E: the quote -------------------------------------------------------------------------------
+# --- the quote ----------------------------------------------------------------------------------
 
 
 async def _bend_quote(
@@ -157,18 +157,18 @@ def _signed(tpm: SoftTpm, attest: bytes, selection: PcrSelection = PCRS) -> Quot
 
 
 SHAPES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "99 one byte after": (lambda a: a + b"\0", "quote_malformed"),
-    "99 133 bytes after": (lambda a: a + bytes(133), "quote_malformed"),
+    "one byte after": (lambda a: a + b"\0", "quote_malformed"),
+    "133 bytes after": (lambda a: a + bytes(133), "quote_malformed"),
     "20 kB after": (lambda a: a + bytes(20_000), "quote_malformed"),
-    "100 magic 46": (lambda a: b"\xff\x54\x43\x46" + a[4:], "magic"),
-    "100 magic 0": (lambda a: bytes(4) + a[4:], "magic"),
-    "100 magic little-endian": (lambda a: a[3::-1] + a[4:], "magic"),
-    "101 certify over a quote": (lambda a: a[:4] + b"\x80\x17" + a[6:], "quote_type"),
-    "101 creation": (lambda a: a[:4] + b"\x80\x1a" + a[6:], "quote_type"),
-    "101 time": (lambda a: a[:4] + b"\x80\x19" + a[6:], "quote_type"),
-    "101 unknown": (lambda a: a[:4] + b"\x12\x34" + a[6:], "quote_type"),
-    "98 cut by one": (lambda a: a[:-1], "quote_malformed"),
-    "98 size 65535": (lambda a: a[:6] + b"\xff\xff" + a[8:], "quote_malformed"),
+    "magic 46": (lambda a: b"\xff\x54\x43\x46" + a[4:], "magic"),
+    "magic 0": (lambda a: bytes(4) + a[4:], "magic"),
+    "magic little-endian": (lambda a: a[3::-1] + a[4:], "magic"),
+    "certify over a quote": (lambda a: a[:4] + b"\x80\x17" + a[6:], "quote_type"),
+    "creation": (lambda a: a[:4] + b"\x80\x1a" + a[6:], "quote_type"),
+    "time": (lambda a: a[:4] + b"\x80\x19" + a[6:], "quote_type"),
+    "unknown": (lambda a: a[:4] + b"\x12\x34" + a[6:], "quote_type"),
+    "cut by one": (lambda a: a[:-1], "quote_malformed"),
+    "size 65535": (lambda a: a[:6] + b"\xff\xff" + a[8:], "quote_malformed"),
 }
 
 
@@ -263,18 +263,18 @@ async def test_signed_software_structure_needs_the_ak(tmp_path: Path) -> None:
 
 
 QUALIFIERS: dict[str, Callable[[TpmNode, ChallengeMessage, bytes, bytes], bytes]] = {
-    "107 empty": lambda _n, _c, _s, _q: b"",
-    "107 31 bytes": lambda _n, _c, _s, q: q[:31],
-    "107 more bytes": lambda _n, _c, _s, q: q + b"\0",
-    "107 bare nonce": lambda _n, c, _s, _q: c.nonce,
-    "109 certify's": lambda n, c, s, _q: n.qualifier("certify", c, s),
-    "109 time's": lambda n, c, s, _q: n.qualifier("time", c, s),
-    "109 heartbeat's": lambda n, c, s, _q: n.qualifier("heartbeat", c, s),
-    "109 a heartbeat's": lambda n, c, _s, _q: n.qualifier("heartbeat", c, b""),
-    "110 other CSR": lambda n, c, s, _q: replace(n, key=make_svid_key()).qualifier("quote", c, s),
-    "110 no CSR": lambda n, c, s, _q: replace(n, key=None).qualifier("quote", c, s),
-    "110 other secret": lambda n, c, _s, _q: n.qualifier("quote", c, bytes(32)),
-    "108 other nonce": lambda n, c, s, _q: n.qualifier("quote", replace(c, nonce=bytes(32)), s),
+    "empty": lambda _n, _c, _s, _q: b"",
+    "31 bytes": lambda _n, _c, _s, q: q[:31],
+    "more bytes": lambda _n, _c, _s, q: q + b"\0",
+    "bare nonce": lambda _n, c, _s, _q: c.nonce,
+    "certify's": lambda n, c, s, _q: n.qualifier("certify", c, s),
+    "time's": lambda n, c, s, _q: n.qualifier("time", c, s),
+    "heartbeat's": lambda n, c, s, _q: n.qualifier("heartbeat", c, s),
+    "a heartbeat's": lambda n, c, _s, _q: n.qualifier("heartbeat", c, b""),
+    "other CSR": lambda n, c, s, _q: replace(n, key=make_svid_key()).qualifier("quote", c, s),
+    "no CSR": lambda n, c, s, _q: replace(n, key=None).qualifier("quote", c, s),
+    "other secret": lambda n, c, _s, _q: n.qualifier("quote", c, bytes(32)),
+    "other nonce": lambda n, c, s, _q: n.qualifier("quote", replace(c, nonce=bytes(32)), s),
     "other AK": lambda n, c, s, _q: replace(n, tpm=SoftTpm(ek=n.tpm.ek)).qualifier("quote", c, s),
 }
 
@@ -354,17 +354,17 @@ async def test_qualified_signer_is_the_activated_key(tmp_path: Path, row: str) -
 
 
 SELECTIONS: dict[str, tuple[tuple[PcrSelection, ...], str]] = {
-    "113 empty": ((), "PCRs asked for were not quoted"),
-    "114 bank not enabled": (
+    "empty": ((), "PCRs asked for were not quoted"),
+    "bank not enabled": (
         (PcrSelection("sha256", ()),),
         "bank sha256 is not active on this TPM",
     ),
-    "115 SHA-1 instead": ((PcrSelection("sha1", (0, 2, 4, 7)),), "bank sha1 was not asked for"),
-    "115 SHA-1 too": ((PCRS, PcrSelection("sha1", (0,))), "bank sha1 was not asked for"),
-    "116 one fewer": ((PcrSelection("sha256", (0, 2, 4)),), "PCR 7 was not quoted"),
-    "116 one more": ((PcrSelection("sha256", (0, 2, 4, 7, 16)),), "PCR 16 was not asked for"),
-    "116 bank twice": ((PCRS, PCRS), "bank sha256 was quoted twice"),
-    "116 other PCRs": ((PcrSelection("sha256", (16, 23)),), "PCR 0 was not quoted"),
+    "SHA-1 instead": ((PcrSelection("sha1", (0, 2, 4, 7)),), "bank sha1 was not asked for"),
+    "SHA-1 too": ((PCRS, PcrSelection("sha1", (0,))), "bank sha1 was not asked for"),
+    "one fewer": ((PcrSelection("sha256", (0, 2, 4)),), "PCR 7 was not quoted"),
+    "one more": ((PcrSelection("sha256", (0, 2, 4, 7, 16)),), "PCR 16 was not asked for"),
+    "bank twice": ((PCRS, PCRS), "bank sha256 was quoted twice"),
+    "other PCRs": ((PcrSelection("sha256", (16, 23)),), "PCR 0 was not quoted"),
 }
 
 
@@ -386,13 +386,13 @@ def _selection_bytes(count: int, *entries: bytes) -> bytes:
 
 ENTRY = struct.pack(">HB", wire.ALG_SHA256, 3) + b"\x95\x00\x00"
 RAW_SELECTIONS = {
-    "117 size 0": _selection_bytes(1, struct.pack(">HB", wire.ALG_SHA256, 0)),
-    "117 size 5": _selection_bytes(1, struct.pack(">HB", wire.ALG_SHA256, 5) + b"\x95\0\0\0\0"),
-    "117 size 255": _selection_bytes(1, struct.pack(">HB", wire.ALG_SHA256, 255) + bytes(255)),
-    "117 PCR 24": _selection_bytes(1, struct.pack(">HB", wire.ALG_SHA256, 4) + b"\x95\0\0\x01"),
-    "117 count": _selection_bytes(0xFFFFFFFF, ENTRY),
-    "117 count of 17": _selection_bytes(17, *[ENTRY] * 17),
-    "117 unknown bank": _selection_bytes(1, struct.pack(">HB", 0x12, 3) + b"\x95\0\0"),
+    "size 0": _selection_bytes(1, struct.pack(">HB", wire.ALG_SHA256, 0)),
+    "size 5": _selection_bytes(1, struct.pack(">HB", wire.ALG_SHA256, 5) + b"\x95\0\0\0\0"),
+    "size 255": _selection_bytes(1, struct.pack(">HB", wire.ALG_SHA256, 255) + bytes(255)),
+    "PCR 24": _selection_bytes(1, struct.pack(">HB", wire.ALG_SHA256, 4) + b"\x95\0\0\x01"),
+    "count": _selection_bytes(0xFFFFFFFF, ENTRY),
+    "count of 17": _selection_bytes(17, *[ENTRY] * 17),
+    "unknown bank": _selection_bytes(1, struct.pack(">HB", 0x12, 3) + b"\x95\0\0"),
 }
 
 
@@ -445,21 +445,21 @@ def _swap(values: dict[int, bytes]) -> None:
 
 
 VALUES: dict[str, tuple[Callable[[dict[int, bytes]], object], str, str]] = {
-    "118 altered": (lambda v: v.update({4: bytes(32)}), "pcr_digest", "do not match the signed"),
-    "118 swapped": (_swap, "pcr_digest", "do not match the signed digest"),
-    "119 20 bytes": (
+    "altered": (lambda v: v.update({4: bytes(32)}), "pcr_digest", "do not match the signed"),
+    "swapped": (_swap, "pcr_digest", "do not match the signed digest"),
+    "20 bytes": (
         lambda v: v.update({4: bytes(20)}),
         "pcr_values",
         "PCR 4 has 20 bytes, expected 32",
     ),
-    "119 one byte": (lambda v: v.update({4: b"x"}), "pcr_values", "PCR 4 has 1 bytes"),
-    "119 not selected": (
+    "one byte": (lambda v: v.update({4: b"x"}), "pcr_values", "PCR 4 has 1 bytes"),
+    "not selected": (
         lambda v: v.update({5: bytes(32)}),
         "pcr_values",
         "PCR 5 was not asked for",
     ),
-    "119 missing": (lambda v: v.pop(7), "pcr_values", "value of PCR 7 is missing"),
-    "119 shifted bytes": (
+    "missing": (lambda v: v.pop(7), "pcr_values", "value of PCR 7 is missing"),
+    "shifted bytes": (
         lambda v: v.update({0: v[0] + v[2][:1], 2: v[2][1:]}),
         "pcr_values",
         "PCR 0 has 33 bytes",
@@ -540,7 +540,7 @@ async def test_pcr_outside_policy_is_denied(tmp_path: Path) -> None:
     assert good["sha256", 4].hex() not in error.message
 
 
-# --- F: the agent's key -------------------------------------------------------------------------
+# --- the agent's key ----------------------------------------------------------------------------
 
 
 async def _bend_certify(
@@ -625,14 +625,14 @@ async def test_csr_of_another_key_is_refused(tmp_path: Path) -> None:
 
 
 KEY_BITS = {
-    "131 not fixed to the TPM": SVID_KEY_ATTRIBUTES & ~(1 << 1),
-    "131 duplicable": SVID_KEY_ATTRIBUTES & ~(1 << 4),
-    "131 imported": SVID_KEY_ATTRIBUTES & ~(1 << 5),
-    "131 restricted": SVID_KEY_ATTRIBUTES | 1 << 16,
-    "131 decrypting": SVID_KEY_ATTRIBUTES | 1 << 17,
-    "131 not signing": SVID_KEY_ATTRIBUTES & ~(1 << 18),
-    "131 encryptedDuplication": SVID_KEY_ATTRIBUTES | 1 << 11,
-    "131 stClear": SVID_KEY_ATTRIBUTES | 1 << 2,
+    "not fixed to the TPM": SVID_KEY_ATTRIBUTES & ~(1 << 1),
+    "duplicable": SVID_KEY_ATTRIBUTES & ~(1 << 4),
+    "imported": SVID_KEY_ATTRIBUTES & ~(1 << 5),
+    "restricted": SVID_KEY_ATTRIBUTES | 1 << 16,
+    "decrypting": SVID_KEY_ATTRIBUTES | 1 << 17,
+    "not signing": SVID_KEY_ATTRIBUTES & ~(1 << 18),
+    "encryptedDuplication": SVID_KEY_ATTRIBUTES | 1 << 11,
+    "stClear": SVID_KEY_ATTRIBUTES | 1 << 2,
 }
 
 
@@ -734,9 +734,9 @@ async def test_statement_of_another_exchange_is_refused(tmp_path: Path) -> None:
 
 
 NAMES: dict[str, Callable[[bytes, bytes], bytes]] = {
-    "135 SHA-1 name": lambda n, _q: b"\x00\x04" + n[2:22],
-    "135 20 bytes": lambda n, _q: n[:20],
-    "135 qualified name": lambda _n, q: q,
+    "SHA-1 name": lambda n, _q: b"\x00\x04" + n[2:22],
+    "20 bytes": lambda n, _q: n[:20],
+    "qualified name": lambda _n, q: q,
     "empty": lambda _n, _q: b"",
 }
 

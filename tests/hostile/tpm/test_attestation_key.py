@@ -1,4 +1,4 @@
-"""Group C: the attestation key and the proof of its creation."""
+"""The attestation key and the proof of its creation."""
 
 from __future__ import annotations
 
@@ -60,16 +60,16 @@ def _node(lab: Lab, ak: SoftKey) -> TpmNode:
 
 
 BITS = {
-    "68 not restricted": (AK_ATTRIBUTES & ~(1 << 16), "ak: key is not restricted"),
-    "69 imported": (AK_ATTRIBUTES & ~(1 << 5), "ak: key was not made in this TPM"),
-    "69 not fixed to the TPM": (AK_ATTRIBUTES & ~(1 << 1), "ak: key was not made in this TPM"),
-    "70 duplicable": (AK_ATTRIBUTES & ~(1 << 4), "ak: key can leave its TPM"),
-    "71 decrypt as well": (AK_ATTRIBUTES | 1 << 17, "are not those of an AK"),
-    "71 sign clear": (AK_ATTRIBUTES & ~(1 << 18), "are not those of an AK"),
-    "71 stClear": (AK_ATTRIBUTES | 1 << 2, "are not those of an AK"),
-    "71 encryptedDuplication": (AK_ATTRIBUTES | 1 << 11, "are not those of an AK"),
-    "71 reserved bit": (AK_ATTRIBUTES | 1 << 0, "are not those of an AK"),
-    "71 reserved high bit": (AK_ATTRIBUTES | 1 << 31, "are not those of an AK"),
+    "not restricted": (AK_ATTRIBUTES & ~(1 << 16), "ak: key is not restricted"),
+    "imported": (AK_ATTRIBUTES & ~(1 << 5), "ak: key was not made in this TPM"),
+    "not fixed to the TPM": (AK_ATTRIBUTES & ~(1 << 1), "ak: key was not made in this TPM"),
+    "duplicable": (AK_ATTRIBUTES & ~(1 << 4), "ak: key can leave its TPM"),
+    "decrypt as well": (AK_ATTRIBUTES | 1 << 17, "are not those of an AK"),
+    "sign clear": (AK_ATTRIBUTES & ~(1 << 18), "are not those of an AK"),
+    "stClear": (AK_ATTRIBUTES | 1 << 2, "are not those of an AK"),
+    "encryptedDuplication": (AK_ATTRIBUTES | 1 << 11, "are not those of an AK"),
+    "reserved bit": (AK_ATTRIBUTES | 1 << 0, "are not those of an AK"),
+    "reserved high bit": (AK_ATTRIBUTES | 1 << 31, "are not those of an AK"),
 }
 
 
@@ -90,11 +90,11 @@ async def test_every_attribute_fault_is_told(tmp_path: Path) -> None:
 
 
 SCHEMES: dict[str, tuple[str, tuple[int, int] | None, str]] = {
-    "74 scheme NULL": ("secp256r1", None, "ak_scheme"),
-    "74 SHA-1": ("secp256r1", (wire.ALG_ECDSA, wire.ALG_SHA1), "ak_scheme"),
-    "74 RSASSA SHA-1": ("rsa2048", (wire.ALG_RSASSA, wire.ALG_SHA1), "ak_scheme"),
-    "74 ECSCHNORR": ("secp256r1", (0x001C, wire.ALG_SHA256), "ak_scheme"),
-    "74 OAEP": ("rsa2048", (wire.ALG_OAEP, wire.ALG_SHA256), "ak_scheme"),
+    "scheme NULL": ("secp256r1", None, "ak_scheme"),
+    "SHA-1": ("secp256r1", (wire.ALG_ECDSA, wire.ALG_SHA1), "ak_scheme"),
+    "RSASSA SHA-1": ("rsa2048", (wire.ALG_RSASSA, wire.ALG_SHA1), "ak_scheme"),
+    "ECSCHNORR": ("secp256r1", (0x001C, wire.ALG_SHA256), "ak_scheme"),
+    "OAEP": ("rsa2048", (wire.ALG_OAEP, wire.ALG_SHA256), "ak_scheme"),
     "RSASSA on an ECC key": ("secp256r1", (wire.ALG_RSASSA, wire.ALG_SHA256), "ak_scheme"),
 }
 
@@ -148,32 +148,32 @@ def _flip(place: int, value: int) -> Callable[[bytes], bytes]:
 
 
 AREAS: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
-    "66 size prefix": ("secp256r1", sized, "ak: public area"),
-    "66 one byte after": ("secp256r1", lambda a: a + b"\0", "1 extra bytes"),
-    "66 60 KiB after": ("secp256r1", lambda a: a + bytes(20_000), "20000 extra bytes"),
-    "72 name algorithm NULL": ("secp256r1", _flip(2, 0x10), "name algorithm 0x0010"),
-    "72 name algorithm unknown": ("secp256r1", _flip(2, 0xFFFF), "name algorithm 0xffff"),
-    "73 HMAC key": ("secp256r1", _flip(0, wire.ALG_KEYEDHASH), "key type 0x0008 is not supported"),
-    "73 symmetric key": ("secp256r1", _flip(0, wire.ALG_SYMCIPHER), "key type 0x0025"),
-    "73 P-192": ("secp256r1", _flip(16, 1), "curve 0x0001"),
-    "73 SM2": ("secp256r1", _flip(16, 0x20), "curve 0x0020"),
-    "73 RSA-1024": ("rsa2048", _flip(16, 1024), "RSA-1024 is not supported"),
-    "73 RSA field is not the modulus length": ("rsa2048", _flip(16, 3072), "RSA modulus has 256"),
-    "74 KDF not NULL": ("secp256r1", _flip(18, 0x22), "key derivation scheme"),
-    "75 exponent 3": (
+    "size prefix": ("secp256r1", sized, "ak: public area"),
+    "one byte after": ("secp256r1", lambda a: a + b"\0", "1 extra bytes"),
+    "60 KiB after": ("secp256r1", lambda a: a + bytes(20_000), "20000 extra bytes"),
+    "name algorithm NULL": ("secp256r1", _flip(2, 0x10), "name algorithm 0x0010"),
+    "name algorithm unknown": ("secp256r1", _flip(2, 0xFFFF), "name algorithm 0xffff"),
+    "HMAC key": ("secp256r1", _flip(0, wire.ALG_KEYEDHASH), "key type 0x0008 is not supported"),
+    "symmetric key": ("secp256r1", _flip(0, wire.ALG_SYMCIPHER), "key type 0x0025"),
+    "P-192": ("secp256r1", _flip(16, 1), "curve 0x0001"),
+    "SM2": ("secp256r1", _flip(16, 0x20), "curve 0x0020"),
+    "RSA-1024": ("rsa2048", _flip(16, 1024), "RSA-1024 is not supported"),
+    "RSA field is not the modulus length": ("rsa2048", _flip(16, 3072), "RSA modulus has 256"),
+    "KDF not NULL": ("secp256r1", _flip(18, 0x22), "key derivation scheme"),
+    "exponent 3": (
         "rsa2048",
         lambda a: a[:18] + struct.pack(">I", 3) + a[22:],
         "exponent must be",
     ),
-    "75 even modulus": ("rsa2048", lambda a: a[:-1] + bytes((a[-1] & 0xFE,)), "small factor"),
-    "75 top bit clear": ("rsa2048", lambda a: a[:24] + b"\0" + a[25:], "is not supported"),
-    "75 off the curve": ("secp256r1", lambda a: a[:-1] + bytes((a[-1] ^ 1,)), "not on P-256"),
-    "75 coordinate not below p": (
+    "even modulus": ("rsa2048", lambda a: a[:-1] + bytes((a[-1] & 0xFE,)), "small factor"),
+    "top bit clear": ("rsa2048", lambda a: a[:24] + b"\0" + a[25:], "is not supported"),
+    "off the curve": ("secp256r1", lambda a: a[:-1] + bytes((a[-1] ^ 1,)), "not on P-256"),
+    "coordinate not below p": (
         "secp256r1",
         lambda a: a[:22] + b"\xff" * 32 + a[54:],
         "coordinate is not in range",
     ),
-    "76 zero added": (
+    "zero added": (
         "secp256r1",
         lambda a: a[:20] + sized(b"\0" + a[22:54]) + a[54:],
         "coordinate must be 32 bytes",
@@ -292,22 +292,22 @@ RSASSA = struct.pack(">HH", wire.ALG_RSASSA, wire.ALG_SHA256)
 ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551.to_bytes(32, "big")
 ONE = (1).to_bytes(32, "big")
 ECC_SIGNATURES = {
-    "81 RSA signature": (RSASSA + sized(bytes(256)), "creation_scheme"),
-    "81 HMAC": (struct.pack(">HH", 5, 0xB) + bytes(32), "creation_scheme"),
-    "81 ECDAA": (struct.pack(">HH", 0x1A, 0xB) + sized(ONE) + sized(ONE), "creation_scheme"),
-    "82 SHA-1": (struct.pack(">HH", 0x18, 4) + sized(ONE) + sized(ONE), "creation_scheme"),
-    "82 SHA-384": (struct.pack(">HH", 0x18, 0xC) + sized(ONE) + sized(ONE), "creation_scheme"),
-    "82 unknown hash": (
+    "RSA signature": (RSASSA + sized(bytes(256)), "creation_scheme"),
+    "HMAC": (struct.pack(">HH", 5, 0xB) + bytes(32), "creation_scheme"),
+    "ECDAA": (struct.pack(">HH", 0x1A, 0xB) + sized(ONE) + sized(ONE), "creation_scheme"),
+    "SHA-1": (struct.pack(">HH", 0x18, 4) + sized(ONE) + sized(ONE), "creation_scheme"),
+    "SHA-384": (struct.pack(">HH", 0x18, 0xC) + sized(ONE) + sized(ONE), "creation_scheme"),
+    "unknown hash": (
         struct.pack(">HH", 0x18, 0xFF) + sized(ONE) + sized(ONE),
         "creation_scheme",
     ),
-    "83 r zero": (ECDSA + sized(bytes(32)) + sized(ONE), "creation_signature"),
-    "83 s zero": (ECDSA + sized(ONE) + sized(b""), "creation_signature"),
-    "83 r not below n": (ECDSA + sized(ORDER) + sized(ONE), "creation_signature"),
-    "83 33 bytes": (ECDSA + sized(b"\0" + ONE) + sized(ONE), "creation_signature"),
-    "83 size 65535": (ECDSA + b"\xff\xff" + ONE, "creation_scheme"),
-    "83 seven bytes": (ECDSA + b"\0\0\0", "creation_scheme"),
-    "83 extra byte": (ECDSA + sized(ONE) + sized(ONE) + b"\0", "creation_scheme"),
+    "r zero": (ECDSA + sized(bytes(32)) + sized(ONE), "creation_signature"),
+    "s zero": (ECDSA + sized(ONE) + sized(b""), "creation_signature"),
+    "r not below n": (ECDSA + sized(ORDER) + sized(ONE), "creation_signature"),
+    "33 bytes": (ECDSA + sized(b"\0" + ONE) + sized(ONE), "creation_signature"),
+    "size 65535": (ECDSA + b"\xff\xff" + ONE, "creation_scheme"),
+    "seven bytes": (ECDSA + b"\0\0\0", "creation_scheme"),
+    "extra byte": (ECDSA + sized(ONE) + sized(ONE) + b"\0", "creation_scheme"),
     "wrong": (ECDSA + sized(ONE) + sized(ONE), "creation_signature"),
 }
 
@@ -320,13 +320,13 @@ async def test_signature_of_an_ecc_ak_is_refused(tmp_path: Path, row: str) -> No
 
 
 RSA_SIGNATURES = {
-    "81 ECDSA r and s": (ECDSA + sized(ONE) + sized(ONE), "creation_scheme"),
-    "82 PSS in place of PKCS#1": (
+    "ECDSA r and s": (ECDSA + sized(ONE) + sized(ONE), "creation_scheme"),
+    "PSS in place of PKCS#1": (
         struct.pack(">HH", wire.ALG_RSAPSS, wire.ALG_SHA256) + sized(bytes(256)),
         "creation_scheme",
     ),
-    "83 short": (RSASSA + sized(bytes(255)), "creation_signature"),
-    "83 long": (RSASSA + sized(bytes(257)), "creation_signature"),
+    "short": (RSASSA + sized(bytes(255)), "creation_signature"),
+    "long": (RSASSA + sized(bytes(257)), "creation_signature"),
     "wrong": (RSASSA + sized(bytes(256)), "creation_signature"),
 }
 

@@ -1,4 +1,4 @@
-"""Group H: boot logs that were cut, bent, relabelled or belong to another boot."""
+"""Boot logs that were cut, bent, relabelled or belong to another boot."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _insert(before: Callable[[Measurement], bool], *more: Measurement) -> Boot:
     return replace(CLEAN, measurements=parts)
 
 
-def test_150_no_bytes_are_not_no_policy() -> None:
+def test_no_bytes_are_not_no_policy() -> None:
     with pytest.raises(AttestationError, match="boot log is missing") as caught:
         eventlog.parse(b"")
     assert caught.value.findings[0].code == "log_missing"
@@ -126,7 +126,7 @@ def test_150_no_bytes_are_not_no_policy() -> None:
         (zlib.compress(RAW)[2:-4], InvalidInputError, "log: compressed data is malformed"),
     ],
 )
-def test_152_compressed_logs_are_one_bounded_stream(
+def test_compressed_logs_are_one_bounded_stream(
     data: bytes, kind: type[Exception], text: str
 ) -> None:
     with pytest.raises(kind) as caught:
@@ -134,11 +134,11 @@ def test_152_compressed_logs_are_one_bounded_stream(
     assert str(caught.value) == text
 
 
-def test_152_a_log_of_exactly_the_limit_unpacks() -> None:
+def test_a_log_of_exactly_the_limit_unpacks() -> None:
     assert len(inflate(zlib.compress(bytes(524288)), 524288, "log")) == 524288
 
 
-def test_153_cut_anywhere() -> None:
+def test_cut_anywhere() -> None:
     ends = {_event(n)[1] for n in range(1, len(CLEAN.measurements) + 1)} | {len(HEADER)}
     for size in range(1, len(RAW)):
         if size not in ends:
@@ -152,7 +152,7 @@ def test_153_cut_anywhere() -> None:
 
 
 @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 20_000])
-def test_153_event_larger_than_the_rest(size: int) -> None:
+def test_event_larger_than_the_rest(size: int) -> None:
     start, _ = _event(3)
     place = start + 12 + 22 + 34
     raw = RAW[:place] + struct.pack("<I", size) + RAW[place + 4 :]
@@ -161,7 +161,7 @@ def test_153_event_larger_than_the_rest(size: int) -> None:
 
 @pytest.mark.parametrize("count", [1, 4, 30, 68, 100, 5000])
 @pytest.mark.parametrize("byte", [b"\x00", b"\xff"])
-def test_154_padding_after_the_last_event(byte: bytes, count: int) -> None:
+def test_padding_after_the_last_event(byte: bytes, count: int) -> None:
     # The last event ends in text, so all that follows is padding.
     assert _malformed(RAW + byte * count) == f"log: {count} bytes after the last event"
     legacy = PROFILES["legacy"].boot().log()
@@ -188,7 +188,7 @@ def _spec(**changes: object) -> bytes:
     return struct.pack("<II20sI", fields["pcr"], 3, fields["digest"], len(body)) + body
 
 
-def test_155_not_crypto_agile() -> None:
+def test_not_crypto_agile() -> None:
     text = "log: not a crypto-agile log"
     assert _malformed(PROFILES["legacy"].boot().log()) == text
     assert _malformed(RAW[len(HEADER) :]) == text
@@ -197,7 +197,7 @@ def test_155_not_crypto_agile() -> None:
     assert _malformed(_spec(pcr=0xFFFFFFFF) + RAW[len(HEADER) :]) == text
 
 
-def test_155_sha1_only_while_sha256_is_quoted() -> None:
+def test_sha1_only_while_sha256_is_quoted() -> None:
     log = eventlog.parse(PROFILES["legacy"].boot().log(), allow_legacy=True)
     with pytest.raises(InvalidInputError, match="not a crypto-agile log"):
         boot.facts(log, PCRS, BANK)
@@ -222,7 +222,7 @@ def test_155_sha1_only_while_sha256_is_quoted() -> None:
         struct.pack("<II20sI", 0, 3, bytes(20), 20) + b"Spec ID Event03\0" + bytes(4),
     ],
 )
-def test_156_algorithm_table(head: bytes) -> None:
+def test_algorithm_table(head: bytes) -> None:
     assert _malformed(head + RAW[len(HEADER) :]) == "log: algorithm table is malformed"
 
 
@@ -247,12 +247,12 @@ SHA256 = b"\x0b\x00" + bytes(32)
         (2, SHA1 + b"\x0c\x00" + bytes(48)),
     ],
 )
-def test_157_digests_of_an_event(count: int, digests: bytes) -> None:
+def test_digests_of_an_event(count: int, digests: bytes) -> None:
     raw = _splice(4, lambda event: _with_digests(event, count, digests))
     assert _malformed(raw) == "log: event 4 has the wrong digests"
 
 
-def test_158_too_many_events() -> None:
+def test_too_many_events() -> None:
     note = firmware.event(Measurement(12, firmware.EV_IPL, b""), CLEAN.banks)
     missing = eventlog.MAX_EVENTS - len(CLEAN.measurements)
     eventlog.parse(RAW + note * missing)
@@ -263,18 +263,18 @@ def test_158_too_many_events() -> None:
         eventlog.parse(legacy * 4097, allow_legacy=True)
 
 
-def test_158_too_many_bytes() -> None:
+def test_too_many_bytes() -> None:
     note = firmware.event(Measurement(12, firmware.EV_IPL, bytes(60_000)), CLEAN.banks)
     assert _malformed(RAW + note * 9, LimitError) == "log: larger than 524288 bytes"
 
 
 @pytest.mark.parametrize("pcr", [24, 255, 0xFFFFFFFE, 0xFFFFFFFF])
-def test_159_pcr_that_does_not_exist(pcr: int) -> None:
+def test_pcr_that_does_not_exist(pcr: int) -> None:
     raw = _splice(5, lambda event: struct.pack("<I", pcr) + event[4:])
     assert _malformed(raw) == f"log: PCR number {pcr} does not exist"
 
 
-def test_159_but_for_the_note_at_the_end() -> None:
+def test_but_for_the_note_at_the_end() -> None:
     note = struct.pack("<II", 0xFFFFFFFF, 3)
     agile = note + struct.pack("<I", 2) + SHA1 + SHA256 + struct.pack("<I", 5) + b"trust"
     assert _facts(RAW + agile).explained == tuple(range(24))
@@ -286,19 +286,19 @@ def test_159_but_for_the_note_at_the_end() -> None:
         eventlog.parse(legacy + end * 2, allow_legacy=True)
 
 
-def test_160_another_machine_or_boot() -> None:
+def test_another_machine_or_boot() -> None:
     for name in ("evil_kernel", "dbx_update", "secure_boot_off"):
         with pytest.raises(AttestationError, match=r"log: PCR \d does not replay \[log_replay\]"):
             _facts(PROFILES[name].boot().log())
 
 
-def test_160_the_changed_pcrs_are_named() -> None:
+def test_the_changed_pcrs_are_named() -> None:
     with pytest.raises(AttestationError) as caught:
         _facts(PROFILES["evil_kernel"].boot().log())
     assert [f.message for f in caught.value.findings] == ["log: PCR 4 does not replay"]
 
 
-def test_160_one_event_dropped_doubled_or_moved() -> None:
+def test_one_event_dropped_doubled_or_moved() -> None:
     for number, m in enumerate(CLEAN.measurements, 1):
         if m.pcr > 7 or m.data in {firmware.INVOCATION, firmware.SUCCESS}:
             continue
@@ -314,7 +314,7 @@ def test_160_one_event_dropped_doubled_or_moved() -> None:
             assert {f.code for f in caught.value.findings} == {"log_replay"}
 
 
-def test_161_data_exchanged_while_the_digest_stays() -> None:
+def test_data_exchanged_while_the_digest_stays() -> None:
     off = PROFILES["secure_boot_off"].boot()
     lied = off.change(
         lambda m: (
@@ -325,7 +325,7 @@ def test_161_data_exchanged_while_the_digest_stays() -> None:
 
 
 @pytest.mark.parametrize("name", ["SecureBoot", "PK", "KEK", "db", "dbx", "SbatLevel", "Shim"])
-def test_161_every_byte_of_every_event_of_pcr_7(name: str) -> None:
+def test_every_byte_of_every_event_of_pcr_7(name: str) -> None:
     number = next(i for i, m in enumerate(CLEAN.measurements, 1) if _named(name)(m))
     start, end = _event(number)
     for place in range(start + 12 + 22 + 34 + 4, end, 7):
@@ -346,7 +346,7 @@ def test_161_every_byte_of_every_event_of_pcr_7(name: str) -> None:
         0x12345678,
     ],
 )
-def test_162_type_under_which_nothing_is_checked(kind: int) -> None:
+def test_type_under_which_nothing_is_checked(kind: int) -> None:
     start, end = _event(next(i for i, m in enumerate(CLEAN.measurements, 1) if _named("db")(m)))
     raw = RAW[: start + 4] + struct.pack("<I", kind) + RAW[start + 8 : end] + RAW[end:]
     if kind == firmware.EV_NO_ACTION:
@@ -358,23 +358,23 @@ def test_162_type_under_which_nothing_is_checked(kind: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["SecureBoot", "PK", "KEK", "db", "dbx"])
-def test_162_variable_relabelled_as_an_authority(name: str) -> None:
+def test_variable_relabelled_as_an_authority(name: str) -> None:
     start = _edit(_named(name), type=firmware.EV_AUTHORITY)
     for rules in (boot.STRICT, BootRules(empty_secure_boot=True, early_authority=True)):
         _refusal(start, "secureboot_ambiguous", rules)
 
 
-def test_162_authority_relabelled_as_a_variable() -> None:
+def test_authority_relabelled_as_a_variable() -> None:
     start = _edit(lambda m: m.type == firmware.EV_AUTHORITY, type=firmware.EV_VARIABLE)
     assert "comes after the separator" in _refusal(start, "log_order")
 
 
-def test_162_an_action_that_is_none_of_pcr_7() -> None:
+def test_an_action_that_is_none_of_pcr_7() -> None:
     more = Measurement(7, firmware.EV_ACTION, b"Something happened")
     assert "is not allowed in PCR 7" in _refusal(_insert(_named("db"), more), "log_type")
 
 
-def test_162_an_image_relabelled_stays_an_image() -> None:
+def test_an_image_relabelled_stays_an_image() -> None:
     """Whoever hides an image under another type, with its own bytes as the data, hides nothing."""
     evil = b"MZ" + bytes(200) + b"evil boot loader"
     for kind in (firmware.EV_IPL, firmware.EV_ACTION, 0x12, firmware.EV_BLOB, 0x80000010):
@@ -386,48 +386,48 @@ def test_162_an_image_relabelled_stays_an_image() -> None:
 
 @pytest.mark.parametrize("pcr", range(8))
 @pytest.mark.parametrize("kind", [firmware.EV_ACTION, firmware.EV_POST_CODE, firmware.EV_VARIABLE])
-def test_163_separator_under_another_type(pcr: int, kind: int) -> None:
+def test_separator_under_another_type(pcr: int, kind: int) -> None:
     text = _refusal(_edit(_is_separator(pcr), type=kind), "log_order")
     assert "separator's digest under another type" in text
 
 
 @pytest.mark.parametrize("pcr", range(8))
-def test_163_two_separators_or_none(pcr: int) -> None:
+def test_two_separators_or_none(pcr: int) -> None:
     twice = CLEAN.then(Measurement(pcr, firmware.EV_SEPARATOR, bytes(4)))
     assert f"PCR {pcr} has more than one separator" in _refusal(twice, "log_order")
     none = CLEAN.change(lambda m: None if _is_separator(pcr)(m) else m)
     assert f"PCR {pcr} has no separator" in _refusal(none, "log_order")
 
 
-def test_163_separators_digest_far_from_the_firmware() -> None:
+def test_separators_digest_far_from_the_firmware() -> None:
     fake = CLEAN.then(Measurement(9, firmware.EV_IPL, b"/boot/vmlinuz", bytes(4)))
     assert "separator's digest" in _refusal(fake, "log_order")
 
 
 @pytest.mark.parametrize("data", [b"\2\0\0\0", b"", bytes(5), bytes(3)])
-def test_163_separator_that_is_none(data: bytes) -> None:
+def test_separator_that_is_none(data: bytes) -> None:
     text = _refusal(_edit(_is_separator(3), data=data), "log_event_digest")
     assert "does not match its digest" in text
 
 
-def test_163_separators_data_is_exchanged() -> None:
+def test_separators_data_is_exchanged() -> None:
     error = _edit(_is_separator(3), data=bytes(4), content=b"\1\0\0\0")
     assert "does not match its digest" in _refusal(error, "log_event_digest")
 
 
-def test_163_variable_after_the_separator() -> None:
+def test_variable_after_the_separator() -> None:
     late = CLEAN.then(_variable("SecureBoot", b"\1"))
     assert "comes after the separator" in _refusal(late, "log_order")
 
 
-def test_164_error_separator_is_a_fact_for_policy() -> None:
+def test_error_separator_is_a_fact_for_policy() -> None:
     error = _of(_edit(_is_separator(1), data=b"\1\0\0\0"))
     assert error.firmware_error
     assert not _of(CLEAN).firmware_error
 
 
 @pytest.mark.parametrize("name", ["SecureBoot", "PK", "KEK", "db", "dbx"])
-def test_165_variable_twice(name: str) -> None:
+def test_variable_twice(name: str) -> None:
     again = next(m for m in CLEAN.measurements if _named(name)(m))
     text = _refusal(_insert(_is_separator(7), again), "secureboot_ambiguous")
     assert text == "log: Secure Boot state is ambiguous [secureboot_ambiguous]"
@@ -436,21 +436,21 @@ def test_165_variable_twice(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["SecureBoot", "PK", "KEK", "db", "dbx"])
-def test_165_wrong_owner(name: str) -> None:
+def test_wrong_owner(name: str) -> None:
     value = next(m for m in CLEAN.measurements if _named(name)(m)).data[32 + 2 * len(name) :]
     _refusal(_with_value(name, value, firmware.SHIM_LOCK), "secureboot_ambiguous")
 
 
 @pytest.mark.parametrize("value", [b"", b"\0\0", b"\1\0", b"\2", b"\xff"])
-def test_165_secure_boot_of_odd_size_or_value(value: bytes) -> None:
+def test_secure_boot_of_odd_size_or_value(value: bytes) -> None:
     _refusal(_with_value("SecureBoot", value), "secureboot_ambiguous")
 
 
-def test_165_secure_boot_left_out() -> None:
+def test_secure_boot_left_out() -> None:
     _refusal(CLEAN.change(lambda m: None if _named("SecureBoot")(m) else m), "secureboot_ambiguous")
 
 
-def test_165_an_empty_variable_reads_as_off_where_policy_allows() -> None:
+def test_an_empty_variable_reads_as_off_where_policy_allows() -> None:
     empty = _with_value("SecureBoot", b"")
     assert _of(empty, BootRules(empty_secure_boot=True)).secure_boot is False
 
@@ -474,7 +474,7 @@ GUID = secureboot.GLOBAL
         b"",
     ],
 )
-def test_166_variable_events(data: bytes) -> None:
+def test_variable_events(data: bytes) -> None:
     start = _insert(_named("dbx"), Measurement(7, firmware.EV_VARIABLE, data))
     number = start.measurements.index(Measurement(7, firmware.EV_VARIABLE, data)) + 1
     with pytest.raises(InvalidInputError) as caught:
@@ -483,14 +483,14 @@ def test_166_variable_events(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("level", [b"sbat,1,\xff\n", b"sbat\x1b[m\n", b"s" * 129, b"a\0b\n"])
-def test_166_revocation_level_that_is_no_text(level: bytes) -> None:
+def test_revocation_level_that_is_no_text(level: bytes) -> None:
     data = firmware.variable(firmware.SHIM_LOCK, "SbatLevel", level)
     with pytest.raises(InvalidInputError, match=r"log: variable event \d+ is malformed"):
         _of(_edit(_named("SbatLevel"), data=data))
 
 
 @pytest.mark.parametrize("level", [b"", b"\n", b"\0", b"\nsbat,1,2"])
-def test_168_revocation_level_that_says_nothing(level: bytes) -> None:
+def test_revocation_level_that_says_nothing(level: bytes) -> None:
     data = firmware.variable(firmware.SHIM_LOCK, "SbatLevel", level)
     _refusal(_edit(_named("SbatLevel"), data=data), "secureboot_ambiguous")
 
@@ -518,12 +518,12 @@ def _list(size: int, header: int, step: int, body: bytes) -> bytes:
     ],
 )
 @pytest.mark.parametrize("name", ["db", "dbx"])
-def test_167_signature_lists(name: str, value: bytes) -> None:
+def test_signature_lists(name: str, value: bytes) -> None:
     with pytest.raises(InvalidInputError, match="log: signature list is malformed"):
         _of(_with_value(name, value))
 
 
-def test_168_authority_before_the_separator() -> None:
+def test_authority_before_the_separator() -> None:
     early = Firmware()._authority(
         secureboot.IMAGE_SECURITY, "db", firmware.OWNER + firmware.VENDOR_KEY
     )
@@ -532,7 +532,7 @@ def test_168_authority_before_the_separator() -> None:
     assert _of(start, BootRules(early_authority=True)).secure_boot is True
 
 
-def test_168_on_without_authority_after_the_separator() -> None:
+def test_on_without_authority_after_the_separator() -> None:
     def without(m: Measurement) -> Measurement | None:
         return None if m.type == firmware.EV_AUTHORITY and not _named("SbatLevel")(m) else m
 
@@ -540,12 +540,12 @@ def test_168_on_without_authority_after_the_separator() -> None:
 
 
 @pytest.mark.parametrize("name", ["PK", "KEK", "db"])
-def test_168_on_without_keys(name: str) -> None:
+def test_on_without_keys(name: str) -> None:
     _refusal(_with_value(name, b""), "secureboot_ambiguous")
     _refusal(CLEAN.change(lambda m: None if _named(name)(m) else m), "secureboot_ambiguous")
 
 
-def test_168_two_revocation_levels() -> None:
+def test_two_revocation_levels() -> None:
     newer = firmware.variable(firmware.SHIM_LOCK, "SbatLevel", b"sbat,1,2099010100\n")
     start = CLEAN.then(Measurement(7, firmware.EV_AUTHORITY, newer))
     raw = start.log()
@@ -554,14 +554,14 @@ def test_168_two_revocation_levels() -> None:
         boot.facts(eventlog.parse(raw), start.pcrs(BANK), BANK)
 
 
-def test_169_what_policies_may_demand_is_a_fact() -> None:
+def test_what_policies_may_demand_is_a_fact() -> None:
     facts = _of(Firmware(secure_boot=False, debug_mode=True, dma_protection=False).boot())
     assert (facts.secure_boot, facts.debug_mode, facts.dma_protection) == (False, True, False)
     facts = _of(CLEAN)
     assert (facts.secure_boot, facts.debug_mode, facts.dma_protection) == (True, False, True)
 
 
-def test_170_revocation_state_is_a_fact() -> None:
+def test_revocation_state_is_a_fact() -> None:
     old, new = _of(CLEAN), _of(PROFILES["dbx_update"].boot())
     assert (old.sbat, new.sbat) == ("sbat,1,2023012900", "sbat,1,2024040900")
     assert old.dbx < new.dbx
@@ -585,18 +585,18 @@ LOCALITY = b"StartupLocality\0"
         [(0, b"StartupLocality3\3")],
     ],
 )
-def test_171_startup_locality(events: list[tuple[int, bytes]]) -> None:
+def test_startup_locality(events: list[tuple[int, bytes]]) -> None:
     more = [Measurement(pcr, firmware.EV_NO_ACTION, data) for pcr, data in events]
     raw = _insert(lambda _: True, *more).log()
     assert _malformed(raw) == "log: startup locality event is malformed"
 
 
-def test_172_no_action_with_a_digest() -> None:
+def test_no_action_with_a_digest() -> None:
     note = struct.pack("<III", 0, 3, 2) + SHA1 + b"\x0b\0" + bytes(31) + b"\1" + bytes(4)
     assert _malformed(HEADER + note + RAW[len(HEADER) :]) == "log: no-action event with a digest"
 
 
-def test_172_no_action_that_looks_like_a_variable() -> None:
+def test_no_action_that_looks_like_a_variable() -> None:
     said = replace(_variable("SecureBoot", b"\1"), type=firmware.EV_NO_ACTION)
     off = PROFILES["secure_boot_off"].boot()
     for position in (0, len(off.measurements)):
@@ -609,12 +609,12 @@ def test_172_no_action_that_looks_like_a_variable() -> None:
 
 @pytest.mark.parametrize("pcr", [4, 5])
 @pytest.mark.parametrize("kind", [firmware.EV_APPLICATION, firmware.EV_ACTION, firmware.EV_IPL])
-def test_173_measured_after_the_hand_over(pcr: int, kind: int) -> None:
+def test_measured_after_the_hand_over(pcr: int, kind: int) -> None:
     late = CLEAN.then(Measurement(pcr, kind, b"path", b"late image"))
     assert "image measured after hand-over" in _refusal(late, "log_order")
 
 
-def test_173_the_hand_over_is_told_by_its_digest() -> None:
+def test_the_hand_over_is_told_by_its_digest() -> None:
     renamed = _edit(lambda m: m.data == firmware.INVOCATION, data=b"x", content=firmware.INVOCATION)
     late = renamed.then(Measurement(4, firmware.EV_APPLICATION, b"path", b"late image"))
     assert "image measured after hand-over" in _refusal(late, "log_order")

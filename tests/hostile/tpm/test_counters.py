@@ -1,4 +1,4 @@
-"""Counters, clocks and PCRs that do not fit a node's past (rows 141 to 149, 198 and 199)."""
+"""Counters, clocks and PCRs that do not fit a node's past."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows 59 and 60: who is let in under each `ek_policy`, for every state a key can be in."""
+"""Who is let in under each `ek_policy`, for every state a key can be in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Group M, rows 1, 2 and 4: what makers really put into their TPMs is accepted, and nothing near it."""
+"""What makers really put into their TPMs is accepted, and nothing near it."""
 
 from __future__ import annotations
 

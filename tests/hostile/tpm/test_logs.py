@@ -212,8 +212,8 @@ async def test_a_rewritten_list_is_told_to_the_judge(tmp_path: Path) -> None:
 
 
 ROLLBACKS: dict[str, Callable[[wire.Response], wire.Response]] = {
-    "180 later than asked": lambda r: replace(r, ima_from=12),
-    "180 earlier than asked": lambda r: replace(r, ima_from=3),
+    "later than asked": lambda r: replace(r, ima_from=12),
+    "earlier than asked": lambda r: replace(r, ima_from=3),
 }
 
 
@@ -259,38 +259,54 @@ def _bomb(size: int) -> bytes:
 
 
 RESPONSES: dict[str, tuple[Callable[[wire.Response], wire.Response], ErrorKind, str]] = {
-    "150 absent": (lambda r: replace(r, log=None), IA, "log: boot log is missing [log_missing]"),
-    "150 empty": (lambda r: replace(r, log=b""), IA, "log: boot log is missing [log_missing]"),
-    "150 zero bytes": (
+    "absent": (lambda r: replace(r, log=None), IA, "log: boot log is missing [log_missing]"),
+    "empty": (lambda r: replace(r, log=b""), IA, "log: boot log is missing [log_missing]"),
+    "zero bytes": (
         lambda r: replace(r, log=zlib.compress(b"")),
         IA,
         "log: boot log is missing [log_missing]",
     ),
-    "151 one byte more": (
+    "one byte more": (
         _log(lambda d: d + b"\0"),
         IA,
         "log: boot log is not the one announced [log_announced]",
     ),
-    "151 same size": (
+    "same size": (
         _log(lambda d: d[:-1] + bytes((d[-1] ^ 1,))),
         IA,
         "log: boot log is not the one announced [log_announced]",
     ),
-    "152 bomb": (lambda r: replace(r, log=_bomb(50 << 20)), RE, "log: larger than 524288 bytes"),
-    "152 bytes after the end": (
+    "log that is a bomb": (
+        lambda r: replace(r, log=_bomb(50 << 20)),
+        RE,
+        "log: larger than 524288 bytes",
+    ),
+    "bytes after the end": (
         lambda r: replace(r, log=(r.log or b"") + b"x"),
         IA,
         "log: compressed data is malformed",
     ),
-    "152 end missing": (
+    "end missing": (
         lambda r: replace(r, log=(r.log or b"")[:-4]),
         IA,
         "log: compressed data is malformed",
     ),
-    "152 not zlib": (lambda r: replace(r, log=b"x" * 99), IA, "log: compressed data is malformed"),
-    "175 bomb": (lambda r: replace(r, ima=_bomb(50 << 20)), RE, "ima: larger than 8388608 bytes"),
-    "175 not zlib": (lambda r: replace(r, ima=b"x" * 99), IA, "ima: compressed data is malformed"),
-    "175 entries announced": (
+    "log that is not zlib": (
+        lambda r: replace(r, log=b"x" * 99),
+        IA,
+        "log: compressed data is malformed",
+    ),
+    "list that is a bomb": (
+        lambda r: replace(r, ima=_bomb(50 << 20)),
+        RE,
+        "ima: larger than 8388608 bytes",
+    ),
+    "list that is not zlib": (
+        lambda r: replace(r, ima=b"x" * 99),
+        IA,
+        "ima: compressed data is malformed",
+    ),
+    "entries announced": (
         lambda r: replace(r, ima_left=100_000),
         RE,
         "ima: more than 100000 entries",
@@ -301,18 +317,18 @@ RESPONSES: dict[str, tuple[Callable[[wire.Response], wire.Response], ErrorKind, 
         "ima: list is missing [ima_missing]",
     ),
     "ima empty": (_ima(lambda _: b""), IA, "ima: list is missing [ima_missing]"),
-    "182 from elsewhere than the start": (
+    "from elsewhere than the start": (
         lambda r: replace(r, ima_from=3),
         IA,
         "ima: list must start at entry 0 [ima_restart]",
     ),
     "half a line": (_ima(lambda d: d[:-5]), IA, "ima: part of the list does not end with a line"),
-    "177 hash": (
+    "hash": (
         _ima(lambda d: d.replace(b"/usr/bin/tool3\n", b"/usr/bin/tool4\n")),
         IA,
         "ima: line 5 does not match its hash [ima_hash]",
     ),
-    "178 entry dropped": (
+    "entry dropped": (
         _ima(lambda d: b"".join(d.splitlines(keepends=True)[:-1])),
         IA,
         "ima: list does not replay to PCR 10 [ima_replay]",

@@ -1,4 +1,4 @@
-"""Group B, rows 61 to 65: keys their maker or the mathematics disowned, and foreign chains."""
+"""Keys their maker or the mathematics disowned, and foreign chains."""
 
 from __future__ import annotations
 

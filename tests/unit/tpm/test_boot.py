@@ -140,7 +140,7 @@ def test_other_banks_are_not_looked_at() -> None:
     assert boot.facts(eventlog.parse(start.log()), pcrs, "sha256").secure_boot is True
 
 
-def test_control_9_option_roms_and_long_configurations() -> None:
+def test_option_roms_and_long_configurations() -> None:
     roms, grub = PROFILES["option_roms"].boot(), PROFILES["grub"].boot()
     assert len(roms.log()) > 70_000
     assert len([image for image in _facts(roms).images if image.pcr == 2]) == 220
@@ -148,7 +148,7 @@ def test_control_9_option_roms_and_long_configurations() -> None:
     assert len(_facts(grub).commands) == 501
 
 
-def test_control_9_boot_phases_move_pcr_11() -> None:
+def test_boot_phases_move_pcr_11() -> None:
     start = PROFILES["uki"].boot()
     for count in range(1, 5):
         gone_on = start.with_phases(*PHASES[:count])
@@ -159,7 +159,7 @@ def test_control_9_boot_phases_move_pcr_11() -> None:
     assert _facts(other).uki is None
 
 
-def test_control_9_pcrs_that_the_log_does_not_explain() -> None:
+def test_pcrs_that_the_log_does_not_explain() -> None:
     """Userspace measures into PCR 9 and 15, and no log knows."""
     more = [Measurement(n, firmware.EV_IPL, b"later", logged=False) for n in (8, 9, 12, 14, 15)]
     facts = _facts(PROFILES["clean"].boot().then(*more))
@@ -176,7 +176,7 @@ def test_control_9_pcrs_that_the_log_does_not_explain() -> None:
         (firmware.INVOCATION, firmware.FAILURE, firmware.SUCCESS),
     ],
 )
-def test_control_9_firmware_that_forgets_how_it_handed_over(texts: tuple[bytes, ...]) -> None:
+def test_firmware_that_forgets_how_it_handed_over(texts: tuple[bytes, ...]) -> None:
     start = PROFILES["clean"].boot()
     parts = tuple(m for m in start.measurements if not m.data.startswith(b"Exit"))
     for logged in range(len(texts)):

@@ -51,7 +51,7 @@ def test_all_templates_in_both_forms(bank: str) -> None:
     assert len({_replay(data, LIST, bank).state for data in forms}) == 1
 
 
-def test_control_10_a_list_longer_than_what_was_quoted() -> None:
+def test_a_list_longer_than_what_was_quoted() -> None:
     longer = LIST.files(3, prefix="/later/")
     for data in (longer.ascii(), longer.binary()):
         facts = _replay(data, LIST)
