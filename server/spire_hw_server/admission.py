@@ -36,7 +36,7 @@ from spire_hw.plugin.nodeattestor import (
 from spire_hw.posture.evidence import Occasion
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId, TrustDomain, agent_id, check_agent_id, check_segment
-from spire_hw_server.datastore.interface import (
+from spire_hw_server.datastore.records import (
     NO_KEYS,
     KeyInUseError,
     KeyRole,
@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw.posture.evidence import Evidence
-    from spire_hw_server.datastore.interface import Datastore, NodeKeys, PostureUpdate
+    from spire_hw_server.datastore.interface import Datastore
+    from spire_hw_server.datastore.records import NodeKeys, PostureUpdate
     from spire_hw_server.posture.judge import NodeJudge
     from spire_hw_server.posture.outcome import Outcome
 

@@ -41,7 +41,7 @@ from spire_hw_server.ca.manager import Authority, CaManager, CaSettings
 from spire_hw_server.ca.mark import AuthorityMark
 from spire_hw_server.ca.profile import Profile
 from spire_hw_server.datastore.config import parse_datastore
-from spire_hw_server.datastore.interface import Datastore, EntryFilter, NodeFilter, Page
+from spire_hw_server.datastore.records import EntryFilter, NodeFilter, Page
 from spire_hw_server.datastore.sql.store import open_datastore
 from spire_hw_server.entries import EntryCache
 from spire_hw_server.hostservices import ServerServices
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from spire_hw.posture.judge import Judge
     from spire_hw.rpc.probes import Health
     from spire_hw_server.config import ServerSettings
+    from spire_hw_server.datastore.interface import Datastore
 
 GRACE_S: Final = 10.0
 LOCK_FILE: Final = "server.lock"

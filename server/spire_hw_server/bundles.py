@@ -10,7 +10,7 @@ from spire_hw.bundle.bundle import Bundle
 from spire_hw.errors import NotFoundError
 from spire_hw.spiffeid import TrustDomain
 from spire_hw_server.datastore.follow import Follower
-from spire_hw_server.datastore.interface import ChangeKind
+from spire_hw_server.datastore.records import ChangeKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
-    from spire_hw_server.datastore.interface import Change, Datastore
+    from spire_hw_server.datastore.interface import Datastore
+    from spire_hw_server.datastore.records import Change
 
 
 class Bundles:

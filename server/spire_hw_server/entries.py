@@ -17,7 +17,7 @@ from typing_extensions import override
 from spire_hw.aio.watch import Watch
 from spire_hw.spiffeid import SpiffeId, TrustDomain, server_id
 from spire_hw_server.datastore.follow import Follower
-from spire_hw_server.datastore.interface import ChangeKind, EntryFilter, Node, NodeFilter, Page
+from spire_hw_server.datastore.records import ChangeKind, EntryFilter, Node, NodeFilter, Page
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw.selector import Selector, SelectorSet
-    from spire_hw_server.datastore.interface import Change, Datastore, Entry
+    from spire_hw_server.datastore.interface import Datastore
+    from spire_hw_server.datastore.records import Change, Entry
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")

@@ -7,13 +7,14 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import NotFoundError, SpireHwError
-from spire_hw_server.datastore.interface import Datastore, NodeFilter, Page
+from spire_hw_server.datastore.records import NodeFilter, Page
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
+    from spire_hw_server.datastore.interface import Datastore
 
 ROUND_S: Final = 60.0
 _ENTRIES_EVERY: Final = timedelta(minutes=5)

@@ -55,6 +55,7 @@ ALLOWED = {
     "spire_hw_server.api.caller": set(),
     "spire_hw_server.api.policy": set(),
     "spire_hw_server.datastore.interface": set(),
+    "spire_hw_server.datastore.records": set(),
     "spire_hw_server.api.svid": set(),
     "spire_hw_server.cli.main": set(),
     "spire_hw_server.cli.commands": {"click"},

@@ -20,7 +20,7 @@ from spire_hw.clock import SystemClock
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import TrustDomain, server_id
 from spire_hw_server.datastore.config import DatastoreConfig
-from spire_hw_server.datastore.interface import Entry
+from spire_hw_server.datastore.records import Entry
 from spire_hw_server.datastore.sql.store import open_datastore
 from spire_hw_server.entries import EntryCache, EntryGraph
 

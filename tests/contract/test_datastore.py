@@ -34,11 +34,10 @@ from spire_hw.key import spki_der
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId, TrustDomain
 from spire_hw_server.datastore.config import DatastoreConfig
-from spire_hw_server.datastore.interface import (
+from spire_hw_server.datastore.records import (
     BundleDeletion,
     Change,
     ChangeKind,
-    Datastore,
     EkChange,
     EnrolledEk,
     Entry,
@@ -73,6 +72,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Iterator
 
     from sqlalchemy.engine import Engine
+
+    from spire_hw_server.datastore.interface import Datastore
 
 TD = TrustDomain("example.org")
 OTHER = TrustDomain("other.test")

@@ -39,8 +39,7 @@ from spire_hw.x509.csr import Csr, parse_csr
 from spire_hw_server.api.authorize import caller_node
 from spire_hw_server.api.entry import listed, parse_page
 from spire_hw_server.api.entry_message import parse_selector_match
-from spire_hw_server.datastore.interface import (
-    Datastore,
+from spire_hw_server.datastore.records import (
     Entry,
     JoinToken,
     KeyInUseError,
@@ -60,6 +59,7 @@ if TYPE_CHECKING:
     from spire_hw_server.api.limits import Limits
     from spire_hw_server.api.nodes import NodeCache
     from spire_hw_server.ca.authority import IssuedX509, Issuer
+    from spire_hw_server.datastore.interface import Datastore
     from spire_hw_server.entries import EntryCache
 
 JOIN_TOKEN: Final = "join_token"  # noqa: S105 - the attestor's name

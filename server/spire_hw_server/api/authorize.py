@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from spire_hw.rpc.service import Call
     from spire_hw.spiffeid import SpiffeId
     from spire_hw_server.api.nodes import NodeCache
-    from spire_hw_server.datastore.interface import Datastore, Entry, Node
+    from spire_hw_server.datastore.interface import Datastore
+    from spire_hw_server.datastore.records import Entry, Node
 
 _CALLER: Final = "caller"
 

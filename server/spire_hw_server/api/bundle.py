@@ -17,7 +17,7 @@ from spire_hw.errors import (
 from spire_hw.rpc import convert
 from spire_hw.rpc.status import item_status
 from spire_hw_server.api.entry import tried
-from spire_hw_server.datastore.interface import BundleDeletion, Datastore
+from spire_hw_server.datastore.records import BundleDeletion
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from spire_hw_server.api.audit import Audit
     from spire_hw_server.api.limits import Limits
     from spire_hw_server.bundles import Bundles
+    from spire_hw_server.datastore.interface import Datastore
 
 
 class BundleService:

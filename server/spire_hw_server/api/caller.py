@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from spire_hw.spiffeid import SpiffeId
-    from spire_hw_server.datastore.interface import Entry, Node
+    from spire_hw_server.datastore.records import Entry, Node
 
 
 @dataclass(frozen=True, slots=True)

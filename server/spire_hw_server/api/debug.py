@@ -8,13 +8,14 @@ from spire_hw._pb import server_debug_pb2 as pb
 from spire_hw.rpc import convert
 from spire_hw.svid.x509svid import parse_x509_svid
 from spire_hw.x509.certificate import load_certificate
-from spire_hw_server.datastore.interface import Datastore, EntryFilter, NodeFilter
+from spire_hw_server.datastore.records import EntryFilter, NodeFilter
 
 if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.rpc.service import Call
     from spire_hw.spiffeid import SpiffeId, TrustDomain
     from spire_hw_server.ca.identity import ServerIdentity
+    from spire_hw_server.datastore.interface import Datastore
 
 
 class DebugService:

@@ -15,13 +15,7 @@ from spire_hw_server.api.entry_message import (
     parse_filter,
     parse_update,
 )
-from spire_hw_server.datastore.interface import (
-    Datastore,
-    Entry,
-    EntryFilter,
-    Page,
-    SimilarEntryError,
-)
+from spire_hw_server.datastore.records import Entry, EntryFilter, Page, SimilarEntryError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
@@ -29,6 +23,7 @@ if TYPE_CHECKING:
     from spire_hw.rpc.service import Call
     from spire_hw.spiffeid import TrustDomain
     from spire_hw_server.api.audit import Audit
+    from spire_hw_server.datastore.interface import Datastore
     from spire_hw_server.entries import EntryCache
 
 SYNC_PAGE: Final = 500

@@ -13,7 +13,7 @@ from spire_hw.rpc import convert
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId, TrustDomain, check_member, check_workload_id
 from spire_hw.x509.dnsname import check_dns_name
-from spire_hw_server.datastore.interface import Entry, EntryFilter, Match
+from spire_hw_server.datastore.records import Entry, EntryFilter, Match
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import NotFoundError, SpireHwError
 from spire_hw.spiffeid import SpiffeId
-from spire_hw_server.datastore.interface import ChangeKind, Datastore, Node
+from spire_hw_server.datastore.records import ChangeKind, Node
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
+    from spire_hw_server.datastore.interface import Datastore
 
 _MAX_NODES: Final = 100_000
 _CHANGES: Final = 1000

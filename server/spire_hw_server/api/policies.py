@@ -10,7 +10,7 @@ from spire_hw.errors import AlreadyExistsError, InvalidInputError, LimitError, N
 from spire_hw.posture.policyfile import parse_policy, stated_version
 from spire_hw.rpc import convert
 from spire_hw.transport.peer import UnixPeer
-from spire_hw_server.datastore.interface import StoredPolicy
+from spire_hw_server.datastore.records import StoredPolicy
 
 if TYPE_CHECKING:
     from spire_hw.posture.policy import Policy

@@ -22,7 +22,7 @@ from spire_hw_server.api.posture_message import (
     parse_answer,
     parse_boot_id,
 )
-from spire_hw_server.datastore.interface import NodeFilter
+from spire_hw_server.datastore.records import NodeFilter
 from spire_hw_server.posture.deflated import inflate
 from spire_hw_server.posture.heartbeat import ANSWER_S
 from spire_hw_server.posture.stream import Stream
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from spire_hw.posture.heartbeat import HeartbeatChallenge
     from spire_hw.rpc.service import Call
     from spire_hw_server.api.audit import Audit
-    from spire_hw_server.datastore.interface import Datastore, Node, Posture
+    from spire_hw_server.datastore.interface import Datastore
+    from spire_hw_server.datastore.records import Node, Posture
     from spire_hw_server.posture.postures import Postures
     from spire_hw_server.posture.stream import Answer, StateMessage
 

@@ -13,7 +13,7 @@ from spire_hw_server.posture.stream import CannotAnswer, StateMessage
 
 if TYPE_CHECKING:
     from spire_hw.posture.heartbeat import HeartbeatChallenge
-    from spire_hw_server.datastore.interface import EvidenceRecord, Posture
+    from spire_hw_server.datastore.records import EvidenceRecord, Posture
     from spire_hw_server.posture.stream import Answer
 
 MAX_LOG_BYTES: Final = 1 << 20

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from spire_hw_server.api.limits import Limits
     from spire_hw_server.bundles import Bundles
     from spire_hw_server.ca.authority import IssuedJwt, IssuedX509, Issuer
-    from spire_hw_server.datastore.interface import Entry
+    from spire_hw_server.datastore.records import Entry
     from spire_hw_server.entries import EntryCache
 
 # After so many certificates of a batch the event loop looks after everybody else.

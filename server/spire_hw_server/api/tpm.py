@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from spire_hw._pb import hw_admin_pb2 as pb
 from spire_hw.errors import AlreadyExistsError, InvalidInputError
 from spire_hw.rpc import convert
-from spire_hw_server.datastore.interface import MAX_EK_COMMENT, MAX_EK_OWNER, EkChange, EnrolledEk
+from spire_hw_server.datastore.records import MAX_EK_COMMENT, MAX_EK_OWNER, EkChange, EnrolledEk
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from spire_hw.errors import EncodingError
 from spire_hw_server.ca.journal import Journal, encode_journal, parse_journal
-from spire_hw_server.datastore.interface import JournalRow
+from spire_hw_server.datastore.records import JournalRow
 
 if TYPE_CHECKING:
     from datetime import datetime

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from spire_hw_server.bundles import Bundles
     from spire_hw_server.ca.line import Line
     from spire_hw_server.ca.mark import AuthorityMark
-    from spire_hw_server.datastore.interface import Datastore, JournalRow
+    from spire_hw_server.datastore.interface import Datastore
+    from spire_hw_server.datastore.records import JournalRow
 
 R = TypeVar("R", bound=Record)
 

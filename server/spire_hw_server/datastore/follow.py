@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
-    from spire_hw_server.datastore.interface import Change, Datastore
+    from spire_hw_server.datastore.interface import Datastore
+    from spire_hw_server.datastore.records import Change
 
 _PAGE: Final = 1000
 

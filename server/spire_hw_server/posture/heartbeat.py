@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from spire_hw.posture.judge import EvidenceRequest
     from spire_hw.posture.memory import Memory
     from spire_hw.spiffeid import SpiffeId
-    from spire_hw_server.datastore.interface import Node
+    from spire_hw_server.datastore.records import Node
     from spire_hw_server.posture.judge import NodeJudge
     from spire_hw_server.posture.ledger import Known, Ledger
     from spire_hw_server.posture.outcome import Outcome

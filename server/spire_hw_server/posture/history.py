@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from spire_hw.posture.document import encode_evidence
 from spire_hw.posture.evidence import Tier
 from spire_hw.posture.memory import encode_memory
-from spire_hw_server.datastore.interface import EvidenceRecord, ImaPart, Posture, PostureUpdate
+from spire_hw_server.datastore.records import EvidenceRecord, ImaPart, Posture, PostureUpdate
 from spire_hw_server.posture import imalist
 from spire_hw_server.posture.deflated import deflate
 from spire_hw_server.posture.outcome import failed

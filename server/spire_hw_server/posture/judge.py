@@ -25,7 +25,7 @@ from spire_hw.posture.memory import advance, complete, has_same_facts
 from spire_hw.posture.policy import ek_selectors
 from spire_hw.posture.reasons import action_of
 from spire_hw.posture.verdict import Action, NodeState, Verdict
-from spire_hw_server.datastore.interface import NO_KEYS
+from spire_hw_server.datastore.records import NO_KEYS
 from spire_hw_server.posture import history, states
 from spire_hw_server.posture.ahead import verify_ahead
 from spire_hw_server.posture.outcome import IMA_PCR, Outcome, StateChange, refusal
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from spire_hw.posture.policy import Policy
     from spire_hw.posture.verdict import Check
     from spire_hw.spiffeid import SpiffeId
-    from spire_hw_server.datastore.interface import Datastore, PostureUpdate
+    from spire_hw_server.datastore.interface import Datastore
+    from spire_hw_server.datastore.records import PostureUpdate
     from spire_hw_server.posture.ledger import Known, Ledger
     from spire_hw_server.posture.policies import Policies
     from spire_hw_server.postureconfig import PostureSettings

@@ -14,7 +14,7 @@ from spire_hw.errors import EncodingError, SpireHwError
 from spire_hw.posture.document import decode_evidence
 from spire_hw.posture.memory import Memory, decode_memory, encode_memory
 from spire_hw.posture.verdict import NodeState
-from spire_hw_server.datastore.interface import ImaPart, Posture, Sighting
+from spire_hw_server.datastore.records import ImaPart, Posture, Sighting
 from spire_hw_server.posture import imalist
 from spire_hw_server.posture.deflated import inflate
 from spire_hw_server.posture.states import Standing

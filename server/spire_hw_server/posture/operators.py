@@ -8,12 +8,7 @@ from typing import TYPE_CHECKING
 from spire_hw.errors import InvalidInputError, NotReadyError
 from spire_hw.posture.memory import encode_memory
 from spire_hw.posture.verdict import NodeState
-from spire_hw_server.datastore.interface import (
-    BY_OPERATOR,
-    EvidenceRecord,
-    Posture,
-    PostureUpdate,
-)
+from spire_hw_server.datastore.records import BY_OPERATOR, EvidenceRecord, Posture, PostureUpdate
 from spire_hw_server.posture import states
 from spire_hw_server.posture.history import posture_of
 from spire_hw_server.posture.outcome import StateChange

@@ -12,7 +12,7 @@ from spire_hw.errors import ConfigError, InvalidInputError, SpireHwError
 from spire_hw.posture.policyfile import parse_policy
 from spire_hw.posture.policyset import PolicySet
 from spire_hw_server.datastore.follow import Follower
-from spire_hw_server.datastore.interface import ChangeKind
+from spire_hw_server.datastore.records import ChangeKind
 from spire_hw_server.posture.policyfiles import read_policies
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw.posture.policy import Policy
-    from spire_hw_server.datastore.interface import Change, Datastore, StoredPolicy
+    from spire_hw_server.datastore.interface import Datastore
+    from spire_hw_server.datastore.records import Change, StoredPolicy
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw.spiffeid import SpiffeId, TrustDomain
-    from spire_hw_server.datastore.interface import Datastore, Node
+    from spire_hw_server.datastore.interface import Datastore
+    from spire_hw_server.datastore.records import Node
     from spire_hw_server.postureconfig import PostureSettings
 
 

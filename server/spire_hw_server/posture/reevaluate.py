@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from spire_hw.errors import AttestationError, DeniedError, NotFoundError, SpireHwError
 from spire_hw.posture.memory import encode_memory
 from spire_hw.posture.verdict import Check, NodeState, Verdict
-from spire_hw_server.datastore.interface import EvidenceRecord, Page, PostureUpdate
+from spire_hw_server.datastore.records import EvidenceRecord, Page, PostureUpdate
 from spire_hw_server.posture import states
 from spire_hw_server.posture.ahead import verify_ahead
 from spire_hw_server.posture.history import encode_findings, posture_of

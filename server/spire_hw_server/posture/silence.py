@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import DeniedError, NotFoundError, SpireHwError
-from spire_hw_server.datastore.interface import EvidenceRecord, PostureUpdate
+from spire_hw_server.datastore.records import EvidenceRecord, PostureUpdate
 from spire_hw_server.posture import states
 from spire_hw_server.posture.history import posture_of
 from spire_hw_server.posture.outcome import StateChange

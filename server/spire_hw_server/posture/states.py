@@ -14,7 +14,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.posture.verdict import Action, NodeState
-from spire_hw_server.datastore.interface import BY_OPERATOR
+from spire_hw_server.datastore.records import BY_OPERATOR
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

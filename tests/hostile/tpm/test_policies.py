@@ -20,7 +20,7 @@ from spire_hw.posture.policyfile import load_policy
 from spire_hw.posture.signature import load_keys
 from spire_hw.spiffeid import TrustDomain
 from spire_hw_server.datastore.config import DatastoreConfig
-from spire_hw_server.datastore.interface import NodeFilter, StoredPolicy
+from spire_hw_server.datastore.records import NodeFilter, StoredPolicy
 from spire_hw_server.datastore.sql.store import open_datastore
 from spire_hw_server.posture.postures import Postures
 from spire_hw_server.postureconfig import PostureSettings

@@ -34,7 +34,7 @@ from spire_hw_server.ca.mark import FILE_NAME, AuthorityMark
 from spire_hw_server.ca.profile import Profile
 from spire_hw_server.ca.slots import SlotName, Status
 from spire_hw_server.datastore.config import DatastoreConfig
-from spire_hw_server.datastore.interface import JournalRow
+from spire_hw_server.datastore.records import JournalRow
 from spire_hw_server.datastore.sql.store import open_datastore
 from spire_hw_sim.clock import SimClock
 

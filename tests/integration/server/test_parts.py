@@ -22,7 +22,7 @@ from spire_hw_server.ca.authority import Issuer
 from spire_hw_server.ca.identity import ServerIdentity
 from spire_hw_server.ca.profile import Profile
 from spire_hw_server.datastore.config import DatastoreConfig
-from spire_hw_server.datastore.interface import Entry, JoinToken, Node
+from spire_hw_server.datastore.records import Entry, JoinToken, Node
 from spire_hw_server.datastore.sql.store import open_datastore
 from spire_hw_server.housekeeping import Housekeeping, HousekeepingSettings
 from spire_hw_sim.clock import SimClock

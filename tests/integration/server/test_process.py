@@ -25,7 +25,7 @@ from spire_hw_server import app
 from spire_hw_server.app import LOCK_FILE, Server, check_settings, lock_data_dir
 from spire_hw_server.config import build_settings
 from spire_hw_server.datastore.config import parse_datastore
-from spire_hw_server.datastore.interface import Entry
+from spire_hw_server.datastore.records import Entry
 from spire_hw_server.datastore.sql.store import open_datastore
 from spire_hw_sim.clock import SimClock
 from spire_hw_sim.servers import (

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId, TrustDomain, server_id
-from spire_hw_server.datastore.interface import Entry
+from spire_hw_server.datastore.records import Entry
 from spire_hw_server.entries import AuthorizedEntries, EntryGraph, order_of
 
 TD = TrustDomain("example.org")

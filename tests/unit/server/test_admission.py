@@ -30,13 +30,15 @@ from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId, TrustDomain, server_id
 from spire_hw_server.admission import Admission, Admissions
 from spire_hw_server.datastore.config import DatastoreConfig
-from spire_hw_server.datastore.interface import Datastore, JoinToken, KeyRole, NodeFilter
+from spire_hw_server.datastore.records import JoinToken, KeyRole, NodeFilter
 from spire_hw_server.datastore.sql.store import open_datastore
 from spire_hw_sim.clock import SimClock
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
+
+    from spire_hw_server.datastore.interface import Datastore
 
 TD = TrustDomain("example.org")
 SPKI = spki_der(ec.generate_private_key(ec.SECP256R1()).public_key())

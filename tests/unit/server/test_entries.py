@@ -11,7 +11,7 @@ from sqlalchemy import update
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId, TrustDomain, server_id
 from spire_hw_server.datastore.config import DatastoreConfig
-from spire_hw_server.datastore.interface import Datastore, Entry, Node
+from spire_hw_server.datastore.records import Entry, Node
 from spire_hw_server.datastore.sql.dialects import open_engine
 from spire_hw_server.datastore.sql.models import counters
 from spire_hw_server.datastore.sql.store import open_datastore
@@ -21,6 +21,8 @@ from spire_hw_sim.clock import SimClock
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from spire_hw_server.datastore.interface import Datastore
 
 TD = TrustDomain("example.org")
 AGENT = TD.member("spire", "agent", "tpm", "a")

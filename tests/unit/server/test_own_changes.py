@@ -13,7 +13,7 @@ import structlog
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId, TrustDomain
 from spire_hw_server.datastore.config import DatastoreConfig
-from spire_hw_server.datastore.interface import Change, ChangeKind, Datastore, Node
+from spire_hw_server.datastore.records import Change, ChangeKind, Node
 from spire_hw_server.datastore.sql.events import Recent
 from spire_hw_server.datastore.sql.store import open_datastore
 from spire_hw_server.entries import EntryCache
@@ -22,6 +22,8 @@ from spire_hw_sim.clock import SimClock
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from spire_hw_server.datastore.interface import Datastore
 
 TD = TrustDomain("example.org")
 LOG = structlog.get_logger()

@@ -19,7 +19,7 @@ from spire_hw.errors import (
     SpireHwError,
 )
 from spire_hw.spiffeid import SpiffeId, TrustDomain
-from spire_hw_server.datastore.interface import BundleDeletion, ChangeKind, Federation
+from spire_hw_server.datastore.records import BundleDeletion, ChangeKind, Federation
 from spire_hw_server.datastore.sql import entries as entry_queries
 from spire_hw_server.datastore.sql.models import bundles, entries, federations
 from spire_hw_server.datastore.sql.sets import optional_moment, optional_seconds

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import delete, insert, select, update
 
 from spire_hw.errors import InvalidInputError, NotFoundError
-from spire_hw_server.datastore.interface import MAX_EK_COMMENT, MAX_EK_OWNER, EkChange, EnrolledEk
+from spire_hw_server.datastore.records import MAX_EK_COMMENT, MAX_EK_OWNER, EkChange, EnrolledEk
 from spire_hw_server.datastore.sql.models import enrolled_eks
 from spire_hw_server.datastore.sql.sets import moment_of
 

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Row, bindparam, delete, func, insert, sele
 from spire_hw.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId, TrustDomain
-from spire_hw_server.datastore.interface import (
+from spire_hw_server.datastore.records import (
     ChangeKind,
     Entry,
     EntryFilter,

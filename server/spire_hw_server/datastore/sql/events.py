@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import bindparam, delete, insert, select, update
 
-from spire_hw_server.datastore.interface import Change, ChangeKind
+from spire_hw_server.datastore.records import Change, ChangeKind
 from spire_hw_server.datastore.sql.models import changes, counters
 from spire_hw_server.datastore.sql.prepared import Prepared
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import bindparam, delete, insert, select
 
 from spire_hw.errors import NotFoundError
-from spire_hw_server.datastore.interface import EvidencePage, EvidenceRecord
+from spire_hw_server.datastore.records import EvidencePage, EvidenceRecord
 from spire_hw_server.datastore.sql.models import node_evidence, nodes
 from spire_hw_server.datastore.sql.pages import after_row, fetch_page
 from spire_hw_server.datastore.sql.prepared import Prepared
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from spire_hw.spiffeid import SpiffeId
-    from spire_hw_server.datastore.interface import Page
+    from spire_hw_server.datastore.records import Page
     from spire_hw_server.datastore.sql.transaction import Transaction
 
 # Of each node; older records go one by one.

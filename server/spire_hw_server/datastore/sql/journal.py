@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import delete, insert, select, update
 
 from spire_hw.errors import NotFoundError
-from spire_hw_server.datastore.interface import JournalRow
+from spire_hw_server.datastore.records import JournalRow
 from spire_hw_server.datastore.sql.models import ca_journals
 from spire_hw_server.datastore.sql.sets import new_row
 

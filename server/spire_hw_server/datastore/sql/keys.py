@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import and_, bindparam, delete, insert, or_, select, update
 
 from spire_hw.spiffeid import SpiffeId
-from spire_hw_server.datastore.interface import KeyInUseError, KeyRole
+from spire_hw_server.datastore.records import KeyInUseError, KeyRole
 from spire_hw_server.datastore.sql.models import node_keys, nodes
 from spire_hw_server.datastore.sql.prepared import Prepared
 
 if TYPE_CHECKING:
-    from spire_hw_server.datastore.interface import NodeKeys
+    from spire_hw_server.datastore.records import NodeKeys
     from spire_hw_server.datastore.sql.transaction import Transaction
 
 _OF_NODE: Final = node_keys.c.node_row == bindparam("of_node")

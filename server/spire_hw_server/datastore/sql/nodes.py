@@ -20,7 +20,7 @@ from sqlalchemy import (
 from spire_hw.errors import DeniedError, DeniedReason, InvalidInputError, NotFoundError
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId
-from spire_hw_server.datastore.interface import (
+from spire_hw_server.datastore.records import (
     BY_OPERATOR,
     ChangeKind,
     KeyRole,
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
     from datetime import datetime
 
-    from spire_hw_server.datastore.interface import NodeKeys, PostureUpdate
+    from spire_hw_server.datastore.records import NodeKeys, PostureUpdate
     from spire_hw_server.datastore.sql.transaction import Transaction
 
 _VALUES: Final = [column.name for column in nodes.c if column.name != "row_id"]

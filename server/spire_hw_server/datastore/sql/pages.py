@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Row, Select
 
-    from spire_hw_server.datastore.interface import Page
+    from spire_hw_server.datastore.records import Page
     from spire_hw_server.datastore.sql.transaction import Transaction
 
 _MAX_ROW: Final = 2**63 - 1

@@ -15,7 +15,7 @@ from spire_hw.errors import (
     NotFoundError,
     SpireHwError,
 )
-from spire_hw_server.datastore.interface import ChangeKind, StoredPolicy
+from spire_hw_server.datastore.records import ChangeKind, StoredPolicy
 from spire_hw_server.datastore.sql.models import policies
 from spire_hw_server.datastore.sql.sets import moment_of
 

@@ -8,7 +8,7 @@ from sqlalchemy import BigInteger, Integer, and_, bindparam, delete, insert, sel
 
 from spire_hw.errors import InvalidInputError
 from spire_hw.spiffeid import SpiffeId
-from spire_hw_server.datastore.interface import BANNED, QUARANTINED, ImaPart, Posture
+from spire_hw_server.datastore.records import BANNED, QUARANTINED, ImaPart, Posture
 from spire_hw_server.datastore.sql import history
 from spire_hw_server.datastore.sql.models import node_ima, node_postures, nodes
 from spire_hw_server.datastore.sql.pages import after_row, fetch_page
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from datetime import datetime
     from typing import Any
 
-    from spire_hw_server.datastore.interface import Page, PostureUpdate, Sighting
+    from spire_hw_server.datastore.records import Page, PostureUpdate, Sighting
     from spire_hw_server.datastore.sql.transaction import Transaction
 
 _CHUNK: Final = 500

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import and_, exists, func, not_, select
 
 from spire_hw.errors import InvalidInputError, SpireHwError
-from spire_hw_server.datastore.interface import Match
+from spire_hw_server.datastore.records import Match
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

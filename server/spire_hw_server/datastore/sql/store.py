@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from spire_hw_server.datastore.interface import NO_KEYS, BundleDeletion, Datastore
+from spire_hw_server.datastore.interface import Datastore
+from spire_hw_server.datastore.records import NO_KEYS, BundleDeletion
 from spire_hw_server.datastore.sql import (
     bundles,
     eks,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from spire_hw.log import Logger
     from spire_hw.spiffeid import SpiffeId, TrustDomain
     from spire_hw_server.datastore.config import DatastoreConfig
-    from spire_hw_server.datastore.interface import (
+    from spire_hw_server.datastore.records import (
         Change,
         EkChange,
         EnrolledEk,

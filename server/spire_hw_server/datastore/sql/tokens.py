@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Row, delete, insert, select
 
 from spire_hw.errors import AlreadyExistsError, InvalidInputError, NotFoundError
-from spire_hw_server.datastore.interface import Entry, JoinToken
+from spire_hw_server.datastore.records import Entry, JoinToken
 from spire_hw_server.datastore.sql import entries as entry_queries
 from spire_hw_server.datastore.sql.models import entries, join_tokens
 from spire_hw_server.datastore.sql.sets import moment_of, seconds_of

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection
 
-    from spire_hw_server.datastore.interface import ChangeKind, Node
+    from spire_hw_server.datastore.records import ChangeKind, Node
 
 
 class Transaction:

@@ -11,7 +11,7 @@ from spire_hw.errors import InvalidInputError
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId
 from spire_hw_server.api.agent import encode_agent, parse_filter, parse_go_time
-from spire_hw_server.datastore.interface import Match, Node
+from spire_hw_server.datastore.records import Match, Node
 
 NODE = Node(
     SpiffeId("spiffe://example.org/spire/agent/x/1"),

@@ -15,7 +15,7 @@ from spire_hw_server.api.caller import (
     classify,
 )
 from spire_hw_server.api.policy import CallerClass
-from spire_hw_server.datastore.interface import Entry, Node
+from spire_hw_server.datastore.records import Entry, Node
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 AGENT_ID = SpiffeId("spiffe://example.org/spire/agent/x/1")

@@ -17,7 +17,7 @@ from spire_hw_server.api.entry_message import (
     parse_filter,
     parse_update,
 )
-from spire_hw_server.datastore.interface import Entry, Match
+from spire_hw_server.datastore.records import Entry, Match
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -27,7 +27,7 @@ from spire_hw.posture.evidence import (
 from spire_hw.posture.verdict import Action, Check, NodeState, Verdict
 from spire_hw.spiffeid import SpiffeId, TrustDomain, agent_id
 from spire_hw_server.datastore.config import DatastoreConfig
-from spire_hw_server.datastore.interface import Node, Page, PostureUpdate
+from spire_hw_server.datastore.records import Node, Page, PostureUpdate
 from spire_hw_server.datastore.sql.store import open_datastore
 from spire_hw_server.posture.history import update
 from spire_hw_server.posture.judge import NodeJudge
