@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import AttestationError, ErrorKind, LimitError, NotReadyError
+from spire_hw.logsample import Sampler
 from spire_hw.plugin.nodeattestor import AttestedIdentity
 from spire_hw.posture.evidence import Evidence, Occasion, Tier
 from spire_hw.posture.judge import EvidenceRequest
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 NAME: Final = "tpm"
 _MAX_OPEN: Final = MAX_OPEN
+_REFUSALS_PER_MINUTE: Final = 100  # told to the log of one address; beyond, they are counted
 _DEFAULT_TIMEOUT_S: Final = 30.0
 # What the checks before and after the challenge may take on a busy server.
 _OWN_WORK_S: Final = 5.0
@@ -80,6 +82,7 @@ class TpmServer:
         self._log = host.log
         self._settings: Settings | None = None
         self._open = Exchanges(host.clock, max_open=_MAX_OPEN)
+        self._refusals = Sampler(host.clock, burst=_REFUSALS_PER_MINUTE)
 
     @property
     def timeout_s(self) -> float:
@@ -140,7 +143,13 @@ class TpmServer:
             findings = [finding.message for finding in e.findings]
             if "ek_unlisted" in codes:
                 claimed["remedy"] = f"spire-hw-server tpm allow {claimed['ek_hash']}"
-            self._log.warning("TPM attestation refused", codes=codes, findings=findings, **claimed)
+            left_out = self._refusals.admit(request.address)
+            if left_out is not None:
+                if left_out:
+                    claimed["left_out"] = str(left_out)
+                self._log.warning(
+                    "TPM attestation refused", codes=codes, findings=findings, **claimed
+                )
             raise
 
     async def check_heartbeat(
