@@ -10,13 +10,15 @@ import os
 import secrets
 import stat
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from spire_hw.errors import InvalidInputError, NotReadyError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
+T = TypeVar("T")
 _UNITS: Final = ((20, "MiB"), (10, "KiB"))
 
 
@@ -43,7 +45,7 @@ def read_bounded(
         NotReadyError: it cannot be read, or is no regular file.
         InvalidInputError: it is larger.
     """
-    name = f"{what} {path}".lstrip()
+    name = _name(path, what)
     extra = (0 if pipes else os.O_NONBLOCK) | (0 if links else os.O_NOFOLLOW)
     try:
         with open(path, "rb", opener=lambda file, flags: os.open(file, flags | extra)) as stream:
@@ -62,6 +64,29 @@ def read_bounded(
     if len(content) > limit:
         raise InvalidInputError(f"{name} is larger than {_size(limit)}")
     return content
+
+
+def parse_file(
+    path: Path, limit: int, parse: Callable[[bytes], T], what: str = "", *, pipes: bool = False
+) -> T:
+    """Return what a parser makes of a file; what it has to say gets the file's name in front.
+
+    Args:
+        path: the file.
+        limit: bytes it may have.
+        parse: takes all of them.
+        what: as in `read_bounded`.
+        pipes: as in `read_bounded`.
+
+    Raises:
+        NotReadyError: as `read_bounded`.
+        InvalidInputError: the file is larger, or the parser raised that.
+    """
+    content = read_bounded(path, limit, what, pipes=pipes)
+    try:
+        return parse(content)
+    except InvalidInputError as e:
+        raise InvalidInputError(f"{_name(path, what)}: {e.message}") from e
 
 
 def create_file(path: Path, content: bytes, what: str = "", *, mode: int = 0o600) -> None:
@@ -119,7 +144,7 @@ def _create(path: Path, content: bytes, mode: int) -> None:
 
 
 def _not_written(path: Path, what: str, e: OSError) -> NotReadyError:
-    return NotReadyError(f"{f'{what} {path}'.lstrip()} cannot be written: {e.strerror}")
+    return NotReadyError(f"{_name(path, what)} cannot be written: {e.strerror}")
 
 
 def _sync(folder: Path) -> None:
@@ -128,6 +153,10 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _name(path: Path, what: str) -> str:
+    return f"{what} {path}" if what else str(path)
 
 
 def _size(limit: int) -> str:

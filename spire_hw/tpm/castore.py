@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import InvalidInputError, NotReadyError
-from spire_hw.files import read_bounded
+from spire_hw.files import parse_file, read_bounded
 from spire_hw.tpm import cabinet, certificate, der
 from spire_hw.tpm.certificate import Certificate, parse_certificate
 from spire_hw.tpm.ekcert import EkRoots
@@ -112,11 +112,10 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def _read_file(path: Path) -> list[Certificate]:
-    blob = read_bounded(path, _MAX_FILE_BYTES, "endorsement CAs at")
-    try:
+    def parse(blob: bytes) -> list[Certificate]:
         return [parse_certificate(one, "certificate") for one in split(blob)]
-    except InvalidInputError as e:
-        raise InvalidInputError(f"{path}: {e.message}") from e
+
+    return parse_file(path, _MAX_FILE_BYTES, parse, "endorsement CAs at")
 
 
 def split(blob: bytes) -> list[bytes]:
@@ -144,7 +143,7 @@ def read_source(path: Path) -> Source:
             return _sort("directory", "", _walk(path))
     except OSError as e:
         raise NotReadyError(f"{path} cannot be read: {e.strerror}") from e
-    blob = read_bounded(path, cabinet.MAX_CABINET_BYTES)
+    blob = read_bounded(path, cabinet.MAX_CABINET_BYTES, pipes=True)
     digest = hashlib.sha256(blob).hexdigest()
     if blob.startswith(cabinet.MAGIC):
         return _sort("cabinet", digest, iter(cabinet.read_cabinet(blob)))

@@ -11,7 +11,7 @@ import asyncio
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import InvalidInputError, NotReadyError, SpireHwError
-from spire_hw.files import read_bounded
+from spire_hw.files import parse_file
 from spire_hw.tpm.crl import MAX_CRL_BYTES, Revocations, parse_crl, split_crls
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ class CrlFiles:
 
 
 def _read_file(path: Path) -> list[Crl]:
-    blob = read_bounded(path, 2 * MAX_CRL_BYTES, "revocation lists at")
-    try:
+    def parse(blob: bytes) -> list[Crl]:
         return [parse_crl(one) for one in split_crls(blob)]
-    except InvalidInputError as e:
-        raise InvalidInputError(f"{path}: {e.message}") from e
+
+    return parse_file(path, 2 * MAX_CRL_BYTES, parse)

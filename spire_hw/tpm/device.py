@@ -7,7 +7,6 @@ come between its commands. What to do with keys is in `keys` and `attest`.
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from spire_hw.aio.worker import Worker
 from spire_hw.errors import InvalidInputError, NotReadyError, SpireHwError, UnavailableError
+from spire_hw.files import read_bounded
 from spire_hw.log import get_logger
 from spire_hw.tpm.connection import Connection, Passwords
 
@@ -207,8 +207,12 @@ def shared(tcti: str) -> TpmDevice:
         return device
 
 
-def load_password(path: str) -> bytes:
+def load_password(path: str, *, pipes: bool = False) -> bytes:
     """Return the password a file holds, without its final newline; empty for no path.
+
+    Args:
+        path: the file.
+        pipes: as in `read_bounded`.
 
     Raises:
         NotReadyError: the file cannot be read or is too long for a password.
@@ -216,11 +220,7 @@ def load_password(path: str) -> bytes:
     if not path:
         return b""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        with os.fdopen(handle, "rb") as file:
-            content = file.read(_MAX_PASSWORD_BYTES + 1)
-    except OSError as e:
-        raise NotReadyError(f"password file {path} cannot be read: {e.strerror}") from e
-    if len(content) > _MAX_PASSWORD_BYTES:
-        raise NotReadyError(f"password file {path} is too long")
+        content = read_bounded(Path(path), _MAX_PASSWORD_BYTES, "password file", pipes=pipes)
+    except InvalidInputError as e:
+        raise NotReadyError(f"{e.message}: too long for a password") from e
     return content.removesuffix(b"\n").removesuffix(b"\r")

@@ -80,6 +80,11 @@ def load_chain(chain: bytes) -> list[x509.Certificate]:
     return [load_certificate(part) for part in der.split(chain, "certificate chain")]
 
 
+def load_pem(text: bytes) -> list[x509.Certificate]:
+    """Parse the certificates of a PEM file; errors as in `parse_pem` and `load_certificate`."""
+    return [load_certificate(data) for data in parse_pem(text)]
+
+
 def public_key_of(certificate: x509.Certificate) -> PublicKey:
     """Return the certificate's key when it is strong enough.
 

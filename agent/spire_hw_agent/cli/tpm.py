@@ -54,7 +54,7 @@ class Chosen:
         from spire_hw.tpm.connection import Hierarchy  # noqa: PLC0415
         from spire_hw.tpm.device import TpmDevice, load_password  # noqa: PLC0415
 
-        password = load_password(self.password_path)
+        password = load_password(self.password_path, pipes=True)
         device = TpmDevice(self.tcti)
         try:
             if password:

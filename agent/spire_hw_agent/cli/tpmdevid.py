@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -14,6 +13,7 @@ from cryptography.hazmat.primitives import serialization
 
 from spire_hw.cli.flags import GoGroup, flag
 from spire_hw.errors import AlreadyExistsError, NotReadyError
+from spire_hw.files import create_file
 from spire_hw.key import KeyType
 from spire_hw.tpm.devidrequest import DevIdRequest, qualifier
 from spire_hw.x509.csr import build_csr
@@ -86,7 +86,7 @@ async def _make(
     from spire_hw.tpm.device import TpmDevice, load_password  # noqa: PLC0415
     from spire_hw.tpm.devid import DevIdKey, certify_devid, create_devid  # noqa: PLC0415
 
-    password = load_password(password_path)
+    password = load_password(password_path, pipes=True)
     device = TpmDevice(chosen.tcti)
     try:
         for hierarchy, path in (
@@ -94,7 +94,7 @@ async def _make(
             (Hierarchy.OWNER, owner_auth_path),
         ):
             if path:
-                device.set_password(hierarchy, load_password(path))
+                device.set_password(hierarchy, load_password(path, pipes=True))
         blob = await device.run(
             "make DevID key", lambda c: create_devid(c, key_type, password), timeout_s=_TIMEOUT_S
         )
@@ -148,9 +148,7 @@ def _check_free(folder: Path) -> None:
 def _write(folder: Path, files: dict[str, bytes]) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name, content in files.items():
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with os.fdopen(os.open(folder / name, flags, 0o600), "wb") as file:
-                file.write(content)
     except OSError as e:
         raise NotReadyError(f"{folder} cannot be written: {e.strerror}") from e
+    for name, content in files.items():
+        create_file(folder / name, content)

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import click
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
 
+from spire_hw.cli.files import read_input, write_output
 from spire_hw.cli.flags import GoGroup, flag
-from spire_hw.errors import InvalidInputError, NotReadyError
-from spire_hw.key import check_public_key
+from spire_hw.keyfile import load_private_key
 from spire_hw.tpm.pcrpolicy import approve, encode_values, parse_values, pcr_policy
 from spire_hw.tpm.wire import BANKS, PCR_COUNT, PcrSelection
 from spire_hw_agent.cli.tpm import Chosen, tpm_flags
-
-if TYPE_CHECKING:
-    from spire_hw.key import PrivateKey
 
 _MAX_FILE_BYTES: Final = 64 * 1024
 _DEFAULT_PCRS: Final = "sha256:0,2,4,7"
@@ -62,8 +57,10 @@ def approve_(source: str, key: str, ref: str, comment: str, out: str) -> None:
     """Sign an approval of PCR values; needs no TPM, so it is done where the key is."""
     if not source or not key:
         raise click.UsageError("-in and -key are required")
-    values = parse_values(_read(Path(source)))
-    made = approve(_load_key(Path(key)), pcr_policy(values), ref.encode(), comment)
+    values = parse_values(read_input(source, _MAX_FILE_BYTES))
+    made = approve(
+        load_private_key(Path(key), pipes=True), pcr_policy(values), ref.encode(), comment
+    )
     _write(out, made.encode())
 
 
@@ -83,37 +80,8 @@ def parse_pcrs(text: str) -> PcrSelection:
     return PcrSelection(bank, tuple(sorted(found)))
 
 
-def _load_key(path: Path) -> PrivateKey:
-    content = _read(path)
-    try:
-        key = serialization.load_pem_private_key(content, None)
-    except TypeError as e:
-        raise InvalidInputError(f"{path}: the private key is encrypted; decrypt it") from e
-    except (ValueError, UnsupportedAlgorithm) as e:
-        raise InvalidInputError(f"{path}: holds no private key in PEM") from e
-    try:
-        check_public_key(key.public_key())
-    except InvalidInputError as e:
-        raise InvalidInputError(f"{path}: {e.message}") from e
-    return key  # type: ignore[return-value]  # check_public_key let EC and RSA alone through
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_FILE_BYTES + 1)
-    except OSError as e:
-        raise NotReadyError(f"{path} cannot be read: {e.strerror}") from e
-    if len(content) > _MAX_FILE_BYTES:
-        raise InvalidInputError(f"{path} is too large")
-    return content
-
-
 def _write(out: str, content: bytes) -> None:
     if not out:
         click.echo(content, nl=False)
         return
-    try:
-        Path(out).write_bytes(content)
-    except OSError as e:
-        raise NotReadyError(f"{out} cannot be written: {e.strerror}") from e
+    write_output(out, content)

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
 from pydantic import Field
 
 from spire_hw.config.schema import Model, check
-from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError, NotReadyError
-from spire_hw.key import check_public_key
+from spire_hw.errors import ConfigError, ConfigFault, NotReadyError, SpireHwError
+from spire_hw.files import parse_file
+from spire_hw.keyfile import load_public_key
 from spire_hw.tpm.pcrpolicy import Approval, Binding, parse_approval, signer_public
 from spire_hw.tpm.wire import PCR_COUNT, PcrSelection
 
@@ -150,11 +149,9 @@ def load_approvals(directory: Path | None) -> tuple[list[Approval], list[str]]:
         raise NotReadyError(f"approvals_path {directory}: {e.strerror}") from e
     for path in paths[:_MAX_APPROVALS]:
         try:
-            found.append(parse_approval(_read(path)))
-        except InvalidInputError as e:
-            complaints.append(f"{path.name}: {e.message}")
-        except OSError as e:
-            complaints.append(f"{path.name}: {e.strerror}")
+            found.append(parse_file(path, _MAX_FILE_BYTES, parse_approval))
+        except SpireHwError as e:
+            complaints.append(e.message)
     if len(paths) > _MAX_APPROVALS:
         complaints.append(f"more than {_MAX_APPROVALS} approvals; the rest is not read")
     return found, complaints
@@ -166,7 +163,8 @@ def _binding(raw: Config) -> Binding | None:
         return None
     authority = None
     if raw.policy_authority_path:
-        authority = _load_authority(Path(raw.policy_authority_path))
+        path = Path(raw.policy_authority_path)
+        authority = signer_public(load_public_key(path, "policy_authority_path"))
     return Binding(selections, authority, raw.policy_ref.encode())
 
 
@@ -181,26 +179,6 @@ def _selections(raw: Config) -> Iterator[PcrSelection]:
     ):
         if numbers:
             yield PcrSelection(bank, tuple(sorted(set(numbers))))
-
-
-def _load_authority(path: Path) -> bytes:
-    try:
-        content = _read(path)
-    except OSError as e:
-        raise NotReadyError(f"policy_authority_path {path}: {e.strerror}") from e
-    try:
-        key = check_public_key(serialization.load_pem_public_key(content))
-    except (ValueError, UnsupportedAlgorithm) as e:
-        raise InvalidInputError(f"policy_authority_path {path}: holds no public key in PEM") from e
-    return signer_public(key)
-
-
-def _read(path: Path) -> bytes:
-    with path.open("rb") as file:
-        content = file.read(_MAX_FILE_BYTES + 1)
-    if len(content) > _MAX_FILE_BYTES:
-        raise InvalidInputError("is too large")
-    return content
 
 
 def _conflicts(raw: Config) -> Iterator[ConfigFault]:

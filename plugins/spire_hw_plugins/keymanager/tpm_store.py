@@ -7,7 +7,6 @@ so files are 0600 in a 0700 directory and links are not followed.
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import DeviceError, InvalidInputError, NotReadyError
+from spire_hw.files import read_bounded, replace_file
 from spire_hw.key import KeyType, key_type_of
 from spire_hw.tpm.keys import KeyBlob
 from spire_hw.tpm.pcrpolicy import Binding
@@ -97,8 +97,8 @@ class TpmKeyStore:
                 key = _load(path)
             except InvalidInputError as e:
                 complaints.append(f"{path.name}: {e.message}")
-            except OSError as e:
-                complaints.append(f"{path.name}: {e.strerror}")
+            except NotReadyError as e:
+                complaints.append(e.message)
             else:
                 keys.append(key)
         return sorted(keys, key=lambda k: k.serial), complaints
@@ -110,31 +110,14 @@ class TpmKeyStore:
             DeviceError: the disk refused.
         """
         path = self.directory / file_name(key.key_id)
-        draft = path.with_name(f".{path.name}.new")
         try:
-            draft.unlink(missing_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with os.fdopen(os.open(draft, flags, 0o600), "wb") as file:
-                file.write(encode(key))
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-            self._sync_directory()
-        except OSError as e:
-            with contextlib.suppress(OSError):
-                draft.unlink(missing_ok=True)
+            replace_file(path, encode(key), "key file")
+        except NotReadyError as e:
             raise DeviceError(
-                f"key file {path} cannot be written: {e.strerror}",
+                e.message,
                 device=str(self.directory),
                 operation="store key",
             ) from e
-
-    def _sync_directory(self) -> None:
-        folder = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def file_name(key_id: str) -> str:
@@ -209,16 +192,7 @@ def _text(value: object) -> str:
 
 
 def _load(path: Path) -> StoredKey:
-    key = decode(_read(path))
+    key = decode(read_bounded(path, _MAX_FILE_BYTES, links=False))
     if path.name != file_name(key.key_id):
         raise InvalidInputError("is the file of another key")
     return key
-
-
-def _read(path: Path) -> bytes:
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with os.fdopen(handle, "rb") as file:
-        content = file.read(_MAX_FILE_BYTES + 1)
-    if len(content) > _MAX_FILE_BYTES:
-        raise InvalidInputError("is too large")
-    return content

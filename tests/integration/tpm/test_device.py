@@ -206,6 +206,9 @@ async def test_a_password_file_loses_its_final_newline_only(tmp_path: Path) -> N
     assert load_password("") == b""
     with pytest.raises(NotReadyError, match="cannot be read"):
         load_password(str(tmp_path / "missing"))
+    with pytest.raises(NotReadyError, match="password file /dev/null cannot be read: it is not a"):
+        load_password("/dev/null")
+    assert load_password("/dev/null", pipes=True) == b""
     path.write_bytes(bytes(2000))
     with pytest.raises(NotReadyError, match="too long"):
         load_password(str(path))

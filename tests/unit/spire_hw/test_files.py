@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from spire_hw.errors import InvalidInputError, NotReadyError
-from spire_hw.files import NoFileError, create_file, read_bounded, replace_file
+from spire_hw.errors import EncodingError, InvalidInputError, NotReadyError
+from spire_hw.files import NoFileError, create_file, parse_file, read_bounded, replace_file
 
 
 def test_a_file_may_have_as_much_as_its_limit(tmp_path: Path) -> None:
@@ -174,3 +174,23 @@ def test_many_at_once_leave_one_whole_file(tmp_path: Path) -> None:
         writer.join()
     assert file.read_bytes() in contents
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_parser_says_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(b"12")
+    assert parse_file(file, 2, int) == 12
+
+    def refuse(content: bytes) -> int:
+        raise EncodingError("list", f"{len(content)} bytes make no list", 1)
+
+    for what, head in (("", f"{file}"), ("lists at", f"lists at {file}")):
+        with pytest.raises(InvalidInputError) as caught:
+            parse_file(file, 2, refuse, what)
+        assert caught.value.message == f"{head}: list at byte 1: 2 bytes make no list"
+        with pytest.raises(InvalidInputError) as caught:
+            parse_file(file, 1, int, what)
+        assert caught.value.message == f"{head} is larger than 1 bytes"
+    with pytest.raises(NotReadyError, match="/dev/null cannot be read: it is not a regular file"):
+        parse_file(Path("/dev/null"), 1, len)
+    assert parse_file(Path("/dev/null"), 1, len, pipes=True) == 0

@@ -19,6 +19,7 @@ from spire_hw.errors import (
     NotReadyError,
     UnavailableError,
 )
+from spire_hw.files import parse_file
 from spire_hw.key import HashAlgorithm, spki_der
 from spire_hw.tpm import attest, devid
 from spire_hw.tpm.attest import AkKind
@@ -255,17 +256,7 @@ def _load_files(settings: Config) -> tuple[tuple[bytes, ...], KeyBlob]:
 
 
 def _read(path: str, parse: Callable[[bytes], T]) -> T:
-    try:
-        with Path(path).open("rb") as file:
-            content = file.read(_MAX_FILE_BYTES + 1)
-    except OSError as e:
-        raise NotReadyError(f"{path} cannot be read: {e.strerror}") from e
-    if len(content) > _MAX_FILE_BYTES:
-        raise InvalidInputError(f"{path} is larger than {_MAX_FILE_BYTES >> 20} MiB")
-    try:
-        return parse(content)
-    except InvalidInputError as e:
-        raise InvalidInputError(f"{path}: {e.message}") from e
+    return parse_file(Path(path), _MAX_FILE_BYTES, parse)
 
 
 def build(host: HostInfo) -> DevIdAgent:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from spire_hw.config.schema import Model, check
-from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError, NotReadyError
-from spire_hw.tpm.certificate import parse_certificate
+from spire_hw.errors import ConfigError, ConfigFault
+from spire_hw.files import parse_file
+from spire_hw.tpm.certificate import Certificate, parse_certificate
 from spire_hw.tpm.ekcert import ChainTime, EkRoots
-from spire_hw.x509.certificate import load_certificate, parse_pem
+from spire_hw.x509.certificate import load_pem, parse_pem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,15 +79,8 @@ def build_settings(body: Body) -> Settings:
     if raw is None or found:
         raise ConfigError(body.file or "configuration", found)
     devid, makers = Path(raw.devid_ca_path), Path(raw.endorsement_ca_path)
-    try:
-        roots = tuple(map(load_certificate, _read(devid)))
-    except InvalidInputError as e:
-        raise InvalidInputError(f"devid_ca_path {devid}: {e.message}") from e
-    try:
-        # Not with the strict parser above: makers' certificates are odd.
-        anchors = tuple(parse_certificate(der, "certificate") for der in _read(makers))
-    except InvalidInputError as e:
-        raise InvalidInputError(f"endorsement_ca_path {makers}: {e.message}") from e
+    roots = tuple(parse_file(devid, _MAX_FILE_BYTES, load_pem, "devid_ca_path"))
+    anchors = parse_file(makers, _MAX_FILE_BYTES, _parse_makers, "endorsement_ca_path")
     return Settings(roots, EkRoots(anchors=anchors), ChainTime(raw.ek_chain_time))
 
 
@@ -96,12 +90,6 @@ def _missing(raw: ServerConfig) -> Iterator[ConfigFault]:
             yield ConfigFault(raw.line(name), f"{name} is required")
 
 
-def _read(path: Path) -> list[bytes]:
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_FILE_BYTES + 1)
-    except OSError as e:
-        raise NotReadyError(f"{path} cannot be read: {e.strerror}") from e
-    if len(content) > _MAX_FILE_BYTES:
-        raise InvalidInputError(f"larger than {_MAX_FILE_BYTES >> 20} MiB")
-    return parse_pem(content)
+def _parse_makers(text: bytes) -> tuple[Certificate, ...]:
+    # Not with the parser of the other file, which is stricter: makers' certificates are odd.
+    return tuple(parse_certificate(der, "certificate") for der in parse_pem(text))

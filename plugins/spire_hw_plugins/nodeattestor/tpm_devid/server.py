@@ -43,7 +43,7 @@ from spire_hw.x509.certificate import (
     public_key_of,
     sha1_fingerprint,
 )
-from spire_hw.x509.chain import verify_chain
+from spire_hw.x509.chain import find_paths
 from spire_hw_plugins.nodeattestor.tpm_devid import wire
 from spire_hw_plugins.nodeattestor.tpm_devid.config import Settings, build_settings, find_faults
 
@@ -163,22 +163,12 @@ def _check_certificate(settings: Settings, encoded: Sequence[bytes], now: dateti
     leaf, intermediates = parsed[0], parsed[1:]
     common_name = _common_name(leaf.subject, "subject")
     issuer = _common_name(leaf.issuer, "issuer")
-    authorities: dict[bytes, x509.Certificate] = {}
-    fault: ChainError | None = None
-    issuers = {certificate.issuer for certificate in parsed}
-    for root in settings.devid_roots:
-        if root.subject not in issuers:
-            continue
-        try:
-            path = verify_chain(leaf, intermediates, [root], now)
-        except ChainError as e:
-            fault = fault or e
-        else:
-            authorities |= {encode_der(c): c for c in path[1:]}
-    if not authorities:
-        reason = "no authority of devid_ca_path signed it" if fault is None else fault.message
-        text = f"devid: certificate is not trusted: {reason}"
-        raise _refuse("devid_untrusted", text, _DENIED) from fault
+    try:
+        paths = find_paths(leaf, intermediates, settings.devid_roots, now)
+    except ChainError as e:
+        text = f"devid: certificate is not trusted: {e.message}"
+        raise _refuse("devid_untrusted", text, _DENIED) from e
+    authorities = {encode_der(c): c for path in paths for c in path[1:]}
     key = public_key_of(leaf)
     return _DevId(leaf, key, tuple(authorities.values()), common_name, issuer)
 

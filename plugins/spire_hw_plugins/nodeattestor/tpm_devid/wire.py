@@ -10,8 +10,6 @@ Public areas are bare TPMT_PUBLIC, credential and secret come without their 2-by
 
 from __future__ import annotations
 
-import base64
-import json
 from dataclasses import dataclass
 from typing import Final
 
@@ -84,17 +82,17 @@ class Response:
 def encode_attestation_data(data: AttestationData) -> bytes:
     """Return the first message."""
     members: dict[str, object] = {
-        "DevIDCert": [_text(der) for der in data.certificates],
-        "DevIDPub": _text(data.devid_pub),
-        "EKCert": _text(data.ek_certificate),
-        "EKPub": _text(data.ek_pub),
-        "AKPub": _text(data.ak_pub),
-        "CertifiedDevID": _text(data.certified),
-        "CertificationSignature": _text(data.signature),
+        "DevIDCert": data.certificates,
+        "DevIDPub": data.devid_pub,
+        "EKCert": data.ek_certificate,
+        "EKPub": data.ek_pub,
+        "AKPub": data.ak_pub,
+        "CertifiedDevID": data.certified,
+        "CertificationSignature": data.signature,
     }
     if data.ek_chain:
-        members["spire_hw"] = {"ek_chain": [_text(der) for der in data.ek_chain]}
-    return _encode(members)
+        members["spire_hw"] = {"ek_chain": data.ek_chain}
+    return strictjson.dump(members)
 
 
 def decode_attestation_data(payload: bytes) -> AttestationData:
@@ -143,8 +141,8 @@ def _certificates(message: strictjson.StrictObject, name: str, limit: int) -> tu
 
 def encode_challenge(challenge: Challenge) -> bytes:
     """Return the challenge."""
-    sealed = {"Credential": _text(challenge.credential), "Secret": _text(challenge.secret)}
-    return _encode({"DevID": _text(challenge.nonce), "CredActivation": sealed})
+    sealed = {"Credential": challenge.credential, "Secret": challenge.secret}
+    return strictjson.dump({"DevID": challenge.nonce, "CredActivation": sealed})
 
 
 def decode_challenge(data: bytes) -> Challenge:
@@ -167,7 +165,7 @@ def decode_challenge(data: bytes) -> Challenge:
 
 def encode_response(response: Response) -> bytes:
     """Return the answer."""
-    return _encode({"DevID": _text(response.signature), "CredActivation": _text(response.secret)})
+    return strictjson.dump({"DevID": response.signature, "CredActivation": response.secret})
 
 
 def decode_response(data: bytes) -> Response:
@@ -190,11 +188,3 @@ def _bounded(message: strictjson.StrictObject, name: str) -> bytes:
     if len(value) > _MAX_BLOB_BYTES:
         raise InvalidInputError(f"envelope: {name} is too long")
     return value
-
-
-def _text(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
-
-
-def _encode(members: dict[str, object]) -> bytes:
-    return json.dumps(members, separators=(",", ":")).encode("ascii")

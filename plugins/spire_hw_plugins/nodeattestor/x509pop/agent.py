@@ -27,7 +27,7 @@ from spire_hw.errors import (
     NotReadyError,
     SpireHwError,
 )
-from spire_hw.files import read_bounded, replace_file
+from spire_hw.files import parse_file, replace_file
 from spire_hw.key import KeyType, SoftwareSigner, spki_der
 from spire_hw.keyfile import load_private_key
 from spire_hw.plugin.keymanager import Keys
@@ -218,11 +218,7 @@ def _from_certificates(settings: Config, signer: Signer) -> _Proof:
 
 
 def _load_certificates(path: str) -> list[bytes]:
-    data = read_bounded(Path(path), _MAX_FILE_BYTES)
-    try:
-        return parse_pem(data)
-    except InvalidInputError as e:
-        raise InvalidInputError(f"{path}: {e.message}") from e
+    return parse_file(Path(path), _MAX_FILE_BYTES, parse_pem)
 
 
 def _subject() -> bytes:

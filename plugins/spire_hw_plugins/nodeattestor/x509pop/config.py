@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 from spire_hw.config.schema import Model, check
 from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
-from spire_hw.files import read_bounded
-from spire_hw.x509.certificate import load_certificate, parse_pem
+from spire_hw.files import parse_file
+from spire_hw.x509.certificate import load_pem
 from spire_hw_plugins.nodeattestor.pathtemplate import PathTemplate
 
 if TYPE_CHECKING:
@@ -177,8 +177,4 @@ def _spiffe_conflicts(raw: ServerConfig, has_trust_bundle: bool) -> Iterator[Con
 
 def _load(paths: list[str]) -> Iterator[x509.Certificate]:
     for path in paths:
-        text = read_bounded(Path(path), _MAX_BUNDLE_BYTES, "trusted authorities")
-        try:
-            yield from map(load_certificate, parse_pem(text))
-        except InvalidInputError as e:
-            raise InvalidInputError(f"trusted authorities {path}: {e.message}") from e
+        yield from parse_file(Path(path), _MAX_BUNDLE_BYTES, load_pem, "trusted authorities")
