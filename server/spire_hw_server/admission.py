@@ -526,9 +526,11 @@ def _check_size(what: str, data: bytes, limit: int) -> None:
 
 
 def _reasons(error: BaseException | None) -> list[str]:
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # an error may be its own cause
         if isinstance(error, AttestationError):
             return [finding.code for finding in error.findings]
+        seen.add(id(error))
         error = error.__cause__
     return []
 
