@@ -12,7 +12,7 @@ import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from spire_hw.errors import InvalidInputError, NotReadyError
+from spire_hw.errors import InvalidInputError, NotReadyError, SpireHwError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +24,10 @@ _UNITS: Final = ((20, "MiB"), (10, "KiB"))
 
 class NoFileError(NotReadyError):
     """There is no such file."""
+
+
+class NotWrittenError(SpireHwError):
+    """A file cannot be written."""
 
 
 def read_bounded(
@@ -93,7 +97,7 @@ def create_file(path: Path, content: bytes, what: str = "", *, mode: int = 0o600
     """Write a file that is not there yet; arguments as in `replace_file`.
 
     Raises:
-        NotReadyError: it is there, or cannot be written.
+        NotWrittenError: it is there, or cannot be written.
     """
     try:
         _create(path, content, mode)
@@ -118,7 +122,7 @@ def replace_file(
             file has one name, `.<name>.new`, so that what a killed process left is not kept.
 
     Raises:
-        NotReadyError: it cannot be written; the file is the old one, or the new one that a power cut
+        NotWrittenError: it cannot be written; the file is the old one, or the new one that a power cut
             may take back.
     """
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4) if shared else 'new'}")
@@ -143,8 +147,8 @@ def _create(path: Path, content: bytes, mode: int) -> None:
         os.fsync(stream.fileno())
 
 
-def _not_written(path: Path, what: str, e: OSError) -> NotReadyError:
-    return NotReadyError(f"{_name(path, what)} cannot be written: {e.strerror}")
+def _not_written(path: Path, what: str, e: OSError) -> NotWrittenError:
+    return NotWrittenError(f"{_name(path, what)} cannot be written: {e.strerror}")
 
 
 def _sync(folder: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from spire_hw.errors import InvalidInputError, NotReadyError
-from spire_hw.files import read_bounded
+from spire_hw.files import NotWrittenError, read_bounded
 
 
 def read_input(name: str, limit: int) -> bytes:
@@ -35,9 +35,9 @@ def write_output(name: str, content: bytes) -> None:
     """Write what a command made to a file or a pipe such as /dev/stdout; permissions by the umask.
 
     Raises:
-        NotReadyError: it cannot be written.
+        NotWrittenError: it cannot be written.
     """
     try:
         Path(name).write_bytes(content)
     except OSError as e:
-        raise NotReadyError(f"{name} cannot be written: {e.strerror}") from e
+        raise NotWrittenError(f"{name} cannot be written: {e.strerror}") from e

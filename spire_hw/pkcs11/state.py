@@ -12,8 +12,8 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from spire_hw.errors import ErrorKind, NotReadyError
-from spire_hw.files import replace_file
+from spire_hw.errors import ErrorKind
+from spire_hw.files import NotWrittenError, replace_file
 from spire_hw.key import spki_der
 from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.pkcs11.labels import Owner
@@ -103,7 +103,7 @@ class StateFile:
         """
         try:
             replace_file(self.path, _encode(state), "key manifest")
-        except NotReadyError as e:
+        except NotWrittenError as e:
             raise TokenError(
                 e.message,
                 reason="hsm.state_write",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import DeviceError, InvalidInputError, NotReadyError
-from spire_hw.files import read_bounded, replace_file
+from spire_hw.files import NotWrittenError, read_bounded, replace_file
 from spire_hw.key import KeyType, key_type_of
 from spire_hw.tpm.keys import KeyBlob
 from spire_hw.tpm.pcrpolicy import Binding
@@ -112,7 +112,7 @@ class TpmKeyStore:
         path = self.directory / file_name(key.key_id)
         try:
             replace_file(path, encode(key), "key file")
-        except NotReadyError as e:
+        except NotWrittenError as e:
             raise DeviceError(
                 e.message,
                 device=str(self.directory),

@@ -54,7 +54,7 @@ class AuthorityMark:
         """Replace the ids; they survive a power cut once this returns.
 
         Raises:
-            NotReadyError: the file cannot be written.
+            NotWrittenError: the file cannot be written.
         """
         data = json.dumps({_FIELD: list(ids)}).encode() + b"\n"
         replace_file(self._path, data)

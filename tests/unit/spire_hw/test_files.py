@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from spire_hw.errors import EncodingError, InvalidInputError, NotReadyError
-from spire_hw.files import NoFileError, create_file, parse_file, read_bounded, replace_file
+from spire_hw.files import (
+    NoFileError,
+    NotWrittenError,
+    create_file,
+    parse_file,
+    read_bounded,
+    replace_file,
+)
 
 
 def test_a_file_may_have_as_much_as_its_limit(tmp_path: Path) -> None:
@@ -126,7 +133,9 @@ def test_what_is_there_is_not_created(tmp_path: Path) -> None:
     assert ((tmp_path / "a").read_bytes(), mode_of(tmp_path / "a")) == (b"first", 0o640)
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("a", "link"):
-        with pytest.raises(NotReadyError, match=f"request .*{name} cannot be written: File exists"):
+        with pytest.raises(
+            NotWrittenError, match=f"request .*{name} cannot be written: File exists"
+        ):
             create_file(tmp_path / name, b"second", "request")
     assert (tmp_path / "a").read_bytes() == b"first"
     assert not (tmp_path / "nowhere").exists()
@@ -154,10 +163,10 @@ def test_a_draft_of_a_killed_process_does_not_stay(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_as_it_was(tmp_path: Path, shared: bool) -> None:
     taken = tmp_path / "a"
     taken.mkdir()
-    with pytest.raises(NotReadyError, match=r"key file .*a cannot be written: Is a directory"):
+    with pytest.raises(NotWrittenError, match=r"key file .*a cannot be written: Is a directory"):
         replace_file(taken, b"x", "key file", shared=shared)
     assert list(tmp_path.iterdir()) == [taken]
-    with pytest.raises(NotReadyError, match="cannot be written: No such file or directory"):
+    with pytest.raises(NotWrittenError, match="cannot be written: No such file or directory"):
         replace_file(tmp_path / "none" / "a", b"x", shared=shared)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from spire_hw.cli.files import read_input, write_output
 from spire_hw.errors import InvalidInputError, NotReadyError
+from spire_hw.files import NotWrittenError
 
 
 def test_a_dash_is_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,5 +41,5 @@ def test_files_and_what_stands_for_one(tmp_path: Path) -> None:
 def test_output_goes_to_a_file(tmp_path: Path) -> None:
     write_output(str(tmp_path / "a"), b"x")
     assert (tmp_path / "a").read_bytes() == b"x"
-    with pytest.raises(NotReadyError, match=f"^{tmp_path} cannot be written: Is a directory$"):
+    with pytest.raises(NotWrittenError, match=f"^{tmp_path} cannot be written: Is a directory$"):
         write_output(str(tmp_path), b"x")
