@@ -122,8 +122,8 @@ def replace_file(
             file has one name, `.<name>.new`, so that what a killed process left is not kept.
 
     Raises:
-        NotWrittenError: it cannot be written; the file is the old one, or the new one that a power cut
-            may take back.
+        NotWrittenError: it cannot be written; the file is the old one, or the new one that a
+            power cut may take back.
     """
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4) if shared else 'new'}")
     try:
