@@ -99,6 +99,23 @@ def run_for(
         result = function()
     except BaseException as e:  # noqa: BLE001 - handed to the caller as it is
         error = e
+    settle_soon(future, result, error, done)
+
+
+def settle_soon(
+    future: asyncio.Future[T],
+    result: T,
+    error: BaseException | None = None,
+    done: Callable[[T], None] | None = None,
+) -> None:
+    """Settle a future in the event loop it belongs to, from another thread.
+
+    Args:
+        future: what a caller waits for, or no longer.
+        result: what it waits for, unless there is an error.
+        error: what it gets instead.
+        done: called with the result first, whether or not the caller still waits.
+    """
     with contextlib.suppress(RuntimeError):  # the caller's loop is gone, nobody waits
         future.get_loop().call_soon_threadsafe(_settle, future, result, error, done)
 

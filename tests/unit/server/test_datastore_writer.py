@@ -18,7 +18,7 @@ from spire_hw.errors import InvalidInputError, NotFoundError, UnavailableError
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import TrustDomain
 from spire_hw_server.datastore.config import DatastoreConfig
-from spire_hw_server.datastore.interface import KeyRole, Match, Node, NodeFilter
+from spire_hw_server.datastore.records import KeyRole, Match, Node, NodeFilter
 from spire_hw_server.datastore.sql.store import open_datastore
 from spire_hw_server.datastore.sql.writer import Writer
 from spire_hw_sim.clock import SimClock
@@ -137,7 +137,7 @@ async def test_write_of_a_caller_that_went_away_happens_or_not_as_a_whole(
 
 
 async def test_writer_skips_what_nobody_waits_for_and_reports_what_was_done() -> None:
-    writer = Writer("test")
+    writer = Writer("test", together=lambda _: pytest.fail("none of these shares a commit"))
     started, go_on = threading.Event(), threading.Event()
     done: list[str] = []
 

@@ -13,7 +13,7 @@ import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from sqlalchemy import exc, text
 
@@ -27,18 +27,20 @@ from spire_hw.errors import (
 )
 from spire_hw_server.datastore.sql import events
 from spire_hw_server.datastore.sql.dialects import Opened, open_engine, write_options
+from spire_hw_server.datastore.sql.group import run_together
 from spire_hw_server.datastore.sql.prepared import translated
 from spire_hw_server.datastore.sql.schema import migrate
 from spire_hw_server.datastore.sql.transaction import Transaction
 from spire_hw_server.datastore.sql.writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw_server.datastore.config import DatastoreConfig
-    from spire_hw_server.datastore.interface import Change
+    from spire_hw_server.datastore.records import Change
+    from spire_hw_server.datastore.sql.group import Made
 
 T = TypeVar("T")
 
@@ -61,7 +63,7 @@ class Database:
         self._clock = clock
         self._log = log
         self._readers = ThreadPoolExecutor(opened.threads, thread_name_prefix="datastore")
-        self._writer = Writer("datastore-write") if opened.one_writer else None
+        self._writer = Writer("datastore-write", self._together) if opened.one_writer else None
         self._direct: dict[bool, sqlite3.Connection] = {}  # by whether it writes
         self._closed = False
         self.changed: Watch[int] = Watch(0)
@@ -112,7 +114,8 @@ class Database:
         )
         work = partial(self._attempts, once)
         if self._writer is not None:
-            return (await self._writer.run(work, self._announce))[0]
+            joint = None if direct is None else function
+            return (await self._writer.run(work, self._announce, joint))[0]
         loop = asyncio.get_running_loop()
 
         def announced() -> tuple[T, list[Change]]:
@@ -197,6 +200,9 @@ class Database:
             if driver.in_transaction:
                 driver.rollback()
         return result, changes
+
+    def _together(self, functions: Sequence[Callable[[Transaction], Any]]) -> list[Made | None]:
+        return run_together(self._direct[True], functions, self._clock.now().astimezone(UTC))
 
     async def close(self) -> None:
         """Wait for what runs and close every connection."""
