@@ -169,7 +169,11 @@ def test_a_bundle_that_entries_need_is_deleted_only_on_purpose(
         (["set", "-path", "/nonexistent"], ExitCode.USAGE, "a trust domain is required"),
         (["set", "-id", "Partner", "-path", "/nonexistent"], ExitCode.USAGE, "trust domain"),
         (["set", "-id", "partner.example", "-path", "/nonexistent"], ExitCode.USAGE, "cannot be"),
-        (["set", "-id", "partner.example", "-path", "/dev/zero"], ExitCode.USAGE, "is larger than 4 MiB"),
+        (
+            ["set", "-id", "partner.example", "-path", "/dev/zero"],
+            ExitCode.USAGE,
+            "is larger than 4 MiB",
+        ),
         (["set", "-id", "partner.example", "-path", "/dev/null"], ExitCode.USAGE, ""),
         (["delete"], ExitCode.USAGE, "a trust domain is required"),
         (["delete", "-id", "partner.example", "-mode", "burn"], ExitCode.USAGE, "burn"),

@@ -216,7 +216,10 @@ async def test_all_plugin_faults_come_at_once_before_anything_is_made_ready(worl
         (2, "plugins takes at most 1 KeyManager, found 2"),
         (1, "keymanager(disc): no built-in KeyManager disc; there are disk, memory, rude"),
         (2, "keymanager(disk): bad is bad"),
-        (3, "nodeattestor(memory): plugin_data_file /nowhere/x cannot be read: No such file or directory"),
+        (
+            3,
+            "nodeattestor(memory): plugin_data_file /nowhere/x cannot be read: No such file or directory",
+        ),
         (5, "nodeattestor(rude): bad is bad"),
     }
     assert {(f.line, f.message) for f in found} == expected
