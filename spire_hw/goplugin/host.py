@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 from google.protobuf import empty_pb2
 from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
@@ -52,6 +52,13 @@ _MAX_NOTE: Final = 500
 _END_NOTICED_S: Final = 0.2
 
 T = TypeVar("T")
+
+
+def raise_explained(explained: SpireHwError, error: SpireHwError) -> NoReturn:
+    """Raise an explanation of an error, or the error when it needs none: it is not its own cause."""
+    if explained is error:
+        raise error
+    raise explained from error
 
 
 class Run:
@@ -281,7 +288,7 @@ class Run:
                 raise self._ended_during(step)
             return await asking
         except SpireHwError as e:
-            raise await self._explained(step, e) from e
+            raise_explained(await self._explained(step, e), e)
         finally:
             asking.cancel()
 

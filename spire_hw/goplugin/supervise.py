@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, NoReturn, TypeVar
 
 from google.protobuf.message import Message
 
 from spire_hw.aio.backoff import Backoff
 from spire_hw.aio.tasks import Tasks
 from spire_hw.errors import ErrorKind, NotReadyError, SpireHwError, UnavailableError
-from spire_hw.goplugin.host import Run
+from spire_hw.goplugin.host import Run, raise_explained
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
@@ -62,21 +62,24 @@ class WatchedBidi(Generic[M]):
         try:
             await self._stream.send(message)
         except SpireHwError as e:
-            raise await self._explain(e) from e
+            await self._fail(e)
 
     async def done_sending(self) -> None:
         """Say that no more messages come; see `Bidi.done_sending`."""
         try:
             await self._stream.done_sending()
         except SpireHwError as e:
-            raise await self._explain(e) from e
+            await self._fail(e)
 
     async def receive(self) -> M | None:
         """Return the next message, None at the end; see `Bidi.receive`."""
         try:
             return await self._stream.receive()
         except SpireHwError as e:
-            raise await self._explain(e) from e
+            await self._fail(e)
+
+    async def _fail(self, error: SpireHwError) -> NoReturn:
+        raise_explained(await self._explain(error), error)
 
 
 class Supervisor:
@@ -172,7 +175,7 @@ class Supervisor:
                 path, request, response_type, timeout_s or self._limits.call_s, metadata
             )
         except SpireHwError as e:
-            raise await self._explained(run, e) from e
+            await self._fail(run, e)
         self._misses = 0
         return answer
 
@@ -191,7 +194,7 @@ class Supervisor:
             async for answer in answers:
                 yield answer
         except SpireHwError as e:
-            raise await self._explained(run, e) from e
+            await self._fail(run, e)
         finally:
             await answers.aclose()
 
@@ -216,6 +219,9 @@ class Supervisor:
             raise NotReadyError("not configured")
         why = self._why_not if run is None else run.down.result()
         raise UnavailableError(f"the plugin is not running: {why}")
+
+    async def _fail(self, run: Run, error: SpireHwError) -> NoReturn:
+        raise_explained(await self._explained(run, error), error)
 
     async def _explained(self, run: Run, error: SpireHwError) -> SpireHwError:
         """Return what a failed call is to be told, and look after a plugin that does not answer."""

@@ -79,9 +79,9 @@ def detail_rows(node: pb.NodePosture | None) -> list[tuple[str, str]]:
 
 
 def with_state(agent: types_pb2.Agent, node: pb.NodePosture | None) -> dict[str, Any]:
-    """Return an agent as plain values, its state among them."""
+    """Return an agent as plain values; what is kept of its machine among them, when anything is."""
     values = to_dict(agent)
-    if node is not None:
+    if node is not None and node.since:
         values["state"] = node.state
         values["posture"] = to_dict(node)
     return values
