@@ -279,6 +279,7 @@ class Server:
         )
         await self._endpoints.start()
         self._stack.push_async_callback(self._endpoints.close, GRACE_S)
+        self._stack.callback(postures.heartbeats.end)
         await self._announce(catalog, parts)
         await health.check_costly()
         await self._listen_for_probes(health)

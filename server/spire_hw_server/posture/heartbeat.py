@@ -71,6 +71,7 @@ class Heartbeats:
 
     Attributes:
         verifiers: attestors that check heartbeats, by name.
+        is_ending: the server goes down, streams end.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Heartbeats:
         self.tasks = Tasks(on_failure=lambda name, error: None)
         self._interval_s = interval_s
         self._sessions: dict[SpiffeId, Session] = {}
+        self.is_ending = False
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -110,6 +112,12 @@ class Heartbeats:
     async def run(self) -> None:
         """Keep the pace; ends only when cancelled."""
         await self.pace.run()
+
+    def end(self) -> None:
+        """Let all streams end: a server that goes down waits for calls in progress."""
+        self.is_ending = True
+        for session in self._sessions.values():
+            session.sleeper.wake()
 
     async def close(self) -> None:
         """End what waits for answers."""
@@ -143,6 +151,8 @@ class Heartbeats:
             before.is_replaced = True
             before.sleeper.wake()
         self._sessions[stream.agent_id] = session
+        if self.is_ending:
+            session.sleeper.wake()
         try:
             yield session
         finally:
@@ -386,7 +396,7 @@ class Session:
             DeniedError: it is banned or gone, or its SVID has expired.
             _EndedError: it has another SVID or another stream by now.
         """
-        if self.is_replaced:
+        if self.is_replaced or self._hub.is_ending:
             raise _EndedError
         node = await self._hub.node_of(self.agent_id)
         if node is None:
