@@ -241,6 +241,14 @@ async def test_new_svid_and_new_stream_end_the_old_stream_well(site: Watch) -> N
         assert await new.raw.receive() is None
 
 
+async def test_server_that_goes_down_ends_resting_streams_well(site: Watch) -> None:
+    await site.start()
+    beater = await site.known()
+    async with site.streaming(beater) as stream:
+        said, _ = await asyncio.gather(stream.raw.receive(), site.stop())
+    assert said is None
+
+
 async def test_silent_node_becomes_stale_also_after_a_restart(site: Watch) -> None:
     await site.start()
     beater = await site.known()
