@@ -54,8 +54,8 @@ async def fetch_state(session: Session, agent_id: str) -> pb.NodePosture | None:
 
 
 def state_rows(node: pb.NodePosture | None) -> list[tuple[str, str]]:
-    """Return the rows about a state for a list of agents."""
-    if node is None:
+    """Return the rows about a state for a list of agents; none while nothing is kept."""
+    if node is None or not node.since:
         return []
     rows = [("State", node.state)]
     if node.reasons:
