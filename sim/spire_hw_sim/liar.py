@@ -16,6 +16,7 @@ from spire_hw._pb import (
     types_pb2,
 )
 from spire_hw.clock import SystemClock
+from spire_hw.config.hcl import parse
 from spire_hw.errors import ErrorKind, NotFoundError, SpireHwError
 from spire_hw.key import SoftwareSigner
 from spire_hw.rpc.convert import bundle_to_pb, id_from_pb
@@ -23,11 +24,15 @@ from spire_hw.rpc.server import RpcServer
 from spire_hw.rpc.service import Method
 from spire_hw.svid.jwtsvid import issue_jwt_svid
 from spire_hw.transport.front import TcpFront
+from spire_hw.x509.certificate import encode_pem
 from spire_hw.x509.csr import parse_csr
+from spire_hw_agent.app import Agent
+from spire_hw_agent.config import build_settings
 from spire_hw_sim.pki import Authority
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
+    from pathlib import Path
 
     from google.protobuf.descriptor import ServiceDescriptor
 
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
     from spire_hw.rpc.service import Call
 
 TRUST_DOMAIN: Final = "liar.example"
+_MEMORY: Final = 'KeyManager "memory" { plugin_data {} }'
 AGENT_PATH: Final = "/spire/agent/join_token/x"
 _SERVICES: Final = {
     "agent": server_agent_pb2.DESCRIPTOR.services_by_name["Agent"],
@@ -226,3 +232,32 @@ def _method(service: str, name: str, handler: Any) -> Method:
         server_streaming=rpc.server_streaming,
         handler=handler,
     )
+
+
+def agent_of(server: LyingServer, home: Path, key_manager: str = _MEMORY) -> Agent:
+    """Return an agent, not started, that trusts this server.
+
+    Args:
+        server: running.
+        home: a folder for its files, with a short path.
+        key_manager: stanza of its KeyManager.
+    """
+    (home / "bundle.pem").write_bytes(encode_pem([server.authority.der]))
+    text = f"""
+    agent {{
+      trust_domain = "{TRUST_DOMAIN}"
+      server_address = "127.0.0.1"
+      server_port = {server.port}
+      data_dir = "{home}/data"
+      socket_path = "{home}/api.sock"
+      trust_bundle_path = "{home}/bundle.pem"
+      join_token = "x"
+      experimental {{ sync_interval = "100ms" }}
+    }}
+    plugins {{
+      {key_manager}
+      NodeAttestor "join_token" {{ plugin_data {{}} }}
+      WorkloadAttestor "unix" {{ plugin_data {{}} }}
+    }}
+    """
+    return Agent(build_settings(parse(text)))

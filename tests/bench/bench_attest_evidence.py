@@ -19,24 +19,21 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attestor import attestation_s, configured
+
 from spire_hw.clock import SystemClock
-from spire_hw.config.hcl import parse
-from spire_hw.log import LogSettings, configure, get_logger
-from spire_hw.plugin.info import HostInfo, Side
-from spire_hw.plugin.nodeattestor import AttestationRequest
+from spire_hw.log import LogSettings, configure
 from spire_hw.posture.evidence import EkFacts
 from spire_hw.posture.heartbeat import HeartbeatAnswer, HeartbeatChallenge, KnownNode, SignedQuote
 from spire_hw.posture.judge import EvidenceRequest
-from spire_hw.spiffeid import TrustDomain
 from spire_hw.tpm.verify import qualifier
 from spire_hw.tpm.wire import PcrSelection
-from spire_hw_plugins.nodeattestor.tpm.server import TpmServer, build
 from spire_hw_sim.firmware import Firmware
 from spire_hw_sim.softtpm import SoftTpm, make_ek
 from spire_hw_sim.tpmnode import TpmNode, Vendor
 
 if TYPE_CHECKING:
-    from spire_hw.spiffeid import SpiffeId
+    from spire_hw_plugins.nodeattestor.tpm.server import TpmServer
 
 ROUNDS = 60
 ATTESTATIONS = 8
@@ -60,42 +57,9 @@ def machine() -> tuple[dict[tuple[str, int], bytes], bytes]:
     return boot.pcrs("sha256"), log
 
 
-async def server(directory: Path, vendor: Vendor, settings: str) -> TpmServer:
-    """Return the server half, configured."""
-    (directory / "root.der").write_bytes(vendor.root.certificate)
-    host = HostInfo(
-        side=Side.SERVER,
-        trust_domain=TrustDomain.parse("example.org"),
-        data_dir=directory,
-        log=get_logger("bench"),
-        clock=SystemClock(),
-    )
-    made = build(host)
-    roots = f'endorsement_ca_path = "{directory / "root.der"}"\nek_policy = "ca"\n'
-    await made.configure(parse(roots + settings))
-    return made
-
-
 async def attestation_ms(made: TpmServer, node: TpmNode) -> float:
-    """Return CPU milliseconds of one attestation without the node's own work."""
-    theirs = 0.0
-
-    async def challenge(message: bytes) -> bytes:
-        nonlocal theirs
-        start = time.process_time()
-        answer = node.answer(message)
-        theirs += time.process_time() - start
-        return answer
-
-    async def admit(_: SpiffeId) -> None:
-        return None
-
-    payload = node.payload()
-    start = time.process_time()
-    for _ in range(ATTESTATIONS):
-        found = await made.attest(AttestationRequest(payload, challenge, node.spki, admit))
-        assert "secureboot:on" in found.selector_values
-    return (time.process_time() - start - theirs) / ATTESTATIONS * 1000
+    """Return CPU milliseconds of one attestation."""
+    return 1000 * await attestation_s(made, node, ATTESTATIONS, selector="secureboot:on")
 
 
 async def heartbeat_ms(made: TpmServer, node: TpmNode) -> float:
@@ -124,8 +88,8 @@ async def measure() -> None:
     vendor = Vendor.make()
     with tempfile.TemporaryDirectory() as name:
         configure(LogSettings(file=Path(name) / "log"))
-        made = await server(Path(name), vendor, DEFAULTS)
-        strict = await server(Path(name), vendor, ALL)
+        made = await configured(Path(name), vendor, DEFAULTS)
+        strict = await configured(Path(name), vendor, ALL)
         pcrs, log = machine()
         node = vendor.equip(TpmNode(SoftTpm(ek=make_ek("L-1"), pcrs=pcrs)))
         node.boot_log = log

@@ -16,12 +16,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from spire_hw._pb import server_entry_pb2 as entry_pb
 from spire_hw._pb import server_svid_pb2, types_pb2
-from spire_hw.config.hcl import parse
 from spire_hw.errors import SpireHwError, UnavailableError, VerificationError
-from spire_hw.x509.certificate import encode_pem
-from spire_hw_agent.app import Agent
-from spire_hw_agent.config import build_settings
-from spire_hw_sim.liar import AGENT_PATH, TRUST_DOMAIN, LyingServer
+from spire_hw_sim.liar import AGENT_PATH, TRUST_DOMAIN, LyingServer, agent_of
 from spire_hw_sim.pki import Authority, now
 from spire_hw_sim.workload import Workload, eventually, refusal, until
 
@@ -47,28 +43,6 @@ def home() -> Iterator[Path]:
 async def liar() -> AsyncIterator[LyingServer]:
     async with asyncio.timeout(60), LyingServer() as server:
         yield server
-
-
-def agent_of(liar: LyingServer, home: Path) -> Agent:
-    (home / "bundle.pem").write_bytes(encode_pem([liar.authority.der]))
-    text = f"""
-    agent {{
-      trust_domain = "{TRUST_DOMAIN}"
-      server_address = "127.0.0.1"
-      server_port = {liar.port}
-      data_dir = "{home}/data"
-      socket_path = "{home}/api.sock"
-      trust_bundle_path = "{home}/bundle.pem"
-      join_token = "x"
-      experimental {{ sync_interval = "100ms" }}
-    }}
-    plugins {{
-      KeyManager "memory" {{ plugin_data {{}} }}
-      NodeAttestor "join_token" {{ plugin_data {{}} }}
-      WorkloadAttestor "unix" {{ plugin_data {{}} }}
-    }}
-    """
-    return Agent(build_settings(parse(text)))
 
 
 # -- the agent's own SVID ------------------------------------------------------------------

@@ -14,12 +14,9 @@ import pytest_asyncio
 
 from spire_hw._pb import hw_posture_pb2 as pb
 from spire_hw.bootid import read_boot_id
-from spire_hw.config.hcl import parse
 from spire_hw.errors import DeniedError, DeniedReason
-from spire_hw.x509.certificate import encode_pem
-from spire_hw_agent.app import Agent
-from spire_hw_agent.config import build_settings
-from spire_hw_sim.liar import AGENT_PATH, TRUST_DOMAIN, LyingServer
+from spire_hw_sim import liar
+from spire_hw_sim.liar import AGENT_PATH, LyingServer
 from spire_hw_sim.pki import now
 from spire_hw_sim.programs import try_run
 from spire_hw_sim.workload import Workload, eventually, refusal, until
@@ -28,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from spire_hw.key import PublicKey
+    from spire_hw_agent.app import Agent
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
 
@@ -115,25 +113,10 @@ async def server() -> AsyncIterator[WatchfulServer]:
 
 
 def agent_of(server: LyingServer, home: Path) -> Agent:
-    (home / "bundle.pem").write_bytes(encode_pem([server.authority.der]))
-    text = f"""
-    agent {{
-      trust_domain = "{TRUST_DOMAIN}"
-      server_address = "127.0.0.1"
-      server_port = {server.port}
-      data_dir = "{home}/data"
-      socket_path = "{home}/api.sock"
-      trust_bundle_path = "{home}/bundle.pem"
-      join_token = "x"
-      experimental {{ sync_interval = "100ms" }}
-    }}
-    plugins {{
-      KeyManager "disk" {{ plugin_data {{ directory = "{home}" }} }}
-      NodeAttestor "join_token" {{ plugin_data {{}} }}
-      WorkloadAttestor "unix" {{ plugin_data {{}} }}
-    }}
-    """
-    return Agent(build_settings(parse(text)))
+    """Return an agent whose keys outlive it."""
+    return liar.agent_of(
+        server, home, f'KeyManager "disk" {{ plugin_data {{ directory = "{home}" }} }}'
+    )
 
 
 async def test_quarantine_ends_every_stream_and_healing_brings_the_identity_back(
