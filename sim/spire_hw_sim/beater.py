@@ -9,14 +9,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from spire_hw._pb import hw_posture_pb2, server_agent_pb2, types_pb2
+from spire_hw._pb import hw_posture_pb2
 from spire_hw.errors import SpireHwError
 from spire_hw.posture.heartbeat import HeartbeatAnswer, SignedQuote
 from spire_hw.spiffeid import agent_id
 from spire_hw.tpm.verify import qualifier
 from spire_hw.tpm.wire import PcrSelection
 from spire_hw_agent.upstream.posture import HEARTBEAT, Asked, HeartbeatStream, Standing
-from spire_hw_sim.servers import AGENT, TIMEOUT_S, ScriptedAgent, make_csr
+from spire_hw_sim.servers import ScriptedAgent
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -80,27 +80,12 @@ class Beater:
         Raises:
             SpireHwError: the server refused.
         """
-        params = server_agent_pb2.AttestAgentRequest.Params(
-            data=types_pb2.AttestationData(type="tpm", payload=self.node.payload()),
-            params=server_agent_pb2.AgentX509SVIDParams(csr=await make_csr(self.agent.key)),
-        )
-        answer_type = server_agent_pb2.AttestAgentResponse
-        anonymous = ScriptedAgent(self.port, self.bundle, self.clock)
-        async with (
-            await anonymous.channel() as channel,
-            channel.bidi(AGENT + "AttestAgent", answer_type, timeout_s=TIMEOUT_S) as call,
-        ):
-            await call.send(server_agent_pb2.AttestAgentRequest(params=params))
-            answer = await call.receive()
-            while answer is not None and answer.WhichOneof("step") == "challenge":
-                if self.between is not None:
-                    await self.between()
-                response = self.node.answer(answer.challenge)
-                await call.send(server_agent_pb2.AttestAgentRequest(challenge_response=response))
-                answer = await call.receive()
-        if answer is None:
-            raise SpireHwError("the server ended the attestation without a result")
-        self.agent.take(answer.result.svid)
+        await self.agent.prove("tpm", self.node.payload(), self._answer)
+
+    async def _answer(self, challenge: bytes) -> bytes:
+        if self.between is not None:
+            await self.between()
+        return self.node.answer(challenge)
 
     @asynccontextmanager
     async def stream(self, *, can_answer: bool = True) -> AsyncIterator[BeaterStream]:

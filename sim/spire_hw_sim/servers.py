@@ -13,6 +13,7 @@ from spire_hw._pb import (
     types_pb2,
 )
 from spire_hw.config import hcl
+from spire_hw.errors import SpireHwError
 from spire_hw.key import KeyType, PrivateKey, SoftwareSigner, generate_private_key
 from spire_hw.rpc import convert
 from spire_hw.rpc.client import Channel, connect, connect_unix
@@ -23,7 +24,7 @@ from spire_hw.x509.csr import build_csr
 from spire_hw_server.config import ServerSettings, build_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
     from pathlib import Path
 
     from google.protobuf.message import Message
@@ -184,8 +185,23 @@ class ScriptedAgent:
         Raises:
             SpireHwError: what the server answered.
         """
+        return await self.prove("join_token", token.encode())
+
+    async def prove(
+        self, kind: str, payload: bytes, answer: Callable[[bytes], Awaitable[bytes]] | None = None
+    ) -> server_agent_pb2.AttestAgentResponse.Result:
+        """Attest and keep the SVID.
+
+        Args:
+            kind: name of the attestor.
+            payload: the first message.
+            answer: answers a challenge; None for an attestor that asks nothing.
+
+        Raises:
+            SpireHwError: what the server answered.
+        """
         params = server_agent_pb2.AttestAgentRequest.Params(
-            data=types_pb2.AttestationData(type="join_token", payload=token.encode()),
+            data=types_pb2.AttestationData(type=kind, payload=payload),
             params=server_agent_pb2.AgentX509SVIDParams(csr=await make_csr(self.key)),
         )
         answer_type = server_agent_pb2.AttestAgentResponse
@@ -195,11 +211,17 @@ class ScriptedAgent:
             channel.bidi(AGENT + "AttestAgent", answer_type, timeout_s=TIMEOUT_S) as call,
         ):
             await call.send(server_agent_pb2.AttestAgentRequest(params=params))
-            answer = await call.receive()
-        if answer is None or answer.WhichOneof("step") != "result":
-            raise AssertionError("the server did not answer with a result")
-        self.take(answer.result.svid)
-        return answer.result
+            said = await call.receive()
+            while (
+                answer is not None and said is not None and said.WhichOneof("step") == "challenge"
+            ):
+                response = await answer(said.challenge)
+                await call.send(server_agent_pb2.AttestAgentRequest(challenge_response=response))
+                said = await call.receive()
+        if said is None or said.WhichOneof("step") != "result":
+            raise SpireHwError("the server ended the attestation without a result")
+        self.take(said.result.svid)
+        return said.result
 
     def take(self, svid: types_pb2.X509SVID) -> None:
         """Use an SVID from now on."""
