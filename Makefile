@@ -20,7 +20,7 @@ lint: setup ## ruff: rules and formatting
 	@$(PY) -m ruff format --check .
 
 types: setup ## mypy --strict
-	@$(PY) -m mypy spire_hw plugins/spire_hw_plugins server/spire_hw_server agent/spire_hw_agent sim/spire_hw_sim
+	@$(PY) -m mypy spire_hw plugins/spire_hw_plugins server/spire_hw_server server/spire_hw_signer agent/spire_hw_agent sim/spire_hw_sim
 
 rooms: setup ## who may import whom
 	@.venv/bin/lint-imports

@@ -7,6 +7,7 @@ what an implementation offers, `Keys` is the checked face the host uses.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol, runtime_checkable
 
 from spire_hw.errors import ErrorKind, PluginError, SpireHwError
@@ -115,6 +116,96 @@ class KeyEvidenceSource(Protocol):
         Raises:
             NotFoundError: no such key.
         """
+        ...
+
+
+@runtime_checkable
+class PurposeKeys(Protocol):
+    """Optional: a KeyManager that is told what it signs, so that it can judge it."""
+
+    async def sign_x509(
+        self, key_id: str, to_be_signed: bytes, options: SignOptions
+    ) -> KeySignature:
+        """Sign a DER TBSCertificate; errors as `sign_data`, and DeniedError by policy."""
+        ...
+
+    async def sign_jwt(
+        self, key_id: str, signing_input: bytes, options: SignOptions
+    ) -> KeySignature:
+        """Sign `header.payload` of a compact JWS; errors as `sign_x509`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RetainedKey:
+    """A replaced generation that is kept for a while and signs nothing.
+
+    Attributes:
+        info: the key.
+        generation: its generation.
+        until: when it is destroyed, Unix seconds.
+    """
+
+    info: KeyInfo
+    generation: int
+    until: float
+
+
+@runtime_checkable
+class KeyRetention(Protocol):
+    """Optional: keeps replaced keys for a while, so that an operator can take one back."""
+
+    async def retained_keys(self) -> list[RetainedKey]:
+        """Return what is kept, oldest first."""
+        ...
+
+    async def restore_key(self, key_id: str, generation: int) -> KeyInfo:
+        """Make a retained generation the current one; the current one is retained in its place.
+
+        Raises:
+            NotFoundError: it is not retained.
+            DeviceError: the device failed; nothing changed.
+        """
+        ...
+
+    async def destroy_retained(self, key_id: str, generation: int) -> None:
+        """Destroy a retained generation before its time.
+
+        Raises:
+            NotFoundError: it is not retained.
+        """
+        ...
+
+
+class KeyHealth(Enum):
+    """How well keys can be used."""
+
+    GOOD = "good"
+    DEGRADED = "degraded"
+    DOWN = "down"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceHealth:
+    """What a device-backed KeyManager says about itself.
+
+    Attributes:
+        health: DOWN only when signing is impossible.
+        reason: stable code such as `hsm.read_only`, "" while all is well.
+        message: for operators: cause and remedy.
+    """
+
+    health: KeyHealth
+    reason: str = ""
+    message: str = ""
+
+
+@runtime_checkable
+class KeyHealthSource(Protocol):
+    """Optional: knows whether its device can be used now; asks nothing of the device."""
+
+    def key_health(self) -> DeviceHealth:
+        """Return the state of the device as last seen."""
         ...
 
 

@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = {"spire_hw", "spire_hw_plugins", "spire_hw_server", "spire_hw_agent", "spire_hw_sim"}
+PACKAGES = {
+    "spire_hw",
+    "spire_hw_plugins",
+    "spire_hw_server",
+    "spire_hw_signer",
+    "spire_hw_agent",
+    "spire_hw_sim",
+}
 # Distribution -> the module it is imported by, where the names differ.
 MODULES = {
     "grpcio": "grpc",

@@ -1,0 +1,1 @@
+"""What operators may do on the signer's own host, over a unix socket."""

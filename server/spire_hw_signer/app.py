@@ -1,0 +1,1 @@
+"""The composition root: builds the signer from its settings, runs it, closes it."""
