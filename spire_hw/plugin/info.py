@@ -8,6 +8,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 from spire_hw.plugin.hostservices import HostServices
+from spire_hw.telemetry.metrics import NO_METRICS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from spire_hw.log import Logger
     from spire_hw.posture.judge import Judge
     from spire_hw.spiffeid import TrustDomain
+    from spire_hw.telemetry.metrics import Metrics
 
 
 class PluginKind(Enum):
@@ -64,6 +66,7 @@ class HostInfo:
         trust_bundle: returns the server's own bundle as it is now, raises NotReadyError while the
             server starts; None in the agent.
         judge: policies and the memory of nodes; None in the agent and under a host without them.
+        metrics: takes the measurements of built-ins.
     """
 
     side: Side
@@ -76,6 +79,7 @@ class HostInfo:
     services: HostServices = field(default_factory=HostServices)
     trust_bundle: Callable[[], Bundle] | None = None
     judge: Judge | None = None
+    metrics: Metrics = NO_METRICS
 
 
 class Plugin(Protocol):
