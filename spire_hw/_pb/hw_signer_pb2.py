@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cspire_hw/_pb/hw_signer.proto\x12\x12spire_hw.signer.v1\"j\n\tPublicKey\x12\n\n\x02id\x18\x01 \x01(\t\x12)\n\x04type\x18\x02 \x01(\x0e\x32\x1b.spire_hw.signer.v1.KeyType\x12\x11\n\tpkix_data\x18\x03 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\"$\n\x07LogHead\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0c\n\x04hash\x18\x02 \x01(\x0c\"\x16\n\x14GetPublicKeysRequest\"z\n\x15GetPublicKeysResponse\x12\x32\n\x0bpublic_keys\x18\x01 \x03(\x0b\x32\x1d.spire_hw.signer.v1.PublicKey\x12-\n\x08log_head\x18\x02 \x01(\x0b\x32\x1b.spire_hw.signer.v1.LogHead\"g\n\x12GenerateKeyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0e\n\x06key_id\x18\x02 \x01(\t\x12-\n\x08key_type\x18\x03 \x01(\x0e\x32\x1b.spire_hw.signer.v1.KeyType\"w\n\x13GenerateKeyResponse\x12\x31\n\npublic_key\x18\x01 \x01(\x0b\x32\x1d.spire_hw.signer.v1.PublicKey\x12-\n\x08log_head\x18\x02 \x01(\x0b\x32\x1b.spire_hw.signer.v1.LogHead\":\n\x0bSignRequest\x12+\n\x05items\x18\x01 \x03(\x0b\x32\x1c.spire_hw.signer.v1.SignItem\"\xc3\x01\n\x08SignItem\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0e\n\x06key_id\x18\x02 \x01(\t\x12\x0c\n\x04hash\x18\x03 \x01(\r\x12-\n\x03pss\x18\x04 \x01(\x0b\x32 .spire_hw.signer.v1.SignItem.Pss\x12\x0e\n\x04x509\x18\x05 \x01(\x0cH\x00\x12\r\n\x03jwt\x18\x06 \x01(\x0cH\x00\x12\x10\n\x06\x64igest\x18\x07 \x01(\x0cH\x00\x1a\x1a\n\x03Pss\x12\x13\n\x0bsalt_length\x18\x01 \x01(\x11\x42\t\n\x07purpose\"n\n\x0cSignResponse\x12/\n\x07results\x18\x01 \x03(\x0b\x32\x1e.spire_hw.signer.v1.SignResult\x12-\n\x08log_head\x18\x02 \x01(\x0b\x32\x1b.spire_hw.signer.v1.LogHead\"b\n\nSignResult\x12\x11\n\tsignature\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12,\n\x07refusal\x18\x03 \x01(\x0b\x32\x1b.spire_hw.signer.v1.Refusal\"P\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r\"\x13\n\x11GetLogHeadRequest\"h\n\x12GetLogHeadResponse\x12-\n\x08log_head\x18\x01 \x01(\x0b\x32\x1b.spire_hw.signer.v1.LogHead\x12\x12\n\ncheckpoint\x18\x02 \x01(\x0c\x12\x0f\n\x07log_key\x18\x03 \x01(\x0c*Y\n\x07KeyType\x12\x18\n\x14UNSPECIFIED_KEY_TYPE\x10\x00\x12\x0b\n\x07\x45\x43_P256\x10\x01\x12\x0b\n\x07\x45\x43_P384\x10\x02\x12\x0c\n\x08RSA_2048\x10\x03\x12\x0c\n\x08RSA_4096\x10\x04\x32\xf6\x02\n\x06Signer\x12\x64\n\rGetPublicKeys\x12(.spire_hw.signer.v1.GetPublicKeysRequest\x1a).spire_hw.signer.v1.GetPublicKeysResponse\x12^\n\x0bGenerateKey\x12&.spire_hw.signer.v1.GenerateKeyRequest\x1a\'.spire_hw.signer.v1.GenerateKeyResponse\x12I\n\x04Sign\x12\x1f.spire_hw.signer.v1.SignRequest\x1a .spire_hw.signer.v1.SignResponse\x12[\n\nGetLogHead\x12%.spire_hw.signer.v1.GetLogHeadRequest\x1a&.spire_hw.signer.v1.GetLogHeadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cspire_hw/_pb/hw_signer.proto\x12\x12spire_hw.signer.v1\"j\n\tPublicKey\x12\n\n\x02id\x18\x01 \x01(\t\x12)\n\x04type\x18\x02 \x01(\x0e\x32\x1b.spire_hw.signer.v1.KeyType\x12\x11\n\tpkix_data\x18\x03 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\"$\n\x07LogHead\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0c\n\x04hash\x18\x02 \x01(\x0c\"\x16\n\x14GetPublicKeysRequest\"z\n\x15GetPublicKeysResponse\x12\x32\n\x0bpublic_keys\x18\x01 \x03(\x0b\x32\x1d.spire_hw.signer.v1.PublicKey\x12-\n\x08log_head\x18\x02 \x01(\x0b\x32\x1b.spire_hw.signer.v1.LogHead\"g\n\x12GenerateKeyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0e\n\x06key_id\x18\x02 \x01(\t\x12-\n\x08key_type\x18\x03 \x01(\x0e\x32\x1b.spire_hw.signer.v1.KeyType\"\xa5\x01\n\x13GenerateKeyResponse\x12\x31\n\npublic_key\x18\x01 \x01(\x0b\x32\x1d.spire_hw.signer.v1.PublicKey\x12-\n\x08log_head\x18\x02 \x01(\x0b\x32\x1b.spire_hw.signer.v1.LogHead\x12,\n\x07refusal\x18\x03 \x01(\x0b\x32\x1b.spire_hw.signer.v1.Refusal\":\n\x0bSignRequest\x12+\n\x05items\x18\x01 \x03(\x0b\x32\x1c.spire_hw.signer.v1.SignItem\"\xd2\x01\n\x08SignItem\x12\x12\n\nrequest_id\x18\x01 \x01(\x0c\x12\x0e\n\x06key_id\x18\x02 \x01(\t\x12\x0c\n\x04hash\x18\x03 \x01(\r\x12-\n\x03pss\x18\x04 \x01(\x0b\x32 .spire_hw.signer.v1.SignItem.Pss\x12\x0e\n\x04x509\x18\x05 \x01(\x0cH\x00\x12\r\n\x03jwt\x18\x06 \x01(\x0cH\x00\x12\x10\n\x06\x64igest\x18\x07 \x01(\x0cH\x00\x12\r\n\x03\x63sr\x18\x08 \x01(\x0cH\x00\x1a\x1a\n\x03Pss\x12\x13\n\x0bsalt_length\x18\x01 \x01(\x11\x42\t\n\x07purpose\"n\n\x0cSignResponse\x12/\n\x07results\x18\x01 \x03(\x0b\x32\x1e.spire_hw.signer.v1.SignResult\x12-\n\x08log_head\x18\x02 \x01(\x0b\x32\x1b.spire_hw.signer.v1.LogHead\"b\n\nSignResult\x12\x11\n\tsignature\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12,\n\x07refusal\x18\x03 \x01(\x0b\x32\x1b.spire_hw.signer.v1.Refusal\"P\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r\"\x13\n\x11GetLogHeadRequest\"h\n\x12GetLogHeadResponse\x12-\n\x08log_head\x18\x01 \x01(\x0b\x32\x1b.spire_hw.signer.v1.LogHead\x12\x12\n\ncheckpoint\x18\x02 \x01(\x0c\x12\x0f\n\x07log_key\x18\x03 \x01(\x0c*Y\n\x07KeyType\x12\x18\n\x14UNSPECIFIED_KEY_TYPE\x10\x00\x12\x0b\n\x07\x45\x43_P256\x10\x01\x12\x0b\n\x07\x45\x43_P384\x10\x02\x12\x0c\n\x08RSA_2048\x10\x03\x12\x0c\n\x08RSA_4096\x10\x04\x32\xf6\x02\n\x06Signer\x12\x64\n\rGetPublicKeys\x12(.spire_hw.signer.v1.GetPublicKeysRequest\x1a).spire_hw.signer.v1.GetPublicKeysResponse\x12^\n\x0bGenerateKey\x12&.spire_hw.signer.v1.GenerateKeyRequest\x1a\'.spire_hw.signer.v1.GenerateKeyResponse\x12I\n\x04Sign\x12\x1f.spire_hw.signer.v1.SignRequest\x1a .spire_hw.signer.v1.SignResponse\x12[\n\nGetLogHead\x12%.spire_hw.signer.v1.GetLogHeadRequest\x1a&.spire_hw.signer.v1.GetLogHeadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'spire_hw._pb.hw_signer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KEYTYPE']._serialized_start=1251
-  _globals['_KEYTYPE']._serialized_end=1340
+  _globals['_KEYTYPE']._serialized_start=1313
+  _globals['_KEYTYPE']._serialized_end=1402
   _globals['_PUBLICKEY']._serialized_start=52
   _globals['_PUBLICKEY']._serialized_end=158
   _globals['_LOGHEAD']._serialized_start=160
@@ -43,24 +43,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETPUBLICKEYSRESPONSE']._serialized_end=344
   _globals['_GENERATEKEYREQUEST']._serialized_start=346
   _globals['_GENERATEKEYREQUEST']._serialized_end=449
-  _globals['_GENERATEKEYRESPONSE']._serialized_start=451
-  _globals['_GENERATEKEYRESPONSE']._serialized_end=570
-  _globals['_SIGNREQUEST']._serialized_start=572
-  _globals['_SIGNREQUEST']._serialized_end=630
-  _globals['_SIGNITEM']._serialized_start=633
-  _globals['_SIGNITEM']._serialized_end=828
-  _globals['_SIGNITEM_PSS']._serialized_start=791
-  _globals['_SIGNITEM_PSS']._serialized_end=817
-  _globals['_SIGNRESPONSE']._serialized_start=830
-  _globals['_SIGNRESPONSE']._serialized_end=940
-  _globals['_SIGNRESULT']._serialized_start=942
-  _globals['_SIGNRESULT']._serialized_end=1040
-  _globals['_REFUSAL']._serialized_start=1042
-  _globals['_REFUSAL']._serialized_end=1122
-  _globals['_GETLOGHEADREQUEST']._serialized_start=1124
-  _globals['_GETLOGHEADREQUEST']._serialized_end=1143
-  _globals['_GETLOGHEADRESPONSE']._serialized_start=1145
-  _globals['_GETLOGHEADRESPONSE']._serialized_end=1249
-  _globals['_SIGNER']._serialized_start=1343
-  _globals['_SIGNER']._serialized_end=1717
+  _globals['_GENERATEKEYRESPONSE']._serialized_start=452
+  _globals['_GENERATEKEYRESPONSE']._serialized_end=617
+  _globals['_SIGNREQUEST']._serialized_start=619
+  _globals['_SIGNREQUEST']._serialized_end=677
+  _globals['_SIGNITEM']._serialized_start=680
+  _globals['_SIGNITEM']._serialized_end=890
+  _globals['_SIGNITEM_PSS']._serialized_start=853
+  _globals['_SIGNITEM_PSS']._serialized_end=879
+  _globals['_SIGNRESPONSE']._serialized_start=892
+  _globals['_SIGNRESPONSE']._serialized_end=1002
+  _globals['_SIGNRESULT']._serialized_start=1004
+  _globals['_SIGNRESULT']._serialized_end=1102
+  _globals['_REFUSAL']._serialized_start=1104
+  _globals['_REFUSAL']._serialized_end=1184
+  _globals['_GETLOGHEADREQUEST']._serialized_start=1186
+  _globals['_GETLOGHEADREQUEST']._serialized_end=1205
+  _globals['_GETLOGHEADRESPONSE']._serialized_start=1207
+  _globals['_GETLOGHEADRESPONSE']._serialized_end=1311
+  _globals['_SIGNER']._serialized_start=1405
+  _globals['_SIGNER']._serialized_end=1779
 # @@protoc_insertion_point(module_scope)

@@ -63,12 +63,14 @@ class GenerateKeyRequest(_message.Message):
     def __init__(self, request_id: _Optional[bytes] = ..., key_id: _Optional[str] = ..., key_type: _Optional[_Union[KeyType, str]] = ...) -> None: ...
 
 class GenerateKeyResponse(_message.Message):
-    __slots__ = ("public_key", "log_head")
+    __slots__ = ("public_key", "log_head", "refusal")
     PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
     LOG_HEAD_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
     public_key: PublicKey
     log_head: LogHead
-    def __init__(self, public_key: _Optional[_Union[PublicKey, _Mapping]] = ..., log_head: _Optional[_Union[LogHead, _Mapping]] = ...) -> None: ...
+    refusal: Refusal
+    def __init__(self, public_key: _Optional[_Union[PublicKey, _Mapping]] = ..., log_head: _Optional[_Union[LogHead, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
 
 class SignRequest(_message.Message):
     __slots__ = ("items",)
@@ -77,7 +79,7 @@ class SignRequest(_message.Message):
     def __init__(self, items: _Optional[_Iterable[_Union[SignItem, _Mapping]]] = ...) -> None: ...
 
 class SignItem(_message.Message):
-    __slots__ = ("request_id", "key_id", "hash", "pss", "x509", "jwt", "digest")
+    __slots__ = ("request_id", "key_id", "hash", "pss", "x509", "jwt", "digest", "csr")
     class Pss(_message.Message):
         __slots__ = ("salt_length",)
         SALT_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +92,7 @@ class SignItem(_message.Message):
     X509_FIELD_NUMBER: _ClassVar[int]
     JWT_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CSR_FIELD_NUMBER: _ClassVar[int]
     request_id: bytes
     key_id: str
     hash: int
@@ -97,7 +100,8 @@ class SignItem(_message.Message):
     x509: bytes
     jwt: bytes
     digest: bytes
-    def __init__(self, request_id: _Optional[bytes] = ..., key_id: _Optional[str] = ..., hash: _Optional[int] = ..., pss: _Optional[_Union[SignItem.Pss, _Mapping]] = ..., x509: _Optional[bytes] = ..., jwt: _Optional[bytes] = ..., digest: _Optional[bytes] = ...) -> None: ...
+    csr: bytes
+    def __init__(self, request_id: _Optional[bytes] = ..., key_id: _Optional[str] = ..., hash: _Optional[int] = ..., pss: _Optional[_Union[SignItem.Pss, _Mapping]] = ..., x509: _Optional[bytes] = ..., jwt: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., csr: _Optional[bytes] = ...) -> None: ...
 
 class SignResponse(_message.Message):
     __slots__ = ("results", "log_head")
