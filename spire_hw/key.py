@@ -1,7 +1,7 @@
 """What a key is here: its type, its public half and something that signs with the private half.
 
-A `Signer` gets digests, never messages, and never shows its private key: the same protocol fits a
-TPM, a PKCS#11 token, a remote signer and a software key.
+A `Signer` gets digests and never shows its private key: the same protocol fits a TPM, a PKCS#11 token,
+a remote signer and a software key. One that judges what it signs can ask for the whole (`Purpose`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
@@ -19,6 +19,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
 
 from spire_hw import roca
 from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError, WeakKeyError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
 
 PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
@@ -123,6 +126,14 @@ class SignOptions:
         return self.salt_length if self.salt_length > 0 else self.hash.digest_size
 
 
+class Purpose(Enum):
+    """What a signature is for, and with it what is signed."""
+
+    X509 = "x509"  # DER TBSCertificate
+    CSR = "csr"  # DER CertificationRequestInfo
+    JWT = "jwt"  # header.payload of a compact JWS
+
+
 class Signer(Protocol):
     """A private key that signs digests."""
 
@@ -146,6 +157,24 @@ class Signer(Protocol):
             DeviceError: the device that holds the key failed.
         """
         ...
+
+
+def sign_content(
+    signer: Signer, purpose: Purpose, content: bytes, digest: bytes, options: SignOptions
+) -> Awaitable[bytes]:
+    """Sign content whose digest is known.
+
+    A signer that wants to judge what it signs has a method `sign_content` with the arguments of
+    this function after the first; every other gets the digest.
+
+    Raises:
+        SpireHwError: as `Signer.sign`, and DeniedError by the policy of such a signer.
+    """
+    judging = getattr(signer, "sign_content", None)
+    if judging is None:
+        return signer.sign(digest, options)
+    signed: Awaitable[bytes] = judging(purpose, content, digest, options)
+    return signed
 
 
 def holds_key_in_process(signer: Signer) -> bool:

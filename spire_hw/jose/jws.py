@@ -30,9 +30,11 @@ from spire_hw.jose.text import decode_base64url, encode_base64url, encode_json, 
 from spire_hw.key import (
     HashAlgorithm,
     PublicKey,
+    Purpose,
     Signer,
     SignOptions,
     holds_key_in_process,
+    sign_content,
     verify_digest,
 )
 
@@ -98,8 +100,9 @@ async def sign_compact(
     algorithm = algorithm_of(key)
     signing_input = f"{_header(algorithm, kid, typ)}.{encode_base64url(payload)}"
     options = SignOptions(_HASHES[algorithm[2:]])
-    digest = options.hash.digest(signing_input.encode("ascii"))
-    signature = await signer.sign(digest, options)
+    content = signing_input.encode("ascii")
+    digest = options.hash.digest(content)
+    signature = await sign_content(signer, Purpose.JWT, content, digest, options)
     if check_signature or (check_signature is None and not holds_key_in_process(signer)):
         verify_digest(key, digest, signature, options)
     if isinstance(key, ec.EllipticCurvePublicKey):

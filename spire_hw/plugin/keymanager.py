@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from spire_hw.errors import ErrorKind, PluginError, SpireHwError
-from spire_hw.key import KeyType, PublicKey, SignOptions, fingerprint, spki_der
+from spire_hw.key import KeyType, PublicKey, Purpose, SignOptions, fingerprint, spki_der
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Coroutine
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +132,12 @@ class PurposeKeys(Protocol):
         """Sign a DER TBSCertificate; errors as `sign_data`, and DeniedError by policy."""
         ...
 
+    async def sign_csr(
+        self, key_id: str, to_be_signed: bytes, options: SignOptions
+    ) -> KeySignature:
+        """Sign a DER CertificationRequestInfo; errors as `sign_x509`."""
+        ...
+
     async def sign_jwt(
         self, key_id: str, signing_input: bytes, options: SignOptions
     ) -> KeySignature:
@@ -218,6 +227,7 @@ class ManagedSigner:
 
     def __init__(self, manager: KeyManager, prefix: str, info: KeyInfo) -> None:
         self._manager = manager
+        self._judge = manager if isinstance(manager, PurposeKeys) else None
         self._prefix = prefix
         self.info = info
 
@@ -231,10 +241,31 @@ class ManagedSigner:
         """Tell whether the KeyManager says that its keys live in this process."""
         return bool(getattr(self._manager, "in_process", False))
 
-    async def sign(self, digest: bytes, options: SignOptions) -> bytes:
+    def sign(self, digest: bytes, options: SignOptions) -> Coroutine[Any, Any, bytes]:
         """Sign a digest; see `spire_hw.key.Signer.sign`."""
+        return self._made(self._manager.sign_data(self.info.key_id, digest, options))
+
+    def sign_content(
+        self, purpose: Purpose, content: bytes, digest: bytes, options: SignOptions
+    ) -> Coroutine[Any, Any, bytes]:
+        """Sign content; a KeyManager that judges what it signs gets the whole.
+
+        Arguments and errors as in `spire_hw.key.sign_content`.
+        """
+        judge, key_id = self._judge, self.info.key_id
+        if judge is None:
+            return self.sign(digest, options)
+        match purpose:
+            case Purpose.X509:
+                return self._made(judge.sign_x509(key_id, content, options))
+            case Purpose.CSR:
+                return self._made(judge.sign_csr(key_id, content, options))
+            case Purpose.JWT:
+                return self._made(judge.sign_jwt(key_id, content, options))
+
+    async def _made(self, signing: Awaitable[KeySignature]) -> bytes:
         try:
-            made = await self._manager.sign_data(self.info.key_id, digest, options)
+            made = await signing
         except PluginError:
             raise
         except SpireHwError as e:

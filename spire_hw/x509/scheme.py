@@ -10,10 +10,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from spire_hw.key import (
     HashAlgorithm,
     PublicKey,
+    Purpose,
     Signer,
     SignOptions,
     default_hash,
     holds_key_in_process,
+    sign_content,
     verify_digest,
 )
 from spire_hw.x509 import der
@@ -52,7 +54,12 @@ def scheme_of(public_key: PublicKey) -> SignatureScheme:
 
 
 async def seal(
-    to_be_signed: bytes, signer: Signer, scheme: SignatureScheme, *, check: bool | None = None
+    to_be_signed: bytes,
+    signer: Signer,
+    scheme: SignatureScheme,
+    *,
+    purpose: Purpose = Purpose.X509,
+    check: bool | None = None,
 ) -> bytes:
     """Sign a certificate or request body and return the whole.
 
@@ -60,6 +67,7 @@ async def seal(
         to_be_signed: DER body.
         signer: whose signature it gets.
         scheme: the scheme of the signer's key.
+        purpose: what the body is, told to signers that judge what they sign.
         check: verify the signature before it leaves; None checks unless the key lives in this
             process (a device, process or host may answer with anything).
 
@@ -68,7 +76,7 @@ async def seal(
     """
     options = scheme.options
     digest = options.hash.digest(to_be_signed)
-    signature = await signer.sign(digest, options)
+    signature = await sign_content(signer, purpose, to_be_signed, digest, options)
     if check or (check is None and not holds_key_in_process(signer)):
         verify_digest(signer.public_key, digest, signature, options)
     return der.sequence(to_be_signed, scheme.algorithm, der.bit_string(signature))
