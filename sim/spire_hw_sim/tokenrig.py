@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Final, Self
 from spire_hw.clock import SystemClock
 from spire_hw.config.hcl import Body
 from spire_hw.log import get_logger
+from spire_hw.pkcs11.process import WORKER
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw.spiffeid import TrustDomain
 from spire_hw_plugins.keymanager import pkcs11
+from spire_hw_sim.pkcs11faults import Faults
 from spire_hw_sim.softhsm import SoftHsm
 
 if TYPE_CHECKING:
@@ -52,12 +54,13 @@ class TokenRig:
         clock: the key managers' clock.
     """
 
-    def __init__(self, folder: Path, clock: Clock | None = None) -> None:
+    def __init__(self, folder: Path, clock: Clock | None = None, *, tampered: bool = False) -> None:
         self.folder = folder
         self.hsm = SoftHsm(folder / "hsm")
         self.serial = self.hsm.init_token("spire", pin=PIN)
         self.pin_file = folder / "pin"
         self.clock = clock or SystemClock()
+        self._faults = Faults(folder / "faults", self.hsm.module) if tampered else None
         self.write_pin(PIN)
         self._stack = AsyncExitStack()
 
@@ -73,6 +76,13 @@ class TokenRig:
     ) -> None:
         """Close the key managers."""
         await self._stack.aclose()
+
+    @property
+    def faults(self) -> Faults:
+        """Return what goes wrong in the workers of a tampered rig."""
+        if self._faults is None:
+            raise ValueError("the rig was not made with tampered=True")
+        return self._faults
 
     def write_pin(self, pin: str) -> None:
         """Put a PIN into the PIN file."""
@@ -117,7 +127,8 @@ class TokenRig:
                 data_dir=data_dir,
                 log=get_logger("rig"),
                 clock=self.clock,
-            )
+            ),
+            WORKER if self._faults is None else self._faults.command,
         )
         self._stack.push_async_callback(manager.close)
         return manager

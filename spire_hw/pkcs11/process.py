@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _KILLED_S: Final = 5.0
-_COMMAND: Final = (sys.executable, "-P", "-m", "spire_hw.pkcs11.worker")
+WORKER: Final = (sys.executable, "-P", "-m", "spire_hw.pkcs11.worker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Launch:
     """
 
     environment: Mapping[str, str] = field(repr=False)
-    command: Sequence[str] = _COMMAND
+    command: Sequence[str] = WORKER
 
 
 @dataclass(slots=True)

@@ -30,13 +30,15 @@ from spire_hw.pkcs11.labels import Owner
 from spire_hw.pkcs11.module import check_module_path
 from spire_hw.pkcs11.pin import EnvironmentPin, FilePin, PinGuard, PinSource
 from spire_hw.pkcs11.pool import Limits, Pool
-from spire_hw.pkcs11.process import Launch
+from spire_hw.pkcs11.process import WORKER, Launch
 from spire_hw.pkcs11.seat import Opening
 from spire_hw.pkcs11.state import StateFile
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw_plugins.keymanager.pkcs11_config import Config, Settings, is_identifier, settings_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from spire_hw.config.hcl import Body
     from spire_hw.errors import ConfigFault
     from spire_hw.key import KeyType, SignOptions
@@ -50,8 +52,9 @@ _MAX_IDENTIFIER_FILE_BYTES: Final = 4096
 class Pkcs11KeyManager:
     """The KeyManager contract over one token; also offers `KeyEvidenceSource`."""
 
-    def __init__(self, host: HostInfo) -> None:
+    def __init__(self, host: HostInfo, command: Sequence[str] = WORKER) -> None:
         self._host = host
+        self._command = command
         self._instance = secrets.token_hex(16)
         self._pool: Pool | None = None
         self._keyring: Keyring | None = None
@@ -81,9 +84,8 @@ class Pkcs11KeyManager:
         if self._guard is not None:
             guard.inherit(self._guard)
         self._guard = guard
-        opening = Opening(
-            Launch(self._environment(raw, settings)), {"module": module, **settings.token}, guard
-        )
+        launch = Launch(self._environment(raw, settings), self._command)
+        opening = Opening(launch, {"module": module, **settings.token}, guard)
         pool = Pool(opening, _limits(raw), self._host.log)
         facts = await pool.start()
         keyring = Keyring(
@@ -204,6 +206,6 @@ async def _close(keyring: Keyring, pool: Pool) -> None:
     await keyring.close()
 
 
-def build(host: HostInfo) -> Pkcs11KeyManager:
-    """Make the plugin."""
-    return Pkcs11KeyManager(host)
+def build(host: HostInfo, command: Sequence[str] = WORKER) -> Pkcs11KeyManager:
+    """Make the plugin; command starts its workers, see `spire_hw.pkcs11.process.Launch`."""
+    return Pkcs11KeyManager(host, command)
