@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Final
 from spire_hw.config.schema import decode, faults
 from spire_hw.errors import ConfigError, NotReadyError
 from spire_hw.files import NoFileError, create_file, read_bounded
-from spire_hw.pkcs11.keyring import Keyring, Policy, info_of
+from spire_hw.pkcs11.keyring import Keyring, info_of
 from spire_hw.pkcs11.labels import Owner
 from spire_hw.pkcs11.module import check_module_path
 from spire_hw.pkcs11.pin import EnvironmentPin, FilePin, PinGuard, PinSource
+from spire_hw.pkcs11.policy import Policy
 from spire_hw.pkcs11.pool import Limits, Pool
 from spire_hw.pkcs11.process import WORKER, Launch
 from spire_hw.pkcs11.seat import Opening
