@@ -16,7 +16,6 @@ modules that are set up that way (SOFTHSM2_CONF, P11_KIT_SERVER_ADDRESS, ...).
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import uuid
 from pathlib import Path
@@ -27,12 +26,10 @@ from spire_hw.errors import ConfigError, NotReadyError
 from spire_hw.files import NoFileError, create_file, read_bounded
 from spire_hw.pkcs11.keyring import Keyring, info_of
 from spire_hw.pkcs11.labels import Owner
-from spire_hw.pkcs11.module import check_module_path
-from spire_hw.pkcs11.pin import EnvironmentPin, FilePin, PinGuard, PinSource
+from spire_hw.pkcs11.place import Pins, opening_of
 from spire_hw.pkcs11.policy import Policy
 from spire_hw.pkcs11.pool import Limits, Pool
-from spire_hw.pkcs11.process import WORKER, Launch
-from spire_hw.pkcs11.seat import Opening
+from spire_hw.pkcs11.process import WORKER
 from spire_hw.pkcs11.state import StateFile
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw_plugins.keymanager.pkcs11_config import Config, Settings, is_identifier, settings_of
@@ -59,8 +56,7 @@ class Pkcs11KeyManager:
         self._instance = secrets.token_hex(16)
         self._pool: Pool | None = None
         self._keyring: Keyring | None = None
-        self._guard: PinGuard | None = None
-        self._environment_pins: dict[str, EnvironmentPin] = {}
+        self._pins = Pins()
 
     def validate(self, config: Body) -> list[ConfigFault]:
         """Return the faults of a configuration without touching token or PIN."""
@@ -79,14 +75,9 @@ class Pkcs11KeyManager:
         settings, found = settings_of(raw)
         if settings is None:
             raise ConfigError(config.file or NAME, found)
-        module = await asyncio.to_thread(check_module_path, settings.module)
         owner = await asyncio.to_thread(self._owner, raw)
-        guard = PinGuard(self._pin_source(raw, settings))
-        if self._guard is not None:
-            guard.inherit(self._guard)
-        self._guard = guard
-        launch = Launch(self._environment(raw, settings), self._command)
-        opening = Opening(launch, {"module": module, **settings.token}, guard)
+        guard = self._pins.guard(settings.place)
+        opening = await opening_of(settings.place, guard, self._command)
         pool = Pool(opening, _limits(raw), self._host.log)
         facts = await pool.start()
         keyring = Keyring(
@@ -168,19 +159,6 @@ class Pkcs11KeyManager:
         if not is_identifier(identifier):
             raise NotReadyError(f"key identifier file {path} does not hold an identifier")
         return identifier
-
-    def _pin_source(self, config: Config, settings: Settings) -> PinSource:
-        if config.pin_env is None:
-            return FilePin(Path(settings.pin_file or ""))
-        # The variable is gone once read, so a later configuration needs what was read then.
-        known = self._environment_pins.get(config.pin_env)
-        if known is None or config.pin_env in os.environ:
-            known = self._environment_pins[config.pin_env] = EnvironmentPin(config.pin_env)
-        return known
-
-    def _environment(self, config: Config, settings: Settings) -> dict[str, str]:
-        inherited = {n: v for n, v in os.environ.items() if n != config.pin_env}
-        return {**inherited, **settings.environment}
 
 
 def _limits(config: Config) -> Limits:
