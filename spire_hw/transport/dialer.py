@@ -69,6 +69,7 @@ class Dialer:
         identity: TlsIdentity | None = None,
         on_chain: Callable[[tuple[bytes, ...]], None] | None = None,
         alpn: str = "h2",
+        least: ssl.TLSVersion = ssl.TLSVersion.TLSv1_2,
         local_address: str = "",
         connect_s: float = 15.0,
         handshake_s: float = 30.0,
@@ -86,6 +87,7 @@ class Dialer:
             identity: what we show; a new SVID wants a new dialer, as grpcio shares connections.
             on_chain: called with the DER chain of every handshake; may raise to refuse it.
             alpn: `h2`, or `http/1.1` for a bundle endpoint.
+            least: oldest version of TLS that will do.
             local_address: IP address to call from, "" for the one the kernel chooses.
             connect_s: for one address.
             handshake_s: for TLS, the device's signature included.
@@ -101,6 +103,7 @@ class Dialer:
         self._identity = identity
         self._on_chain = on_chain
         self._alpn = alpn
+        self._least = least
         self._local_address = local_address
         self._connect_s = connect_s
         self._handshake_s = handshake_s
@@ -243,6 +246,7 @@ class Dialer:
                 roots=[root.der for root in roots or ()],
                 identity=self._identity,
                 alpn=self._alpn,
+                least=self._least,
             )
             self._built = (roots, context)
         return self._built[1], bundle

@@ -104,6 +104,7 @@ def build_context(
     roots: Sequence[bytes],
     identity: TlsIdentity | None,
     alpn: str = "h2",
+    least: ssl.TLSVersion = ssl.TLSVersion.TLSv1_2,
     loop: asyncio.AbstractEventLoop | None = None,
 ) -> TlsContext:
     """Build a context: TLS 1.2 or later, no tickets, no resumption, no renegotiation.
@@ -114,6 +115,7 @@ def build_context(
         roots: DER certificates OpenSSL may build paths to; intermediates count as well.
         identity: what we show, None to show nothing.
         alpn: protocol offered.
+        least: oldest version of TLS that will do.
         loop: where a device's `Signer` runs; the running loop by default.
 
     Raises:
@@ -123,7 +125,7 @@ def build_context(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = verify
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.minimum_version = least
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | _NO_CHECK_TIME
     context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
     context.set_alpn_protocols([alpn])
