@@ -16,11 +16,13 @@ from pkcs11.exceptions import PKCS11Error
 from spire_hw.errors import ErrorKind
 from spire_hw.pkcs11.errors import Cure, TokenError, ckr_of
 from spire_hw.pkcs11.keys import CKM_ECDSA, CKM_RSA_PKCS, CKM_RSA_PKCS_PSS, SignScheme
+from spire_hw.pkcs11.profile import PRIVATE_TEMPLATE, PUBLIC_TEMPLATE
 from spire_hw.pkcs11.wire import pack_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from spire_hw.pkcs11.profile import Profile
     from spire_hw.pkcs11.token import TokenSession
 
 _EVIDENCE: Final = {
@@ -52,7 +54,7 @@ _ODD: Final = (PKCS11Error, ValueError, NotImplementedError, UnicodeDecodeError)
 class TokenObjects:
     """The objects of one logged-in token."""
 
-    def __init__(self, token: TokenSession, profile: str) -> None:
+    def __init__(self, token: TokenSession, profile: Profile) -> None:
         self._token = token
         self._profile = profile
         self._keys: dict[bytes, Any] = {}
@@ -106,15 +108,17 @@ class TokenObjects:
         Raises:
             TokenError: the token refused; nothing of the pair is left behind.
         """
-        minimal_first = self._profile == "tpm2"
+        profile = self._profile
+        if not profile.generates:
+            raise self._cannot_generate()
         try:
             try:
-                public, private = self._generate(key_type, cka_id, label, minimal=minimal_first)
+                public, private = self._generate(key_type, cka_id, label, profile)
             except PKCS11Error as e:
-                if minimal_first or ckr_of(e).name not in _TEMPLATE_MAYBE:
+                if profile == profile.minimal or ckr_of(e).name not in _TEMPLATE_MAYBE:
                     raise
                 self.destroy(cka_id, label)
-                public, private = self._generate(key_type, cka_id, label, minimal=True)
+                public, private = self._generate(key_type, cka_id, label, profile.minimal)
             described = _describe(private, label, is_private=True)
             described["material"] = _material(public) or described["material"]
         except PKCS11Error as e:
@@ -131,7 +135,8 @@ class TokenObjects:
         if ckr_of(cause).name not in _TEMPLATE_REFUSED:
             return error
         return TokenError(
-            f"token refused key template (profile {self._profile}): CKR_{ckr_of(cause).name}",
+            f"token refused key template (profile {self._profile.name}): CKR_{ckr_of(cause).name}; "
+            "set the profile of its maker, or profile_overrides for what it must not be sent",
             reason="hsm.template_refused",
             operation="generate key pair",
             device=self._token.device,
@@ -139,21 +144,21 @@ class TokenObjects:
             kind=ErrorKind.FAILED_PRECONDITION,
         )
 
-    def _generate(
-        self, key_type: dict[str, Any], cka_id: bytes, label: str, *, minimal: bool
-    ) -> tuple[Any, Any]:
-        private: dict[Attribute, Any] = {
-            Attribute.PRIVATE: True,
-            Attribute.SENSITIVE: True,
-            Attribute.EXTRACTABLE: False,
-        }
-        public: dict[Attribute, Any] = {Attribute.PRIVATE: False}
-        unwanted = (
-            *(Attribute.DECRYPT, Attribute.UNWRAP, Attribute.DERIVE),
-            Attribute.SIGN_RECOVER,  # SoftHSM allows it unless told otherwise
+    def _cannot_generate(self) -> TokenError:
+        return TokenError(
+            f"keys cannot be made over PKCS#11 in this token (profile {self._profile.name}): make "
+            "the key with the maker's own tool and adopt it by its URI",
+            reason="hsm.cannot_generate",
+            operation="generate key pair",
+            device=self._token.device,
+            kind=ErrorKind.FAILED_PRECONDITION,
         )
-        private |= dict.fromkeys(unwanted, DEFAULT if minimal else False)
-        public |= dict.fromkeys((Attribute.ENCRYPT, Attribute.WRAP), DEFAULT if minimal else False)
+
+    def _generate(
+        self, key_type: dict[str, Any], cka_id: bytes, label: str, profile: Profile
+    ) -> tuple[Any, Any]:
+        private = _template(PRIVATE_TEMPLATE, profile.private_template)
+        public = _template(PUBLIC_TEMPLATE, profile.public_template)
         common: dict[str, Any] = {
             "id": cka_id,
             "label": label,
@@ -164,7 +169,9 @@ class TokenObjects:
         }
         session = self._token.session
         if "bits" in key_type:
-            pair = session.generate_keypair(KeyType.RSA, key_type["bits"], **common)
+            mechanism = Mechanism(profile.rsa_mechanism)
+            bits = key_type["bits"]
+            pair = session.generate_keypair(KeyType.RSA, bits, mechanism=mechanism, **common)
         else:
             parameters = session.create_domain_parameters(
                 KeyType.EC, {Attribute.EC_PARAMS: key_type["ec_params"]}, local=True
@@ -284,6 +291,11 @@ class TokenObjects:
     def _renew(self) -> None:
         self._keys.clear()
         self._token.renew()
+
+
+def _template(all_names: Iterable[str], sent: Mapping[str, bool]) -> dict[Attribute, Any]:
+    # What is not named would be filled in by the library: DEFAULT keeps it out of the call.
+    return {Attribute[name]: sent.get(name, DEFAULT) for name in all_names}
 
 
 def _read(item: Any, attribute: Attribute) -> object:

@@ -10,7 +10,7 @@ import asyncio
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final
 
 from pydantic import StringConstraints
 
@@ -21,6 +21,8 @@ from spire_hw.pkcs11 import uri as pkcs11_uri
 from spire_hw.pkcs11.module import check_module_path
 from spire_hw.pkcs11.pin import EnvironmentPin, FilePin, PinGuard
 from spire_hw.pkcs11.process import WORKER, Launch
+from spire_hw.pkcs11.profile import ProfileChoice
+from spire_hw.pkcs11.profileconfig import ProfileOverrides, choice_of
 from spire_hw.pkcs11.seat import Opening
 
 if TYPE_CHECKING:
@@ -44,7 +46,8 @@ class TokenConfig(Model):
         pin_file: file that holds the user PIN.
         pin_env: environment variable that holds it; cleared once read.
         environment: additions to the environment of the worker processes.
-        profile: `tpm2` leaves out attributes that tpm2-pkcs11 refuses.
+        profile: what kind of token it is; the token's own words decide when empty.
+        profile_overrides: single fields of the profile that are otherwise here.
     """
 
     module_path: Text | None = None
@@ -54,7 +57,8 @@ class TokenConfig(Model):
     pin_file: Text | None = None
     pin_env: Text | None = None
     environment: Body = Body.empty()
-    profile: Literal["generic", "tpm2"] = "generic"
+    profile: str = ""
+    profile_overrides: ProfileOverrides = ProfileOverrides()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,7 @@ def place_of(config: TokenConfig, found: Faults, *, with_key: bool = False) -> P
     if len(given) != 1:
         found.add("pin_file", "exactly one of pin_file, pin_env and the uri's pin-source is needed")
     environment = _environment_of(config, found)
+    profile = choice_of(config.profile, config.profile_overrides, found.add)
     if module is None or len(found.found) > before:
         return None
     token: dict[str, object] = {
@@ -123,7 +128,7 @@ def place_of(config: TokenConfig, found: Faults, *, with_key: bool = False) -> P
         "serial": serial,
         "uri": narrowing,
         "slot_id": parsed.slot_id,
-        "profile": config.profile,
+        "profile": profile.to_dict(),
     }
     return Place(
         module,
@@ -161,7 +166,7 @@ def place_of_uri(text: str) -> Place:
         "serial": parsed.serial,
         "uri": {n: v for n, v in parsed.attributes.items() if n in _NARROWING},
         "slot_id": parsed.slot_id,
-        "profile": "generic",
+        "profile": ProfileChoice().to_dict(),
     }
     return Place(
         parsed.module_path,

@@ -11,6 +11,7 @@ from spire_hw.aio.backoff import Backoff
 from spire_hw.errors import ErrorKind, SpireHwError
 from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.pkcs11.process import Launch, WorkerProcess
+from spire_hw.pkcs11.profile import Profile, ProfileChoice
 from spire_hw.pkcs11.wire import Kind, decode_json, encode_json
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class TokenFacts:
         model: token model.
         can_write: False when the token is write-protected.
         mechanisms: CKM numbers the token lists.
+        profile: what is particular to this kind of token.
     """
 
     label: str
@@ -46,6 +48,7 @@ class TokenFacts:
     model: str
     can_write: bool
     mechanisms: frozenset[int]
+    profile: Profile
 
     @property
     def device(self) -> str:
@@ -80,7 +83,7 @@ class Opening:
         try:
             body = encode_json({**self.token, "pin": pin})
             answer = await worker.ask(Kind.OPEN, body, limit_s=self.limit_s, what="open token")
-            facts = _facts(decode_json(answer))
+            facts = _facts(decode_json(answer), self.token["profile"])
         except BaseException as e:
             # Only what C_Login answered is held against the PIN: flags are asked before each try.
             if isinstance(e, TokenError) and e.is_pin_refusal:
@@ -93,13 +96,14 @@ class Opening:
         return worker, facts
 
 
-def _facts(fields: dict[str, Any]) -> TokenFacts:
+def _facts(fields: dict[str, Any], profile: dict[str, Any]) -> TokenFacts:
     return TokenFacts(
         label=str(fields.get("label")),
         serial=str(fields.get("serial")),
         model=str(fields.get("model")),
         can_write=fields.get("can_write") is True,
         mechanisms=frozenset(m for m in fields.get("mechanisms", ()) if isinstance(m, int)),
+        profile=ProfileChoice(str(fields.get("profile")), profile["overrides"]).resolve(()),
     )
 
 

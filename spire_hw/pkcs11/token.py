@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, Final
 
 import pkcs11
@@ -21,6 +22,7 @@ from spire_hw.pkcs11.errors import Cure, TokenError, ckr_of
 _SESSION_INFO_INDEX: Final = 15  # C_GetSessionInfo in CK_FUNCTION_LIST, v2.40 header order
 _CKS_LOGGED_IN: Final = frozenset({1, 3})  # CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS
 _CKF_RW_SESSION: Final = 2
+_TOUCH_BITS: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +62,23 @@ class TokenSession:
         self._anchor: Session | None = None
         self._session: Session | None = None
         self.can_write = True
+        self._read_write = True
 
-    def log_in(self, pin: str) -> None:
+    def words(self) -> list[str]:
+        """Return what token, slot, library and module file call themselves."""
+        token, slot, library = self.token, self.token.slot, self._library
+        return [
+            *(token.manufacturer_id, token.model, slot.manufacturer_id, slot.slot_description),
+            *(library.manufacturer_id, library.library_description),
+            PurePath(self._choice.module).name,
+        ]
+
+    def log_in(self, pin: str, *, read_write_only: bool = False) -> None:
         """Log in, once.
+
+        Args:
+            pin: the user PIN.
+            read_write_only: the module has no read-only sessions, whatever the token's flags say.
 
         Raises:
             TokenError: the PIN was or may have been refused (cure OPERATOR), the token would be put
@@ -76,7 +92,9 @@ class TokenSession:
                 "hsm.pin_final_try",
                 "the next wrong PIN locks the token; log in once by hand to reset its counter",
             )
-        rw = self._may_write()
+        self.can_write = not flags & TokenFlag.WRITE_PROTECTED
+        self._read_write = self.can_write or read_write_only
+        rw = self._read_write
         try:
             # Before the login, which is then the only thing left to fail in what follows.
             self._session = self.token.open(rw=rw)
@@ -86,10 +104,6 @@ class TokenSession:
             self._anchor = self.token.open(rw=rw, user_pin=pin)
         except Exception as e:
             raise TokenError.of_login(e, self.device) from e
-
-    def _may_write(self) -> bool:
-        self.can_write = not self.token.flags & TokenFlag.WRITE_PROTECTED
-        return self.can_write
 
     def _operator(self, reason: str, message: str) -> TokenError:
         return TokenError(
@@ -123,7 +137,7 @@ class TokenSession:
         """
         old, self._session = self._session, None
         try:
-            self._session = self.token.open(rw=self.can_write)
+            self._session = self.token.open(rw=self._read_write)
             if old is not None:
                 _close_quietly(old)
         except PKCS11Error as e:
@@ -142,6 +156,17 @@ class TokenSession:
         state = _session_state(self._choice.module, self.session)
         if state not in _CKS_LOGGED_IN:
             raise self._lost("the session is not logged in")
+
+    def touch(self) -> None:
+        """Have the device do something, so that it does not end a session that rests.
+
+        Raises:
+            TokenError: it cannot; the worker must be replaced.
+        """
+        try:
+            self.session.generate_random(_TOUCH_BITS)
+        except PKCS11Error as e:
+            raise self._lost(f"the session ended: CKR_{ckr_of(e).name}") from e
 
     def _lost(self, message: str) -> TokenError:
         return TokenError(

@@ -20,6 +20,7 @@ from spire_hw.pkcs11.checker import Checker, groups
 from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.pkcs11.keys import check_request, sign_scheme
 from spire_hw.pkcs11.known import KnownKeys, Refused, Signed
+from spire_hw.pkcs11.profile import PROFILES, ProfileChoice
 from spire_hw.pkcs11.wire import (
     HEADER,
     Kind,
@@ -91,6 +92,7 @@ class Service:
     def __init__(self) -> None:
         self._token: Any = None
         self._objects: Any = None
+        self._profile = PROFILES["generic"]
         self._keys = KnownKeys()
 
     def answer(self, kind: Kind, body: bytes) -> bytes:
@@ -145,6 +147,8 @@ class Service:
             return {}
         if kind is Kind.PING:
             self._token.check_logged_in()
+            if self._profile.keepalive:
+                self._token.touch()
             return {}
         raise EncodingError("worker frame", f"{kind.name} is no request")
 
@@ -168,22 +172,26 @@ class Service:
             uri_attributes=dict(fields["uri"]),
             slot_id=fields["slot_id"],
         )
+        wanted = ProfileChoice.from_dict(fields["profile"])
         try:
             token = TokenSession(choice)
+            profile = wanted.resolve(token.words())
             mechanisms = token.mechanisms()
-            token.log_in(fields.pop("pin"))
+            token.log_in(fields.pop("pin"), read_write_only=profile.read_write_only)
         except TokenError:
             raise
         except Exception as e:
             raise TokenError.of(e, "open token") from e
         self._token = token
-        self._objects = TokenObjects(token, str(fields["profile"]))
+        self._profile = profile
+        self._objects = TokenObjects(token, profile)
         return {
             "label": token.token.label,
             "serial": serial_of(token.token),
             "model": token.token.model,
             "can_write": token.can_write,
             "mechanisms": mechanisms,
+            "profile": profile.name,
         }
 
 

@@ -133,7 +133,11 @@ async def test_a_stanza_with_a_uri_opens_the_token(rig: TokenRig) -> None:
         ("workers = 0", "workers"),
         ("environment { A = 1 }", "environment"),
         ('pin = "1234"', '"pin"'),
-        ('profile = "luna"', "profile"),
+        ('profile = "lunar"', 'did you mean "luna"'),
+        ('profile_overrides { omit_private = ["SENSITIVE"] }', "taken out of the token"),
+        ('profile_overrides { omit_public = ["VERIFY"] }', "not VERIFY"),
+        ('profile_overrides { rsa_key_gen = "own" }', "pkcs, x9.31"),
+        ("profile_overrides { id_bytes = 1 }", "id_bytes"),
     ],
 )
 def test_fault_8_settings_are_checked_before_anything_is_touched(

@@ -23,6 +23,7 @@ from spire_hw.pkcs11.module import check_module_path
 from spire_hw.pkcs11.pin import FilePin, PinGuard
 from spire_hw.pkcs11.pool import Limits, Pool
 from spire_hw.pkcs11.process import Launch
+from spire_hw.pkcs11.profile import ProfileChoice
 from spire_hw.pkcs11.seat import Opening
 from spire_hw.pkcs11.wire import Kind, SignItem, SignKey, unpack_bytes
 
@@ -106,7 +107,7 @@ class TokenKey:
             "serial": uri.serial,
             "uri": {n: v for n, v in uri.attributes.items() if n in _TOKEN},
             "slot_id": uri.slot_id,
-            "profile": "generic",
+            "profile": ProfileChoice().to_dict(),
         }
         opening = Opening(Launch(dict(os.environ)), token, self._guard)
         pool = Pool(opening, Limits(), self._log)
