@@ -30,12 +30,13 @@ from spire_hw.errors import (
 from spire_hw.files import parse_file, replace_file
 from spire_hw.key import KeyType, SoftwareSigner, spki_der
 from spire_hw.keyfile import load_private_key
+from spire_hw.pkcs11.existing import opened
+from spire_hw.pkcs11.place import SCHEME, Pins, place_of_uri
 from spire_hw.plugin.keymanager import Keys
 from spire_hw.x509.certificate import load_certificate, parse_pem, public_key_of
 from spire_hw.x509.csr import build_csr
 from spire_hw.x509.name import Subject
 from spire_hw_plugins.nodeattestor.x509pop import wire
-from spire_hw_plugins.nodeattestor.x509pop.token import SCHEME, TokenKey, check_uri
 
 if TYPE_CHECKING:
     from spire_hw.config.hcl import Body
@@ -83,7 +84,7 @@ class X509PopAgent:
     def __init__(self, host: HostInfo) -> None:
         self._host = host
         self._settings: Config | None = None
-        self._token: TokenKey | None = None
+        self._pins = Pins()
 
     def validate(self, config: Body) -> list[ConfigFault]:
         """Return the faults of a configuration without touching any file."""
@@ -103,8 +104,6 @@ class X509PopAgent:
             raise ConfigError(config.file or "configuration", found)
         path = settings.private_key_path
         if path.startswith(SCHEME):
-            if self._settings is None or self._settings.private_key_path != path:
-                self._token = TokenKey(path, self._host.log)
             await asyncio.to_thread(_load_chain, settings)
         elif not _key_id(settings):
             await asyncio.to_thread(_from_files, settings)
@@ -119,9 +118,13 @@ class X509PopAgent:
         settings = self._settings
         if settings is None:
             raise NotReadyError("not configured")
-        if settings.private_key_path.startswith(SCHEME) and self._token is not None:
+        if settings.private_key_path.startswith(SCHEME):
             chain = await asyncio.to_thread(_load_chain, settings)
-            async with self._token.open(public_key_of(load_certificate(chain[0]))) as signer:
+            place = place_of_uri(settings.private_key_path)
+            public_key = public_key_of(load_certificate(chain[0]))
+            # Opened for an attestation and left again.
+            guard = self._pins.guard(place)
+            async with opened(place, guard, self._host.log, public_key) as signer:
                 await _prove(exchange, _Proof(chain, signer))
         elif key_id := _key_id(settings):
             await _prove(exchange, await self._from_key_manager(settings, key_id, svid_key))
@@ -180,7 +183,7 @@ def _conflicts(settings: Config) -> list[ConfigFault]:
     ]
     if settings.private_key_path.startswith(SCHEME):
         try:
-            check_uri(settings.private_key_path)
+            place_of_uri(settings.private_key_path)
         except InvalidInputError as e:
             found.append(ConfigFault(settings.line("private_key_path"), e.message))
     if settings.private_key_path.startswith(_MANAGED):
