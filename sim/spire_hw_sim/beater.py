@@ -115,7 +115,11 @@ class Beater:
             return answer
         is_new = wanted.reset_count not in {None, tpm.reset_count}
         part = self.node.part(0 if is_new else wanted.ima.count)
-        return replace(answer, ima=part.data, ima_from=part.start)
+        first, parts = part.start, [part.data]
+        while part.left:
+            part = self.node.part(part.start + self.node.part_lines)
+            parts.append(part.data)
+        return replace(answer, ima=tuple(parts), ima_from=first)
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,10 +60,10 @@ class HeartbeatReply(_message.Message):
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     quotes: _containers.RepeatedCompositeFieldContainer[HeartbeatReply.Quote]
     boot_log: bytes
-    ima: bytes
+    ima: _containers.RepeatedScalarFieldContainer[bytes]
     ima_from: int
     boot_id: str
-    def __init__(self, quotes: _Optional[_Iterable[_Union[HeartbeatReply.Quote, _Mapping]]] = ..., boot_log: _Optional[bytes] = ..., ima: _Optional[bytes] = ..., ima_from: _Optional[int] = ..., boot_id: _Optional[str] = ...) -> None: ...
+    def __init__(self, quotes: _Optional[_Iterable[_Union[HeartbeatReply.Quote, _Mapping]]] = ..., boot_log: _Optional[bytes] = ..., ima: _Optional[_Iterable[bytes]] = ..., ima_from: _Optional[int] = ..., boot_id: _Optional[str] = ...) -> None: ...
 
 class HeartbeatResponse(_message.Message):
     __slots__ = ("challenge", "state")

@@ -42,14 +42,15 @@ class HeartbeatAnswer:
     Attributes:
         quotes: one per bank asked for, in that order.
         boot_log: zlib of the firmware's log, None when not asked for.
-        ima: zlib of the kernel's ASCII list from entry `ima_from`, None when not asked for.
+        ima: the kernel's ASCII list from entry `ima_from`, zlib of whole lines in each part; None
+            when not asked for.
         ima_from: first entry of that part.
         boot_id: the kernel's boot id.
     """
 
     quotes: tuple[SignedQuote, ...]
     boot_log: bytes | None = None
-    ima: bytes | None = None
+    ima: tuple[bytes, ...] | None = None
     ima_from: int | None = None
     boot_id: str | None = None
 

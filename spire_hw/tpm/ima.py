@@ -12,12 +12,12 @@ import hashlib
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from spire_hw.errors import AttestationError, ErrorKind, Finding
+from spire_hw.errors import AttestationError, ErrorKind, Finding, LimitError
 from spire_hw.posture.evidence import ImaEntry, ImaFacts, ImaState
 from spire_hw.tpm import imalist, wire
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from spire_hw.posture.evidence import PcrValues
 
@@ -29,7 +29,7 @@ _LOADER_PCRS: Final = (8, 9)
 
 
 def replay(
-    data: bytes,
+    parts: Sequence[bytes],
     start: ImaState | None,
     pcrs: PcrValues,
     bank: str,
@@ -43,7 +43,7 @@ def replay(
     Entries after the one that reaches the quoted value are ignored: the list grows after a quote.
 
     Args:
-        data: the list as `imalist.read` takes it.
+        parts: the list, each part as `imalist.read` takes it; together within its bounds.
         start: where the part begins; None, or a state without entries, for a list from the first
             entry.
         pcrs: verified values; PCR 10 of `bank` must be among them, and PCR 0 to 7 for a list from
@@ -65,9 +65,11 @@ def replay(
     size = wire.HASHES[wire.BANKS[bank]][1]
     begin = start or ImaState(0, bytes(size), bytes(hashlib.sha256().digest_size))
     is_whole = begin.count == 0
-    if not data and is_whole:
+    if is_whole and not any(parts):
         raise _refusal("ima_missing", "list is missing")
-    part, padded = _replayed(data, begin, bank, pcrs[bank, imalist.PCR])
+    if sum(map(len, parts)) > imalist.MAX_BYTES:
+        raise LimitError(f"ima: larger than {imalist.MAX_BYTES} bytes")
+    part, padded = _replayed(parts, begin, bank, pcrs[bank, imalist.PCR])
     if padded and not allow_padded_sha1:
         text = f"kernel extends SHA-1 into the {bank.replace('sha', 'SHA-')} bank"
         raise _denial("ima_padded_sha1", text)
@@ -102,29 +104,42 @@ class _Part(NamedTuple):
         return ImaState(begin.count + len(self.extended), self.pcr, running)
 
 
-def _replayed(data: bytes, begin: ImaState, bank: str, quoted: bytes) -> tuple[_Part, bool]:
-    """Return the part that reaches the quoted value, and whether the kernel pads SHA-1."""
-    for padded in (False,) if bank == "sha1" else (False, True):
-        if part := _read(data, begin, bank, quoted, padded=padded):
-            return part, padded
+def _replayed(
+    parts: Sequence[bytes], begin: ImaState, bank: str, quoted: bytes
+) -> tuple[_Part, bool]:
+    """Return what reaches the quoted value, and whether the kernel pads SHA-1.
+
+    Each part is read once: what a kernel that pads would have extended is tried on what was read.
+    """
+    new, pcr = getattr(hashlib, bank), begin.pcr
+    records: list[imalist.Record] = []
+    if pcr == quoted:
+        return _part(pcr, records), False
+    for data in parts:
+        for record in imalist.read(data, begin.count + len(records), bank):
+            pcr = new(pcr + record.digest).digest()
+            records.append(record)
+            if pcr == quoted:
+                return _part(pcr, records), False
+        if len(records) > imalist.MAX_ENTRIES:
+            raise LimitError(f"ima: more than {imalist.MAX_ENTRIES} entries")
+    if bank != "sha1":
+        pcr, size = begin.pcr, len(begin.pcr)
+        padded = [r if r.entry is None else _padded(r, size) for r in records]
+        for count, record in enumerate(padded, 1):
+            pcr = new(pcr + record.digest).digest()
+            if pcr == quoted:
+                return _part(pcr, padded[:count]), True
     raise _refusal("ima_replay", "list does not replay to PCR 10")
 
 
-def _read(data: bytes, begin: ImaState, bank: str, quoted: bytes, *, padded: bool) -> _Part | None:
-    """Extend entry by entry until the quoted value is reached."""
-    new, pcr = getattr(hashlib, bank), begin.pcr
-    extended: list[bytes] = []
-    entries: list[ImaEntry] = []
-    if pcr == quoted:
-        return _Part(pcr, extended, entries)
-    for digest, entry in imalist.read(data, begin.count, bank, padded=padded):
-        pcr = new(pcr + digest).digest()
-        extended.append(digest)
-        if entry is not None:
-            entries.append(entry)
-        if pcr == quoted:
-            return _Part(pcr, extended, entries)
-    return None
+def _padded(record: imalist.Record, size: int) -> imalist.Record:
+    return record._replace(digest=record.sha1.ljust(size, b"\x00"))
+
+
+def _part(pcr: bytes, records: list[imalist.Record]) -> _Part:
+    entries = [record.entry for record in records if record.entry is not None]
+    return _Part(pcr, [record.digest for record in records], entries)
 
 
 def _passes(part: _Part, begin: ImaState, known: ImaState, bank: str) -> bool:

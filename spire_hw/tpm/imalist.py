@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from binascii import hexlify, unhexlify
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from spire_hw.errors import AttestationError, Finding, InvalidInputError, LimitError
 from spire_hw.posture.evidence import ImaEntry
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PCR: Final = 10
 MAX_BYTES: Final = 8 * 1024 * 1024
+PART_BYTES: Final = 1024 * 1024
 MAX_ENTRIES: Final = 100_000
 MAX_LINE: Final = 8192
 
@@ -83,43 +84,51 @@ _RECORD: Final = struct.Struct("<I20sI")
 _U32: Final = struct.Struct("<I")
 
 
-# What PCR 10 was extended with, and what the entry says; None for a violation.
-Record = tuple[bytes, ImaEntry | None]
+class _Digest(Protocol):
+    def digest(self) -> bytes: ...
 
 
-def read(data: bytes, before: int, bank: str, *, padded: bool = False) -> Iterator[Record]:
-    """Read a list.
+class Record(NamedTuple):
+    """One extension of PCR 10.
+
+    Attributes:
+        digest: what the PCR was extended with; all ones for a violation.
+        sha1: SHA-1 of the same template data, which kernels before 5.8 extend with zeros behind.
+        entry: what was measured; None for a violation.
+    """
+
+    digest: bytes
+    sha1: bytes
+    entry: ImaEntry | None
+
+
+def read(data: bytes, before: int, bank: str) -> Iterator[Record]:
+    """Read a list, or a part of it.
 
     Args:
         data: `ascii_runtime_measurements` (or its siblings per bank), or
-            `binary_runtime_measurements` (little-endian); whole entries.
+            `binary_runtime_measurements` (little-endian); whole entries, at most `PART_BYTES`.
         before: number of entries in front of it, for messages.
         bank: hash of PCR 10.
-        padded: the kernel extended SHA-1 template hashes with zeros behind (before 5.8).
 
     Raises:
         AttestationError: `ima_hash`: an entry does not match its template hash.
         InvalidInputError: an entry is malformed.
-        LimitError: more than `MAX_BYTES` or `MAX_ENTRIES`, or an entry over `MAX_LINE`.
+        LimitError: more than `PART_BYTES` or `MAX_ENTRIES`, or an entry over `MAX_LINE`.
     """
-    if len(data) > MAX_BYTES:
-        raise LimitError(f"ima: larger than {MAX_BYTES} bytes")
-    extension = _Extension(getattr(hashlib, bank), wire.HASHES[wire.BANKS[bank]][1], padded)
+    if len(data) > PART_BYTES:
+        raise LimitError(f"ima: part larger than {PART_BYTES} bytes")
+    new: Callable[[bytes], _Digest] = getattr(hashlib, bank)
+    size = wire.HASHES[wire.BANKS[bank]][1]
+    violation = _make(Record, (b"\xff" * size, b"\xff" * _SHA1_BYTES, None))
     if data[:1] == bytes((PCR,)):
-        return _read_binary(data, before, extension)
-    return _read_ascii(data, before, extension)
+        return _read_binary(data, before, new, violation)
+    return _read_ascii(data, before, new, violation)
 
 
-class _Extension(NamedTuple):
-    """How template data becomes what a PCR is extended with."""
-
-    new: Callable[[bytes], hashlib._Hash]
-    size: int
-    padded: bool
-
-
-def _read_ascii(data: bytes, before: int, extension: _Extension) -> Iterator[Record]:
-    new, size, padded = extension
+def _read_ascii(
+    data: bytes, before: int, new: Callable[[bytes], _Digest], violation: Record
+) -> Iterator[Record]:
     sha1 = hashlib.sha1
     for number, line in enumerate(_lines(data, before), before + 1):
         try:
@@ -128,11 +137,9 @@ def _read_ascii(data: bytes, before: int, extension: _Extension) -> Iterator[Rec
             raise _malformed(number) from e
         hash_ = sha1(body).digest()
         if hexlify(hash_) != column and _is_violation(column, body, number):
-            yield b"\xff" * size, None
-        elif padded:
-            yield hash_.ljust(size, b"\x00"), entry
+            yield violation
         else:
-            yield new(body).digest(), entry
+            yield _make(Record, (new(body).digest(), hash_, entry))
 
 
 def _read_line(line: bytes) -> tuple[ImaEntry, bytes, bytes]:
@@ -212,9 +219,10 @@ def _is_violation(column: bytes, body: bytes, number: int) -> bool:
     return not any(hash_)
 
 
-def _read_binary(data: bytes, before: int, extension: _Extension) -> Iterator[Record]:
+def _read_binary(
+    data: bytes, before: int, new: Callable[[bytes], _Digest], violation: Record
+) -> Iterator[Record]:
     total, at, number = len(data), 0, before
-    new, size, padded = extension
     sha1 = hashlib.sha1
     while at < total:
         number += 1
@@ -225,14 +233,12 @@ def _read_binary(data: bytes, before: int, extension: _Extension) -> Iterator[Re
         except (struct.error, LookupError, ValueError) as e:
             raise _malformed(number) from e
         hash_ = sha1(body).digest()
-        if hash_ != column:
-            if any(column):
-                raise _mismatch(number)
-            yield b"\xff" * size, None
-        elif padded:
-            yield hash_.ljust(size, b"\x00"), entry
+        if hash_ == column:
+            yield _make(Record, (new(body).digest(), hash_, entry))
+        elif any(column):
+            raise _mismatch(number)
         else:
-            yield new(body).digest(), entry
+            yield violation
 
 
 def _read_record(data: bytes, at: int) -> tuple[ImaEntry, bytes, bytes, int]:

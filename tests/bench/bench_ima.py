@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from spire_hw.posture.evaluate import evaluate
 from spire_hw.posture.evidence import EkFacts, Evidence, Occasion, Tier
 from spire_hw.posture.policyfile import parse_policy
-from spire_hw.tpm import boot, eventlog, ima
+from spire_hw.tpm import boot, eventlog, ima, imalist
 from spire_hw.tpm.inflate import inflate
+from spire_hw_plugins.nodeattestor.tpm import machine
 from spire_hw_sim.firmware import PROFILES
 from spire_hw_sim.imawriter import ImaList
 
@@ -58,15 +59,17 @@ def _main() -> None:
         pcrs=pcrs,
     )
 
-    def check(data: bytes) -> None:
-        facts = ima.replay(data, None, pcrs, _BANK)
+    def check(*parts: bytes) -> None:
+        facts = ima.replay(parts, None, pcrs, _BANK)
         verdict = evaluate(policy, replace(evidence, ima=facts))
         if not verdict.holds:
             raise SystemExit(f"the list was refused: {verdict.checks}")
 
-    text, binary = listed.ascii(), listed.binary()
-    sys.stdout.write(f"ima_10k_ms {_best_ms(lambda: check(text)):.1f}\n")
-    sys.stdout.write(f"ima_10k_binary_ms {_best_ms(lambda: check(binary)):.1f}\n")
+    text = list(machine.ImaList(listed.ascii()).parts(0, imalist.PART_BYTES))
+    sys.stdout.write(f"ima_10k_ms {_best_ms(lambda: check(*text)):.1f}\n")
+    half = _ENTRIES // 2
+    binary = listed.binary()[: -len(listed.binary(half))], listed.binary(half)
+    sys.stdout.write(f"ima_10k_binary_ms {_best_ms(lambda: check(*binary)):.1f}\n")
     replayed = _best_ms(lambda: ima.replay(text, None, pcrs, _BANK))
     sys.stdout.write(f"ima_10k_replay_ms {replayed:.1f}\n")
 

@@ -82,7 +82,7 @@ _EVIDENCE = Evidence(
     counters=Counters(1, 2, 3, True, 4),
     pcrs={(BANK, 7): _VALUES[7]},
     boot=boot.facts(eventlog.parse(_BOOTS[1].log()), _BOOTS[1].pcrs(BANK), BANK),
-    ima=ima.replay(_LIST.ascii(), None, _BOOTS[0].pcrs(BANK) | {(BANK, 10): _LIST.pcr()}, BANK),
+    ima=ima.replay([_LIST.ascii()], None, _BOOTS[0].pcrs(BANK) | {(BANK, 10): _LIST.pcr()}, BANK),
 )
 
 
@@ -137,7 +137,7 @@ def _variable(raw: bytes) -> None:
 def _replay(raw: bytes) -> None:
     for start in (None, ImaState(3, bytes(32), bytes(32))):
         with contextlib.suppress(SpireHwError):
-            ima.replay(raw, start, {(BANK, 10): b"\1" * 32}, BANK)
+            ima.replay([raw], start, {(BANK, 10): b"\1" * 32}, BANK)
     list(imalist.read(raw, 0, BANK))
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MAX_LOG_BYTES: Final = 1 << 20
 MAX_REASON: Final = 1024
 _MAX_QUOTES: Final = 8
+_MAX_PARTS: Final = 16
 _MAX_PCRS: Final = 24
 _MAX_STATEMENT_BYTES: Final = 4096
 _MAX_VALUE_BYTES: Final = 64
@@ -49,15 +50,18 @@ def parse_answer(message: pb.HeartbeatRequest) -> Answer:
     if step != "answer":
         raise InvalidInputError("envelope: expected the answer to a challenge")
     answer = message.answer
-    for name, part in (("boot log", answer.boot_log), ("IMA list", answer.ima)):
-        if len(part) > MAX_LOG_BYTES:
-            raise LimitError(f"envelope: {name} is {len(part)} bytes, limit {MAX_LOG_BYTES}")
+    sizes = {"boot log": len(answer.boot_log), "IMA list": sum(map(len, answer.ima))}
+    for name, size in sizes.items():
+        if size > MAX_LOG_BYTES:
+            raise LimitError(f"envelope: {name} is {size} bytes, limit {MAX_LOG_BYTES}")
+    if len(answer.ima) > _MAX_PARTS:
+        raise LimitError(f"envelope: more than {_MAX_PARTS} parts of an IMA list")
     if len(answer.quotes) > _MAX_QUOTES:
         raise LimitError(f"envelope: more than {_MAX_QUOTES} quotes")
     return HeartbeatAnswer(
         quotes=tuple(_quote(quote) for quote in answer.quotes),
         boot_log=answer.boot_log if answer.HasField("boot_log") else None,
-        ima=answer.ima if answer.HasField("ima") else None,
+        ima=tuple(answer.ima) or None,
         ima_from=answer.ima_from if answer.HasField("ima_from") else None,
         boot_id=parse_boot_id(answer.boot_id),
     )

@@ -31,7 +31,7 @@ def _pcrs(pcr: bytes, *, loaders: bool = True) -> dict[tuple[str, int], bytes]:
 
 
 def _replay(data: bytes, pcr: bytes, start: ImaState | None = None, **more: object) -> ImaFacts:
-    return ima.replay(data, start, _pcrs(pcr), BANK, **more)  # type: ignore[arg-type]
+    return ima.replay([data], start, _pcrs(pcr), BANK, **more)  # type: ignore[arg-type]
 
 
 def _state(count: int, source: ImaList = LIST) -> ImaState:
@@ -66,19 +66,29 @@ COLUMN, NAMED, PATH = LINE.split(b" ")[1], LINE.split(b" ")[3], LINE.split(b" ")
 
 def test_unpacks_to_too_much() -> None:
     bomb = zlib.compress(bytes(50_000_000), 9)
+    with pytest.raises(LimitError, match="ima: larger than 1048576 bytes"):
+        inflate(bomb, imalist.PART_BYTES, "ima")
+    assert "part larger than 1048576 bytes" in _malformed(LINE * 10_000, LimitError)
+
+
+def test_too_much_in_parts() -> None:
+    part = (LINE + b"\n") * (imalist.PART_BYTES // (len(LINE) + 1))
     with pytest.raises(LimitError, match="ima: larger than 8388608 bytes"):
-        inflate(bomb, imalist.MAX_BYTES, "ima")
-    assert "larger than 8388608 bytes" in _malformed(LINE * 70_000, LimitError)
+        ima.replay([part] * 9, None, _pcrs(LIST.pcr()), BANK)
 
 
 @pytest.mark.parametrize("form", ["ascii", "binary"])
 def test_too_many_entries(form: str) -> None:
     item = Item(b"x", bytes(20), "ima", "sha1")
     unit = item.line() + b"\n" if form == "ascii" else item.record()
-    assert len(unit) * 100_001 > imalist.MAX_BYTES or form == "binary"
-    # A line takes 88 bytes and more, so that the number of entries counts for broken ones alone.
-    data = b"10 \n" * 100_001 if form == "ascii" else unit * 100_001
-    assert _malformed(data, LimitError) == "ima: more than 100000 entries"
+    # A line takes 88 bytes and more, so that the bytes are too many before the entries are.
+    assert form == "binary" or len(unit) * 100_001 > imalist.MAX_BYTES
+    if form == "ascii":
+        assert _malformed(b"10 \n" * 100_001, LimitError) == "ima: more than 100000 entries"
+        return
+    part = unit * (imalist.PART_BYTES // len(unit))
+    with pytest.raises(LimitError, match="ima: more than 100000 entries"):
+        ima.replay([part] * 8, None, _pcrs(LIST.pcr()), BANK)
 
 
 @pytest.mark.parametrize("size", [8193, 9000, 100_000])
@@ -327,10 +337,10 @@ def test_both_forms_of_the_aggregate_follow_from_the_quote_or_the_log() -> None:
         bare = _pcrs(listed.pcr(), loaders=False)
         moved = {**bare, (BANK, 8): VALUES[8], (BANK, 9): DIGEST}
         for pcrs in (bare, moved):
-            facts = ima.replay(listed.ascii(), None, pcrs, BANK, logged=logged)
+            facts = ima.replay([listed.ascii()], None, pcrs, BANK, logged=logged)
             assert facts.state.count == 3
     with pytest.raises(AttestationError, match="boot aggregate"):
-        ima.replay(listed.ascii(), None, bare, BANK)
+        ima.replay([listed.ascii()], None, bare, BANK)
 
 
 def test_a_sha1_aggregate_covers_firmware_alone() -> None:
@@ -341,9 +351,9 @@ def test_a_sha1_aggregate_covers_firmware_alone() -> None:
         pcrs[BANK, 10] = listed.pcr()
         if loaders:
             with pytest.raises(AttestationError, match="boot aggregate"):
-                ima.replay(listed.ascii(), None, pcrs, BANK)
+                ima.replay([listed.ascii()], None, pcrs, BANK)
         else:
-            assert ima.replay(listed.ascii(), None, pcrs, BANK).state.count == 3
+            assert ima.replay([listed.ascii()], None, pcrs, BANK).state.count == 3
 
 
 def test_contradicts_what_is_known() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
 
 from spire_hw._pb import hw_posture_pb2 as pb
+from spire_hw.errors import LimitError
 from spire_hw.posture.document import decode_evidence
 from spire_hw.posture.verdict import NodeState
 from spire_hw_sim.firmware import Firmware
@@ -19,11 +22,13 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from spire_hw.posture.evidence import Evidence
     from spire_hw_sim.beater import Beater
     from spire_hw_sim.clock import SimClock
 
 pytestmark = pytest.mark.asyncio
 
+EMPTY = zlib.compress(b"")
 EVIL = Item(b"/usr/bin/evil", hashlib.sha256(b"evil").digest())
 
 
@@ -63,6 +68,12 @@ def policy(*more: Item, without: int = 0) -> str:
     return f'policy "web" {{ boot {{ secure_boot = "on" }} ima {{ allow = [{lines}] }} }}'
 
 
+async def _shown(site: Watch, machine: Machine) -> Evidence:
+    request = pb.GetEvidenceRequest(agent_id=machine.beater.id.text)
+    found = await site.admin("GetEvidence", request, pb.GetEvidenceResponse)
+    return decode_evidence(found.document)
+
+
 @pytest_asyncio.fixture
 async def site(short_dir: Path, clock: SimClock) -> AsyncIterator[Watch]:
     made = Watch(short_dir, clock)
@@ -92,15 +103,35 @@ async def test_boot_log_is_asked_for_once_and_the_list_from_where_it_ended(
         assert (await stream.state()).reasons == ()
 
 
+async def test_a_list_comes_in_parts(site: Watch, machine: Machine) -> None:
+    machine.beater.node.part_lines = 2
+    async with site.streaming(machine.beater) as stream:
+        machine.beater.reboot()
+        machine.boot()
+        said = await site.beat(stream)
+        assert (said.state, said.reattest) == (NodeState.ATTESTED, True)
+        shown = await _shown(site, machine)
+        assert shown.ima is not None
+        assert len(shown.ima.entries) == 5
+
+
+async def test_too_many_parts_are_refused(site: Watch, machine: Machine) -> None:
+    async with site.streaming(machine.beater) as stream:
+        machine.beater.reboot()
+        machine.boot()
+        answer = machine.beater.answer(await site.challenge(stream))
+        await stream.raw.answer(replace(answer, ima=(answer.ima or ()) + (EMPTY,) * 16))
+        with pytest.raises(LimitError, match="more than 16 parts"):
+            await stream.state()
+
+
 async def test_after_a_reboot_everything_is_shown_anew(site: Watch, machine: Machine) -> None:
     async with site.streaming(machine.beater) as stream:
         machine.beater.reboot()
         machine.boot(files=2)
         said = await site.beat(stream)
         assert (said.state, said.reattest) == (NodeState.ATTESTED, True)
-        request = pb.GetEvidenceRequest(agent_id=machine.beater.id.text)
-        found = await site.admin("GetEvidence", request, pb.GetEvidenceResponse)
-        shown = decode_evidence(found.document)
+        shown = await _shown(site, machine)
         assert shown.boot is not None
         assert shown.ima is not None
         assert len(shown.ima.entries) == 2

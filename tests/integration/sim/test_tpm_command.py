@@ -49,7 +49,7 @@ def test_a_booted_machine_has_logs_that_fit(tmp_path: Path) -> None:
     log = eventlog.parse((tmp_path / "tpm" / "boot-log").read_bytes())
     assert boot.facts(log, pcrs, BANK).uki is not None
     listed = (tmp_path / "tpm" / "ima-log").read_bytes()
-    assert len(ima.replay(listed, None, pcrs, BANK).entries) == 20
+    assert len(ima.replay([listed], None, pcrs, BANK).entries) == 20
     assert told["boot_log_path"].strip() == str(tmp_path / "tpm" / "boot-log")
 
 

@@ -104,7 +104,7 @@ BENT: dict[str, tuple[Callable[[HeartbeatAnswer], HeartbeatAnswer], str]] = {
     "no quote": (lambda a: replace(a, quotes=()), "evidence_missing"),
     "quotes in another order": (lambda a: replace(a, quotes=a.quotes[::-1]), "pcr_selection"),
     "a log nobody asked for": (lambda a: replace(a, boot_log=b""), "evidence_unasked"),
-    "a list nobody asked for": (lambda a: replace(a, ima=b""), "evidence_unasked"),
+    "a list nobody asked for": (lambda a: replace(a, ima=(b"",)), "evidence_unasked"),
 }
 
 

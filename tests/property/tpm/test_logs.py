@@ -219,14 +219,16 @@ def _entries(made: ImaList) -> tuple[ImaEntry, ...]:
 def test_lists_read_back_whole_and_in_parts(listed: ImaList, bank: str, at: int) -> None:
     whole: list[ImaFacts] = []
     for data in (listed.ascii(), listed.binary()):
-        whole.append(ima.replay(data, None, _pcrs(listed, bank), bank))
+        whole.append(ima.replay([data], None, _pcrs(listed, bank), bank))
         assert whole[-1].entries == _entries(listed)
         assert whole[-1].violations == sum(item.violation for item in listed.items)
     assert whole[0] == whole[1]
     first = replace(listed, items=listed.items[: at + 1])
-    state = ima.replay(first.ascii(), None, _pcrs(first, bank), bank).state
-    rest = ima.replay(listed.binary(state.count), state, _pcrs(listed, bank), bank, known=state)
+    state = ima.replay([first.ascii()], None, _pcrs(first, bank), bank).state
+    rest = ima.replay([listed.binary(state.count)], state, _pcrs(listed, bank), bank, known=state)
     assert (rest.state.count, rest.state.pcr) == (whole[0].state.count, whole[0].state.pcr)
+    parts = [first.ascii(), listed.ascii()[len(first.ascii()) :]]
+    assert ima.replay(parts, None, _pcrs(listed, bank), bank) == whole[0]
 
 
 @st.composite
@@ -241,7 +243,7 @@ def damaged_lists(draw: st.DrawFn) -> tuple[ImaList, bytes]:
 def test_damage_is_refused_or_behind_the_quote(made: tuple[ImaList, bytes]) -> None:
     listed, data = made
     try:
-        facts = ima.replay(data, None, _pcrs(listed), BANK, allow_padded_sha1=True)
+        facts = ima.replay([data], None, _pcrs(listed), BANK, allow_padded_sha1=True)
     except SpireHwError:
         return
     assert facts.entries == _entries(listed)
@@ -251,4 +253,4 @@ def test_damage_is_refused_or_behind_the_quote(made: tuple[ImaList, bytes]) -> N
 @given(st.binary(max_size=300), st.sampled_from([b"", b"10 ", b"\n\0\0\0"]))
 def test_any_list(raw: bytes, head: bytes) -> None:
     with pytest.raises(SpireHwError):
-        ima.replay(head + raw, None, _pcrs(ImaList.start(VALUES)), BANK)
+        ima.replay([head + raw], None, _pcrs(ImaList.start(VALUES)), BANK)

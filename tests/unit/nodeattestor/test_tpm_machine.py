@@ -34,6 +34,7 @@ def test_parts_are_whole_lines_and_add_up(start: int, room: int) -> None:
         assert at + left == len(listed)
         if not left:
             break
+    assert found == list(listed.parts(start, room))
     assert b"".join(found) == b"".join(LINES.splitlines(keepends=True)[start:])
 
 

@@ -37,7 +37,7 @@ ENTRIES = tuple(
 def _replay(
     data: bytes, listed: ImaList, bank: str = "sha256", start: ImaState | None = None
 ) -> ImaFacts:
-    return ima.replay(data, start, BOOT.pcrs() | {(bank, 10): listed.pcr(bank)}, bank)
+    return ima.replay([data], start, BOOT.pcrs() | {(bank, 10): listed.pcr(bank)}, bank)
 
 
 @pytest.mark.parametrize("bank", BANKS)
@@ -124,4 +124,4 @@ def test_the_oldest_template() -> None:
 
 def test_a_caller_must_have_quoted_pcr_10() -> None:
     with pytest.raises(ValueError, match="needs a quoted PCR 10"):
-        ima.replay(LIST.ascii(), None, {}, "sha256")
+        ima.replay([LIST.ascii()], None, {}, "sha256")

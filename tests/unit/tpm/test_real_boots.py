@@ -65,7 +65,7 @@ def test_the_kernels_list_replays_and_its_boot_aggregate_follows_from_the_pcrs(
     name: str, measured: list[bytes]
 ) -> None:
     _, pcrs, listed = _read(name)
-    facts = ima.replay(listed, None, pcrs, BANK)
+    facts = ima.replay([listed], None, pcrs, BANK)
     assert facts.violations == 0
     paths = {entry.path for entry in facts.entries}
     assert paths >= set(measured)

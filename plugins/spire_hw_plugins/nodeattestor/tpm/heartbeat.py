@@ -82,6 +82,14 @@ def _unpack(wanted: EvidenceRequest, answer: HeartbeatAnswer) -> replay.Logs:
         raise refusal("evidence_unasked", "envelope: evidence that was not asked for")
     return replay.Logs(
         boot=replay.unpack_log(answer.boot_log) if wanted.boot_log else None,
-        ima=replay.unpack_ima(answer.ima) if wanted.ima is not None else None,
+        ima=_unpack_list(answer.ima) if wanted.ima is not None else None,
         ima_from=answer.ima_from or 0,
     )
+
+
+def _unpack_list(sent: tuple[bytes, ...] | None) -> tuple[bytes, ...]:
+    size, parts = 0, []
+    for part in sent or (None,):
+        parts.append(replay.unpack_ima(part, size))
+        size += len(parts[-1])
+    return tuple(parts)

@@ -8,10 +8,13 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import LimitError, NotReadyError
 from spire_hw.tpm import eventlog, imalist
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 BOOT_LOG: Final = Path("/sys/kernel/security/tpm0/binary_bios_measurements")
 IMA_LOG: Final = Path("/sys/kernel/security/ima/ascii_runtime_measurements")
@@ -85,6 +88,14 @@ class ImaList:
         if end <= begin:
             end = self.raw.index(b"\n", begin) + 1
         return self.raw[begin:end], self.raw.count(b"\n", end)
+
+    def parts(self, start: int, room: int) -> Iterator[bytes]:
+        """Yield everything from one entry on as `part` would; an empty part when nothing is left."""
+        left = 1
+        while left:
+            lines, left = self.part(start, room)
+            start += lines.count(b"\n")
+            yield lines
 
     def __len__(self) -> int:
         """Return the number of entries."""

@@ -36,14 +36,16 @@ async def fetch_list(logs: Logs, response: Response | None, talk: Talk) -> Logs:
         raise refusal("ima_missing", "ima: list is missing")
     else:
         part = ImaPart(response.ima, response.ima_from or 0, response.ima_left or 0)
-    start, lines = part.start, b""
+    start, count, size = part.start, 0, 0
+    parts: list[bytes] = []
     while True:
-        lines += _unpack(part, imalist.MAX_BYTES - len(lines))
-        count = lines.count(b"\n")
+        parts.append(_unpack(part, size))
+        size += len(parts[-1])
+        count += parts[-1].count(b"\n")
         if count + part.left > imalist.MAX_ENTRIES:
             raise LimitError(f"ima: more than {imalist.MAX_ENTRIES} entries")
         if not part.left:
-            return replace(logs, ima=lines, ima_from=start)
+            return replace(logs, ima=tuple(parts), ima_from=start)
         left, part = part.left, await _ask(talk, start + count)
         if part.left >= left:
             raise InvalidInputError("ima: parts of the list do not fit together")
@@ -56,8 +58,8 @@ async def _ask(talk: Talk, start: int) -> ImaPart:
     return part
 
 
-def _unpack(part: ImaPart, room: int) -> bytes:
-    lines = unpack_ima(part.data, room)
+def _unpack(part: ImaPart, before: int) -> bytes:
+    lines = unpack_ima(part.data, before)
     if lines and not lines.endswith(b"\n"):
         raise InvalidInputError("ima: part of the list does not end with a line")
     return lines

@@ -44,13 +44,13 @@ class Logs:
     Attributes:
         boot: firmware's log, None when not asked for.
         boot_sha256: lower-case hex digest it was announced with, None when it was not.
-        ima: lines of the kernel's list, None when not asked for.
+        ima: the kernel's list in parts of whole lines, None when not asked for.
         ima_from: number of the first of them.
     """
 
     boot: bytes | None = None
     boot_sha256: str | None = None
-    ima: bytes | None = None
+    ima: tuple[bytes, ...] | None = None
     ima_from: int = 0
 
 
@@ -102,23 +102,26 @@ def unpack_log(data: bytes | None, announced: int | None = None) -> bytes:
     return raw
 
 
-def unpack_ima(data: bytes | None, room: int = imalist.MAX_BYTES) -> bytes:
+def unpack_ima(data: bytes | None, before: int = 0) -> bytes:
     """Return a part of an IMA list that was asked for.
 
     Args:
         data: zlib, as it came; an empty stream when nothing was measured since.
-        room: bytes it may have.
+        before: bytes of the parts in front of it.
 
     Raises:
-        LimitError: too large.
+        LimitError: too large, or too large together.
         InvalidInputError: not zlib.
         AttestationError: `ima_missing`.
     """
     if data is None:
         raise refusal("ima_missing", "ima: list is missing")
+    room = imalist.MAX_BYTES - before
     try:
-        return inflate(data, room, "ima")
+        return inflate(data, min(room, imalist.PART_BYTES), "ima")
     except LimitError as e:
+        if room >= imalist.PART_BYTES:
+            raise LimitError(f"ima: part larger than {imalist.PART_BYTES} bytes") from e
         raise LimitError(f"ima: larger than {imalist.MAX_BYTES} bytes") from e
 
 
@@ -141,7 +144,7 @@ async def replay_logs(
         InvalidInputError: a log that does not parse.
         LimitError: too many events or entries.
     """
-    size = len(logs.boot or b"") + len(logs.ima or b"")
+    size = len(logs.boot or b"") + sum(map(len, logs.ima or ()))
     if size <= _SHORT_BYTES:
         return _replay(wanted, asked, logs, proved)
     return await asyncio.to_thread(_replay, wanted, asked, logs, proved)

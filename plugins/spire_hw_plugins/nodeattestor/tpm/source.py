@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from spire_hw.bootid import read_boot_id
 from spire_hw.errors import InvalidInputError
 from spire_hw.posture.heartbeat import HeartbeatAnswer, SignedQuote
-from spire_hw.tpm import attest, verify
+from spire_hw.tpm import attest, imalist, verify
 from spire_hw.tpm.wire import BANKS, PCR_COUNT, PcrSelection, parse_attest
 from spire_hw_plugins.nodeattestor.tpm import machine
 
@@ -29,7 +29,7 @@ _SPKI_HASH_BYTES = 32
 @dataclass(frozen=True, slots=True)
 class _Logs:
     boot_log: bytes | None
-    ima: bytes | None
+    ima: tuple[bytes, ...] | None
     ima_from: int | None
 
 
@@ -118,5 +118,5 @@ def _read(machine_: Machine, challenge: HeartbeatChallenge, own_reset: int) -> _
         return _Logs(boot_log, None, None)
     listed = machine_.ima_list()
     start = first_entry(listed, wanted.ima.count, wanted.reset_count, own_reset)
-    part, _ = listed.part(start, len(listed.raw))
-    return _Logs(boot_log, machine.compress(part), start)
+    parts = tuple(machine.compress(part) for part in listed.parts(start, imalist.PART_BYTES))
+    return _Logs(boot_log, parts, start)

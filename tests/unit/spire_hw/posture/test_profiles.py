@@ -33,7 +33,7 @@ def shown(machine: Firmware, *phases: str, files: int = 20) -> Evidence:
     listed = listed.files(files)
     pcrs[bank, 10] = listed.pcr(bank)
     log = eventlog.parse(started.log(), allow_legacy=True)
-    facts = ima.replay(listed.ascii(), None, pcrs, bank)
+    facts = ima.replay([listed.ascii()], None, pcrs, bank)
     return replace(GOOD, pcrs=pcrs, boot=boot.facts(log, pcrs, bank), ima=facts)
 
 

@@ -1,1 +1,0 @@
-"""KeyManager `remote`: keys held by spire-hw-signer on another host."""
