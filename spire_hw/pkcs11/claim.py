@@ -43,6 +43,9 @@ class Claim:
             self._log.warning("hsm.read_only", hsm=self._pool.facts.device)
             self._on_token = False
             return
+        if not self._pool.facts.profile.data_objects:
+            self._on_token = False
+            return
         entries = self._ledger.entries
         kept = {} if inventory.manifest is None else dict(inventory.manifest.keys)
         if self._policy.accept_key_loss:

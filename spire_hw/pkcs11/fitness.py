@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from spire_hw.errors import ErrorKind
+from spire_hw.errors import ErrorKind, InvalidInputError
 from spire_hw.key import KeyType
 from spire_hw.pkcs11.errors import Cure, TokenError
-from spire_hw.pkcs11.keys import CKM_RSA_PKCS_PSS, MECHANISM_NAMES, mechanisms_for
+from spire_hw.pkcs11.keys import (
+    CKM_RSA_PKCS_PSS,
+    MECHANISM_NAMES,
+    is_ec,
+    mechanisms_for,
+    modulus_bits,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from spire_hw.key import SignOptions
     from spire_hw.log import Logger
     from spire_hw.pkcs11.policy import Policy
     from spire_hw.pkcs11.seat import TokenFacts
@@ -27,7 +34,7 @@ def check_mechanisms(facts: TokenFacts, policy: Policy, log: Logger) -> None:
         TokenError: FAILED_PRECONDITION, names the mechanisms.
     """
     wanted = policy.key_types
-    usable = [t for t in wanted if not _lacking(t, facts)]
+    usable = [t for t in wanted if not _unfit(t, facts)]
     if not usable or (wanted != frozenset(KeyType) and len(usable) < len(wanted)):
         for key_type in sorted(wanted, key=lambda t: t.value):
             check_type(key_type, facts)
@@ -36,20 +43,36 @@ def check_mechanisms(facts: TokenFacts, policy: Policy, log: Logger) -> None:
 
 
 def check_type(key_type: KeyType, facts: TokenFacts) -> None:
-    """Refuse a key type that the token has no mechanisms for.
+    """Refuse a key type that the token has no mechanisms for, or that is too long for it.
 
     Raises:
-        TokenError: FAILED_PRECONDITION, names them.
+        TokenError: FAILED_PRECONDITION, says which.
     """
-    lacking = _lacking(key_type, facts)
-    if lacking:
+    unfit = _unfit(key_type, facts)
+    if unfit:
         raise TokenError(
-            f"token lacks {mechanism_text(lacking)} needed for {key_type.config_name}",
+            unfit,
             reason="hsm.mechanism_missing",
             operation="check mechanisms",
             device=facts.device,
             cure=Cure.OPERATOR,
             kind=ErrorKind.FAILED_PRECONDITION,
+        )
+
+
+def check_pss(options: SignOptions, facts: TokenFacts) -> None:
+    """Refuse a PSS signature that the token cannot make.
+
+    It is not asked first: a refused salt leaves the key of some tokens busy for good.
+
+    Raises:
+        InvalidInputError: no such mechanism, or no such salt.
+    """
+    if CKM_RSA_PKCS_PSS not in facts.mechanisms:
+        raise InvalidInputError("token lacks CKM_RSA_PKCS_PSS")
+    if facts.profile.pss_salts == "hash" and options.salt_bytes != options.hash.digest_size:
+        raise InvalidInputError(
+            f"salt length {options.salt_length} not supported by token: it takes the hash's only"
         )
 
 
@@ -94,5 +117,17 @@ def mechanism_text(mechanisms: Iterable[int]) -> str:
     return ", ".join(MECHANISM_NAMES.get(m, f"0x{m:x}") for m in mechanisms)
 
 
-def _lacking(key_type: KeyType, facts: TokenFacts) -> list[int]:
-    return [m for m in mechanisms_for(key_type) if m not in facts.mechanisms]
+def _unfit(key_type: KeyType, facts: TokenFacts) -> str:
+    profile = facts.profile
+    generate, sign = mechanisms_for(key_type)
+    if not is_ec(key_type):
+        generate = profile.rsa_mechanism
+        if modulus_bits(key_type) > profile.max_rsa_bits:
+            return (
+                f"token (profile {profile.name}) makes no {key_type.config_name} keys: RSA ends at "
+                f"{profile.max_rsa_bits} bits; choose another key type"
+            )
+    lacking = [m for m in (generate, sign) if m not in facts.mechanisms]
+    if lacking:
+        return f"token lacks {mechanism_text(lacking)} needed for {key_type.config_name}"
+    return ""

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.errors import EncodingError, ErrorKind
 from spire_hw.key import spki_der
+from spire_hw.pkcs11.choice import Choice, merged
 from spire_hw.pkcs11.errors import Cure, TokenError
-from spire_hw.pkcs11.keys import MECHANISM_NAMES, PublicMaterial, mechanisms_for
-from spire_hw.pkcs11.labels import Owner
+from spire_hw.pkcs11.keys import MECHANISM_NAMES, PublicMaterial, is_ec, mechanisms_for
+from spire_hw.pkcs11.labels import Owner, key_name
+from spire_hw.pkcs11.profile import RSA_KEY_GEN
 from spire_hw.pkcs11.wire import SignKey, unpack_bytes
 
 if TYPE_CHECKING:
@@ -74,11 +76,15 @@ class Manifest:
         owner: trust domain and server id in full.
         nonce: the running instance that wrote it.
         keys: key part of the label to key id.
+        time: when it was written, Unix seconds; 0 when it does not say.
+        choices: key ids of which an older generation was taken back.
     """
 
     owner: Owner
     nonce: str
     keys: Mapping[str, str]
+    time: float = 0.0
+    choices: Mapping[str, Choice] = field(default_factory=dict)
 
     def encode(self) -> bytes:
         """Return the object's value."""
@@ -88,6 +94,8 @@ class Manifest:
             "server": self.owner.server,
             "nonce": self.nonce,
             "keys": dict(self.keys),
+            "time": self.time,
+            "choices": {key_id: choice.fields() for key_id, choice in self.choices.items()},
         }
         return json.dumps(fields, sort_keys=True).encode("utf-8")
 
@@ -102,7 +110,12 @@ class Manifest:
             fields = json.loads(value)
             owner = Owner(str(fields["trust_domain"]), str(fields["server"]))
             keys = {str(name): str(key_id) for name, key_id in fields["keys"].items()}
-            return cls(owner, str(fields["nonce"]), keys)
+            choices = {
+                str(key_id): Choice.of_fields(choice)
+                for key_id, choice in fields.get("choices", {}).items()
+            }
+            time = float(fields.get("time", 0.0))
+            return cls(owner, str(fields["nonce"]), keys, time, choices)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise EncodingError("key manifest", "does not decode") from None
 
@@ -112,11 +125,12 @@ class Inventory:
     """A token's objects of one owner, sorted.
 
     Attributes:
-        current: the highest usable generation of each name.
-        retired: complete pairs of lower generations.
+        current: the generation of each name that is to be used: the highest, or a chosen one.
+        retired: complete pairs that are not current.
         halves: pairs that miss a half and are not current.
         manifest: the owner's manifest, None when there is none.
         top: the highest generation of each name, complete or not.
+        choices: by key id, the latest choice that note or manifest tell of.
     """
 
     current: Mapping[str, Pair]
@@ -124,6 +138,12 @@ class Inventory:
     halves: tuple[Pair, ...]
     manifest: Manifest | None
     top: Mapping[str, int]
+    choices: Mapping[str, Choice] = field(default_factory=dict)
+
+    @property
+    def cka_ids(self) -> set[bytes]:
+        """Return every CKA_ID in use."""
+        return {p.cka_id for p in (*self.current.values(), *self.retired, *self.halves)}
 
     def pair(self, cka_id: bytes) -> Pair | None:
         """Return the complete pair with a CKA_ID."""
@@ -131,8 +151,14 @@ class Inventory:
         return next((p for p in everything if p.cka_id == cka_id), None)
 
 
+_NO_CHOICES: Final[Mapping[str, Choice]] = {}
+
+
 def read_listing(
-    owner: Owner, listing: Mapping[str, Any], known: Mapping[str, bytes] | None = None
+    owner: Owner,
+    listing: Mapping[str, Any],
+    known: Mapping[str, bytes] | None = None,
+    choices: Mapping[str, Choice] = _NO_CHOICES,
 ) -> Inventory:
     """Sort out what a worker listed.
 
@@ -141,11 +167,15 @@ def read_listing(
         listing: the worker's answer to LIST.
         known: CKA_IDs by name whose public key is known from elsewhere, so that a lost public half
             does not make the key unusable.
+        choices: what the host's note knows of generations that were taken back.
 
     Raises:
         EncodingError: the answer does not decode.
         TokenError: FAILED_PRECONDITION, two keys claim one place, or the manifest is another's.
     """
+    manifest = _manifest(owner, _items(listing, "data"))
+    all_choices = merged(choices, {} if manifest is None else manifest.choices)
+    by_choice = {key_name(key_id): choice for key_id, choice in all_choices.items()}
     by_name: dict[str, list[Pair]] = defaultdict(list)
     for pair in _pairs(owner, _items(listing, "halves")):
         by_name[pair.name].append(pair)
@@ -153,15 +183,14 @@ def read_listing(
     retired: list[Pair] = []
     halves: list[Pair] = []
     for name, pairs in by_name.items():
-        chosen = _choose(pairs, (known or {}).get(name))
+        chosen = _choose(pairs, (known or {}).get(name), by_choice.get(name))
         if chosen is not None:
             current[name] = chosen
         rest = [p for p in pairs if p is not chosen]
         retired += [p for p in rest if p.is_complete]
         halves += [p for p in rest if not p.is_complete]
     top = {name: max(p.generation for p in pairs) for name, pairs in by_name.items()}
-    manifest = _manifest(owner, _items(listing, "data"))
-    return Inventory(current, tuple(retired), tuple(halves), manifest, top)
+    return Inventory(current, tuple(retired), tuple(halves), manifest, top, all_choices)
 
 
 def _items(listing: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
@@ -198,13 +227,18 @@ def _pairs(owner: Owner, halves: Iterable[dict[str, Any]]) -> list[Pair]:
     return pairs
 
 
-def _choose(pairs: list[Pair], known: bytes | None) -> Pair | None:
+def _choose(pairs: list[Pair], known: bytes | None, choice: Choice | None) -> Pair | None:
     complete = [p for p in pairs if p.is_complete]
     usable = complete or [p for p in pairs if p.privates and (p.material or p.cka_id == known)]
     if not usable:
         return None
-    highest = max(p.generation for p in usable)
-    claims = [p for p in usable if p.generation == highest]
+    wanted = max(p.generation for p in usable)
+    if choice is not None and choice.holds(wanted):
+        # Gone, it is missing: what an operator turned away from does not come back by itself.
+        wanted = choice.generation
+    claims = [p for p in usable if p.generation == wanted]
+    if not claims:
+        return None
     if len(claims) > 1 or claims[0].privates > 1 or claims[0].publics > 1:
         ids = ", ".join(sorted({p.cka_id.hex() for p in claims}))
         raise _operator(
@@ -227,9 +261,13 @@ def _manifest(owner: Owner, data: list[dict[str, Any]]) -> Manifest | None:
             )
     if not found:
         return None
-    # A crash between writing the new and destroying the old one leaves both: their keys add up.
+    # A crash between writing the new and destroying the old one leaves both: they add up.
     keys = {name: key_id for manifest in found for name, key_id in manifest.keys.items()}
-    return Manifest(owner, found[-1].nonce if len(found) == 1 else "", keys)
+    choices: dict[str, Choice] = {}
+    for manifest in found:
+        choices = merged(choices, manifest.choices)
+    nonce = found[-1].nonce if len(found) == 1 else ""
+    return Manifest(owner, nonce, keys, max(m.time for m in found), choices)
 
 
 def read_material(fields: object) -> PublicMaterial | None:
@@ -268,10 +306,14 @@ def check_evidence(key: str, evidence: Evidence, key_type: KeyType) -> None:
     """
     wrong = [n for n, wanted in _REQUIRED.items() if evidence.get(n) is not wanted]
     wrong += [n for n in _FORBIDDEN if evidence.get(n) is True]
-    if evidence.get("KEY_GEN_MECHANISM") != mechanisms_for(key_type)[0]:
+    if evidence.get("KEY_GEN_MECHANISM") not in _made_by(key_type):
         wrong.append("KEY_GEN_MECHANISM")
     if wrong:
         raise _operator("hsm.key_policy", f"{key} violates policy: {', '.join(wrong)}")
+
+
+def _made_by(key_type: KeyType) -> set[int]:
+    return {mechanisms_for(key_type)[0]} if is_ec(key_type) else set(RSA_KEY_GEN.values())
 
 
 def evidence_texts(evidence: Evidence) -> dict[str, str]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.key import KeyType, SignOptions
     from spire_hw.log import Logger
+    from spire_hw.pkcs11.inventory import Inventory
     from spire_hw.pkcs11.policy import Policy
     from spire_hw.pkcs11.pool import Pool
     from spire_hw.pkcs11.state import State, StateFile
@@ -157,7 +158,7 @@ class Keyring:
         name = key_name(key_id)
         current = self._ledger.entries.get(key_id)
         generation = max(inventory.top.get(name, 0), current.generation if current else 0) + 1
-        cka_id, label = secrets.token_bytes(16), self._owner.key_label(key_id, generation)
+        cka_id, label = self._fresh_id(inventory), self._owner.key_label(key_id, generation)
         making = Making(self._pool, key_type, cka_id, label)
         try:
             described = await making.generate(self.disposal)
@@ -171,6 +172,13 @@ class Keyring:
             self.disposal.add([(cka_id, label)])
             raise
         return entry
+
+    def _fresh_id(self, inventory: Inventory) -> bytes:
+        while True:
+            # Two bytes is all that some tokens keep.
+            cka_id = secrets.token_bytes(self._pool.facts.profile.id_bytes)
+            if cka_id not in inventory.cka_ids:
+                return cka_id
 
     async def _commit(self, entry: Entry) -> KeyInfo:
         """Make a proved generation current and retire the one before."""

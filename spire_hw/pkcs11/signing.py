@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import InvalidInputError
 from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.keys import CKM_RSA_PKCS_PSS, check_request
+from spire_hw.pkcs11.fitness import check_pss
+from spire_hw.pkcs11.keys import check_request
 from spire_hw.pkcs11.wire import SignItem
 from spire_hw.plugin.keymanager import KeySignature
 
@@ -70,8 +71,8 @@ class Signing:
     async def _sign_with(self, entry: Entry, digest: bytes, options: SignOptions) -> KeySignature:
         self._check_health(entry)
         check_request(entry.key_type, digest, options)
-        if options.pss and CKM_RSA_PKCS_PSS not in self._pool.facts.mechanisms:
-            raise InvalidInputError("token lacks CKM_RSA_PKCS_PSS")
+        if options.pss:
+            check_pss(options, self._pool.facts)
         try:
             signature = await self._pool.sign(SignItem(entry.sign_key, digest, options))
         except TokenError as e:
