@@ -6,6 +6,7 @@ Values in, values out; nothing here talks to a token.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -115,6 +116,8 @@ class Manifest:
                 for key_id, choice in fields.get("choices", {}).items()
             }
             time = float(fields.get("time", 0.0))
+            if not math.isfinite(time):
+                raise ValueError("no time")  # noqa: TRY301 - one answer to all that is odd
             return cls(owner, str(fields["nonce"]), keys, time, choices)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise EncodingError("key manifest", "does not decode") from None

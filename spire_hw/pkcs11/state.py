@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from spire_hw.errors import ErrorKind
 from spire_hw.files import NotWrittenError, replace_file
 from spire_hw.key import spki_der
+from spire_hw.pkcs11.choice import Choice
 from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.pkcs11.labels import Owner
 
@@ -40,6 +41,39 @@ class KnownKey:
     cka_id: bytes
     spki: bytes
 
+    @classmethod
+    def of(cls, entry: Entry) -> KnownKey:
+        """Return what is noted of a key."""
+        return cls(entry.generation, entry.cka_id, spki_der(entry.public_key))
+
+
+@dataclass(frozen=True, slots=True)
+class Retained:
+    """A replaced generation that is kept for a while.
+
+    Attributes:
+        key_id: whose generation.
+        known: the key.
+        since: when it was replaced, Unix seconds.
+    """
+
+    key_id: str
+    known: KnownKey
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class Existing:
+    """A key made elsewhere that was taken into use.
+
+    Attributes:
+        selector: how the configuration names it.
+        spki: its DER SubjectPublicKeyInfo.
+    """
+
+    selector: str
+    spki: bytes
+
 
 @dataclass(frozen=True, slots=True)
 class State:
@@ -51,6 +85,9 @@ class State:
         token_serial: serial number of the token; empty before the first key.
         keys: by key id, oldest first.
         halves: CKA_ID in hex of halves of pairs, to when they were first seen (Unix seconds).
+        retained: CKA_ID in hex of replaced generations that are kept.
+        choices: key ids of which an older generation was taken back.
+        existing: by key id, keys made elsewhere.
     """
 
     owner: Owner
@@ -58,12 +95,29 @@ class State:
     token_serial: str = ""
     keys: dict[str, KnownKey] = field(default_factory=dict)
     halves: dict[str, float] = field(default_factory=dict)
+    retained: dict[str, Retained] = field(default_factory=dict)
+    choices: dict[str, Choice] = field(default_factory=dict)
+    existing: dict[str, Existing] = field(default_factory=dict)
 
     def with_entry(self, entry: Entry) -> State:
-        """Return the state with one key added or replaced, as the newest."""
+        """Return the state with one key added or replaced, as the newest.
+
+        A choice that this generation is beyond is forgotten, as is that it was kept.
+        """
         keys = {key_id: known for key_id, known in self.keys.items() if key_id != entry.key_id}
-        keys[entry.key_id] = KnownKey(entry.generation, entry.cka_id, spki_der(entry.public_key))
-        return replace(self, keys=keys)
+        keys[entry.key_id] = KnownKey.of(entry)
+        choices = {
+            key_id: choice
+            for key_id, choice in self.choices.items()
+            if key_id != entry.key_id or choice.holds(entry.generation)
+        }
+        retained = {i: kept for i, kept in self.retained.items() if i != entry.cka_id.hex()}
+        return replace(self, keys=keys, choices=choices, retained=retained)
+
+    def retaining(self, entry: Entry, since: float) -> State:
+        """Return the state with a replaced generation that is kept from now on."""
+        kept = Retained(entry.key_id, KnownKey.of(entry), since)
+        return replace(self, retained={**self.retained, entry.cka_id.hex(): kept})
 
 
 class StateFile:
@@ -126,34 +180,63 @@ def _encode(state: State) -> bytes:
         "trust_domain": state.owner.trust_domain,
         "server": state.owner.server,
         "token": {"label": state.token_label, "serial": state.token_serial},
-        "keys": {
-            key_id: {
-                "generation": known.generation,
-                "cka_id": known.cka_id.hex(),
-                "public_key": base64.b64encode(known.spki).decode("ascii"),
-            }
-            for key_id, known in state.keys.items()
-        },
+        "keys": {key_id: _key_fields(known) for key_id, known in state.keys.items()},
         "halves": state.halves,
+        "retained": [
+            {"key_id": kept.key_id, "since": kept.since, **_key_fields(kept.known)}
+            for kept in state.retained.values()
+        ],
+        "choices": {key_id: choice.fields() for key_id, choice in state.choices.items()},
+        "existing": {
+            key_id: {"selector": key.selector, "public_key": _base64(key.spki)}
+            for key_id, key in state.existing.items()
+        },
     }
     return json.dumps(fields, indent="\t").encode("utf-8")
+
+
+def _key_fields(known: KnownKey) -> dict[str, Any]:
+    return {
+        "generation": known.generation,
+        "cka_id": known.cka_id.hex(),
+        "public_key": _base64(known.spki),
+    }
+
+
+def _base64(raw: bytes) -> str:
+    return base64.b64encode(raw).decode("ascii")
 
 
 def _parse(fields: Any) -> State:
     if fields["version"] != 1:
         raise ValueError("unknown version")
-    keys = {
-        str(key_id): KnownKey(
-            int(known["generation"]),
-            bytes.fromhex(known["cka_id"]),
-            base64.b64decode(known["public_key"], validate=True),
-        )
-        for key_id, known in fields["keys"].items()
-    }
+    retained = [
+        Retained(str(kept["key_id"]), _known(kept), float(kept["since"]))
+        for kept in fields.get("retained", ())
+    ]
     return State(
         owner=Owner(str(fields["trust_domain"]), str(fields["server"])),
         token_label=str(fields["token"]["label"]),
         token_serial=str(fields["token"]["serial"]),
-        keys=keys,
+        keys={str(key_id): _known(known) for key_id, known in fields["keys"].items()},
         halves={str(cka_id): float(seen) for cka_id, seen in fields["halves"].items()},
+        retained={kept.known.cka_id.hex(): kept for kept in retained},
+        choices={
+            str(key_id): Choice.of_fields(choice)
+            for key_id, choice in fields.get("choices", {}).items()
+        },
+        existing={
+            str(key_id): Existing(
+                str(key["selector"]), base64.b64decode(key["public_key"], validate=True)
+            )
+            for key_id, key in fields.get("existing", {}).items()
+        },
+    )
+
+
+def _known(fields: Any) -> KnownKey:
+    return KnownKey(
+        int(fields["generation"]),
+        bytes.fromhex(fields["cka_id"]),
+        base64.b64decode(fields["public_key"], validate=True),
     )
