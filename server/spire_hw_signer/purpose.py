@@ -1,0 +1,524 @@
+"""What is to be signed, read and held against what a client's keys may sign (pure).
+
+A server that was taken over can ask for any signature its keys could make. It gets those an honest
+one asks for: SVIDs of its own trust domain that end soon, its own CA certificate, requests for it,
+and tokens. Bytes that are not strict DER or strict JSON are refused before they are understood in
+two ways.
+
+Spec: RFC 5280 section 4; RFC 2986; SPIFFE X509-SVID sections 3 to 5; SPIFFE JWT-SVID sections 2, 3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+from spire_hw.errors import InvalidInputError, VerificationError
+from spire_hw.jose.text import decode_base64url, parse_json_object
+from spire_hw.key import HashAlgorithm, KeyType, SignOptions, parse_spki
+from spire_hw.spiffeid import SpiffeId, TrustDomain
+from spire_hw.x509 import der
+from spire_hw.x509.name import check_name
+
+if TYPE_CHECKING:
+    from spire_hw_signer.policy import JwtRule, X509Rule
+
+MAX_CONTENT_BYTES: Final = 16 * 1024
+# Clocks of signer and server differ a little, and certificates start a little early.
+LEEWAY: Final = timedelta(minutes=1)
+BACKDATE: Final = timedelta(hours=1)
+
+_WHAT: Final = "certificate body"
+_REQUEST: Final = "request body"
+_BOOLEAN, _UTC_TIME, _GENERALIZED_TIME = 0x01, 0x17, 0x18
+_VERSION, _EXTENSIONS, _ATTRIBUTES = 0xA0, 0xA3, 0xA0
+_DNS_NAME, _URI, _KEY_ID = 0x82, 0x86, 0x80
+_VERSION_3: Final = der.integer(2)
+_VERSION_1: Final = der.integer(0)
+_TRUE: Final = b"\xff"
+_NEGATIVE: Final = 0x80
+_MAX_SERIAL_BYTES: Final = 20
+_GENERALIZED_FROM: Final = 2050
+_TIME_DIGITS: Final = 14
+
+_SKI, _KU, _SAN = "2.5.29.14", "2.5.29.15", "2.5.29.17"
+_BC, _AKI, _EKU = "2.5.29.19", "2.5.29.35", "2.5.29.37"
+_KNOWN: Final = frozenset({_SKI, _KU, _SAN, _BC, _AKI, _EKU})
+_EXTENSION_REQUEST: Final = "1.2.840.113549.1.9.14"
+_TLS_USES: Final = frozenset({"1.3.6.1.5.5.7.3.1", "1.3.6.1.5.5.7.3.2"})
+# Bits of a KeyUsage's first byte, from the left: digitalSignature 0, keyCertSign 5, cRLSign 6.
+_DIGITAL_SIGNATURE, _KEY_CERT_SIGN, _CRL_SIGN = 0x80, 0x04, 0x02
+
+_NULL: Final = b"\x05\x00"
+_ECDSA: Final = {
+    HashAlgorithm.SHA256: der.sequence(der.oid("1.2.840.10045.4.3.2")),
+    HashAlgorithm.SHA384: der.sequence(der.oid("1.2.840.10045.4.3.3")),
+    HashAlgorithm.SHA512: der.sequence(der.oid("1.2.840.10045.4.3.4")),
+}
+_RSA: Final = {
+    HashAlgorithm.SHA256: der.sequence(der.oid("1.2.840.113549.1.1.11"), _NULL),
+    HashAlgorithm.SHA384: der.sequence(der.oid("1.2.840.113549.1.1.12"), _NULL),
+    HashAlgorithm.SHA512: der.sequence(der.oid("1.2.840.113549.1.1.13"), _NULL),
+}
+_EC_TYPES: Final = frozenset({KeyType.EC_P256, KeyType.EC_P384})
+_JWT_EC: Final = {KeyType.EC_P256: "ES256", KeyType.EC_P384: "ES384"}
+_JWT_HEADER: Final = frozenset({"alg", "kid", "typ"})
+_JWT_TYPES: Final = frozenset({"JWT", "JOSE"})
+_MAX_KID: Final = 256
+_MAX_EPOCH: Final = 253_402_300_799  # the last second of year 9999
+
+
+@dataclass(frozen=True, slots=True)
+class SigningKey:
+    """The key that signs.
+
+    Attributes:
+        key_type: its type.
+        spki: DER SubjectPublicKeyInfo.
+        key_ids: what certificates may call it: the SHA-1 of its bits, and the first 160 bits of
+            their SHA-256 (RFC 5280 section 4.2.1.2, RFC 7093 section 2).
+    """
+
+    key_type: KeyType
+    spki: bytes
+    key_ids: frozenset[bytes]
+
+    @classmethod
+    def of(cls, key_type: KeyType, spki: bytes) -> SigningKey:
+        """Build from a public key."""
+        bits = der.public_key_bits(spki)
+        sha1 = hashlib.sha1(bits, usedforsecurity=False).digest()
+        return cls(key_type, spki, frozenset({sha1, hashlib.sha256(bits).digest()[:20]}))
+
+
+@dataclass(frozen=True, slots=True)
+class _Extension:
+    critical: bool
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Body:
+    algorithm: bytes
+    issuer: bytes
+    not_before: datetime
+    not_after: datetime
+    subject: bytes
+    spki: bytes
+    extensions: dict[str, _Extension]
+
+
+def check_certificate(
+    body: bytes,
+    options: SignOptions,
+    *,
+    key: SigningKey,
+    trust_domain: TrustDomain,
+    rule: X509Rule,
+    now: datetime,
+) -> None:
+    """Check that a certificate may be signed.
+
+    Args:
+        body: DER TBSCertificate.
+        options: hash and padding that were asked for.
+        key: the key that will sign.
+        trust_domain: the client's.
+        rule: what the client's keys may sign.
+        now: the time, aware.
+
+    Raises:
+        EncodingError: not a TBSCertificate in strict DER.
+        VerificationError: it is against the rule; the message says which.
+        InvalidInputError: a name or key in it is none.
+    """
+    found = _read_body(body)
+    if found.algorithm != _algorithm(key, options):
+        raise VerificationError("signature algorithm is not the one that was asked for")
+    if not now - BACKDATE <= found.not_before < found.not_after:
+        raise VerificationError("validity is empty, or starts too long ago")
+    unknown = found.extensions.keys() - _KNOWN
+    for oid in unknown:
+        if oid not in rule.extensions or found.extensions[oid].critical:
+            raise VerificationError(f"extension {oid} is not allowed")
+    own = found.spki == key.spki
+    _check_authority_key(found, key, self_signed=own and found.issuer == found.subject)
+    is_ca, path_length = _constraints(found.extensions.get(_BC))
+    usage = _usage(found.extensions.get(_KU))
+    uris, dns_names = _names(found.extensions.get(_SAN))
+    if len(uris) != 1:
+        raise VerificationError("there has to be exactly one URI name")
+    if is_ca:
+        _check_ca(found, usage, uris[0], path_length, own=own, trust_domain=trust_domain, rule=rule)
+        _check_end(found.not_after, now, rule.max_ca_ttl)
+    else:
+        if own:
+            raise VerificationError("certificate of the signing key itself is not that of a CA")
+        _check_leaf(found, usage, uris[0], trust_domain)
+        if dns_names and not rule.dns_names:
+            raise VerificationError("DNS names are not allowed")
+        _check_end(found.not_after, now, rule.max_svid_ttl)
+    if is_ca and dns_names:
+        raise VerificationError("CA certificate has DNS names")
+
+
+def check_request(body: bytes, *, key: SigningKey, trust_domain: TrustDomain) -> None:
+    """Check that a certificate request may be signed: for the signing key, for its trust domain.
+
+    Args:
+        body: DER CertificationRequestInfo.
+        key: the key that will sign.
+        trust_domain: the client's.
+
+    Raises:
+        EncodingError: not a CertificationRequestInfo in strict DER.
+        VerificationError: it is for another key or asks for another name.
+    """
+    outer = der.Reader(_bounded(body), _REQUEST)
+    inside = outer.enter(der.SEQUENCE)
+    outer.finish()
+    if inside.element(der.INTEGER) != _VERSION_1:
+        raise VerificationError("request has an unknown version")
+    check_name(inside.element(der.SEQUENCE))
+    if inside.element(der.SEQUENCE) != key.spki:
+        raise VerificationError("request is for another key than the one that signs it")
+    attributes = inside.enter(_ATTRIBUTES)
+    inside.finish()
+    extensions: dict[str, _Extension] = {}
+    while attributes.more():
+        attribute = attributes.enter(der.SEQUENCE)
+        oid = der.dotted(attribute.content(der.OBJECT_IDENTIFIER))
+        if oid != _EXTENSION_REQUEST or extensions:
+            raise VerificationError(f"attribute {oid} of the request is not allowed")
+        values = attribute.enter(der.SET)
+        attribute.finish()
+        extensions = _read_extensions(values)
+        values.finish()
+    uris, dns_names = _names(extensions.get(_SAN))
+    if uris != [trust_domain.id.text] or dns_names:
+        raise VerificationError(f"request is not for the name {trust_domain.id.text} alone")
+
+
+def check_token(
+    signing_input: bytes,
+    options: SignOptions,
+    *,
+    key: SigningKey,
+    trust_domain: TrustDomain,
+    rule: JwtRule,
+    now: datetime,
+) -> str:
+    """Check that a token may be signed.
+
+    Args:
+        signing_input: `header.payload` of a compact JWS.
+        options: hash and padding that were asked for.
+        key: the key that will sign.
+        trust_domain: the client's.
+        rule: what the client's keys may sign.
+        now: the time, aware.
+
+    Returns:
+        Its key ID (`kid`), which is the server's own name for the key.
+
+    Raises:
+        EncodingError: not such a text, or not strict JSON in it.
+        VerificationError: it is against the rule; the message says which.
+    """
+    try:
+        header_text, dot, payload_text = _bounded(signing_input).decode("ascii").partition(".")
+    except UnicodeDecodeError as e:
+        raise VerificationError("signing input is not ASCII") from e
+    if not dot or not header_text or not payload_text:
+        raise VerificationError("signing input is not made of two parts")
+    header = parse_json_object(decode_base64url(header_text, "token header"), "token header")
+    claims = parse_json_object(decode_base64url(payload_text, "token claims"), "token claims")
+    kid = _check_header(header, key, options)
+    _check_claims(claims, trust_domain, rule, now)
+    return kid
+
+
+def _bounded(content: bytes) -> bytes:
+    if len(content) > MAX_CONTENT_BYTES:
+        raise VerificationError(f"it is longer than {MAX_CONTENT_BYTES} bytes")
+    return content
+
+
+def _algorithm(key: SigningKey, options: SignOptions) -> bytes:
+    if options.pss:
+        raise VerificationError("certificates are not signed with RSA-PSS")
+    return (_ECDSA if key.key_type in _EC_TYPES else _RSA)[options.hash]
+
+
+# -- certificates ------------------------------------------------------------------------------
+
+
+def _read_body(body: bytes) -> _Body:
+    outer = der.Reader(_bounded(body), _WHAT)
+    inside = outer.enter(der.SEQUENCE)
+    outer.finish()
+    if inside.next_tag() != _VERSION or inside.content(_VERSION) != _VERSION_3:
+        raise VerificationError("certificate is not of version 3")
+    serial = inside.content(der.INTEGER)
+    padded = len(serial) > 1 and serial[0] == 0 and serial[1] < _NEGATIVE
+    if not any(serial) or serial[0] >= _NEGATIVE or padded or len(serial) > _MAX_SERIAL_BYTES:
+        raise VerificationError("serial number is not positive, or too long")
+    algorithm = inside.element(der.SEQUENCE)
+    issuer = check_name(inside.element(der.SEQUENCE))
+    validity = inside.enter(der.SEQUENCE)
+    not_before, not_after = _time(validity), _time(validity)
+    validity.finish()
+    subject = check_name(inside.element(der.SEQUENCE))
+    spki = inside.element(der.SEQUENCE)
+    parse_spki(spki)
+    wrapped = inside.enter(_EXTENSIONS)
+    inside.finish()
+    extensions = _read_extensions(wrapped)
+    wrapped.finish()
+    return _Body(algorithm, issuer, not_before, not_after, subject, spki, extensions)
+
+
+def _read_extensions(wrapped: der.Reader) -> dict[str, _Extension]:
+    level = wrapped.enter(der.SEQUENCE)
+    found: dict[str, _Extension] = {}
+    while level.more():
+        one = level.enter(der.SEQUENCE)
+        oid = der.dotted(one.content(der.OBJECT_IDENTIFIER))
+        critical = one.next_tag() == _BOOLEAN
+        if critical and one.content(_BOOLEAN) != _TRUE:
+            raise VerificationError("extension has a flag that is not DER")
+        value = one.content(der.OCTET_STRING)
+        one.finish()
+        if oid in found:
+            raise VerificationError(f"extension {oid} is there twice")
+        found[oid] = _Extension(critical, value)
+    return found
+
+
+def _time(validity: der.Reader) -> datetime:
+    tag = validity.next_tag()
+    text = validity.content(_GENERALIZED_TIME if tag == _GENERALIZED_TIME else _UTC_TIME)
+    digits = text[:-1]
+    if tag == _UTC_TIME:
+        digits = (b"20" if digits[:2] < b"50" else b"19") + digits
+    if len(digits) != _TIME_DIGITS or not digits.isdigit() or text[-1:] != b"Z":
+        raise VerificationError("a time is not written as certificates have it")
+    try:
+        moment = datetime.strptime(digits.decode("ascii"), "%Y%m%d%H%M%S").replace(tzinfo=UTC)
+    except ValueError as e:
+        raise VerificationError("a time does not exist") from e
+    if tag == _GENERALIZED_TIME and moment.year < _GENERALIZED_FROM:
+        raise VerificationError("a time before 2050 is not written as UTCTime")
+    return moment
+
+
+def _check_end(not_after: datetime, now: datetime, most: timedelta) -> None:
+    if not_after > now + most + LEEWAY:
+        raise VerificationError(f"it ends more than {most} from now")
+
+
+def _check_authority_key(found: _Body, key: SigningKey, *, self_signed: bool) -> None:
+    extension = found.extensions.get(_AKI)
+    if extension is None:
+        if self_signed:
+            return
+        raise VerificationError("authority key identifier is missing")
+    level = _only(extension)
+    identifier = level.content(_KEY_ID)
+    level.finish()
+    if identifier not in key.key_ids:
+        raise VerificationError("authority key identifier is not that of the signing key")
+
+
+def _constraints(extension: _Extension | None) -> tuple[bool, int | None]:
+    if extension is None:
+        return False, None
+    level = _only(extension)
+    is_ca = level.next_tag() == _BOOLEAN
+    if is_ca and level.content(_BOOLEAN) != _TRUE:
+        raise VerificationError("basic constraints are not DER")
+    path_length = None
+    if level.next_tag() == der.INTEGER:
+        raw = level.content(der.INTEGER)
+        if len(raw) != 1 or raw[0] >= _NEGATIVE or not is_ca:
+            raise VerificationError("path length is out of range")
+        path_length = raw[0]
+    level.finish()
+    if is_ca and not extension.critical:
+        raise VerificationError("basic constraints of a CA are not critical")
+    return is_ca, path_length
+
+
+def _usage(extension: _Extension | None) -> int:
+    """Return the first eight bits of the key usage."""
+    if extension is None:
+        raise VerificationError("key usage is missing")
+    outer = der.Reader(extension.value, _WHAT)
+    bits = outer.content(der.BIT_STRING)
+    outer.finish()
+    if len(bits) != 2 or bits[0] > 7 or bits[1] & ((1 << bits[0]) - 1):  # noqa: PLR2004 - a count of unused bits, a byte
+        raise VerificationError("key usage is not one of the first eight bits")
+    return bits[1]
+
+
+def _names(extension: _Extension | None) -> tuple[list[str], list[str]]:
+    uris: list[str] = []
+    dns_names: list[str] = []
+    if extension is None:
+        return uris, dns_names
+    level = _only(extension)
+    while level.more():
+        tag = level.next_tag()
+        if tag not in {_URI, _DNS_NAME}:
+            raise VerificationError("a name is neither a URI nor a DNS name")
+        content = level.content(tag)
+        if not content.isascii():
+            raise VerificationError("a name is not ASCII")
+        (uris if tag == _URI else dns_names).append(content.decode("ascii"))
+    return uris, dns_names
+
+
+def _only(extension: _Extension) -> der.Reader:
+    outer = der.Reader(extension.value, _WHAT)
+    level = outer.enter(der.SEQUENCE)
+    outer.finish()
+    return level
+
+
+def _check_ca(
+    found: _Body,
+    usage: int,
+    uri: str,
+    path_length: int | None,
+    *,
+    own: bool,
+    trust_domain: TrustDomain,
+    rule: X509Rule,
+) -> None:
+    if uri != trust_domain.id.text:
+        raise VerificationError(f"CA certificate is not of trust domain {trust_domain.name}")
+    if not usage & _KEY_CERT_SIGN or usage & ~(_KEY_CERT_SIGN | _CRL_SIGN | _DIGITAL_SIGNATURE):
+        raise VerificationError("key usage of the CA is more or less than signing")
+    if _EKU in found.extensions:
+        raise VerificationError("CA certificate has an extended key usage")
+    if own:
+        if found.issuer != found.subject:
+            raise VerificationError("self-signed certificate has another issuer than subject")
+        return
+    if not rule.downstream:
+        raise VerificationError("CA certificates for other keys are not signed for this client")
+    most = rule.max_path_length
+    if most is not None and (path_length is None or path_length > most):
+        raise VerificationError(f"CA certificate has no path length up to {most}")
+
+
+def _check_leaf(found: _Body, usage: int, uri: str, trust_domain: TrustDomain) -> None:
+    if usage & (_KEY_CERT_SIGN | _CRL_SIGN) or not usage & _DIGITAL_SIGNATURE:
+        raise VerificationError("key usage is not that of an SVID")
+    spiffe_id = SpiffeId.parse(uri)
+    if spiffe_id.trust_domain != trust_domain or not spiffe_id.path:
+        raise VerificationError(f"SPIFFE ID is not a member of trust domain {trust_domain.name}")
+    extension = found.extensions.get(_EKU)
+    if extension is not None:
+        level = _only(extension)
+        while level.more():
+            oid = der.dotted(level.content(der.OBJECT_IDENTIFIER))
+            if oid not in _TLS_USES:
+                raise VerificationError(f"extended key usage {oid} is not that of an SVID")
+
+
+# -- tokens ------------------------------------------------------------------------------------
+
+
+def _check_header(header: dict[str, Any], key: SigningKey, options: SignOptions) -> str:
+    if not _JWT_HEADER.issuperset(header):
+        raise VerificationError("token header has members other than alg, kid and typ")
+    bits = options.hash.digest_size * 8
+    expected = _JWT_EC.get(key.key_type) or ("PS" if options.pss else "RS") + str(bits)
+    if header.get("alg") != expected or not expected.endswith(str(bits)):
+        raise VerificationError("token algorithm does not fit the key and its hash")
+    if options.pss and options.salt_bytes != options.hash.digest_size:
+        raise VerificationError("salt of the token's signature is not as long as its hash")
+    kid = header.get("kid")
+    if not isinstance(kid, str) or not 1 <= len(kid) <= _MAX_KID:
+        raise VerificationError("token has no key ID, or a long one")
+    kind = header.get("typ", "JWT")
+    if not isinstance(kind, str) or kind not in _JWT_TYPES:
+        raise VerificationError("token type is not accepted")
+    return kid
+
+
+def _check_claims(
+    claims: dict[str, Any], trust_domain: TrustDomain, rule: JwtRule, now: datetime
+) -> None:
+    subject = claims.get("sub")
+    if not isinstance(subject, str):
+        raise VerificationError("token has no subject")
+    spiffe_id = SpiffeId.parse(subject)
+    if spiffe_id.trust_domain != trust_domain or not spiffe_id.path:
+        raise VerificationError(f"subject is not a member of trust domain {trust_domain.name}")
+    expiry = _epoch(claims, "exp")
+    if expiry is None:
+        raise VerificationError("token does not expire")
+    if expiry > (now + rule.max_ttl + LEEWAY).timestamp():
+        raise VerificationError(f"it expires more than {rule.max_ttl} from now")
+    for name in ("iat", "nbf"):
+        start = _epoch(claims, name)
+        if start is not None and start > expiry:
+            raise VerificationError(f"{name} is after exp")
+    if claims.get("iss", "") != rule.issuer:
+        wanted = f'has to be "{rule.issuer}"' if rule.issuer else "may not be there"
+        raise VerificationError(f"issuer {wanted}")
+    _check_audience(claims.get("aud"), rule)
+
+
+def _check_audience(audience: object, rule: JwtRule) -> None:
+    audiences = [audience] if isinstance(audience, str) else audience
+    if not isinstance(audiences, list) or not audiences:
+        raise VerificationError("token has no audience")
+    if not all(isinstance(a, str) and a for a in audiences):
+        raise VerificationError("an audience is not text")
+    if rule.audiences and not rule.audiences.issuperset(audiences):
+        raise VerificationError("an audience is not allowed")
+
+
+def _epoch(claims: dict[str, Any], name: str) -> float | None:
+    if name not in claims:
+        return None
+    value = claims[name]
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 <= value <= _MAX_EPOCH
+    ):
+        raise VerificationError(f"{name} is not a time")
+    return float(value)
+
+
+class KeyIds:
+    """Which key each `kid` stands for: a name of one key is never put on another one's tokens."""
+
+    def __init__(self, limit: int = 1024) -> None:
+        self._limit = limit
+        self._names: dict[str, str] = {}
+
+    def check(self, kid: str, fingerprint: str) -> None:
+        """Remember the name of a key, or refuse it.
+
+        Raises:
+            VerificationError: it is another key's.
+        """
+        known = self._names.get(kid)
+        if known is None:
+            while len(self._names) >= self._limit:
+                del self._names[next(iter(self._names))]
+            self._names[kid] = fingerprint
+        elif known != fingerprint:
+            raise VerificationError("key ID of the token is that of another key")
+
+
+def explain(error: InvalidInputError | VerificationError) -> str:
+    """Return what is wrong with something that was to be signed, short enough for an answer."""
+    return error.message[:300]
