@@ -83,7 +83,8 @@ def status_of(error: BaseException | None) -> str:
         return OK
     if isinstance(error, SpireHwError):
         return _STATUS_WORDS[error.kind]
-    return "Canceled" if isinstance(error, asyncio.CancelledError) else "Unknown"
+    # A stream whose caller went away is closed where it stands.
+    return "Canceled" if isinstance(error, asyncio.CancelledError | GeneratorExit) else "Unknown"
 
 
 class Timed:

@@ -109,7 +109,7 @@ class Inner(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class _Lease:
+class Lease:
     """One connection's place among those a front allows."""
 
     key: object
@@ -124,7 +124,7 @@ class Front(ABC):
     def __init__(self, limits: FrontLimits, log: Logger) -> None:
         self.limits = limits
         self.log = log
-        self._leases: dict[_Lease, None] = {}
+        self._leases: dict[Lease, None] = {}
         self._per_caller: dict[object, int] = {}
         self._sockets: list[socket.socket] = []
         self._inner: Inner | None = None
@@ -181,7 +181,7 @@ class Front(ABC):
     def _caller_key(self, connection: socket.socket, address: object) -> object: ...
 
     @abstractmethod
-    async def _prove(self, connection: socket.socket, address: object, lease: _Lease) -> None:
+    async def _prove(self, connection: socket.socket, address: object, lease: Lease) -> None:
         """Find out who is there and attach; raises when that is impossible."""
 
     async def stop_accepting(self) -> None:
@@ -243,14 +243,14 @@ class Front(ABC):
             self.log.debug("Too many connections", caller=str(key), open=len(self._leases))
             connection.close()
             return
-        lease = _Lease(key, accepted_at=asyncio.get_running_loop().time())
+        lease = Lease(key, accepted_at=asyncio.get_running_loop().time())
         self._leases[lease] = None
         self._per_caller[key] = held + 1
         task = self._tasks.spawn("connection", self._serve(connection, address, lease))
         # Not a `finally`: a task that is cancelled before its first step never gets to one.
         task.add_done_callback(lambda done: self._settle(done, connection, lease))
 
-    def _release(self, lease: _Lease) -> None:
+    def _release(self, lease: Lease) -> None:
         if self._leases.pop(lease, lease) is lease:
             return
         left = self._per_caller.get(lease.key, 0) - 1
@@ -264,7 +264,7 @@ class Front(ABC):
         if not self._leases and self._emptied is not None and not self._emptied.done():
             self._emptied.set_result(None)
 
-    async def _serve(self, connection: socket.socket, address: object, lease: _Lease) -> bool:
+    async def _serve(self, connection: socket.socket, address: object, lease: Lease) -> bool:
         """Prove and attach; tell whether that worked."""
         try:
             await self._prove(connection, address, lease)
@@ -276,7 +276,7 @@ class Front(ABC):
             return True
         return False
 
-    def _settle(self, done: asyncio.Task[bool], connection: socket.socket, lease: _Lease) -> None:
+    def _settle(self, done: asyncio.Task[bool], connection: socket.socket, lease: Lease) -> None:
         """Close what did not get through."""
         if not done.cancelled() and done.exception() is None and done.result():
             return
@@ -375,7 +375,7 @@ class TcpFront(Front):
 
     @override
     def _caller_key(self, connection: socket.socket, address: object) -> object:
-        return source_of(_ip(address)[0])
+        return source_of(address_of(address)[0])
 
     def _context(self) -> tuple[TlsContext, Mapping[TrustDomain, Bundle]]:
         identity, bundles = self._identity(), self._bundles()
@@ -392,7 +392,7 @@ class TcpFront(Front):
         return built[2], bundles
 
     @override
-    async def _prove(self, connection: socket.socket, address: object, lease: _Lease) -> None:
+    async def _prove(self, connection: socket.socket, address: object, lease: Lease) -> None:
         context, bundles = self._context()
         outer = TlsHalf(
             context,
@@ -408,7 +408,7 @@ class TcpFront(Front):
             await outer.handshaken()
         if outer.tls.session_reused:
             raise VerificationError("TLS sessions are not resumed here")
-        ip, port = _ip(address)
+        ip, port = address_of(address)
         chain = peer_chain(outer.tls)
         peer = TcpPeer(ip, port, None, ())
         if chain:
@@ -425,7 +425,7 @@ class TcpFront(Front):
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _ip(address: object) -> tuple[str, int]:
+def address_of(address: object) -> tuple[str, int]:
     """Return (address, port), an IPv4 address that came in over IPv6 as itself."""
     if not isinstance(address, tuple) or len(address) < 2:  # noqa: PLR2004 - address and port
         return "", 0
@@ -492,7 +492,7 @@ class UnixFront(Front):
         return _uid(connection)
 
     @override
-    async def _prove(self, connection: socket.socket, address: object, lease: _Lease) -> None:
+    async def _prove(self, connection: socket.socket, address: object, lease: Lease) -> None:
         lease.process = process = Process(connection)
         outer = Half(lambda: self._release(lease), begins=PREFACE)
         lease.outer = outer

@@ -45,7 +45,7 @@ MAX_CHAIN_BYTES: Final = 64 * 1024
 # X509_V_ERR_*: self-signed leaf, self-signed in chain, issuer not found, leaf not verifiable.
 _UNKNOWN: Final = {18, 19, 20, 21}
 # X509_V_FLAG_NO_CHECK_TIME: validity is held against the Clock, in `verify_peer`.
-_NO_CHECK_TIME: Final = 0x20_0000
+NO_CHECK_TIME: Final = 0x20_0000
 _RECORD_BYTES: Final = 16 * 1024
 _SIGN_TIMEOUT_S: Final = 20.0
 _DIGEST_HASH: Final = {algorithm.digest_size: algorithm for algorithm in HashAlgorithm}
@@ -126,7 +126,7 @@ def build_context(
     context.check_hostname = False
     context.verify_mode = verify
     context.minimum_version = least
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | _NO_CHECK_TIME
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | NO_CHECK_TIME
     context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
     context.set_alpn_protocols([alpn])
     if server_side:
