@@ -206,7 +206,6 @@ def load_policy(path: Path) -> Policy:
         InvalidInputError: it is larger than 1 MiB.
         ConfigError: with every fault of it.
     """
-
     content = read_bounded(path, MAX_FILE_BYTES, "policy_file")
     try:
         return parse_policy(content.decode(), str(path))
