@@ -6,7 +6,7 @@ The parts are prepared once, so that issuing is joining bytes and one signature.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from cryptography import x509
 
@@ -19,6 +19,114 @@ from spire_hw.x509.scheme import SignatureScheme, scheme_of
 
 if TYPE_CHECKING:
     from datetime import datetime
+
+
+class Issuing(Protocol):
+    """What an issuer puts into a certificate, and what signs it."""
+
+    @property
+    def signer(self) -> Signer:
+        """Return its key."""
+        ...
+
+    @property
+    def scheme(self) -> SignatureScheme:
+        """Return how it signs."""
+        ...
+
+    @property
+    def issuer_part(self) -> bytes:
+        """Return DER of signature algorithm and issuer name."""
+        ...
+
+    @property
+    def key_id_part(self) -> bytes:
+        """Return DER of the authority key identifier extension."""
+        ...
+
+    @property
+    def not_after(self) -> datetime:
+        """Return its end, which nothing it issues outlives."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ParentCa:
+    """A CA above those of trust domains: it issues their CA certificates and no SVIDs.
+
+    Args:
+        certificate: DER of the CA certificate.
+        signer: its key.
+
+    Attributes:
+        subject_der: its subject.
+        not_before: start of its validity.
+        not_after: end of its validity.
+
+    Raises:
+        EncodingError: certificate does not parse.
+        InvalidInputError: not a CA, one that may have no CA below, or another key's.
+
+    Spec: RFC 5280 sections 4.2.1.3 and 4.2.1.9.
+    """
+
+    certificate: bytes
+    signer: Signer
+    subject_der: bytes = field(init=False, repr=False)
+    not_before: datetime = field(init=False)
+    not_after: datetime = field(init=False)
+    scheme: SignatureScheme = field(init=False, repr=False)
+    issuer_part: bytes = field(init=False, repr=False)
+    key_id_part: bytes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        certificate = load_certificate(self.certificate)
+        key = public_key_of(certificate)
+        if spki_der(key) != spki_der(self.signer.public_key):
+            raise InvalidInputError("the CA certificate is not about the signer's key")
+        check_parent_certificate(certificate)
+        scheme, subject = scheme_of(key), certificate.subject.public_bytes()
+        prepared = {
+            "subject_der": subject,
+            "not_before": certificate.not_valid_before_utc,
+            "not_after": certificate.not_valid_after_utc,
+            "scheme": scheme,
+            "issuer_part": scheme.algorithm + subject,
+            "key_id_part": extension.authority_key_id(subject_key_id(certificate)),
+        }
+        for name, value in prepared.items():
+            object.__setattr__(self, name, value)
+
+
+def check_parent_certificate(certificate: x509.Certificate, below: int = 1) -> None:
+    """Check that a certificate may issue CA certificates.
+
+    Args:
+        certificate: of a root or an intermediate.
+        below: how many CA certificates shall stand between it and a leaf.
+
+    Raises:
+        InvalidInputError: it may not; the message says why.
+    """
+    name = certificate.subject.rfc4514_string()
+    extensions = certificate.extensions
+    try:
+        constraints = extensions.get_extension_for_class(x509.BasicConstraints).value
+    except x509.ExtensionNotFound as e:
+        raise InvalidInputError(f'certificate of "{name}" is not a CA: no basic constraints') from e
+    if not constraints.ca:
+        raise InvalidInputError(f'certificate of "{name}" is not a CA')
+    if constraints.path_length is not None and constraints.path_length < below:
+        raise InvalidInputError(
+            f'path length {constraints.path_length} of "{name}" leaves no room for a CA below it: '
+            f"it takes at least {below}"
+        )
+    try:
+        usage = extensions.get_extension_for_class(x509.KeyUsage).value
+    except x509.ExtensionNotFound:
+        return
+    if not usage.key_cert_sign:
+        raise InvalidInputError(f'key usage of "{name}" does not let it sign certificates')
 
 
 @dataclass(frozen=True, slots=True)

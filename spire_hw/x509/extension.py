@@ -74,6 +74,14 @@ _SKI_HEAD: Final = _extension(_SUBJECT_KEY_ID, der.encode(der.OCTET_STRING, byte
 _SHA1_BYTES: Final = 20
 
 
+def ca_with(path_length: int | None) -> bytes:
+    """Return the basic constraints of a CA, with a limit to the CA certificates below it."""
+    if path_length is None:
+        return CA
+    constraints = der.sequence(_TRUE, der.integer(path_length))
+    return _extension(_BASIC_CONSTRAINTS, constraints, critical=True)
+
+
 def subject_key_id(identifier: bytes) -> bytes:
     """Return the subject key identifier extension; 20 bytes as from SHA-1."""
     if len(identifier) == _SHA1_BYTES:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from spire_hw.spiffeid import SpiffeId, TrustDomain
-    from spire_hw.x509.authority import X509Authority
+    from spire_hw.x509.authority import Issuing, X509Authority
 
 SERIAL_BITS: Final = 128
 _MAX_SERIAL_BITS: Final = 159
@@ -114,15 +114,16 @@ async def issue_x509_svid(
 
 
 async def issue_ca_certificate(
-    authority: X509Authority | None,
+    authority: Issuing | None,
     *,
-    trust_domain: TrustDomain,
+    trust_domain: TrustDomain | None,
     not_before: datetime,
     not_after: datetime,
     signer: Signer | None = None,
     spki: bytes | None = None,
     subject_der: bytes = CA_SUBJECT,
     serial: int | None = None,
+    path_length: int | None = None,
     extra_extensions: Sequence[extension.Extension] = (),
     check_signature: bool | None = None,
 ) -> bytes:
@@ -130,7 +131,8 @@ async def issue_ca_certificate(
 
     Args:
         authority: who signs; None for a self-signed certificate.
-        trust_domain: whose SVIDs the new CA signs; its ID becomes the URI SAN.
+        trust_domain: whose SVIDs the new CA signs; its ID becomes the URI SAN. None for a CA that
+            signs other CAs only.
         not_before: aware; fractions of a second are dropped.
         not_after: aware; the authority's own end when that is earlier.
         signer: the key of the self-signed certificate.
@@ -138,6 +140,7 @@ async def issue_ca_certificate(
         subject_der: DER Name; without a serialNumber attribute one is added that holds the
             decimal serial of the self-signed certificate, so that names of CAs differ.
         serial: None draws a random one of 128 bits.
+        path_length: CA certificates that may follow below it; None sets no limit.
         extra_extensions: further extensions, such as policies.
         check_signature: None verifies the new signature unless the key is in this process.
 
@@ -167,9 +170,13 @@ async def issue_ca_certificate(
         subject_der = with_serial_number(subject_der, str(number))
         issuer = scheme.algorithm + subject_der
         key_id_part = extension.authority_key_id(key_identifier(spki))
-    names = extension.subject_alternative_name(
-        (str(trust_domain.id),), critical=subject_der == EMPTY_NAME
-    )
+    names = b""
+    if trust_domain is not None:
+        names = extension.subject_alternative_name(
+            (str(trust_domain.id),), critical=subject_der == EMPTY_NAME
+        )
+    elif subject_der == EMPTY_NAME:
+        raise InvalidInputError("a CA without a trust domain needs a subject")
     body = der.sequence(
         _VERSION_3,
         _serial(number),
@@ -179,7 +186,7 @@ async def issue_ca_certificate(
         spki,
         extension.extensions(
             extension.CA_KEY_USAGE,
-            extension.CA,
+            extension.ca_with(path_length),
             extension.subject_key_id(key_identifier(spki)),
             key_id_part,
             names,
