@@ -135,12 +135,18 @@ class Finding:
 
 
 class AttestationError(VerificationError):
-    """Evidence of a node that does not hold; the first finding is the one reported."""
+    """Evidence of a node that does not hold; the first finding is the one reported.
+
+    Attributes:
+        findings: what does not hold.
+        claimed: which machine the node says it is, such as `ek_hash`, for the operator's records.
+    """
 
     def __init__(self, findings: list[Finding], *, kind: ErrorKind | None = None) -> None:
         first = findings[0]
         super().__init__(f"{first.message} [{first.code}]", kind=kind or first.kind)
         self.findings = findings
+        self.claimed: dict[str, str] = {}
 
 
 class NotFoundError(SpireHwError):

@@ -455,14 +455,17 @@ class Admissions:
         left_out = self._records.admit(caller)
         if left_out is None:
             return
-        more = {"left_out": left_out} if left_out else {}
+        more: dict[str, object] = {"left_out": left_out} if left_out else {}
+        refused = _refused(error)
+        if refused is not None:
+            more |= refused.claimed
         self._log.warning(
             "Node attestation refused",
             type="audit",
             status="error",
             status_code=error.kind.name,
             status_message=error.message,
-            reasons=_reasons(error),
+            reasons=[] if refused is None else [finding.code for finding in refused.findings],
             node_attestor_type=_shown(attestation_type),
             key_sha256=hashlib.sha256(csr_spki).hexdigest(),
             caller_addr=caller,
@@ -525,14 +528,14 @@ def _check_size(what: str, data: bytes, limit: int) -> None:
         raise LimitError(f"{what} is {len(data)} bytes, limit {limit}")
 
 
-def _reasons(error: BaseException | None) -> list[str]:
+def _refused(error: BaseException | None) -> AttestationError | None:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:  # an error may be its own cause
         if isinstance(error, AttestationError):
-            return [finding.code for finding in error.findings]
+            return error
         seen.add(id(error))
         error = error.__cause__
-    return []
+    return None
 
 
 def _shown(text: str) -> str:

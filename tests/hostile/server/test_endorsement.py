@@ -82,6 +82,13 @@ class Site:
         records = [line for line in lines if line.get("type") == "audit"]
         return [line for line in records if line.get("method") == "AttestAgent"]
 
+    def refused_hash(self) -> str | None:
+        """Return the hash in the admission's record."""
+        lines = [json.loads(line) for line in self.log.getvalue().splitlines()]
+        [record] = [line for line in lines if line.get("msg") == "Node attestation refused"]
+        hash_: str | None = record.get("ek_hash")
+        return hash_
+
     async def ask(self, path: str, request: Any, answer: Any) -> Any:
         return await self.operator.channel.unary(path, request, answer, timeout_s=TIMEOUT_S)
 
@@ -188,6 +195,8 @@ async def test_refused_key_leaves_an_audit_record_alone(site: Site, row: str) ->
     assert record["status"] == "error"
     assert record["status_code"] == kind.name
     assert words in record["status_message"]
+    # A key of the faulty generator is refused where it is read, before it has a hash.
+    assert site.refused_hash() == (None if row == "weak" else node.ek_hash)
     assert await site.agents() == before
     await site.attest(honest)
     assert await site.agents() != before

@@ -139,6 +139,7 @@ class TpmServer:
         try:
             return await self._attest(settings, request, claimed)
         except AttestationError as e:
+            e.claimed |= claimed
             codes = [finding.code for finding in e.findings]
             findings = [finding.message for finding in e.findings]
             if "ek_unlisted" in codes:
