@@ -79,6 +79,7 @@ class PostureSettings:
     Attributes:
         given: the block stands in the configuration.
         policy_dir: its `*.hcl` files are policies.
+        require_policy: nodes are refused where there is no policy at all, too.
         heartbeat_interval: between heartbeats; None when there are none.
         stale_after: intervals without good evidence after which a node is stale.
         stale_action: ACCEPT raises an alarm, QUARANTINE takes the identity too.
@@ -89,6 +90,7 @@ class PostureSettings:
 
     given: bool = False
     policy_dir: Path | None = None
+    require_policy: bool = False
     heartbeat_interval: timedelta | None = _DEFAULT_INTERVAL
     stale_after: int = 3
     stale_action: Action = Action.ACCEPT
@@ -171,6 +173,7 @@ class PostureKeys(Model):
     """`posture { }`."""
 
     policy_dir: str = ""
+    require_policy: bool = False
     heartbeat_interval: Annotated[GoDuration, at_least(_NONE)] = _DEFAULT_INTERVAL
     stale_after: Annotated[int, Field(ge=1, le=1000)] = 3
     stale_action: Annotated[Action, parsed(_stale_action)] = Action.ACCEPT
@@ -210,6 +213,7 @@ def posture_settings(keys: PostureKeys | None) -> PostureSettings:
     return PostureSettings(
         given=True,
         policy_dir=_path(keys.policy_dir),
+        require_policy=keys.require_policy,
         heartbeat_interval=keys.heartbeat_interval or None,
         stale_after=keys.stale_after,
         stale_action=keys.stale_action,

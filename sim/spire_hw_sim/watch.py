@@ -69,6 +69,10 @@ class Watch:
         """Write the only policy; `server.reconfigure` has it read."""
         (self._policies / "web.hcl").write_text(text)
 
+    def forget_policy(self) -> None:
+        """Delete it."""
+        (self._policies / "web.hcl").unlink()
+
     def allow(self, *beaters: Beater, pcr: int = 4, rules: str = "") -> None:
         """Write a policy that knows the present values of a PCR of some machines."""
         values = sorted({b.node.tpm.pcrs["sha256", pcr].hex() for b in beaters})

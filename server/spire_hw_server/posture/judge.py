@@ -142,11 +142,11 @@ class NodeJudge:
         """Return the policy of a node, None where there is none at all.
 
         Raises:
-            AttestationError: `no_policy`, there are some and none is for this node.
+            AttestationError: `no_policy`, there are some, or have to be, and none is for this node.
         """
         policies = self._policies.current
         policy = policies.policy_for(ek_selectors(ek))
-        if policy is None and policies:
+        if policy is None and (policies or self._settings.require_policy):
             text = "policy: no policy applies to this node (default is deny)"
             raise AttestationError([Finding("no_policy", text, ErrorKind.FAILED_PRECONDITION)])
         return policy

@@ -331,6 +331,19 @@ async def test_policies_changed_while_the_server_was_away_count(site: Watch) -> 
     await eventually(site, is_cut_off)
 
 
+async def test_where_policies_are_required_deleting_the_last_lets_nobody_in(site: Watch) -> None:
+    site.settings = "require_policy = true"
+    await site.start()
+    beater = await site.machine()
+    assert "no_policy" in (await refusal(beater.attest())).message
+    site.allow(beater)
+    await site.server.reconfigure()
+    await beater.attest()
+    site.forget_policy()
+    await site.server.reconfigure()
+    assert "no_policy" in (await refusal(beater.attest())).message
+
+
 async def test_node_without_a_policy_is_refused_and_not_stored(site: Watch) -> None:
     await site.start()
     beater = await site.machine()
