@@ -306,13 +306,8 @@ class Front(ABC):
                     lease.outer.abort()
 
 
-class TcpFront(Front):
-    """TLS on a TCP port: a client certificate is asked for, not required.
-
-    A certificate that is shown has to hold against the bundle of its ID's own trust domain, and
-    `admit` has to let that ID in; otherwise the connection ends. Contexts follow identity and
-    bundles; connections that are open go on until their age.
-    """
+class TlsFront(Front):
+    """TLS on a TCP port; who is let in is told by those who derive from it."""
 
     def __init__(
         self,
@@ -320,8 +315,6 @@ class TcpFront(Front):
         port: int,
         *,
         identity: Callable[[], TlsIdentity],
-        bundles: Callable[[], Mapping[TrustDomain, Bundle]],
-        admit: Callable[[SpiffeId], bool],
         limits: FrontLimits = TCP_LIMITS,
         clock: Clock | None = None,
         log: Logger | None = None,
@@ -332,8 +325,6 @@ class TcpFront(Front):
             address: IP address to listen on; "" and "::" mean all.
             port: 0 picks a free one, see `port`.
             identity: what to show now; asked at every connection.
-            bundles: whom to believe now; asked at every connection.
-            admit: whether a verified ID may connect (own members, listed foreign admins).
             limits: see `FrontLimits`.
             clock: what time certificates are held against.
             log: where refusals go.
@@ -342,16 +333,29 @@ class TcpFront(Front):
         self.address = address
         self.port = port
         self._identity = identity
-        self._bundles = bundles
-        self._admit = admit
         self._clock = clock or SystemClock()
         self._pool = handshake_threads()
-        self._built: tuple[TlsIdentity, dict[TrustDomain, object], TlsContext] | None = None
 
     @property
     @override
     def address_text(self) -> str:
         return f"{self.address}:{self.port}"
+
+    @abstractmethod
+    def _context(self) -> TlsContext:
+        """Return the context of a new connection."""
+
+    @abstractmethod
+    def _admitted(self, peer: TcpPeer, chain: tuple[bytes, ...]) -> TcpPeer:
+        """Return who is there.
+
+        Args:
+            peer: address and port, nobody proved yet.
+            chain: DER certificates the peer showed, leaf first; empty when it showed none.
+
+        Raises:
+            VerificationError: that one may not come in.
+        """
 
     @override
     async def _listen(self) -> list[socket.socket]:
@@ -377,25 +381,10 @@ class TcpFront(Front):
     def _caller_key(self, connection: socket.socket, address: object) -> object:
         return source_of(address_of(address)[0])
 
-    def _context(self) -> tuple[TlsContext, Mapping[TrustDomain, Bundle]]:
-        identity, bundles = self._identity(), self._bundles()
-        roots: dict[TrustDomain, object] = {t: b.x509_authorities for t, b in bundles.items()}
-        built = self._built
-        if built is None or built[0] != identity or built[1] != roots:
-            context = build_context(
-                server_side=True,
-                verify=ssl.CERT_OPTIONAL,
-                roots=[root.der for bundle in bundles.values() for root in bundle.x509_authorities],
-                identity=identity,
-            )
-            built = self._built = (identity, roots, context)
-        return built[2], bundles
-
     @override
     async def _prove(self, connection: socket.socket, address: object, lease: Lease) -> None:
-        context, bundles = self._context()
         outer = TlsHalf(
-            context,
+            self._context(),
             server_side=True,
             pool=self._pool,
             on_end=lambda: self._release(lease),
@@ -408,14 +397,7 @@ class TcpFront(Front):
             await outer.handshaken()
         if outer.tls.session_reused:
             raise VerificationError("TLS sessions are not resumed here")
-        ip, port = address_of(address)
-        chain = peer_chain(outer.tls)
-        peer = TcpPeer(ip, port, None, ())
-        if chain:
-            svid = verify_peer(chain, bundles, self._clock.now())
-            if not self._admit(svid.spiffe_id):
-                raise VerificationError(f"{svid.spiffe_id} is not admitted here")
-            peer = replace(peer, spiffe_id=svid.spiffe_id, chain=svid.certificates)
+        peer = self._admitted(TcpPeer(*address_of(address), None, ()), peer_chain(outer.tls))
         outer.resume()
         await self._attach(outer, peer)
 
@@ -423,6 +405,68 @@ class TcpFront(Front):
     async def close(self) -> None:
         await super().close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class TcpFront(TlsFront):
+    """TLS on a TCP port: a client certificate is asked for, not required.
+
+    A certificate that is shown has to hold against the bundle of its ID's own trust domain, and
+    `admit` has to let that ID in; otherwise the connection ends. Contexts follow identity and
+    bundles; connections that are open go on until their age.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        *,
+        identity: Callable[[], TlsIdentity],
+        bundles: Callable[[], Mapping[TrustDomain, Bundle]],
+        admit: Callable[[SpiffeId], bool],
+        limits: FrontLimits = TCP_LIMITS,
+        clock: Clock | None = None,
+        log: Logger | None = None,
+    ) -> None:
+        """Describe the front; see `TlsFront`.
+
+        Args:
+            address: IP address to listen on.
+            port: 0 picks a free one.
+            identity: what to show now.
+            bundles: whom to believe now; asked at every connection.
+            admit: whether a verified ID may connect (own members, listed foreign admins).
+            limits: see `FrontLimits`.
+            clock: what time certificates are held against.
+            log: where refusals go.
+        """
+        super().__init__(address, port, identity=identity, limits=limits, clock=clock, log=log)
+        self._bundles = bundles
+        self._admit = admit
+        self._built: tuple[TlsIdentity, dict[TrustDomain, object], TlsContext] | None = None
+
+    @override
+    def _context(self) -> TlsContext:
+        identity, bundles = self._identity(), self._bundles()
+        roots: dict[TrustDomain, object] = {t: b.x509_authorities for t, b in bundles.items()}
+        built = self._built
+        if built is None or built[0] != identity or built[1] != roots:
+            context = build_context(
+                server_side=True,
+                verify=ssl.CERT_OPTIONAL,
+                roots=[root.der for bundle in bundles.values() for root in bundle.x509_authorities],
+                identity=identity,
+            )
+            built = self._built = (identity, roots, context)
+        return built[2]
+
+    @override
+    def _admitted(self, peer: TcpPeer, chain: tuple[bytes, ...]) -> TcpPeer:
+        if not chain:
+            return peer
+        svid = verify_peer(chain, self._bundles(), self._clock.now())
+        if not self._admit(svid.spiffe_id):
+            raise VerificationError(f"{svid.spiffe_id} is not admitted here")
+        return replace(peer, spiffe_id=svid.spiffe_id, chain=svid.certificates)
 
 
 def address_of(address: object) -> tuple[str, int]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from spire_hw.transport.tls import TlsIdentity
+    from spire_hw.transport.tls import TlsContext, TlsIdentity
 
 pytestmark = pytest.mark.usefixtures("rpc_engine")
 
@@ -277,13 +277,13 @@ def only(version: ssl.TLSVersion, front: EchoWorld) -> None:
     """Have the front speak one TLS version."""
     original = front.tcp._context
 
-    def context() -> object:
+    def context() -> TlsContext:
         built = original()
-        built[0].context.maximum_version = version
-        built[0].context.minimum_version = version
+        built.context.maximum_version = version
+        built.context.minimum_version = version
         return built
 
-    front.tcp._context = context  # type: ignore[assignment,method-assign]
+    front.tcp._context = context  # type: ignore[method-assign]
 
 
 VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
