@@ -8,21 +8,28 @@ operation active for good.
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pkcs11
-from pkcs11 import Session, Token, TokenFlag
-from pkcs11.exceptions import PKCS11Error
+from pkcs11 import Attribute, ObjectClass, Session, Token, TokenFlag
+from pkcs11.exceptions import PKCS11Error, SessionReadOnly, TokenWriteProtected
 
 from spire_hw.errors import ErrorKind
 from spire_hw.pkcs11.errors import Cure, TokenError, ckr_of
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _SESSION_INFO_INDEX: Final = 15  # C_GetSessionInfo in CK_FUNCTION_LIST, v2.40 header order
 _CKS_LOGGED_IN: Final = frozenset({1, 3})  # CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS
-_CKF_RW_SESSION: Final = 2
+_CKR_CRYPTOKI_NOT_INITIALIZED: Final = 0x190
 _TOUCH_BITS: Final = 128
+_LOCAL: Final = (
+    "look at the device or its service, and at the module's own configuration and directories"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,7 @@ class TokenSession:
         self._session: Session | None = None
         self.can_write = True
         self._read_write = True
+        self._get_session_info = _session_info_function(choice.module)
 
     def words(self) -> list[str]:
         """Return what token, slot, library and module file call themselves."""
@@ -94,16 +102,23 @@ class TokenSession:
             )
         self.can_write = not flags & TokenFlag.WRITE_PROTECTED
         self._read_write = self.can_write or read_write_only
-        rw = self._read_write
+        # Before the login, which is then the only thing left to fail in what follows.
+        self._session = self._first_session()
         try:
-            # Before the login, which is then the only thing left to fail in what follows.
-            self._session = self.token.open(rw=rw)
-        except PKCS11Error as e:
-            raise TokenError.of(e, "open session", self.device) from e
-        try:
-            self._anchor = self.token.open(rw=rw, user_pin=pin)
+            self._anchor = self.token.open(rw=self._read_write, user_pin=pin)
         except Exception as e:
             raise TokenError.of_login(e, self.device) from e
+
+    def _first_session(self) -> Session:
+        try:
+            try:
+                return self.token.open(rw=self._read_write)
+            except (TokenWriteProtected, SessionReadOnly):
+                # What is exported write-protected by p11-kit does not say so in its flags.
+                self.can_write = self._read_write = False
+                return self.token.open(rw=False)
+        except PKCS11Error as e:
+            raise TokenError.of(e, "open session", self.device) from e
 
     def _operator(self, reason: str, message: str) -> TokenError:
         return TokenError(
@@ -153,9 +168,34 @@ class TokenSession:
         Raises:
             TokenError: it is not; the worker must be replaced.
         """
-        state = _session_state(self._choice.module, self.session)
-        if state not in _CKS_LOGGED_IN:
+        state = None if self._get_session_info is None else self._session_state()
+        if state is None:
+            # Some modules (p11-kit's client) make a function list for each that asks, and ours
+            # knows nothing of the sessions of python-pkcs11's.
+            self._get_session_info = None
+            is_logged_in = self._takes_private_object()
+        else:
+            is_logged_in = state in _CKS_LOGGED_IN
+        if not is_logged_in:
             raise self._lost("the session is not logged in")
+
+    def _session_state(self) -> int | None:
+        """Return the CKS state of the session, -1 when unknown, None when nobody can be asked."""
+        info = _SessionInfo()
+        handle: int = self.session.handle  # type: ignore[attr-defined]  # missing in the stubs
+        code = self._get_session_info(handle, ctypes.byref(info)) if self._get_session_info else 0
+        if code == _CKR_CRYPTOKI_NOT_INITIALIZED:
+            return None
+        return int(info.state) if code == 0 else -1
+
+    def _takes_private_object(self) -> bool:
+        """Tell whether a private object may be made, which takes a login; it is gone at once."""
+        wanted = {Attribute.CLASS: ObjectClass.DATA, Attribute.TOKEN: False}
+        try:
+            self.session.create_object({**wanted, Attribute.PRIVATE: True}).destroy()
+        except PKCS11Error:
+            return False
+        return True
 
     def touch(self) -> None:
         """Have the device do something, so that it does not end a session that rests.
@@ -217,14 +257,26 @@ def _uninitialised(module: str, error: PKCS11Error) -> TokenError:
     """Tell that a module does not find what it works with; it may do so later."""
     row = ckr_of(error)
     return TokenError(
-        f"initialise module failed: CKR_{row.name} from {module}; look at the device or its service, "
-        "and at the module's own configuration and directories",
+        f"initialise module failed: CKR_{row.name} from {module}; {_remote(module) or _LOCAL}",
         reason=f"hsm.{row.name.lower()}",
         operation="initialise module",
         code=row.value,
         cure=Cure.RESTART,
         kind=ErrorKind.UNAVAILABLE if row.kind is ErrorKind.INTERNAL else row.kind,
     )
+
+
+def _remote(module: str) -> str:
+    """Return what to look at when a module that speaks to another host finds nothing."""
+    if "p11-kit-client" not in PurePath(module).name:
+        return ""
+    return (
+        "look at the far end (p11-kit server with its token) and at the tunnel or socket in between"
+    )
+
+
+def _remote_address() -> str:
+    return os.environ.get("P11_KIT_SERVER_ADDRESS", "the default address")
 
 
 def _choose(library: Any, choice: TokenChoice) -> Token:
@@ -246,6 +298,14 @@ def _choose(library: Any, choice: TokenChoice) -> Token:
             operation="find token",
             cure=Cure.OPERATOR,
             kind=ErrorKind.FAILED_PRECONDITION,
+        )
+    if not seen and (remote := _remote(choice.module)) and not library.get_slots():
+        raise TokenError(
+            f"p11-kit: no slots at {_remote_address()}; {remote}",
+            reason="hsm.no_slots",
+            operation="find token",
+            cure=Cure.RESTART,
+            kind=ErrorKind.UNAVAILABLE,
         )
     names = ", ".join(f'"{t.label}"' for t in seen if t.label) or "none"
     raise TokenError(
@@ -295,21 +355,13 @@ class _SessionInfo(ctypes.Structure):
     )
 
 
-def _session_state(module: str, session: Session) -> int:
-    """Return the CKS state of a session, -1 when the token does not know it.
-
-    python-pkcs11 has no C_GetSessionInfo; the module is loaded, so its function list is asked.
-    """
+def _session_info_function(module: str) -> Callable[..., int] | None:
+    """Return C_GetSessionInfo, which python-pkcs11 lacks, from the loaded module; None without it."""
     table = ctypes.POINTER(ctypes.c_void_p)()
     if ctypes.CDLL(module).C_GetFunctionList(ctypes.byref(table)) != 0:
-        return -1
+        return None
     # CK_VERSION is two bytes, padded to the size of a pointer, in front of the function pointers.
     address = table[1 + _SESSION_INFO_INDEX]
     if address is None:
-        return -1
-    function = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p)(address)
-    info = _SessionInfo()
-    handle: int = session.handle  # type: ignore[attr-defined]  # missing in the stubs
-    if function(handle, ctypes.byref(info)) != 0:
-        return -1
-    return int(info.state)
+        return None
+    return ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p)(address)
