@@ -18,7 +18,7 @@ from spire_hw.pkcs11.choice import Choice, merged
 from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.pkcs11.keys import MECHANISM_NAMES, PublicMaterial, is_ec, mechanisms_for
 from spire_hw.pkcs11.labels import Owner, key_name
-from spire_hw.pkcs11.profile import RSA_KEY_GEN
+from spire_hw.pkcs11.profile import RSA_KEY_GEN, USAGES, Profile
 from spire_hw.pkcs11.wire import SignKey, unpack_bytes
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ _REQUIRED: Final = {
     "NEVER_EXTRACTABLE": True,
     "SIGN": True,
 }
-_FORBIDDEN: Final = ("DECRYPT", "UNWRAP", "DERIVE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,14 +300,20 @@ def read_evidence(described: Mapping[str, Any]) -> Evidence:
     }
 
 
-def check_evidence(key: str, evidence: Evidence, key_type: KeyType) -> None:
+def check_evidence(key: str, evidence: Evidence, key_type: KeyType, profile: Profile) -> None:
     """Refuse a private key that is not proven to have been made in the token for signing only.
+
+    Args:
+        key: how a message calls it.
+        evidence: what the token says.
+        key_type: its type.
+        profile: may allow what this kind of token permits every key.
 
     Raises:
         TokenError: FAILED_PRECONDITION, names the attributes that do not hold.
     """
     wrong = [n for n, wanted in _REQUIRED.items() if evidence.get(n) is not wanted]
-    wrong += [n for n in _FORBIDDEN if evidence.get(n) is True]
+    wrong += [n for n in sorted(USAGES - profile.usage_allowed) if evidence.get(n) is True]
     if evidence.get("KEY_GEN_MECHANISM") not in _made_by(key_type):
         wrong.append("KEY_GEN_MECHANISM")
     if wrong:

@@ -163,7 +163,8 @@ class Keyring:
         try:
             described = await making.generate(self.disposal)
             public_key = described.public_key
-            check_evidence(f'generated key "{key_id}"', described.evidence, key_type)
+            profile = self._pool.facts.profile
+            check_evidence(f'generated key "{key_id}"', described.evidence, key_type, profile)
             info = KeyInfo.of(key_id, key_type, public_key)
             entry = Entry.of(info, cka_id, label, generation)
             await self._proving.prove(entry)

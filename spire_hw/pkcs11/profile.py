@@ -31,7 +31,9 @@ PRIVATE_TEMPLATE: Final = {
 PUBLIC_TEMPLATE: Final = {"PRIVATE": False, "ENCRYPT": False, "WRAP": False}
 # Without these a token may make a key that can be taken out of it.
 ESSENTIAL: Final = frozenset({"PRIVATE", "SENSITIVE", "EXTRACTABLE"})
-_USAGE: Final = frozenset({"DECRYPT", "UNWRAP", "DERIVE", "SIGN_RECOVER", "COPYABLE"})
+# What a key of ours must not be good for, besides signing.
+USAGES: Final = frozenset({"DECRYPT", "UNWRAP", "DERIVE"})
+_USAGE: Final = USAGES | {"SIGN_RECOVER", "COPYABLE"}
 _PUBLIC_USAGE: Final = frozenset({"ENCRYPT", "WRAP"})
 RSA_KEY_GEN: Final = {"pkcs": 0x0, "x9.31": 0xA}
 PSS_SALTS: Final = frozenset({"any", "hash"})
@@ -45,6 +47,8 @@ class Profile:
         name: what the operator calls it.
         omit_private: attributes not sent for the private half.
         omit_public: attributes not sent for the public half.
+        usage_allowed: what this kind of token permits every key, so that it must not be held
+            against one; any of `USAGES`.
         id_bytes: length of a CKA_ID; short ones are drawn until one is free.
         data_objects: whether the token keeps data objects; without, the host's note is the only one.
         generates: whether pairs can be made over PKCS#11 with a label and an id of ours.
@@ -60,6 +64,7 @@ class Profile:
     name: str
     omit_private: frozenset[str] = frozenset()
     omit_public: frozenset[str] = frozenset()
+    usage_allowed: frozenset[str] = frozenset()
     id_bytes: int = 16
     data_objects: bool = True
     generates: bool = True
@@ -108,21 +113,27 @@ class Profile:
         for name, value in overrides.items():
             if name not in OVERRIDABLE:
                 raise InvalidInputError(f"a profile has no {name}")
-            values[name] = frozenset(value) if name.startswith("omit_") else value
+            values[name] = frozenset(value) if name in _NAMES_OF else value
         result = replace(self, **values)
         _check(result)
         return result
 
 
+_NAMES_OF: Final = {
+    "omit_private": frozenset(PRIVATE_TEMPLATE),
+    "omit_public": frozenset(PUBLIC_TEMPLATE),
+    "usage_allowed": USAGES,
+}
 OVERRIDABLE: Final = frozenset(f.name for f in fields(Profile)) - {"name", "marks"}
 
 
 def _check(profile: Profile) -> None:
-    for where, known in (("private", PRIVATE_TEMPLATE), ("public", PUBLIC_TEMPLATE)):
-        omitted = profile.omit_private if where == "private" else profile.omit_public
-        odd = sorted(omitted - set(known))
+    for name, known in _NAMES_OF.items():
+        odd = sorted(getattr(profile, name) - known)
         if odd:
-            raise InvalidInputError(f"omit_{where} knows {', '.join(known)}, not {', '.join(odd)}")
+            raise InvalidInputError(
+                f"{name} knows {', '.join(sorted(known))}, not {', '.join(odd)}"
+            )
     missing = sorted(profile.omit_private & ESSENTIAL)
     if missing:
         raise InvalidInputError(
@@ -142,9 +153,11 @@ PROFILES: Final = {
         Profile("softhsm", marks=("softhsm",)),
         Profile(
             "tpm2",
-            # Explicit FALSE usage flags are answered with CKR_GENERAL_ERROR.
+            # Explicit FALSE usage flags are answered with CKR_GENERAL_ERROR, and every key may
+            # decrypt: for an EC key that means key agreement.
             omit_private=_USAGE,
             omit_public=_PUBLIC_USAGE,
+            usage_allowed=frozenset({"DECRYPT"}),
             pss_salts="hash",
             max_rsa_bits=3072,
             marks=("tpm2-software", "tpm2_pkcs11", "tpm2.0 cryptoki"),

@@ -19,6 +19,7 @@ class ProfileOverrides(Model):
 
     omit_private: list[str] = Field(default_factory=list)
     omit_public: list[str] = Field(default_factory=list)
+    usage_allowed: list[str] = Field(default_factory=list)
     id_bytes: Annotated[int, Field(ge=2, le=64)] = 16
     data_objects: bool = True
     generates: bool = True

@@ -48,7 +48,8 @@ class Proving:
                 kind=ErrorKind.FAILED_PRECONDITION,
             ) from e
         if key_id not in self._policy.accept_weak_keys:
-            check_evidence(f'key "{key_id}"', pair.evidence, key_type)
+            profile = self._pool.facts.profile
+            check_evidence(f'key "{key_id}"', pair.evidence, key_type, profile)
         info = KeyInfo.of(key_id, key_type, public_key)
         entry = Entry.of(info, pair.cka_id, pair.label, pair.generation)
         await self.prove(entry)

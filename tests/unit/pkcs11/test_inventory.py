@@ -8,6 +8,7 @@ from spire_hw.errors import ErrorKind
 from spire_hw.key import KeyType
 from spire_hw.pkcs11.errors import TokenError
 from spire_hw.pkcs11.inventory import Manifest, check_evidence, read_listing
+from spire_hw.pkcs11.profile import PROFILES
 from spire_hw.pkcs11.keys import CKM_EC_KEY_PAIR_GEN
 from spire_hw.pkcs11.labels import Owner
 from spire_hw.pkcs11.wire import pack_bytes
@@ -110,7 +111,7 @@ def test_two_manifests_after_a_crash_add_up_and_belong_to_nobody() -> None:
     ],
 )
 def test_faults_33_34_a_key_that_is_not_proven_is_refused(name: str, value: bool | None) -> None:
-    check_evidence("key", GOOD, KeyType.EC_P256)
+    check_evidence("key", GOOD, KeyType.EC_P256, PROFILES["generic"])
     with pytest.raises(TokenError, match=name) as caught:
-        check_evidence("key", {**GOOD, name: value}, KeyType.EC_P256)
+        check_evidence("key", {**GOOD, name: value}, KeyType.EC_P256, PROFILES["generic"])
     assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
