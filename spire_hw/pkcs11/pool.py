@@ -217,14 +217,12 @@ class Pool:
 
     def recycle_admin(self) -> None:
         """Replace the admin worker: a library may go on showing what it saw when a token left."""
-        if self._admin.worker is not None:
-            self._admin.worker.kill()
+        self._admin.recycle()
 
     def recycle(self) -> None:
         """Replace the signing workers: some libraries never see objects made by another process."""
         for seat in self._seats:
-            if seat.worker is not None:
-                seat.worker.kill()
+            seat.recycle()
 
     async def close(self) -> None:
         """Take no new work, let what is queued finish for a while, end every worker."""

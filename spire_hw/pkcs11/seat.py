@@ -133,6 +133,7 @@ class Seat:
         self.facts: TokenFacts | None = None
         self.problem: TokenError | None = None
         self._released = False
+        self._recycled = False
         self._is_away = False
         self._deaths = 0
         # Set but while a pause between two tries may be cut short.
@@ -192,6 +193,12 @@ class Seat:
             self._item_s = each
         self._item_s += _SMOOTHING * (each - self._item_s)
 
+    def recycle(self) -> None:
+        """Have a fresh worker take the place of this one; that is no death of it."""
+        if self.worker is not None:
+            self._recycled = True
+            self.worker.kill()
+
     def release(self) -> WorkerProcess | None:
         """Hand the worker over to be closed in peace; no other is started."""
         self._released = True
@@ -221,6 +228,9 @@ class Seat:
             how = await self._until_gone(worker)
             if how is None:
                 return
+            if self._recycled:
+                self._recycled = False
+                continue
             self._log.warning("hsm.worker_died", worker=self.name, how=how)
             if loop.time() - since > _STEADY_S:
                 deaths.reset()

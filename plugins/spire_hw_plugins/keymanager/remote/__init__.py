@@ -1,0 +1,1 @@
+"""KeyManager `remote`: keys held by spire-hw-signer on another host."""

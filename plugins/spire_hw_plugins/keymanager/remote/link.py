@@ -1,0 +1,183 @@
+"""One signer: calls to it, its audit log under our eyes, and whether it holds our keys."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from google.protobuf.message import Message
+
+from spire_hw.errors import (
+    EncodingError,
+    ErrorKind,
+    NotReadyError,
+    SpireHwError,
+    UnavailableError,
+)
+from spire_hw.key import fingerprint
+from spire_hw_plugins.keymanager.remote import wire
+from spire_hw_plugins.keymanager.remote.state import LogNote
+from spire_hw_plugins.keymanager.remote.witness import Witness
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from spire_hw.clock import Clock
+    from spire_hw.key import KeyType
+    from spire_hw.log import Logger
+    from spire_hw.plugin.keymanager import KeyInfo, KeySignature
+    from spire_hw_plugins.keymanager.remote.door import Door
+    from spire_hw_plugins.keymanager.remote.wire import Item, Refused
+
+M = TypeVar("M", bound=Message)
+
+_TOLD_EVERY: Final = 1000  # records between two lines in our log
+_TOLD_EVERY_S: Final = 60.0
+
+
+class Link:
+    """One signer.
+
+    Attributes:
+        name: its address or socket, for people.
+        note: what is known of its log.
+        trouble: why it is not used, None when it can be.
+    """
+
+    def __init__(
+        self, door: Door, note: LogNote, *, require_witness: bool, clock: Clock, log: Logger
+    ) -> None:
+        self.name = door.name
+        self.trouble: SpireHwError | None = UnavailableError(
+            f"signer {door.name} was not asked yet"
+        )
+        self._door = door
+        self._require_witness = require_witness
+        self._log = log.bind(signer=door.name)
+        self._witness = Witness(note.head)
+        self._log_key = note.log_key
+        self._fault = note.fault
+        self._clock = clock
+        self._told_seq = self._witness.floor
+        self._told_at = float("-inf")
+
+    @property
+    def note(self) -> LogNote:
+        """Return what is known of its log."""
+        return LogNote(self._witness.head, self._log_key, self._fault)
+
+    @property
+    def fault(self) -> str:
+        """Return what speaks against its log, "" when nothing does."""
+        return self._fault
+
+    @property
+    def log_key(self) -> str:
+        """Return the fingerprint of the key that signs its checkpoints, "" when it is unknown."""
+        return fingerprint(self._log_key) if self._log_key else ""
+
+    async def list_keys(self, timeout_s: float) -> list[KeyInfo]:
+        """Return the keys it holds for us, in its order.
+
+        Raises:
+            SpireHwError: as `Door.call`, INTERNAL when the answer is not one, FAILED_PRECONDITION
+                when its log has gone back and that matters.
+        """
+        answer = await self._call(
+            wire.GET_PUBLIC_KEYS, wire.list_request(), wire.PublicKeysResponse, timeout_s
+        )
+        with _reading(self.name):
+            return wire.listed_keys(answer)
+
+    async def generate(
+        self, request_id: bytes, key_id: str, key_type: KeyType, timeout_s: float
+    ) -> KeyInfo | Refused:
+        """Have a key made; the same request id is answered with the same key.
+
+        Raises:
+            SpireHwError: as `list_keys`.
+        """
+        request = wire.generate_request(request_id, key_id, key_type)
+        answer = await self._call(wire.GENERATE_KEY, request, wire.GenerateResponse, timeout_s)
+        if answer.HasField("refusal"):
+            return wire.refused(answer.refusal)
+        with _reading(self.name):
+            made = wire.key_info(answer.public_key)
+            if made.key_id != key_id or made.key_type is not key_type:
+                raise EncodingError("answer", "holds another key than was asked for")
+            return made
+
+    async def sign(self, items: Sequence[Item], timeout_s: float) -> list[KeySignature | Refused]:
+        """Have things signed; each is answered for itself.
+
+        Raises:
+            SpireHwError: as `list_keys`, for all of them.
+        """
+        request = wire.sign_request(items)
+        answer = await self._call(wire.SIGN, request, wire.SignResponse, timeout_s)
+        with _reading(self.name):
+            return wire.signed(answer, len(items))
+
+    async def look_at_log(self, timeout_s: float) -> None:
+        """Ask for the head of its log, and whether the same key signs it as before.
+
+        Raises:
+            SpireHwError: as `list_keys`.
+        """
+        answer = await self._call(
+            wire.GET_LOG_HEAD, wire.head_request(), wire.LogHeadResponse, timeout_s
+        )
+        if not answer.log_key:
+            return
+        if self._log_key and answer.log_key != self._log_key:
+            self._suspect("another key signs it than before")
+        self._log_key = self._log_key or answer.log_key
+
+    async def close(self) -> None:
+        """End all connections."""
+        await self._door.close()
+
+    async def _call(
+        self, path: str, request: Message, response_type: type[M], timeout_s: float
+    ) -> M:
+        if self._fault and self._require_witness:
+            raise self._rewound()
+        floor = self._witness.floor
+        answer = await self._door.call(path, request, response_type, timeout_s)
+        head = wire.head_of(answer.log_head)  # type: ignore[attr-defined]  # every answer has it
+        if against := self._witness.saw(head, floor):
+            self._suspect(against)
+        elif head.seq - self._told_seq >= _TOLD_EVERY or self._is_silent_for(_TOLD_EVERY_S):
+            self._told_seq = head.seq
+            self._log.info("signer audit log witnessed", seq=head.seq, head=head.hash.hex())
+        return answer
+
+    def _suspect(self, against: str) -> None:
+        if not self._fault or self._is_silent_for(_TOLD_EVERY_S):
+            self._log.error("signer audit log rewound", alarm="signer.log_rewound", fault=against)
+        self._fault = self._fault or against
+        if self._require_witness:
+            raise self._rewound()
+
+    def _rewound(self) -> NotReadyError:
+        return NotReadyError(
+            f"signer audit log rewound: {self._fault}, at {self.name}; verify the log there, compare "
+            "it with the heads in this server's log, then name the signer in accept_log for one start"
+        )
+
+    def _is_silent_for(self, seconds: float) -> bool:
+        """Tell whether nothing was said about the log for a while; then something will be."""
+        now = self._clock.monotonic()
+        if now - self._told_at < seconds:
+            return False
+        self._told_at = now
+        return True
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Say of which signer an answer is that cannot be used."""
+    try:
+        yield
+    except EncodingError as e:
+        raise SpireHwError(f"signer {name}: {e.message}", kind=ErrorKind.INTERNAL) from e
