@@ -2,13 +2,16 @@
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types rooms proto proto-check tests test-lowest test-vm coverage interop bench fuzz clean
+.PHONY: help setup setup-more demo test lint types rooms proto proto-check tests test-lowest test-vm coverage interop bench fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## system packages and .venv; does nothing when all is there
 	@scripts/setup.sh
+
+setup-more: ## setup, and tpm2-pkcs11 with its broker for the tests of a second HSM module
+	@scripts/setup.sh --more
 
 demo: setup ## from a bare machine to a workload's SVID, narrated (KEEP=1 leaves it running)
 	@$(PY) -m spire_hw_sim demo $(if $(KEEP),--keep)

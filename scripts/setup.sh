@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
 # Sets up everything the two README commands need on Debian or Ubuntu: system packages and .venv.
-# Safe to run again; does nothing, and needs no network, when all is there.
+# Safe to run again; does nothing, and needs no network, when all is there. With --more it also brings
+# what tests of a second PKCS#11 module need; tpm2-abrmd among it comes with a service of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 readonly VENV=.venv
 readonly STAMP=$VENV/.spire-hw-setup
-readonly PACKAGES=(
+PACKAGES=(
   ca-certificates gcc g++ libc6-dev make openssl pkg-config procps python3 python3-dev python3-venv
   swtpm swtpm-tools tpm2-tools libtss2-dev
   softhsm2 opensc p11-kit
 )
+
+readonly MORE=(libtpm2-pkcs11-1 libtpm2-pkcs11-tools tpm2-abrmd libtss2-tcti-tabrmd0 dbus libglib2.0-bin)
+[ "${1:-}" = --more ] && PACKAGES+=("${MORE[@]}")
+readonly PACKAGES
 
 say() { printf '==> %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
