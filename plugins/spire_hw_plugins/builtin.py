@@ -28,7 +28,6 @@ TABLE: Final[dict[tuple[PluginKind, str, Side], str]] = {
     (PluginKind.KEY_MANAGER, "tpm", _SERVER): "keymanager.tpm",
     (PluginKind.KEY_MANAGER, "tpm", _AGENT): "keymanager.tpm",
     (PluginKind.KEY_MANAGER, "pkcs11", _SERVER): "keymanager.pkcs11",
-    (PluginKind.KEY_MANAGER, "remote", _SERVER): "keymanager.remote.manager",
     (PluginKind.NODE_ATTESTOR, "join_token", _AGENT): "nodeattestor.join_token",
     (PluginKind.NODE_ATTESTOR, "tpm", _SERVER): "nodeattestor.tpm.server",
     (PluginKind.NODE_ATTESTOR, "tpm", _AGENT): "nodeattestor.tpm.agent",
@@ -36,6 +35,8 @@ TABLE: Final[dict[tuple[PluginKind, str, Side], str]] = {
     (PluginKind.NODE_ATTESTOR, "tpm_devid", _AGENT): "nodeattestor.tpm_devid.agent",
     (PluginKind.NODE_ATTESTOR, "x509pop", _SERVER): "nodeattestor.x509pop.server",
     (PluginKind.NODE_ATTESTOR, "x509pop", _AGENT): "nodeattestor.x509pop.agent",
+    (PluginKind.UPSTREAM_AUTHORITY, "disk", _SERVER): "upstreamauthority.disk",
+    (PluginKind.UPSTREAM_AUTHORITY, "pkcs11", _SERVER): "upstreamauthority.pkcs11",
     (PluginKind.WORKLOAD_ATTESTOR, "unix", _AGENT): "workloadattestor.unix",
 }
 

@@ -31,6 +31,8 @@ from spire_hw_plugins.nodeattestor.tpm_devid import agent as devid_agent
 from spire_hw_plugins.nodeattestor.tpm_devid import config as devid_server
 from spire_hw_plugins.nodeattestor.x509pop import agent as x509pop_agent
 from spire_hw_plugins.nodeattestor.x509pop import config as x509pop_server
+from spire_hw_plugins.upstreamauthority import disk as upstream_disk
+from spire_hw_plugins.upstreamauthority import pkcs11 as upstream_pkcs11
 from spire_hw_plugins.workloadattestor import unix
 from spire_hw_server import app as server_app
 from spire_hw_server import config as server_config
@@ -207,6 +209,8 @@ def test_every_key_of_every_plugin_is_documented() -> None:
         "nodeattestor_tpm": (tpm_server.ServerConfig, tpm_agent.Config),
         "nodeattestor_tpm_devid": (devid_server.ServerConfig, devid_agent.Config),
         "nodeattestor_x509pop": (x509pop_server.ServerConfig, x509pop_agent.Config),
+        "upstreamauthority_disk": (upstream_disk.Config,),
+        "upstreamauthority_pkcs11": (upstream_pkcs11.Config,),
         "workloadattestor_unix": (unix.Config,),
         "datastore_sql": (RawDatastoreConfig,),
     }
