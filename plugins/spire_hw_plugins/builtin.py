@@ -28,6 +28,7 @@ TABLE: Final[dict[tuple[PluginKind, str, Side], str]] = {
     (PluginKind.KEY_MANAGER, "tpm", _SERVER): "keymanager.tpm",
     (PluginKind.KEY_MANAGER, "tpm", _AGENT): "keymanager.tpm",
     (PluginKind.KEY_MANAGER, "pkcs11", _SERVER): "keymanager.pkcs11",
+    (PluginKind.KEY_MANAGER, "remote", _SERVER): "keymanager.remote.manager",
     (PluginKind.NODE_ATTESTOR, "join_token", _AGENT): "nodeattestor.join_token",
     (PluginKind.NODE_ATTESTOR, "tpm", _SERVER): "nodeattestor.tpm.server",
     (PluginKind.NODE_ATTESTOR, "tpm", _AGENT): "nodeattestor.tpm.agent",

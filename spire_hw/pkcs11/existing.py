@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from spire_hw.pkcs11.inventory import Evidence
     from spire_hw.pkcs11.pin import PinGuard
 
+_GONE: Final = "hsm.key_gone"
 _CHECK: Final = b"spire-hw key possession check\0"
 
 
@@ -59,8 +60,31 @@ class ExistingKey:
         return f"token {self._pool.facts.device}, key {self.label or self.cka_id.hex()}"
 
     async def sign(self, digest: bytes, options: SignOptions) -> bytes:
-        """Have the token sign; its worker verifies what came out with the public half."""
-        return await self._pool.sign(SignItem(self._key, digest, options))
+        """Have the token sign; its worker verifies what came out with the public half.
+
+        Raises:
+            TokenError: the token failed, or does not show the key any more.
+        """
+        item = SignItem(self._key, digest, options)
+        try:
+            return await self._pool.sign(item)
+        except TokenError as e:
+            if e.reason != _GONE:
+                raise
+        # A library may go on showing what it saw while the token was away.
+        self._pool.recycle()
+        try:
+            return await self._pool.sign(item)
+        except TokenError as e:
+            if e.reason != _GONE:
+                raise
+            raise TokenError(
+                f"{self.location} is not there any more; bring the token or the key back",
+                reason="hsm.key_vanished",
+                operation="sign",
+                cure=Cure.OPERATOR,
+                kind=ErrorKind.UNAVAILABLE,
+            ) from e
 
     async def prove(self) -> None:
         """Have the key sign something that can be nothing else.

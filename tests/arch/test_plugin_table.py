@@ -15,6 +15,7 @@ from spire_hw.log import get_logger
 from spire_hw.plugin.info import HostInfo, Plugin, PluginKind, Side
 from spire_hw.plugin.keymanager import KeyEvidenceSource, KeyManager, TpmKeys
 from spire_hw.plugin.nodeattestor import AgentNodeAttestor, ServerNodeAttestor
+from spire_hw.plugin.upstreamauthority import UpstreamAuthority
 from spire_hw.plugin.workloadattestor import WorkloadAttestor
 from spire_hw.spiffeid import TrustDomain
 from spire_hw_plugins import builtin
@@ -24,6 +25,7 @@ CONTRACTS: dict[tuple[PluginKind, Side], type[Any]] = {
     (PluginKind.KEY_MANAGER, Side.AGENT): KeyManager,
     (PluginKind.NODE_ATTESTOR, Side.SERVER): ServerNodeAttestor,
     (PluginKind.NODE_ATTESTOR, Side.AGENT): AgentNodeAttestor,
+    (PluginKind.UPSTREAM_AUTHORITY, Side.SERVER): UpstreamAuthority,
     (PluginKind.WORKLOAD_ATTESTOR, Side.AGENT): WorkloadAttestor,
 }
 DOCS = Path(__file__).parents[2] / "docs" / "plugins"

@@ -166,6 +166,10 @@ class Upstream:
                 f"no answer within {_ANSWER_S:g} s", kind=ErrorKind.DEADLINE_EXCEEDED
             )
             raise PluginError(self._prefix, late) from e
+        except PluginError:
+            raise
+        except SpireHwError as e:
+            raise PluginError(self._prefix, e) from e
         except StopAsyncIteration as e:
             raise PluginError(self._prefix, SpireHwError("it ended without an answer")) from e
 

@@ -1,0 +1,1 @@
+"""UpstreamAuthority plugins: who signs the server's CA."""
