@@ -39,7 +39,7 @@ else:
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Mapping, MutableMapping
+    from collections.abc import Callable, Mapping, MutableMapping
     from datetime import datetime
     from pathlib import Path
 
@@ -132,6 +132,8 @@ class Output:
         self._lock = threading.RLock()
         self._descriptor: int | None = None
         self._lost = 0
+        # Told of every line that is written: its level and message.
+        self.observer: Callable[[Level, str], None] | None = None
         self._take(settings or LogSettings(), clock or SystemClock(), stream)
 
     def _take(self, settings: LogSettings, clock: Clock, stream: TextIO | None) -> None:
@@ -179,6 +181,9 @@ class Output:
     def write(self, level: Level, message: str, fields: Mapping[str, Any]) -> None:
         """Write one line, whatever its level; `message` and values may hold anything."""
         now = self._clock.now()
+        observer = self.observer
+        if observer is not None:
+            observer(level, message)
         with self._lock:
             if self._lost:
                 told = {"count": self._lost}

@@ -17,12 +17,16 @@ from spire_hw.errors import NotReadyError, SpireHwError, UnavailableError
 from spire_hw.log import get_logger
 from spire_hw.plugin.hostservices import HostServices
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
+from spire_hw.plugin.keycalls import KeyCalls
 from spire_hw.plugin.keymanager import Keys
-from spire_hw.plugin.metrics import LoggedMetrics
+from spire_hw.plugin.metrics import PluginMetrics
 from spire_hw.plugin.section import AGENT_RULES
 from spire_hw.posture.heartbeat import HeartbeatSource
 from spire_hw.rotation import draw_jitter, rotation_due_at
 from spire_hw.rpc.probes import Health, HealthListener
+from spire_hw.telemetry.host import Telemetry
+from spire_hw.telemetry.logged import count_log_lines
+from spire_hw.telemetry.metrics import NO_METRICS
 from spire_hw_agent.cache import Cache
 from spire_hw_agent.cutoff import CutOff
 from spire_hw_agent.enroll import Enroller
@@ -44,9 +48,13 @@ if TYPE_CHECKING:
 
     from spire_hw.errors import ConfigFault
     from spire_hw.plugin.info import Builder
+    from spire_hw.telemetry.metrics import Metrics
     from spire_hw_agent.config import AgentSettings
     from spire_hw_agent.upstream.posture import Standing
 
+_SVIDS = ("lru_cache_svid_map_size",)
+_ENTRIES = ("sync_entries_total",)
+_ALIVE = ("agent_svid", "alive")
 _STARTING = "the agent is starting: it has not synchronised with the server yet"
 _HEALED = "this node is out of quarantine: the agent has not synchronised with the server yet"
 
@@ -75,6 +83,14 @@ class Agent:
         self._sync: Synchroniser
         self._stores: SvidStores
         self._cutoff: CutOff
+        self.telemetry = Telemetry(
+            settings.telemetry,
+            service="spire_agent",
+            trust_domain=settings.trust_domain,
+            version=__version__,
+            clock=self._clock,
+            log=get_logger("telemetry"),
+        )
 
     async def __aenter__(self) -> Self:
         try:
@@ -122,6 +138,7 @@ class Agent:
         self._cutoff = CutOff(self.cache, log=get_logger("posture"), on_healed=self._on_healed)
         await self._serve(catalog, upstream)
         await self._listen_for_probes(catalog)
+        await self._let_metrics_be_read(upstream)
         await self.identity.start()
         tasks.start("identity", self.identity.run())
         tasks.start("entries", self._sync.run_entries())
@@ -148,7 +165,11 @@ class Agent:
         attestor = catalog.one(PluginKind.NODE_ATTESTOR)
         enroller = Enroller(
             trust_domain=self.settings.trust_domain,
-            keys=Keys(key_manager.plugin, key_manager.name),
+            keys=Keys(
+                key_manager.plugin,
+                key_manager.name,
+                KeyCalls(self.telemetry.metrics, Side.AGENT),
+            ),
             attestor_name=attestor.name,
             attestor=attestor.plugin,
             upstream=upstream,
@@ -157,6 +178,7 @@ class Agent:
             clock=self._clock,
             log=get_logger("attestor"),
             renew_at=self._renew_at,
+            metrics=self.telemetry.metrics,
         )
         return AgentIdentity(
             enroller,
@@ -183,6 +205,7 @@ class Agent:
             renew_at=self._renew_at,
             on_synchronised=self._on_synchronised,
             on_denied=self.identity.denied,
+            metrics=self.telemetry.metrics,
         )
 
     def _heartbeat(self, catalog: Catalog, upstream: Upstream) -> Heartbeat:
@@ -230,10 +253,10 @@ class Agent:
         catalog = await Catalog.load(
             self.settings.plugins,
             _table,
-            _host(self.settings, self._clock),
+            _host(self.settings, self._clock, self.telemetry.metrics),
             AGENT_RULES,
             names=_names,
-            external=_external(self._clock),
+            external=_external(self._clock, self.telemetry.metrics),
         )
         self._stack.push_async_callback(catalog.close)
         self._catalog = catalog
@@ -255,6 +278,7 @@ class Agent:
             get_logger("workload_attestor"),
             log_selectors=self.settings.log_selectors,
             clock=self._clock,
+            metrics=self.telemetry.metrics,
         )
         api = WorkloadApi(
             self.cache,
@@ -270,6 +294,7 @@ class Agent:
             api,
             is_healthy=self.is_healthy,
             log=log,
+            metrics=self.telemetry.metrics,
         )
         await server.start()
         self._stack.push_async_callback(server.close, 1.0)
@@ -304,6 +329,21 @@ class Agent:
         self._stack.push_async_callback(listener.close)
         self._health_listener = listener
         log.info("Serving health checks", address=f"{where.bind_address}:{listener.port}")
+
+    async def _let_metrics_be_read(self, upstream: Upstream) -> None:
+        telemetry, metrics, cache = self.telemetry, self.telemetry.metrics, self.cache
+        if not telemetry.is_read:
+            return
+
+        def measure() -> None:
+            metrics.gauge(_SVIDS, cache.svid_count, {"svid_type": "x509"})
+            metrics.gauge(_ENTRIES, len(cache.entries))
+            metrics.gauge(_ALIVE, self.identity.is_alive())
+
+        telemetry.before_reading(measure)
+        await telemetry.start(identity=upstream.tls_identity, bundles=cache.bundles)
+        self._stack.push_async_callback(telemetry.close)
+        self._stack.callback(count_log_lines(metrics))
 
     async def _check_ready(self) -> None:
         self.check_ready()
@@ -366,7 +406,7 @@ class Agent:
             self._ended.cancel()
 
 
-def _host(settings: AgentSettings, clock: Clock) -> HostInfo:
+def _host(settings: AgentSettings, clock: Clock, metrics: Metrics = NO_METRICS) -> HostInfo:
     return HostInfo(
         side=Side.AGENT,
         trust_domain=settings.trust_domain,
@@ -374,11 +414,12 @@ def _host(settings: AgentSettings, clock: Clock) -> HostInfo:
         log=get_logger("catalog"),
         clock=clock,
         join_token=settings.join_token,
+        metrics=metrics,
     )
 
 
-def _external(clock: Clock) -> External:
-    return External(HostServices(metrics=LoggedMetrics(get_logger("catalog"), clock)))
+def _external(clock: Clock, metrics: Metrics = NO_METRICS) -> External:
+    return External(HostServices(metrics=PluginMetrics(get_logger("catalog"), clock, metrics)))
 
 
 def _table(kind: PluginKind, name: str) -> Builder:

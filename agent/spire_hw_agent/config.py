@@ -36,6 +36,13 @@ from spire_hw.plugin.info import PluginKind
 from spire_hw.plugin.olddir import OldStyle, read_plugin_dir
 from spire_hw.plugin.section import AGENT_RULES, PluginConfig, check_counts, read_plugins
 from spire_hw.spiffeid import TrustDomain  # noqa: TC001 - likewise
+from spire_hw.telemetry.config import (
+    TelemetryKeys,
+    TelemetrySettings,
+    find_telemetry_faults,
+    telemetry_notices,
+    telemetry_settings,
+)
 
 DEFAULT_CONFIG: Final = Path("conf/agent/agent.conf")
 DEFAULT_SOCKET: Final = Path("/tmp/spire-agent/public/api.sock")  # noqa: S108 - upstream's default
@@ -67,6 +74,7 @@ class AgentSettings:
         rebootstrap_mode: NEVER when the node attestor could not attest again.
         rebootstrap_delay: how long a mismatch has to last first.
         health: where probes are answered over HTTP, None for nowhere.
+        telemetry: where metrics can be read, None for nowhere.
         plugins: in the order of the file, disabled ones too.
         notices: what the operator should hear at start.
         file: the file the settings come from.
@@ -88,6 +96,7 @@ class AgentSettings:
     rebootstrap_mode: RebootstrapMode = RebootstrapMode.NEVER
     rebootstrap_delay: timedelta = _REBOOTSTRAP_DELAY
     health: HealthSettings | None = None
+    telemetry: TelemetrySettings | None = None
     log_selectors: bool = False
     allow_unauthenticated_verifiers: bool = False
     allowed_foreign_jwt_claims: frozenset[str] = frozenset()
@@ -175,11 +184,10 @@ class AgentKeys(LogKeys):
 class AgentFile(Model):
     """The whole file."""
 
-    unsupported: ClassVar[Mapping[str, object]] = {"telemetry": Body.empty()}
-
     agent: AgentKeys
     plugins: Body = Body.empty()
     health_checks: HealthChecks = HealthChecks()
+    telemetry: TelemetryKeys | None = None
 
 
 def load_settings(
@@ -217,6 +225,7 @@ def build_settings(body: Body, overrides: Mapping[str, Override] | None = None) 
     token = ""
     if raw is not None:
         faults += _bootstrap_faults(raw.agent)
+        faults += find_telemetry_faults(raw.telemetry)
         if raw.agent.rebootstrap_mode == "always" and _attests_once(plugins):
             message = '"rebootstrap_mode" cannot be always: join_token attests only once'
             faults.append(ConfigFault(raw.agent.line("rebootstrap_mode"), message))
@@ -227,7 +236,8 @@ def build_settings(body: Body, overrides: Mapping[str, Override] | None = None) 
     if raw is None or faults:
         raise ConfigError(body.file or "configuration", sorted(faults, key=lambda f: f.line))
     settings = _build(raw, plugins, token, body.file)
-    return replace(settings, notices=(*old.notices, *_notices(raw.agent, plugins)))
+    notices = (*_notices(raw.agent, plugins), *telemetry_notices(raw.telemetry))
+    return replace(settings, notices=(*old.notices, *notices))
 
 
 def _plugin_sections(body: Body, old: OldStyle) -> tuple[list[PluginConfig], list[ConfigFault]]:
@@ -310,6 +320,7 @@ def _build(raw: AgentFile, plugins: list[PluginConfig], token: str, file: str) -
         rebootstrap_mode=_rebootstrap_mode(keys, plugins),
         rebootstrap_delay=keys.rebootstrap_delay,
         health=health_settings(raw.health_checks),
+        telemetry=telemetry_settings(raw.telemetry),
         log_selectors=keys.log_selectors,
         allow_unauthenticated_verifiers=keys.allow_unauthenticated_verifiers,
         allowed_foreign_jwt_claims=frozenset(keys.allowed_foreign_jwt_claims),

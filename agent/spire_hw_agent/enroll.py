@@ -15,6 +15,7 @@ from spire_hw.key import KeyType, spki_der
 from spire_hw.plugin.nodeattestor import SvidKey
 from spire_hw.spiffeid import SpiffeId, TrustDomain, check_agent_id
 from spire_hw.svid.x509svid import parse_x509_svid, verify_x509_svid
+from spire_hw.telemetry.metrics import NO_METRICS, Timed
 from spire_hw.x509.certificate import issuing_authority_id
 from spire_hw.x509.csr import build_csr
 
@@ -28,12 +29,15 @@ if TYPE_CHECKING:
     from spire_hw.plugin.keymanager import Keys, ManagedSigner
     from spire_hw.plugin.nodeattestor import AgentExchange, AgentNodeAttestor
     from spire_hw.svid.x509svid import X509Svid
+    from spire_hw.telemetry.metrics import Metrics
     from spire_hw_agent.storage import Storage
     from spire_hw_agent.trust import Trust
     from spire_hw_agent.upstream.client import IssuedAgentSvid, Upstream
 
 _KEY_IDS: Final = ("agent-svid-A", "agent-svid-B")
 _SKEW: Final = timedelta(seconds=1)
+_ROTATE: Final = ("agent_svid", "rotate")
+_NEW_SVID: Final = ("node", "attestor", "new_svid")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,9 @@ class Enroller:
         clock: Clock,
         log: Logger,
         renew_at: Callable[[datetime, datetime], datetime],
+        metrics: Metrics = NO_METRICS,
     ) -> None:
+        self._metrics = metrics
         self._renew_at = renew_at
         self._trust_domain = trust_domain
         self._keys = keys
@@ -124,6 +130,12 @@ class Enroller:
             VerificationError: the server's answer does not hold; nothing was stored.
             SpireHwError: anything else that went wrong.
         """
+        if current is None:
+            return await self._attest(None)
+        with Timed(self._metrics, _ROTATE):
+            return await self._attest(current)
+
+    async def _attest(self, current: AgentSvid | None) -> AgentSvid:
         trusted = await self._trust.for_attestation()
         signer = await self._next_key(current)
         csr = await build_csr(signer, spiffe_id=None)
@@ -132,14 +144,16 @@ class Enroller:
         async def drive(exchange: AgentExchange) -> None:
             await self._attestor.aid_attestation(exchange, svid_key)
 
-        issued, bundle = await self._upstream.attest(self._attestor_name, csr, drive, trusted)
+        with Timed(self._metrics, _NEW_SVID):
+            issued, bundle = await self._upstream.attest(self._attestor_name, csr, drive, trusted)
         return await self._accept(issued, bundle, signer)
 
     async def renew(self, current: AgentSvid) -> AgentSvid:
         """Renew an SVID without attestation, stored; errors as in `attest`."""
-        signer = await self._next_key(current)
-        issued = await self._upstream.renew(await build_csr(signer, spiffe_id=None))
-        return await self._accept(issued, await self._upstream.get_bundle(), signer)
+        with Timed(self._metrics, _ROTATE):
+            signer = await self._next_key(current)
+            issued = await self._upstream.renew(await build_csr(signer, spiffe_id=None))
+            return await self._accept(issued, await self._upstream.get_bundle(), signer)
 
     async def _next_key(self, current: AgentSvid | None) -> ManagedSigner:
         """Make a key in the slot that the current SVID does not need."""

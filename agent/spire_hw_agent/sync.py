@@ -16,6 +16,7 @@ from spire_hw.aio.backoff import Backoff
 from spire_hw.errors import DeniedError, ErrorKind, SpireHwError
 from spire_hw.key import KeyType, SoftwareSigner, generate_private_key, spki_der
 from spire_hw.svid.x509svid import parse_x509_svid, verify_x509_svid
+from spire_hw.telemetry.metrics import NO_METRICS, Timed
 from spire_hw.x509.certificate import issuing_authority_id
 from spire_hw.x509.csr import build_csr
 from spire_hw_agent.cache import Cache, Svid
@@ -26,10 +27,14 @@ if TYPE_CHECKING:
     from spire_hw.key import PrivateKey
     from spire_hw.log import Logger
     from spire_hw.spiffeid import TrustDomain
+    from spire_hw.telemetry.metrics import Metrics
     from spire_hw_agent.entry import AgentEntry
     from spire_hw_agent.trust import Trust
     from spire_hw_agent.upstream.client import IssuedSvid, Upstream
 
+_FETCH_ENTRIES = ("manager", "sync", "fetch_entries_updates")
+_FETCH_SVIDS = ("manager", "sync", "fetch_svids_updates")
+_EXPIRING = ("cache_manager", "expiring_svids")
 _BATCH = 500
 _SVID_INTERVAL_S = 0.5
 _MAX_ENTRY_BACKOFF_S = 8 * 60.0
@@ -77,7 +82,9 @@ class Synchroniser:
         renew_at: RenewAt,
         on_synchronised: Callable[[], None],
         on_denied: Callable[[DeniedError, int], Awaitable[None]],
+        metrics: Metrics = NO_METRICS,
     ) -> None:
+        self._metrics = metrics
         self._upstream = upstream
         self._trust = trust
         self._cache = cache
@@ -104,10 +111,11 @@ class Synchroniser:
         Raises:
             SpireHwError: the server is away or refused.
         """
-        bundle = await self._upstream.get_bundle()
-        entries = await self._upstream.sync_entries()
-        domains = {td for e in entries for td in e.federates_with}
-        federated = await self._federated(domains - {bundle.trust_domain})
+        with Timed(self._metrics, _FETCH_ENTRIES):
+            bundle = await self._upstream.get_bundle()
+            entries = await self._upstream.sync_entries()
+            domains = {td for e in entries for td in e.federates_with}
+            federated = await self._federated(domains - {bundle.trust_domain})
         await self._trust.accept(bundle)
         self._cache.set_bundles(bundle, federated)
         self._cache.set_entries(entries)
@@ -187,6 +195,8 @@ class Synchroniser:
             SpireHwError: the server is away or refused a batch.
         """
         due = [e for e in self._cache.due(self._clock.now()) if not self._is_refused(e)]
+        if due:
+            self._metrics.sample(_EXPIRING, len(due))
         while due:
             batch, due = due[: self._batch], due[self._batch :]
             try:
@@ -210,7 +220,8 @@ class Synchroniser:
             (entry.entry_id, await build_csr(SoftwareSigner(key), spiffe_id=entry.spiffe_id))
             for entry, key in zip(batch, keys, strict=True)
         ]
-        answers = await self._upstream.new_x509_svids(requests)
+        with Timed(self._metrics, _FETCH_SVIDS):
+            answers = await self._upstream.new_x509_svids(requests)
         made: dict[str, Svid] = {}
         shared: dict[bytes, bytes] = {}  # intermediates are the same for all of a batch
         for entry, key, answer in zip(batch, keys, answers, strict=True):

@@ -9,17 +9,21 @@ import signal
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Final
 
+from spire_hw import __version__, memory
 from spire_hw import log as logs
-from spire_hw import memory
 from spire_hw.aio.tasks import Tasks
 from spire_hw.catalog import Catalog, External, Table, check_plugins
 from spire_hw.clock import Clock, SystemClock
 from spire_hw.errors import ConfigError, ConfigFault, NotReadyError, SpireHwError, UnavailableError
 from spire_hw.hardening import check_directory, harden
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
+from spire_hw.plugin.keycalls import KeyCalls
 from spire_hw.plugin.keymanager import Keys
 from spire_hw.plugin.section import SERVER_RULES, PluginConfig
 from spire_hw.rpc.probes import HealthListener
+from spire_hw.telemetry.host import Telemetry
+from spire_hw.telemetry.logged import count_log_lines
+from spire_hw.telemetry.metrics import NO_METRICS
 from spire_hw.x509.name import Subject
 from spire_hw_plugins import builtin
 from spire_hw_server.admission import JOIN_TOKEN, Admissions
@@ -44,6 +48,7 @@ from spire_hw_server.datastore.config import parse_datastore
 from spire_hw_server.datastore.records import EntryFilter, NodeFilter, Page
 from spire_hw_server.datastore.sql.store import open_datastore
 from spire_hw_server.entries import EntryCache
+from spire_hw_server.gauges import Gauges
 from spire_hw_server.hostservices import ServerServices
 from spire_hw_server.housekeeping import Housekeeping, HousekeepingSettings
 from spire_hw_server.posture.policyfiles import find_policy_faults
@@ -58,6 +63,7 @@ if TYPE_CHECKING:
     from spire_hw.plugin.info import Builder, EkList
     from spire_hw.posture.judge import Judge
     from spire_hw.rpc.probes import Health
+    from spire_hw.telemetry.metrics import Metrics
     from spire_hw_server.config import ServerSettings
     from spire_hw_server.datastore.interface import Datastore
 
@@ -175,7 +181,17 @@ class Server:
         self._bundles: Bundles | None = None
         self._postures: Postures | None = None
         self._catalog: Catalog | None = None
-        self._services = ServerServices(clock=self.clock, log=logs.get_logger("catalog"))
+        self.telemetry = Telemetry(
+            settings.telemetry,
+            service="spire_server",
+            trust_domain=settings.trust_domain,
+            version=__version__,
+            clock=self.clock,
+            log=logs.get_logger("telemetry"),
+        )
+        self._services = ServerServices(
+            clock=self.clock, log=logs.get_logger("catalog"), metrics=self.telemetry.metrics
+        )
 
     @property
     def port(self) -> int:
@@ -246,7 +262,14 @@ class Server:
         catalog = await Catalog.load(
             _plugins(settings),
             self._table,
-            _host(settings, self.clock, store, self._own_bundle, postures.judge),
+            _host(
+                settings,
+                self.clock,
+                store,
+                self._own_bundle,
+                judge=postures.judge,
+                metrics=self.telemetry.metrics,
+            ),
             SERVER_RULES,
             names=_names,
             external=External(self._services.offered),
@@ -272,7 +295,7 @@ class Server:
                 bundles=lambda: bundles.all,
             ),
             build_services(parts, settings),
-            build_interceptors(parts, settings),
+            build_interceptors(parts, settings, self.telemetry),
             is_healthy=health.is_healthy,
             clock=self.clock,
             log=logs.get_logger("api"),
@@ -283,6 +306,7 @@ class Server:
         await self._announce(catalog, parts)
         await health.check_costly()
         await self._listen_for_probes(health)
+        await self._let_metrics_be_read(parts)
         self._start_loops(parts, health)
         self.log.info(
             "server is ready",
@@ -326,6 +350,7 @@ class Server:
             full_reload_s=settings.full_cache_reload_interval.total_seconds(),
             clock=self.clock,
             log=logs.get_logger("posture"),
+            metrics=self.telemetry.metrics,
         )
         await postures.start()
         self._stack.push_async_callback(postures.close)
@@ -362,7 +387,8 @@ class Server:
         await entries.start()
         self._stack.push_async_callback(entries.close)
         composers = [(p.name, p.plugin) for p in catalog.all(PluginKind.CREDENTIAL_COMPOSER)]
-        issuer = Issuer(_profile(settings), clock, Composers(composers))
+        metrics = self.telemetry.metrics
+        issuer = Issuer(_profile(settings), clock, Composers(composers), metrics)
         manager = await self._open_ca(store, bundles, issuer, catalog)
         identity = ServerIdentity(
             issuer,
@@ -370,6 +396,7 @@ class Server:
             is_tainted=manager.is_tainted,
             clock=clock,
             log=logs.get_logger("svid_rotator"),
+            metrics=metrics,
         )
         await identity.renew()
         self._manager, self._identity = manager, identity
@@ -413,7 +440,7 @@ class Server:
                 keys_persist=keys.name != _FORGETFUL,
                 accept_lost_authorities=settings.accept_lost_authorities,
             ),
-            keys=Keys(keys.plugin, keys.name),
+            keys=Keys(keys.plugin, keys.name, KeyCalls(self.telemetry.metrics, Side.SERVER)),
             store=store,
             bundles=bundles,
             issuer=issuer,
@@ -421,6 +448,7 @@ class Server:
             clock=self.clock,
             log=logs.get_logger("ca_manager"),
             upstream=upstream[0] if upstream else None,
+            metrics=self.telemetry.metrics,
         )
         self._stack.push_async_callback(manager.close)
         await manager.start()
@@ -451,6 +479,26 @@ class Server:
         await listener.start()
         self._stack.push_async_callback(listener.close)
         self._health_listener = listener
+
+    async def _let_metrics_be_read(self, parts: Parts) -> None:
+        if not self.telemetry.is_read:
+            return
+        gauges = Gauges(
+            self.telemetry,
+            trust_domain=self.settings.trust_domain,
+            manager=parts.manager,
+            postures=parts.postures,
+            nodes=parts.nodes,
+            entries=parts.entries,
+            clock=self.clock,
+        )
+        self.telemetry.before_reading(gauges.measure)
+        bundles = parts.bundles
+        await self.telemetry.start(
+            identity=parts.identity.tls_identity, bundles=lambda: bundles.all
+        )
+        self._stack.push_async_callback(self.telemetry.close)
+        self._stack.callback(count_log_lines(self.telemetry.metrics))
 
     def _start_loops(self, parts: Parts, health: Health) -> None:
         settings = self.settings
@@ -586,7 +634,9 @@ def _host(
     clock: Clock,
     store: EkList,
     trust_bundle: Callable[[], Bundle],
+    *,
     judge: Judge | None = None,
+    metrics: Metrics = NO_METRICS,
 ) -> HostInfo:
     return HostInfo(
         side=Side.SERVER,
@@ -597,4 +647,5 @@ def _host(
         ek_list=store,
         trust_bundle=trust_bundle,
         judge=judge,
+        metrics=metrics,
     )

@@ -43,6 +43,13 @@ from spire_hw.plugin.section import (
     read_plugins,
 )
 from spire_hw.spiffeid import SpiffeId, TrustDomain
+from spire_hw.telemetry.config import (
+    TelemetryKeys,
+    TelemetrySettings,
+    find_telemetry_faults,
+    telemetry_notices,
+    telemetry_settings,
+)
 from spire_hw_server.postureconfig import (
     DEFAULT_POSTURE,
     PostureKeys,
@@ -82,6 +89,7 @@ class ServerSettings:
             started in their place.
         health: None when probes are not answered over HTTP.
         posture: the block `posture { }`.
+        telemetry: where metrics can be read, None for nowhere.
         plugins: in the order of the file, disabled ones too.
         notices: what the operator should hear at start.
         file: the file the settings come from.
@@ -117,6 +125,7 @@ class ServerSettings:
     accept_lost_authorities: frozenset[str] = frozenset()
     health: HealthSettings | None = None
     posture: PostureSettings = DEFAULT_POSTURE
+    telemetry: TelemetrySettings | None = None
     notices: tuple[str, ...] = ()
     file: str = ""
 
@@ -205,12 +214,11 @@ class ServerKeys(LogKeys):
 class ServerFile(Model):
     """The whole file."""
 
-    unsupported: ClassVar[Mapping[str, object]] = {"telemetry": Body.empty()}
-
     server: ServerKeys
     plugins: Body = Body.empty()
     health_checks: HealthChecks | None = None
     posture: PostureKeys | None = None
+    telemetry: TelemetryKeys | None = None
 
 
 def load_settings(
@@ -252,7 +260,8 @@ def build_settings(body: Body, overrides: Mapping[str, Override] | None = None) 
         file = body.file or "configuration"
         raise ConfigError(file, sorted(faults, key=lambda f: f.line))
     settings = _build(raw, plugins, stores[0], body.file)
-    notices = (*old.notices, *_notices(settings, raw.server))
+    more = telemetry_notices(raw.telemetry)
+    notices = (*old.notices, *_notices(settings, raw.server), *more)
     return replace(settings, notices=notices)
 
 
@@ -283,6 +292,7 @@ def _store_faults(stores: list[StoreConfig]) -> list[ConfigFault]:
 def _cross_faults(raw: ServerFile) -> list[ConfigFault]:
     more = raw.server.experimental
     faults = [] if raw.posture is None else list(find_posture_faults(raw.posture))
+    faults += find_telemetry_faults(raw.telemetry)
     if more.full_cache_reload_interval <= more.cache_reload_interval:
         message = '"full_cache_reload_interval" must be longer than cache_reload_interval'
         faults.append(ConfigFault(more.line("full_cache_reload_interval"), message))
@@ -324,6 +334,7 @@ def _build(
         accept_lost_authorities=frozenset(more.accept_lost_authorities),
         health=health_settings(raw.health_checks),
         posture=posture_settings(raw.posture),
+        telemetry=telemetry_settings(raw.telemetry),
         file=file,
     )
 

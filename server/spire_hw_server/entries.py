@@ -263,6 +263,9 @@ class EntryCache:
             full_reload_s=full_reload_s,
         )
 
+    def __len__(self) -> int:
+        return len(self._graph)
+
     @property
     def version(self) -> int:
         """Return a number that grows with every change of entries or nodes."""

@@ -11,12 +11,14 @@ from cryptography.hazmat.primitives import serialization
 
 from spire_hw.errors import NotReadyError
 from spire_hw.plugin.hostservices import HostServices, ServerIdentity
-from spire_hw.plugin.metrics import LoggedMetrics
+from spire_hw.plugin.metrics import PluginMetrics
+from spire_hw.telemetry.metrics import NO_METRICS
 
 if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw.spiffeid import SpiffeId
+    from spire_hw.telemetry.metrics import Metrics
     from spire_hw_server.bundles import Bundles
     from spire_hw_server.ca.identity import ServerIdentity as OwnIdentity
     from spire_hw_server.datastore.interface import Datastore
@@ -29,11 +31,11 @@ class ServerServices:
         offered: both and the metrics, as plugins get them.
     """
 
-    def __init__(self, *, clock: Clock, log: Logger) -> None:
+    def __init__(self, *, clock: Clock, log: Logger, metrics: Metrics = NO_METRICS) -> None:
         self._store: Datastore | None = None
         self._identity: OwnIdentity | None = None
         self._bundles: Bundles | None = None
-        self.offered = HostServices(LoggedMetrics(log, clock), self, self)
+        self.offered = HostServices(PluginMetrics(log, clock, metrics), self, self)
 
     def open(self, store: Datastore, identity: OwnIdentity, bundles: Bundles) -> None:
         """Answer from now on."""

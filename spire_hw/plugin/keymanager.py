@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from spire_hw.errors import ErrorKind, PluginError, SpireHwError
 from spire_hw.key import KeyType, PublicKey, Purpose, SignOptions, fingerprint, spki_der
+from spire_hw.plugin.keycalls import UNCOUNTED, KeyCalls
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Coroutine
@@ -225,8 +226,11 @@ class ManagedSigner:
     instead of silently signing with its successor.
     """
 
-    def __init__(self, manager: KeyManager, prefix: str, info: KeyInfo) -> None:
+    def __init__(
+        self, manager: KeyManager, prefix: str, info: KeyInfo, calls: KeyCalls = UNCOUNTED
+    ) -> None:
         self._manager = manager
+        self._calls = calls
         self._judge = manager if isinstance(manager, PurposeKeys) else None
         self._prefix = prefix
         self.info = info
@@ -265,7 +269,8 @@ class ManagedSigner:
 
     async def _made(self, signing: Awaitable[KeySignature]) -> bytes:
         try:
-            made = await signing
+            with self._calls.sign():
+                made = await signing
         except PluginError:
             raise
         except SpireHwError as e:
@@ -284,15 +289,17 @@ class ManagedSigner:
 class Keys:
     """The host's face of a KeyManager: answers checked, errors prefixed `keymanager(<name>): `."""
 
-    def __init__(self, manager: KeyManager, name: str) -> None:
+    def __init__(self, manager: KeyManager, name: str, calls: KeyCalls = UNCOUNTED) -> None:
         self.manager = manager
         self.name = name
+        self._calls = calls
         self._prefix = f"keymanager({name})"
 
     async def generate(self, key_id: str, key_type: KeyType) -> ManagedSigner:
         """Make a key and return its signer."""
         try:
-            info = await self.manager.generate_key(key_id, key_type)
+            with self._calls.generate():
+                info = await self.manager.generate_key(key_id, key_type)
         except SpireHwError as e:
             raise PluginError(self._prefix, e) from e
         return self._checked(info, key_id)
@@ -300,7 +307,8 @@ class Keys:
     async def get(self, key_id: str) -> ManagedSigner:
         """Return the signer of an existing key."""
         try:
-            info = await self.manager.get_public_key(key_id)
+            with self._calls.get():
+                info = await self.manager.get_public_key(key_id)
         except SpireHwError as e:
             raise PluginError(self._prefix, e) from e
         return self._checked(info, key_id)
@@ -308,7 +316,8 @@ class Keys:
     async def list(self) -> list[ManagedSigner]:
         """Return signers for all keys."""
         try:
-            infos = await self.manager.get_public_keys()
+            with self._calls.list():
+                infos = await self.manager.get_public_keys()
         except SpireHwError as e:
             raise PluginError(self._prefix, e) from e
         return [self._checked(info, info.key_id) for info in infos]
@@ -317,4 +326,4 @@ class Keys:
         if info.key_id != key_id:
             cause = SpireHwError(f'asked for key "{key_id}", got "{info.key_id}"')
             raise PluginError(self._prefix, cause)
-        return ManagedSigner(self.manager, self._prefix, info)
+        return ManagedSigner(self.manager, self._prefix, info, self._calls)

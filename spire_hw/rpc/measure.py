@@ -5,13 +5,14 @@ Source: upstream's `middleware.WithMetrics`.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.telemetry.metrics import Timed
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from spire_hw.rpc.service import Call, Response, StreamNext, UnaryNext
     from spire_hw.telemetry.metrics import Metrics, Name
@@ -54,6 +55,47 @@ def _words(text: str) -> str:
             out += "_"
         out += char.lower()
     return out
+
+
+class OpenCalls:
+    """An interceptor: how many calls of a service there were and are, as upstream's connections."""
+
+    def __init__(self, metrics: Metrics, name: str, prefix: str) -> None:
+        """Count the methods whose path has a prefix under `<name>.connection(s)`."""
+        self._metrics = metrics
+        self._begun = (name, "connection")
+        self._open_now = (name, "connections")
+        self._prefix = prefix
+        self._open = 0
+
+    async def unary(self, request: Any, call: Call, proceed: UnaryNext) -> Response:
+        """Run the call between two changes of the gauge."""
+        with self._opened(call):
+            return await proceed(request, call)
+
+    async def stream(
+        self, request: Any, call: Call, proceed: StreamNext
+    ) -> AsyncIterator[Response]:
+        """Run the call between two changes of the gauge."""
+        with self._opened(call):
+            async for response in proceed(request, call):
+                yield response
+
+    @contextmanager
+    def _opened(self, call: Call) -> Iterator[None]:
+        if not call.method.startswith(self._prefix):
+            yield
+            return
+        self._metrics.count(self._begun)
+        self._change(1)
+        try:
+            yield
+        finally:
+            self._change(-1)
+
+    def _change(self, by: int) -> None:
+        self._open += by
+        self._metrics.gauge(self._open_now, self._open)
 
 
 class Measure:

@@ -1,4 +1,4 @@
-"""What was measured as Prometheus's text, version 0.0.4 (pure).
+"""What was measured as Prometheus's text, version 0.0.4.
 
 Written here rather than with prometheus-client, which puts `_total` behind the names of counters:
 upstream's have none, and dashboards ask for them by name.

@@ -114,7 +114,6 @@ class MetricsListener(Front):
         """
         if self._tls is not None and self._tls.files is not None:
             self._files = await asyncio.to_thread(load_identity, *self._tls.files)
-        if self._tls is not None:
             self._context()
         await self.start(self)
 

@@ -112,6 +112,8 @@ class Timed:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._metrics is NO_METRICS:
+            return
         taken_ms = (time.monotonic() - self._start) * 1000
         labels = {**self._labels, STATUS: status_of(error)}
         self._metrics.count(self._name, labels=labels)

@@ -1,4 +1,4 @@
-"""Names and labels as upstream's Prometheus exposition spells them, and which are kept (pure).
+"""Names and labels as upstream's Prometheus exposition spells them, and which are kept.
 
 Source: upstream's `telemetry.SanitizeLabels`; go-metrics' Prometheus sink and its filters.
 """

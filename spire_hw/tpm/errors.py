@@ -278,6 +278,11 @@ class TpmError(DeviceError):
         )
         self.decoded = decoded
 
+    @property
+    def reason(self) -> str:
+        """Return a stable code for logs and counters, such as `tpm.lockout`."""
+        return "tpm." + self.decoded.name.lower().removeprefix("tpm_rc_")
+
     def is_any(self, codes: frozenset[Rc]) -> bool:
         """Tell whether the TPM itself gave one of these codes."""
         return self.decoded.layer == "TPM" and self.decoded.base in codes

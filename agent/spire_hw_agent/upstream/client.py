@@ -22,7 +22,7 @@ from spire_hw._pb import (
     types_pb2,
 )
 from spire_hw.aio.watch import Watch
-from spire_hw.errors import SpireHwError, UnavailableError
+from spire_hw.errors import NotReadyError, SpireHwError, UnavailableError
 from spire_hw.rpc.client import Channel, connect
 from spire_hw.rpc.status import item_error
 from spire_hw.spiffeid import TrustDomain, server_id
@@ -103,6 +103,16 @@ class Upstream:
         self._entries = EntryBook(trust_domain, log)
         self.version = 0
         self.identity: Watch[TlsIdentity | None] = Watch(None)
+
+    def tls_identity(self) -> TlsIdentity:
+        """Return what the agent shows now.
+
+        Raises:
+            NotReadyError: it has no SVID.
+        """
+        if self.identity.value is None:
+            raise NotReadyError("the agent has no SVID yet")
+        return self.identity.value
 
     async def use_identity(self, identity: TlsIdentity | None) -> None:
         """Make later calls with this identity, over a new connection; None: make no more calls."""

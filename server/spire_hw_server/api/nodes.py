@@ -48,6 +48,9 @@ class NodeCache:
         # Told of every change, with the agent ID.
         self.on_change: Callable[[SpiffeId], None] | None = None
 
+    def __len__(self) -> int:
+        return len(self._nodes)
+
     async def start(self) -> None:
         """Begin to follow changes."""
         self._noticed = self._store.changed.version

@@ -9,6 +9,7 @@ from spire_hw import log as logs
 from spire_hw.errors import NotReadyError, UnavailableError
 from spire_hw.key import generate_private_key, spki_der
 from spire_hw.rpc.interceptors import Guard, Interceptor, RequestId
+from spire_hw.rpc.measure import Measure
 from spire_hw.rpc.probes import Health
 from spire_hw_server.api.agent import AgentService
 from spire_hw_server.api.audit import Audit
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from spire_hw.clock import Clock
     from spire_hw.rpc.probes import Check
+    from spire_hw.telemetry.host import Telemetry
     from spire_hw_server.admission import Admissions
     from spire_hw_server.api.nodes import NodeCache
     from spire_hw_server.bundles import Bundles
@@ -143,8 +145,11 @@ def build_services(parts: Parts, settings: ServerSettings) -> Services:
     )
 
 
-def build_interceptors(parts: Parts, settings: ServerSettings) -> list[Interceptor | Guard]:
+def build_interceptors(
+    parts: Parts, settings: ServerSettings, telemetry: Telemetry
+) -> list[Interceptor | Guard]:
     """Return what runs around every call, the outermost first."""
+    measure: list[Interceptor | Guard] = [Measure(telemetry.metrics)] if telemetry.is_read else []
     authorizer = Authorizer(
         admin_ids=settings.admin_ids,
         entries_of=parts.entries.by_spiffe_id,
@@ -153,8 +158,8 @@ def build_interceptors(parts: Parts, settings: ServerSettings) -> list[Intercept
         clock=parts.clock,
     )
     if not settings.audit_log_enabled:
-        return [RequestId(), authorizer]
-    return [RequestId(), Audit(enabled=True), authorizer]
+        return [*measure, RequestId(), authorizer]
+    return [*measure, RequestId(), Audit(enabled=True), authorizer]
 
 
 def build_health(parts: Parts, settings: ServerSettings, plugins: Mapping[str, Check]) -> Health:

@@ -20,6 +20,7 @@ from spire_hw.errors import (
 )
 from spire_hw.spiffeid import SpiffeId, server_id
 from spire_hw.svid.jwtsvid import build_claims, sign_claims
+from spire_hw.telemetry.metrics import NO_METRICS
 from spire_hw.x509.authority import X509Authority
 from spire_hw.x509.issue import issue_ca_certificate, issue_x509_svid, random_serial
 from spire_hw.x509.name import svid_subject
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from spire_hw.clock import Clock
     from spire_hw.key import Signer
+    from spire_hw.telemetry.metrics import Metrics
     from spire_hw.x509.extension import Extension
 
 _DEVICE_KINDS: Final = frozenset(
@@ -42,6 +44,9 @@ _DEVICE_KINDS: Final = frozenset(
         ErrorKind.FAILED_PRECONDITION,
     }
 )
+_SIGNED_X509: Final = ("server_ca", "sign", "x509_svid")
+_SIGNED_CA: Final = ("server_ca", "sign", "x509_ca_svid")
+_SIGNED_JWT: Final = ("server_ca", "sign", "jwt_svid")
 
 
 class Role(Enum):
@@ -97,8 +102,15 @@ class JwtKey:
 class Issuer:
     """The active authorities and what is signed with them."""
 
-    def __init__(self, profile: Profile, clock: Clock, composers: Composers | None = None) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        clock: Clock,
+        composers: Composers | None = None,
+        metrics: Metrics = NO_METRICS,
+    ) -> None:
         self.profile = profile
+        self._metrics = metrics
         self._clock = clock
         self._composers = composers or Composers()
         self._server_id = server_id(profile.trust_domain)
@@ -219,6 +231,7 @@ class Issuer:
             raise
         except SpireHwError as e:
             raise _internal("could not sign X509-SVID", e) from e
+        self._metrics.count(_SIGNED_X509)
         return IssuedX509(authority.svid_chain(leaf), serial, not_after)
 
     async def _amended(
@@ -283,6 +296,7 @@ class Issuer:
             raise
         except SpireHwError as e:
             raise _internal("could not sign downstream CA", e) from e
+        self._metrics.count(_SIGNED_CA)
         return IssuedX509(authority.svid_chain(certificate), serial, not_after)
 
     async def jwt_svid(
@@ -319,6 +333,7 @@ class Issuer:
             raise
         except SpireHwError as e:
             raise _internal("could not sign JWT-SVID", e) from e
+        self._metrics.count(_SIGNED_JWT)
         return IssuedJwt(token, now, expires_at)
 
 

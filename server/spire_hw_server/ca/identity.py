@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from spire_hw.aio.watch import Watch
 from spire_hw.errors import NotReadyError, SpireHwError
 from spire_hw.key import KeyType, PrivateKey, generate_private_key, spki_der
+from spire_hw.telemetry.metrics import NO_METRICS, Timed
 from spire_hw.transport.tls import TlsIdentity
 
 if TYPE_CHECKING:
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
 
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
+    from spire_hw.telemetry.metrics import Metrics
     from spire_hw_server.ca.authority import Issuer
 
 CHECK_INTERVAL_S: Final = 5.0
+_ROTATE: Final = ("svid", "rotate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class ServerIdentity:
         is_tainted: Callable[[str], bool],
         clock: Clock,
         log: Logger,
+        metrics: Metrics = NO_METRICS,
     ) -> None:
         """Make it; `renew` gets the first SVID.
 
@@ -64,12 +68,14 @@ class ServerIdentity:
             is_tainted: tells whether an authority is tainted, by its id.
             clock: the server's time.
             log: where renewals are noted.
+            metrics: takes them down.
         """
         self._issuer = issuer
         self._is_tainted = is_tainted
         self._key_type = key_type
         self._clock = clock
         self._log = log
+        self._metrics = metrics
         self._svid: Watch[ServerSvid | None] = Watch(None)
 
     @property
@@ -98,6 +104,10 @@ class ServerIdentity:
         Raises:
             SpireHwError: it could not be signed.
         """
+        with Timed(self._metrics, _ROTATE):
+            await self._renew()
+
+    async def _renew(self) -> None:
         key = await asyncio.to_thread(generate_private_key, self._key_type)
         issued_at = self._clock.now()
         authority_id = self._issuer.x509.authority_id

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from spire_hw.key import KeyType
     from spire_hw.plugin.keymanager import ManagedSigner
     from spire_hw.spiffeid import TrustDomain
+    from spire_hw.telemetry.metrics import Name
     from spire_hw_server.ca.authority import Issuer
     from spire_hw_server.ca.upstream import Roots, Upstream
 
@@ -50,6 +51,8 @@ class Line(ABC, Generic[R]):
     Attributes:
         name: what messages call the kind.
         key_prefix: what its key ids in the KeyManager begin with; the slot's name follows.
+        prepare_metric: upstream's name for making one.
+        activate_metric: likewise for the first use of one.
         key_type: type of new keys.
         slots: its authorities.
         signers: the keys of the authorities in the slots, by authority id.
@@ -57,6 +60,8 @@ class Line(ABC, Generic[R]):
 
     name: ClassVar[str]
     key_prefix: ClassVar[str]
+    prepare_metric: ClassVar[Name]
+    activate_metric: ClassVar[Name]
 
     def __init__(
         self,
@@ -136,6 +141,8 @@ class X509Line(Line[X509Record]):
 
     name = "X.509"
     key_prefix = "x509-CA-"
+    prepare_metric = ("ca", "manager", "x509_ca", "prepare")
+    activate_metric = ("ca", "manager", "x509_ca", "activate")
 
     def __init__(
         self,
@@ -229,6 +236,8 @@ class JwtLine(Line[JwtRecord]):
 
     name = "JWT"
     key_prefix = "JWT-Signer-"
+    prepare_metric = ("ca", "manager", "jwt_key", "prepare")
+    activate_metric = ("manager", "jwt_key", "activate")
 
     @override
     async def make(self, signer: ManagedSigner, slot: SlotName) -> JwtRecord:

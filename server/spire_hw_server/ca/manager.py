@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from spire_hw.errors import InvalidInputError, SpireHwError, UnavailableError
+from spire_hw.telemetry.metrics import NO_METRICS, Timed
 from spire_hw_server.ca.keeper import JournalKeeper
 from spire_hw_server.ca.line import JwtLine, Line, X509Line
 from spire_hw_server.ca.restore import Restorer
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from spire_hw.plugin.keymanager import Keys
     from spire_hw.plugin.upstreamauthority import UpstreamAuthority
     from spire_hw.spiffeid import TrustDomain
+    from spire_hw.telemetry.metrics import Metrics
     from spire_hw_server.bundles import Bundles
     from spire_hw_server.ca.authority import Issuer
     from spire_hw_server.ca.journal import JwtRecord, X509Record
@@ -38,6 +40,8 @@ _PRUNE_INTERVAL: Final = timedelta(hours=6)
 _PRUNE_AFTER: Final = timedelta(hours=24)
 _PRUNE_JOURNAL_AFTER: Final = timedelta(weeks=2)
 _FAILURES_TOLERATED: Final = 10
+_PRUNE: Final = ("ca", "manager", "bundle", "prune")
+_PRUNED: Final = ("ca", "manager", "bundle", "pruned")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,7 @@ class CaManager:
         clock: Clock,
         log: Logger,
         upstream: Authority | None = None,
+        metrics: Metrics = NO_METRICS,
     ) -> None:
         self._settings = settings
         self._keys = keys
@@ -95,6 +100,7 @@ class CaManager:
         self._mark = mark
         self._clock = clock
         self._log = log
+        self._metrics = metrics
         self._lock = asyncio.Lock()
         self._failures = 0
         self._next_prune: datetime | None = None
@@ -124,6 +130,7 @@ class CaManager:
             keeper=self._keeper,
             clock=clock,
             log=log,
+            metrics=metrics,
         )
 
     def _opened(self, authority: Authority) -> Upstream:
@@ -384,5 +391,8 @@ class CaManager:
             return
         self._next_prune = now + _PRUNE_INTERVAL
         await self._keeper.prune(now - _PRUNE_JOURNAL_AFTER)
-        if await self._bundles.prune(now - _PRUNE_AFTER):
+        with Timed(self._metrics, _PRUNE):
+            pruned = await self._bundles.prune(now - _PRUNE_AFTER)
+        if pruned:
+            self._metrics.count(_PRUNED)
             self._log.info("expired authorities were taken out of the bundle")

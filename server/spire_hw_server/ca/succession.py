@@ -11,12 +11,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar
 
 from spire_hw.errors import SpireHwError
+from spire_hw.telemetry.metrics import NO_METRICS, Timed
 from spire_hw_server.ca.slots import Record, Slots, Step
 
 if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw.plugin.keymanager import Keys
+    from spire_hw.telemetry.metrics import Metrics
     from spire_hw_server.bundles import Bundles
     from spire_hw_server.ca.keeper import JournalKeeper
     from spire_hw_server.ca.line import JwtLine, Line, X509Line
@@ -33,6 +35,7 @@ class Succession:
         keys: where new keys are made.
         bundles: where authorities are published.
         keeper: the journal.
+        metrics: takes down what is prepared and activated.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Succession:
         keeper: JournalKeeper,
         clock: Clock,
         log: Logger,
+        metrics: Metrics = NO_METRICS,
     ) -> None:
         self._x509 = x509
         self._jwt = jwt
@@ -53,6 +57,7 @@ class Succession:
         self._keeper = keeper
         self._clock = clock
         self._log = log
+        self._metrics = metrics
         self._unsaved = False
 
     async def advance(self, line: Line[R]) -> None:
@@ -75,6 +80,10 @@ class Succession:
         Raises:
             SpireHwError: the KeyManager, the UpstreamAuthority or the store failed.
         """
+        with Timed(self._metrics, line.prepare_metric):
+            return await self._prepare(line)
+
+    async def _prepare(self, line: Line[R]) -> R:
         slot = line.slots.free_slot
         signer = await self._keys.generate(line.key_id(slot), line.key_type)
         record = await line.make(signer, slot)
@@ -116,6 +125,7 @@ class Succession:
             raise
         line.adopt(record, line.signers[record.authority_id])
         line.signers = {r.authority_id: line.signers[r.authority_id] for r in line.slots.records()}
+        self._metrics.count(line.activate_metric)
         self._log.info(
             "authority activated",
             kind=line.name,

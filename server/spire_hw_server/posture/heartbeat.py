@@ -28,6 +28,7 @@ from spire_hw.posture.heartbeat import HeartbeatChallenge, HeartbeatVerifier
 from spire_hw.posture.memory import complete
 from spire_hw.posture.verdict import NodeState
 from spire_hw.selector import Selector
+from spire_hw.telemetry.metrics import NO_METRICS
 from spire_hw_server.posture.ahead import verify_ahead
 from spire_hw_server.posture.outcome import refusal
 from spire_hw_server.posture.pace import Pace, Sleeper, spread
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from spire_hw.posture.judge import EvidenceRequest
     from spire_hw.posture.memory import Memory
     from spire_hw.spiffeid import SpiffeId
+    from spire_hw.telemetry.metrics import Metrics
     from spire_hw_server.datastore.records import Node
     from spire_hw_server.posture.judge import NodeJudge
     from spire_hw_server.posture.ledger import Known, Ledger
@@ -52,6 +54,8 @@ _JITTER: Final = 0.1
 # How long those who should have been asked long ago are spread over.
 _LATE_S: Final = 10.0
 _NONCE_BYTES: Final = 32
+_BEATS: Final = ("posture", "heartbeat")
+_REFUSED: Final = ("posture", "heartbeat", "refused")
 _BROKEN_LIST: Final = "ima_replay"
 
 # Evidence that is not good; anything else is a fault of the stream, or of ours.
@@ -68,6 +72,7 @@ class Heartbeats:
         interval_s: between two heartbeats of a node; None for none.
         clock: time.
         log: takes the audit records.
+        metrics: takes down what heartbeats come to.
 
     Attributes:
         verifiers: attestors that check heartbeats, by name.
@@ -83,7 +88,9 @@ class Heartbeats:
         interval_s: float | None,
         clock: Clock,
         log: Logger,
+        metrics: Metrics = NO_METRICS,
     ) -> None:
+        self.metrics = metrics
         self.judge = judge
         self.ledger = ledger
         self.node_of = node_of
@@ -354,6 +361,7 @@ class Session:
         hub = self._hub
         if outcome is None:
             return False
+        hub.metrics.count(_BEATS, labels={"accepted": "yes" if outcome.accepted else "no"})
         if not outcome.accepted:
             error = refusal(outcome)
             self._refused(error)
@@ -376,6 +384,8 @@ class Session:
         hub = self._hub
         found = error.findings if isinstance(error, AttestationError) else []
         codes = list(dict.fromkeys(finding.code for finding in found))
+        for code in codes or [error.kind.name.lower()]:
+            hub.metrics.count(_REFUSED, labels={"reason": code})
         left_out = hub.refusals.admit((self.agent_id, *codes))
         if left_out is not None:
             hub.log.warning(

@@ -16,6 +16,7 @@ from spire_hw.aio.tasks import Tasks
 from spire_hw.errors import SpireHwError, UnavailableError
 from spire_hw.plugin.notifier import NodeStateEvent, NodeStateNotifier
 from spire_hw.posture.verdict import NodeState
+from spire_hw.telemetry.metrics import NO_METRICS
 from spire_hw_server.posture.syslog import Syslog, time_text
 from spire_hw_server.posture.webhook import Webhook
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw.spiffeid import TrustDomain
+    from spire_hw.telemetry.metrics import Metrics
     from spire_hw_server.posture.outcome import StateChange
     from spire_hw_server.postureconfig import PostureSettings
 
@@ -33,6 +35,7 @@ MAX_TRIES: Final = 10
 _FIRST_S: Final = 1.0
 _CAP_S: Final = 60.0
 _TOLD_S: Final = 60.0
+_CHANGED: Final = ("posture", "state_change")
 
 
 class Receiver(Protocol):
@@ -57,11 +60,19 @@ class Hooks:
         trust_domain: told with each event.
         clock: time between tries.
         log: where failures go.
+        metrics: takes the changes down.
     """
 
     def __init__(
-        self, settings: PostureSettings, *, trust_domain: TrustDomain, clock: Clock, log: Logger
+        self,
+        settings: PostureSettings,
+        *,
+        trust_domain: TrustDomain,
+        clock: Clock,
+        log: Logger,
+        metrics: Metrics = NO_METRICS,
     ) -> None:
+        self._metrics = metrics
         self._trust_domain = trust_domain
         self._clock = clock
         self._log = log
@@ -94,6 +105,9 @@ class Hooks:
 
     def tell(self, change: StateChange) -> None:
         """Hand a change to everybody; returns at once."""
+        after = change.after
+        labels = {"state": after.state.value, "reason": after.reasons[0] if after.reasons else ""}
+        self._metrics.count(_CHANGED, labels=labels)
         before = NodeState.NEW if change.before is None else change.before.state
         event = NodeStateEvent(
             agent_id=change.agent_id,

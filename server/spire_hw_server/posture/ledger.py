@@ -6,7 +6,7 @@ change times and counters only: those are written together, every few seconds.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
@@ -115,6 +115,10 @@ class Ledger:
             known = self._read(posture)
         self._keep(agent_id, known)
         return known
+
+    def states(self) -> Counter[NodeState]:
+        """Return how many of the nodes in memory stand where."""
+        return Counter(known.standing.state for known in self._known.values())
 
     def forget(self, agent_id: SpiffeId) -> None:
         """Read a node anew when it is asked for next: somebody changed it."""

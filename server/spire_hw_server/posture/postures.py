@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from spire_hw.posture.document import encode_evidence
 from spire_hw.posture.heartbeat import HeartbeatVerifier
+from spire_hw.telemetry.metrics import NO_METRICS
 from spire_hw_server.posture.heartbeat import Heartbeats
 from spire_hw_server.posture.hooks import Hooks
 from spire_hw_server.posture.judge import NodeJudge
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw.spiffeid import SpiffeId, TrustDomain
+    from spire_hw.telemetry.metrics import Metrics
     from spire_hw_server.datastore.interface import Datastore
     from spire_hw_server.datastore.records import Node
     from spire_hw_server.postureconfig import PostureSettings
@@ -49,6 +51,7 @@ class Postures:
         full_reload_s: float,
         clock: Clock,
         log: Logger,
+        metrics: Metrics = NO_METRICS,
     ) -> None:
         """Build it.
 
@@ -61,9 +64,12 @@ class Postures:
             full_reload_s: seconds after which everything is read anew.
             clock: time.
             log: takes the audit records.
+            metrics: takes down what heartbeats come to and how states change.
         """
         interval = settings.heartbeat_interval
-        self._hooks = Hooks(settings, trust_domain=trust_domain, clock=clock, log=log)
+        self._hooks = Hooks(
+            settings, trust_domain=trust_domain, clock=clock, log=log, metrics=metrics
+        )
         self.policies = Policies(
             store=store,
             policy_dir=settings.policy_dir,
@@ -89,6 +95,7 @@ class Postures:
             interval_s=None if interval is None else interval.total_seconds(),
             clock=clock,
             log=log,
+            metrics=metrics,
         )
         self._reevaluation = Reevaluation(
             store,

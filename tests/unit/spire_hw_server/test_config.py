@@ -123,7 +123,7 @@ plugins { KeyManager "a" {} KeyManager "b" {} DataStore "postgres" {} }
         ('experimental { auth_opa_policy_engine { local { rego_path = "x" } } }', ""),
         ("experimental { require_pq_kem = true }", ""),
         ('max_attested_node_info_staleness = "1m"', ""),
-        ("", "telemetry { Prometheus { port = 1 } }"),
+        ("", 'telemetry { Statsd = [{ address = "x:1" }] }'),
     ],
 )
 def test_keys_not_supported_yet_are_refused_by_name(keys: str, rest: str) -> None:
