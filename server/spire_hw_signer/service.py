@@ -1,1 +1,445 @@
-"""The signer's service: check against policy, write it down, sign, write down what became of it."""
+"""The signer's service: check against policy, write it down, sign, write down what became of it.
+
+What was let through is carried out whether or not its caller still waits: an intent that is in the
+audit log gets its outcome.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from spire_hw._pb import hw_signer_pb2
+from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError, VerificationError
+from spire_hw.key import HashAlgorithm, KeyType, SignOptions, spki_der
+from spire_hw.rpc.status import clip
+from spire_hw.telemetry.metrics import status_of
+from spire_hw_signer.admission import Caller, Gate, device_error, error_of
+from spire_hw_signer.audit.log import Outcome
+from spire_hw_signer.policy import (
+    FOREIGN_KEY,
+    MAX_BATCH,
+    Denial,
+    Purpose,
+    Reason,
+    check_form,
+    check_options,
+    check_purpose,
+    check_type,
+)
+from spire_hw_signer.purpose import check_certificate, check_request, check_token, explain
+from spire_hw_signer.rates import Buckets, InFlight
+from spire_hw_signer.replay import Replay, ReuseError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from spire_hw.aio.tasks import Tasks
+    from spire_hw.clock import Clock
+    from spire_hw.log import Logger
+    from spire_hw.rpc.service import Call
+    from spire_hw.telemetry.metrics import Metrics
+    from spire_hw_signer.audit.log import AuditLog, Intent, LogHead
+    from spire_hw_signer.generating import Generating
+    from spire_hw_signer.keys import HeldKey, OwnerKeys
+    from spire_hw_signer.policy import Client, Owner
+    from spire_hw_signer.steady import SteadyTime
+
+_SIGNED: Final = ("signer", "sign")
+_MAX_SALT: Final = 512
+_MAX_REPLAYS: Final = 256
+_HASHES: Final = {algorithm.value: algorithm for algorithm in HashAlgorithm}
+
+
+@dataclass(slots=True)
+class Answer:
+    """What became of one item; `done` while nobody knows yet.
+
+    Attributes:
+        result: the message for the client, None before it is known.
+        done: set once it is.
+    """
+
+    result: hw_signer_pb2.SignResult | None = None
+    done: asyncio.Event | None = field(default_factory=asyncio.Event)
+
+    def settle(self, result: hw_signer_pb2.SignResult) -> None:
+        """Make it known."""
+        self.result = result
+        if self.done is not None:
+            self.done.set()
+            self.done = None
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What one item asks for, its form checked."""
+
+    request_id: bytes
+    key_id: str
+    purpose: Purpose
+    content: bytes
+    options: SignOptions
+    digest: bytes
+
+    @property
+    def same(self) -> object:
+        """Return what a retry has in common with it."""
+        return self.key_id, self.options, self.purpose, self.digest
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """An item that was let through."""
+
+    item: Item
+    keys: OwnerKeys
+    held: HeldKey
+    intent: Intent
+    answer: Answer
+
+
+class SignerService:
+    """`spire_hw.signer.v1.Signer`."""
+
+    def __init__(
+        self,
+        gate: Gate,
+        owners: Callable[[], Mapping[Owner, OwnerKeys]],
+        audit: AuditLog,
+        generating: Generating,
+        *,
+        witness: Callable[[], tuple[bytes, bytes]],
+        steady: SteadyTime,
+        clock: Clock,
+        tasks: Tasks,
+        metrics: Metrics,
+        log: Logger,
+    ) -> None:
+        """Make it.
+
+        Args:
+            gate: lets callers in.
+            owners: the keys of each owner as they are now.
+            audit: the audit log.
+            generating: makes keys.
+            witness: the last checkpoint, and the DER public key of those who sign it.
+            steady: time for rates and replays.
+            clock: time for ends of certificates.
+            tasks: for what outlives a call.
+            metrics: takes counts.
+            log: where failures of devices are told in full.
+        """
+        self._gate = gate
+        self._owners = owners
+        self._audit = audit
+        self._generating = generating
+        self._witness = witness
+        self._steady = steady
+        self._clock = clock
+        self._tasks = tasks
+        self._metrics = metrics
+        self._log = log
+        self._buckets = Buckets()
+        self._in_flight = InFlight()
+        self._replays: dict[str, Replay[Answer]] = {}
+
+    async def get_public_keys(self, request: Any, call: Call) -> Any:
+        """List the caller's keys, after asking the device."""
+        del request
+        caller = self._gate.caller(call)
+        held = await self._keys(caller).refresh()
+        mine = [one for one in held if caller.client.rule(one.info.key_id) is not None]
+        return hw_signer_pb2.GetPublicKeysResponse(
+            public_keys=[key_message(one) for one in mine], log_head=head_message(self._audit.head)
+        )
+
+    async def generate_key(self, request: Any, call: Call) -> Any:
+        """Make a key, or the next generation of one."""
+        caller = self._gate.caller(call)
+        made = await self._generating.generate(
+            caller, self._keys(caller), request.request_id, request.key_id, request.key_type
+        )
+        response = hw_signer_pb2.GenerateKeyResponse(log_head=head_message(self._audit.head))
+        if isinstance(made, Denial):
+            response.refusal.CopyFrom(refusal_message(made))
+        else:
+            response.public_key.CopyFrom(key_message(made))
+        return response
+
+    async def sign(self, request: Any, call: Call) -> Any:
+        """Sign up to 64 items; all that is let through is in the audit log first."""
+        caller = self._gate.caller(call)
+        items = request.items
+        if not 1 <= len(items) <= MAX_BATCH:
+            denial = Denial(Reason.MALFORMED, f"a call signs 1 to {MAX_BATCH} items")
+            self._gate.refuse(caller.intent("Sign"), denial)
+            raise error_of(denial)
+        keys = self._keys(caller)
+        work: list[Work] = []
+        answers = [self._admit(caller, keys, item, work) for item in items]
+        if work:
+            task = self._tasks.spawn("sign", self._carry_out(caller, keys, work, call.deadline_s))
+            await asyncio.shield(task)
+        return hw_signer_pb2.SignResponse(
+            results=[await _settled(answer) for answer in answers],
+            log_head=head_message(self._audit.head),
+        )
+
+    async def get_log_head(self, request: Any, call: Call) -> Any:
+        """Return the end of the audit log and its last signed checkpoint."""
+        del request
+        self._gate.caller(call)
+        checkpoint, key = self._witness()
+        return hw_signer_pb2.GetLogHeadResponse(
+            log_head=head_message(self._audit.head), checkpoint=checkpoint, log_key=key
+        )
+
+    def _keys(self, caller: Caller) -> OwnerKeys:
+        keys = self._owners().get(caller.client.owner)
+        if keys is None:
+            raise SpireHwError("the client's keys are closed", kind=ErrorKind.UNAVAILABLE)
+        return keys
+
+    # -- one item ------------------------------------------------------------------------------
+
+    def _admit(self, caller: Caller, keys: OwnerKeys, message: Any, work: list[Work]) -> Answer:
+        """Check an item; what is let through is added to the work."""
+        item = _read(message)
+        if isinstance(item, Denial):
+            return self._refuse(caller, message, item)
+        replay, now = self._replay(caller), self._steady.now()
+        try:
+            known = replay.find(item.request_id, item.same, now)
+        except ReuseError:
+            text = "the request id was used for something else"
+            return self._refuse(caller, message, Denial(Reason.REPLAY, text))
+        if known is not None:
+            return known
+        held = self._check(caller, keys, item, now)
+        if isinstance(held, Denial):
+            return self._refuse(caller, message, held)
+        answer = Answer()
+        replay.remember(item.request_id, item.same, now, answer)
+        intent = caller.intent(
+            f"Sign.{item.purpose.value}",
+            request_id=item.request_id,
+            key_id=item.key_id,
+            generation=held.generation,
+            fingerprint=held.info.fingerprint,
+            hash_alg=item.options.hash.name.lower(),
+            digest_sha256=hashlib.sha256(item.digest).hexdigest(),
+        )
+        work.append(Work(item, keys, held, intent, answer))
+        return answer
+
+    def _check(self, caller: Caller, keys: OwnerKeys, item: Item, now: float) -> HeldKey | Denial:
+        """Check 3 to 6; what is let through is counted as under way."""
+        client, key_id, options = caller.client, item.key_id, item.options
+        rule = client.rule(key_id)
+        if rule is None:
+            return FOREIGN_KEY
+        held = keys.find(key_id)
+        if held is None:
+            return Denial(Reason.NO_KEY, f'key "{key_id}" not found')
+        key_type = held.info.key_type
+        denial = (
+            check_type(rule, key_type)
+            or check_options(client, rule, key_type, options, len(item.digest))
+            or self._buckets.take(client.identity, key_id, rule.rate, client.client_rate, now)
+            or self._in_flight.enter(client)
+        )
+        if denial is not None:
+            return denial
+        denial = check_purpose(client, key_id, item.purpose)
+        denial = denial or self._judge(client, keys, held, item)
+        if denial is not None:
+            self._in_flight.leave(client)
+            return denial
+        return held
+
+    def _judge(self, client: Client, keys: OwnerKeys, held: HeldKey, item: Item) -> Denial | None:
+        """Read what is to be signed and hold it against the policy (6)."""
+        purpose, content, options = item.purpose, item.content, item.options
+        domain, now = client.owner.trust_domain, self._clock.now()
+        if purpose in {Purpose.X509, Purpose.JWT} and not self._steady.is_sane():
+            text = f"the signer's clock moved by {self._steady.skew_s():.0f} s while it ran"
+            return Denial(Reason.CLOCK, text)
+        key = held.signing
+        try:
+            if purpose is Purpose.X509 and client.x509 is not None:
+                check_certificate(
+                    content, options, key=key, trust_domain=domain, rule=client.x509, now=now
+                )
+            elif purpose is Purpose.CSR:
+                check_request(content, key=key, trust_domain=domain)
+            elif purpose is Purpose.JWT and client.jwt is not None:
+                kid = check_token(
+                    content, options, key=key, trust_domain=domain, rule=client.jwt, now=now
+                )
+                keys.kids.check(kid, held.info.fingerprint)
+        except (InvalidInputError, VerificationError) as e:
+            return Denial(_FAULTS[purpose], explain(e))
+        return None
+
+    def _refuse(self, caller: Caller, item: Any, denial: Denial) -> Answer:
+        # What is not a key id has no place in the log's words.
+        key_id = "" if denial.reason is Reason.MALFORMED else item.key_id
+        intent = caller.intent("Sign", request_id=item.request_id[:16], key_id=key_id)
+        self._gate.refuse(intent, denial)
+        answer = Answer()
+        answer.settle(hw_signer_pb2.SignResult(refusal=refusal_message(denial)))
+        return answer
+
+    def _replay(self, caller: Caller) -> Replay[Answer]:
+        identity = caller.client.identity
+        replay = self._replays.get(identity)
+        if replay is None:
+            while len(self._replays) >= _MAX_REPLAYS:
+                del self._replays[next(iter(self._replays))]
+            replay = self._replays[identity] = Replay(0.0)
+        replay.window_s = self._gate.policy.replay_window.total_seconds()
+        return replay
+
+    # -- carrying out --------------------------------------------------------------------------
+
+    async def _carry_out(
+        self, caller: Caller, keys: OwnerKeys, work: Sequence[Work], deadline_s: float | None
+    ) -> None:
+        """Write down, sign, write down what became of it; every answer is settled at the end."""
+        try:
+            now = self._steady.now()
+            due = [keys.notes.use(key_id, now) for key_id in {w.intent.key_id for w in work}]
+            if any(due):
+                await keys.notes.save()
+            seqs = await self._audit.intend([one.intent for one in work])
+            jobs = (self._sign(one, seq, deadline_s) for one, seq in zip(work, seqs, strict=True))
+            self._audit.conclude(await asyncio.gather(*jobs))
+        except SpireHwError as e:
+            self._log.error("Nothing was signed", error=e.message, items=len(work))
+            for one in work:
+                self._fail(caller, one, e)
+        finally:
+            for one in work:
+                self._in_flight.leave(caller.client)
+                if one.answer.result is None:
+                    self._fail(caller, one, SpireHwError("internal error"))
+                elif not one.answer.result.signature:
+                    self._replay(caller).forget(one.item.request_id)
+
+    async def _sign(self, one: Work, seq: int, deadline_s: float | None) -> Outcome:
+        began = self._clock.monotonic()
+        item = one.item
+        try:
+            async with asyncio.timeout(deadline_s):
+                made = await one.keys.sign(one.held, item.digest, item.options)
+        except TimeoutError:
+            text = "the device did not sign before the deadline"
+            error = SpireHwError(text, kind=ErrorKind.DEADLINE_EXCEEDED)
+            return self._failed(one, seq, error, began)
+        except SpireHwError as e:
+            return self._failed(one, seq, e, began)
+        except Exception as e:  # noqa: BLE001 - the intent needs its outcome, the others theirs
+            self._log.error("Unexpected error while signing", exc_info=e)
+            return self._failed(one, seq, SpireHwError("internal error"), began)
+        self._metrics.count(_SIGNED, labels={"status": status_of(None)})
+        one.answer.settle(
+            hw_signer_pb2.SignResult(signature=made.signature, fingerprint=made.fingerprint)
+        )
+        return Outcome(seq, "done", latency_s=self._clock.monotonic() - began)
+
+    def _failed(self, one: Work, seq: int, error: SpireHwError, began: float) -> Outcome:
+        self._metrics.count(_SIGNED, labels={"status": status_of(error)})
+        self._log.error(
+            "Signing failed",
+            key_id=one.item.key_id,
+            client=one.intent.client,
+            error=error.message,
+            record=seq,
+        )
+        told = device_error(error, seq)
+        one.answer.settle(hw_signer_pb2.SignResult(refusal=failure_message(told)))
+        return Outcome(seq, "failed", error.message, self._clock.monotonic() - began)
+
+    def _fail(self, caller: Caller, one: Work, error: SpireHwError) -> None:
+        self._replay(caller).forget(one.item.request_id)
+        if one.answer.result is None:
+            one.answer.settle(hw_signer_pb2.SignResult(refusal=failure_message(error)))
+
+
+_FAULTS: Final = {
+    Purpose.X509: Reason.TBS,
+    Purpose.CSR: Reason.CSR,
+    Purpose.JWT: Reason.JWT,
+    Purpose.RAW: Reason.RAW,
+}
+
+
+async def _settled(answer: Answer) -> hw_signer_pb2.SignResult:
+    if answer.done is not None:
+        await answer.done.wait()
+    if answer.result is None:
+        raise SpireHwError("an item was not answered")
+    return answer.result
+
+
+def _read(item: Any) -> Item | Denial:
+    """Return what an item asks for (2)."""
+    denial = check_form(item.request_id, item.key_id)
+    if denial is not None:
+        return denial
+    algorithm = _HASHES.get(item.hash)
+    if algorithm is None:
+        return Denial(Reason.MALFORMED, "hash is 5 (SHA-256), 6 (SHA-384) or 7 (SHA-512)")
+    pss = item.HasField("pss")
+    salt = item.pss.salt_length if pss else -1
+    if not -1 <= salt <= _MAX_SALT:
+        return Denial(Reason.MALFORMED, f"salt length is -1 to {_MAX_SALT}")
+    kind = item.WhichOneof("purpose")
+    if kind is None:
+        return Denial(Reason.MALFORMED, "nothing is to be signed")
+    content: bytes = getattr(item, kind)
+    purpose = Purpose(kind)
+    digest = content if purpose is Purpose.RAW else algorithm.digest(content)
+    options = SignOptions(algorithm, pss, salt)
+    return Item(item.request_id, item.key_id, purpose, content, options, digest)
+
+
+def key_message(held: HeldKey) -> hw_signer_pb2.PublicKey:
+    """Return a key as the protocol has it."""
+    return hw_signer_pb2.PublicKey(
+        id=held.info.key_id,
+        type=_key_type(held.info.key_type),
+        pkix_data=spki_der(held.info.public_key),
+        fingerprint=held.info.fingerprint,
+    )
+
+
+def _key_type(key_type: KeyType) -> Any:
+    return key_type.value
+
+
+def head_message(head: LogHead) -> hw_signer_pb2.LogHead:
+    """Return the end of the log as the protocol has it."""
+    return hw_signer_pb2.LogHead(seq=head.seq, hash=head.hash)
+
+
+def refusal_message(denial: Denial) -> hw_signer_pb2.Refusal:
+    """Return a refusal as the protocol has it."""
+    return hw_signer_pb2.Refusal(
+        code=denial.reason.kind.value,
+        reason=denial.reason.word,
+        message=clip(denial.message),
+        retry_after_ms=min(int(denial.retry_after_s * 1000) + 1, 2**31)
+        if denial.retry_after_s
+        else 0,
+    )
+
+
+def failure_message(error: SpireHwError) -> hw_signer_pb2.Refusal:
+    """Return a failure as the protocol has it."""
+    return hw_signer_pb2.Refusal(
+        code=error.kind.value, reason="device", message=clip(error.message)
+    )
