@@ -1,20 +1,29 @@
-"""The manifest on the token: which instance uses these keys, and how they are called in full."""
+"""The manifest on the token: which instance uses these keys, since when, how they are called in full."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import ErrorKind
 from spire_hw.pkcs11.errors import Cure, TokenError
+from spire_hw.pkcs11.fitness import check_writable
 from spire_hw.pkcs11.inventory import Inventory, Manifest
 from spire_hw.pkcs11.labels import APPLICATION, key_name
 from spire_hw.pkcs11.wire import Kind, pack_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from spire_hw.clock import Clock
     from spire_hw.log import Logger
+    from spire_hw.pkcs11.choice import Choice
     from spire_hw.pkcs11.ledger import Ledger
     from spire_hw.pkcs11.policy import Policy
     from spire_hw.pkcs11.pool import Pool
+
+_PROTECTED: Final = frozenset({"hsm.session_read_only", "hsm.token_write_protected"})
+# How SoftHSM says that its store cannot be written to; also how tokens say that they are away.
+_MAYBE_PROTECTED: Final = frozenset({"hsm.general_error", "hsm.function_failed"})
 
 
 class Claim:
@@ -22,35 +31,93 @@ class Claim:
 
     Args:
         nonce: tells this instance from others that use the same server id.
+
+    Attributes:
+        refusal: why the token takes no writing, None while it does.
+        conflict: that another instance was started later, None while there is none.
     """
 
-    def __init__(self, pool: Pool, ledger: Ledger, policy: Policy, nonce: str, log: Logger) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        ledger: Ledger,
+        policy: Policy,
+        *,
+        nonce: str,
+        clock: Clock,
+        log: Logger,
+    ) -> None:
         self._pool = pool
         self._ledger = ledger
         self._policy = policy
         self._nonce = nonce
+        self._clock = clock
         self._log = log
         self._written: Manifest | None = None
-        self._on_token = True
+        self._holds_none = False
+        self.refusal: TokenError | None = None
+        self.conflict: TokenError | None = None
 
     async def stake(self, inventory: Inventory) -> None:
         """Say on the token which instance uses these keys from now on.
 
+        A token that can be read and signs but takes no writing is left as it is.
+
         Raises:
             TokenError: the token failed.
         """
-        if not self._pool.facts.can_write:
-            self._log.warning("hsm.read_only", hsm=self._pool.facts.device)
-            self._on_token = False
-            return
         if not self._pool.facts.profile.data_objects:
-            self._on_token = False
+            self._holds_none = True
+            return
+        try:
+            check_writable(self._pool.facts)
+        except TokenError as e:
+            self._refused(e)
             return
         entries = self._ledger.entries
         kept = {} if inventory.manifest is None else dict(inventory.manifest.keys)
         if self._policy.accept_key_loss:
             kept = {name: key_id for name, key_id in kept.items() if key_id in entries}
-        await self._put({**kept, **{key_name(k): k for k in entries}})
+        keys = {**kept, **{key_name(k): k for k, e in entries.items() if not e.is_existing}}
+        try:
+            await self._put_or_learn(keys, inventory.choices)
+        except TokenError as e:
+            if e.reason not in _MAYBE_PROTECTED | _PROTECTED:
+                raise
+            self._refused(e)
+
+    async def _put_or_learn(self, keys: dict[str, str], choices: Mapping[str, Choice]) -> None:
+        try:
+            await self._put(keys, choices)
+        except TokenError as e:
+            if e.reason not in _MAYBE_PROTECTED:
+                raise
+            await self._put(keys, choices)
+
+    def _refused(self, error: TokenError) -> None:
+        self.refusal = TokenError(
+            f"token {self._pool.facts.device} is read-only: keys cannot be generated, rotation is "
+            "impossible; lift the write protection or give its store back its rights",
+            reason="hsm.read_only",
+            operation="generate key pair",
+            device=self._pool.facts.device,
+            code=error.code,
+            kind=ErrorKind.FAILED_PRECONDITION,
+        )
+        self._log.warning("hsm.read_only", error=self.refusal.message, cause=error.message)
+
+    async def check_writable(self, inventory: Inventory) -> None:
+        """Refuse to generate on a token that takes no writing; look again whether it does now.
+
+        Raises:
+            TokenError: FAILED_PRECONDITION.
+        """
+        if self.refusal is None:
+            return
+        self.refusal = None
+        await self.stake(inventory)
+        if self.refusal is not None:
+            raise self.refusal
 
     async def add(self, inventory: Inventory, key_id: str) -> None:
         """Have the manifest name a key, if it does not.
@@ -60,8 +127,17 @@ class Claim:
         """
         name = key_name(key_id)
         keys = {} if inventory.manifest is None else dict(inventory.manifest.keys)
-        if self._on_token and keys.get(name) != key_id:
-            await self._put({**keys, name: key_id})
+        if self._written is not None and keys.get(name) != key_id:
+            await self._put({**keys, name: key_id}, inventory.choices)
+
+    async def mark(self, inventory: Inventory) -> None:
+        """Write down that this instance is alive, and which generations were taken back.
+
+        Raises:
+            TokenError: the token failed.
+        """
+        if self._written is not None and inventory.manifest is not None:
+            await self._put(dict(inventory.manifest.keys), self._ledger.state.choices)
 
     def check(self, inventory: Inventory) -> None:
         """Refuse to go on beside another instance that was started later.
@@ -70,21 +146,25 @@ class Claim:
             TokenError: FAILED_PRECONDITION.
         """
         manifest = inventory.manifest
-        if not self._on_token or manifest is None or manifest.nonce == self._nonce:
+        self.conflict = None
+        if self._written is None or manifest is None or manifest.nonce == self._nonce:
             return
-        raise TokenError(
+        self.conflict = TokenError(
             f'server id "{self._ledger.owner.server}" is in use by another instance; '
-            "it was started after this one",
+            "it was started after this one: stop one of them, or give one an id of its own",
             reason="hsm.owner_conflict",
             operation="generate key pair",
             device=self._pool.facts.device,
             cure=Cure.OPERATOR,
             kind=ErrorKind.FAILED_PRECONDITION,
         )
+        raise self.conflict
 
-    async def _put(self, keys: dict[str, str]) -> None:
-        owner = self._ledger.owner
-        manifest = Manifest(owner, self._nonce, keys)
+    async def _put(self, keys: dict[str, str], choices: Mapping[str, Choice]) -> None:
+        if self._holds_none:
+            return
+        owner, now = self._ledger.owner, self._clock.now().timestamp()
+        manifest = Manifest(owner, self._nonce, keys, now, choices)
         fields = {
             "label": owner.manifest_label,
             "application": APPLICATION,
@@ -93,10 +173,10 @@ class Claim:
         try:
             await self._pool.ask(Kind.PUT_DATA, fields, what="write manifest")
         except TokenError as e:
-            if e.cure is Cure.RESTART or self._written is not None:
+            if e.cure is Cure.RESTART or e.reason in _PROTECTED or self._written is not None:
                 raise
             # Some tokens hold no data objects: the host's own note has to do.
             self._log.warning("hsm.no_manifest_on_token", error=e.message)
-            self._on_token = False
+            self._holds_none = True
             return
         self._written = manifest

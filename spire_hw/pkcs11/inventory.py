@@ -133,6 +133,7 @@ class Inventory:
         manifest: the owner's manifest, None when there is none.
         top: the highest generation of each name, complete or not.
         choices: by key id, the latest choice that note or manifest tell of.
+        existing: by key id, keys made elsewhere that are to be used.
     """
 
     current: Mapping[str, Pair]
@@ -141,15 +142,21 @@ class Inventory:
     manifest: Manifest | None
     top: Mapping[str, int]
     choices: Mapping[str, Choice] = field(default_factory=dict)
+    existing: Mapping[str, Pair] = field(default_factory=dict)
+
+    @property
+    def everything(self) -> tuple[Pair, ...]:
+        """Return all pairs of this owner's, whole or not."""
+        return (*self.current.values(), *self.retired, *self.halves)
 
     @property
     def cka_ids(self) -> set[bytes]:
         """Return every CKA_ID in use."""
-        return {p.cka_id for p in (*self.current.values(), *self.retired, *self.halves)}
+        return {p.cka_id for p in (*self.everything, *self.existing.values())}
 
     def pair(self, cka_id: bytes) -> Pair | None:
         """Return the complete pair with a CKA_ID."""
-        everything = (*self.current.values(), *self.retired)
+        everything = (*self.current.values(), *self.retired, *self.existing.values())
         return next((p for p in everything if p.cka_id == cka_id), None)
 
 
@@ -193,6 +200,15 @@ def read_listing(
         halves += [p for p in rest if not p.is_complete]
     top = {name: max(p.generation for p in pairs) for name, pairs in by_name.items()}
     return Inventory(current, tuple(retired), tuple(halves), manifest, top, all_choices)
+
+
+def listed_halves(listing: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the descriptions of key objects in a worker's answer to LIST.
+
+    Raises:
+        EncodingError: the answer does not decode.
+    """
+    return _items(listing, "halves")
 
 
 def _items(listing: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
@@ -358,7 +374,7 @@ class Entry:
         fingerprint: fingerprint of this instance.
         sign_key: CKA_ID and public key, as workers need them.
         label: CKA_LABEL on the token.
-        generation: its generation.
+        generation: its generation; 0 for a key made elsewhere.
     """
 
     key_id: str
@@ -368,6 +384,11 @@ class Entry:
     sign_key: SignKey
     label: str
     generation: int
+
+    @property
+    def is_existing(self) -> bool:
+        """Tell whether somebody else made it: it is used, never replaced nor destroyed."""
+        return self.generation == 0
 
     @classmethod
     def of(cls, info: KeyInfo, cka_id: bytes, label: str, generation: int) -> Entry:

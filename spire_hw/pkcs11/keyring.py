@@ -2,7 +2,7 @@
 
 A replacement is a new generation beside the old one. It becomes current only once its attributes
 were read back, a signature of it was verified and the host's note is on disk; then the old
-generation is destroyed. A crash anywhere leaves one complete, signing pair.
+generation is destroyed, or kept for a while. A crash anywhere leaves one complete, signing pair.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from typing import TYPE_CHECKING, Final
 
 from spire_hw.aio.tasks import Tasks
 from spire_hw.errors import InvalidInputError, NotFoundError, SpireHwError
+from spire_hw.key import parse_spki
 from spire_hw.pkcs11.claim import Claim
 from spire_hw.pkcs11.disposal import Disposal
 from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.fitness import check_mechanisms, check_token, check_type, check_writable
+from spire_hw.pkcs11.fitness import check_mechanisms, check_token, check_type
 from spire_hw.pkcs11.generation import Generation, Making
 from spire_hw.pkcs11.housekeeping import Housekeeping
 from spire_hw.pkcs11.inventory import Entry, check_evidence, evidence_texts
 from spire_hw.pkcs11.labels import Owner, key_name
 from spire_hw.pkcs11.ledger import Ledger
 from spire_hw.pkcs11.proving import Proving
+from spire_hw.pkcs11.retention import Retention
 from spire_hw.pkcs11.signing import Signing
+from spire_hw.pkcs11.state import Existing
 from spire_hw.pkcs11.stock import Stock
 from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo
 
@@ -31,11 +34,12 @@ if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.key import KeyType, SignOptions
     from spire_hw.log import Logger
+    from spire_hw.pkcs11.importing import Import
     from spire_hw.pkcs11.inventory import Inventory
     from spire_hw.pkcs11.policy import Policy
     from spire_hw.pkcs11.pool import Pool
     from spire_hw.pkcs11.state import State, StateFile
-    from spire_hw.plugin.keymanager import KeySignature
+    from spire_hw.plugin.keymanager import KeySignature, RetainedKey
 
 _MAX_ID: Final = 255
 
@@ -61,11 +65,28 @@ class Keyring:
         self._ledger = Ledger(owner, file)
         self._stock = Stock(pool, self._ledger, policy, log)
         self._proving = Proving(pool, self._ledger, policy, log)
-        self._claim = Claim(pool, self._ledger, policy, instance, log)
+        self._claim = Claim(pool, self._ledger, policy, nonce=instance, clock=clock, log=log)
         self._signing = Signing(pool, self._stock, self.get, clock, log)
         self.disposal = Disposal(pool, log)
+        self._retention = Retention(
+            pool,
+            self._ledger,
+            self._stock,
+            claim=self._claim,
+            proving=self._proving,
+            disposal=self.disposal,
+            keep_s=policy.retain_replaced_s,
+            clock=clock,
+            log=log,
+        )
         self._house = Housekeeping(
-            self._stock, self._ledger, self._claim, self.disposal, clock=clock, log=log
+            self._stock,
+            self._ledger,
+            self._claim,
+            self._retention,
+            self.disposal,
+            clock=clock,
+            log=log,
         )
         self._tasks = Tasks(self._on_task_failure)
         self._generation = Generation(self._tasks, self._make, self._abandon)
@@ -85,12 +106,15 @@ class Keyring:
         ids = self._ledger.ids(inventory)
         entries = {}
         for name, pair in inventory.current.items():
-            if name in ids:
+            if name in ids and ids[name] not in inventory.existing:
                 entries[ids[name]] = await self._proving.adopt(ids[name], pair)
+        for wanted in self._policy.imports:
+            entries[wanted.key_id] = await self._import(wanted, inventory)
         self._ledger.use(entries)
         await self._claim.stake(inventory)
-        await self._ledger.save(self._opened)
-        self.disposal.add((p.cka_id, p.label) for p in (*inventory.retired, *orphans))
+        await self._ledger.save(lambda state: self._opened(state, inventory))
+        replaced = await self._retention.sort_out(inventory)
+        self.disposal.add((p.cka_id, p.label) for p in (*replaced, *orphans))
         self._tasks.start("hsm-disposal", self.disposal.run())
         self._tasks.start("hsm-housekeeping", self._house.run())
 
@@ -103,8 +127,10 @@ class Keyring:
         _check_id(key_id)
         if key_type not in self._policy.key_types:
             raise InvalidInputError(f"key type {key_type.config_name} is not allowed by policy")
+        for wanted in self._policy.imports:
+            if wanted.key_id == key_id:
+                raise wanted.taken()
         check_type(key_type, self._pool.facts)
-        check_writable(self._pool.facts)
         return await self._generation.run(key_id, key_type, self._commit)
 
     def get(self, key_id: str) -> Entry:
@@ -144,20 +170,55 @@ class Keyring:
         attributes = evidence_texts(pair.evidence)
         return KeyEvidence(location, {"CKA_ID": pair.cka_id.hex(), **attributes})
 
-    def _opened(self, state: State) -> State:
+    def retained(self) -> list[RetainedKey]:
+        """Return the replaced generations that are kept, oldest first."""
+        return self._retention.list()
+
+    async def restore(self, key_id: str, generation: int) -> KeyInfo:
+        """Make a kept generation current; see `spire_hw.plugin.keymanager.KeyRetention`."""
+        return info_of(await self._retention.restore(key_id, generation))
+
+    async def destroy_retained(self, key_id: str, generation: int) -> None:
+        """Destroy a kept generation; see `spire_hw.plugin.keymanager.KeyRetention`."""
+        await self._retention.destroy(key_id, generation)
+
+    def _opened(self, state: State, inventory: Inventory) -> State:
         facts = self._pool.facts
-        state = replace(state, token_label=facts.label, token_serial=facts.serial, keys={})
+        choices = dict(inventory.choices)
+        # A key that an import takes the place of is there again without the import.
+        shadowed = {k: known for k, known in state.keys.items() if k in inventory.existing}
+        existing = {}
+        for wanted in self._policy.imports:
+            entry = self._ledger.entries[wanted.key_id]
+            existing[wanted.key_id] = Existing(wanted.selector, entry.sign_key.spki)
+        state = replace(
+            state,
+            token_label=facts.label,
+            token_serial=facts.serial,
+            keys=shadowed,
+            choices=choices,
+            existing=existing,
+        )
         for entry in self._ledger.entries.values():
-            state = state.with_entry(entry)
+            if not entry.is_existing:
+                state = state.with_entry(entry)
         return state
+
+    async def _import(self, wanted: Import, inventory: Inventory) -> Entry:
+        entry = await self._proving.adopt(wanted.key_id, inventory.existing[wanted.key_id])
+        before = self._ledger.state.existing.get(wanted.key_id)
+        if before is not None and before.selector == wanted.selector:
+            known = KeyInfo.of(wanted.key_id, entry.key_type, parse_spki(before.spki))
+            if known.fingerprint != entry.fingerprint:
+                raise wanted.changed(known.fingerprint, entry.fingerprint)
+        return entry
 
     async def _make(self, key_id: str, key_type: KeyType) -> Entry:
         """Generate and prove the next generation; it is not current yet."""
         inventory = await self._stock.take()
         self._claim.check(inventory)
-        name = key_name(key_id)
-        current = self._ledger.entries.get(key_id)
-        generation = max(inventory.top.get(name, 0), current.generation if current else 0) + 1
+        await self._claim.check_writable(inventory)
+        generation = self._next_generation(key_id, inventory)
         cka_id, label = self._fresh_id(inventory), self._owner.key_label(key_id, generation)
         making = Making(self._pool, key_type, cka_id, label)
         try:
@@ -174,6 +235,15 @@ class Keyring:
             raise
         return entry
 
+    def _next_generation(self, key_id: str, inventory: Inventory) -> int:
+        current, choice = self._ledger.entries.get(key_id), inventory.choices.get(key_id)
+        highest = max(
+            inventory.top.get(key_name(key_id), 0),
+            current.generation if current is not None else 0,
+            choice.over if choice is not None else 0,
+        )
+        return highest + 1
+
     def _fresh_id(self, inventory: Inventory) -> bytes:
         while True:
             # Two bytes is all that some tokens keep.
@@ -184,13 +254,10 @@ class Keyring:
     async def _commit(self, entry: Entry) -> KeyInfo:
         """Make a proved generation current and retire the one before."""
         try:
-            await self._ledger.save(lambda state: state.with_entry(entry))
+            await self._retention.replace(entry)
         except TokenError:
             self._abandon(entry)
             raise
-        old = self._ledger.replace(entry)
-        if old is not None:
-            self._abandon(old)
         self._log.info(
             "hsm.key_generated", key_id=entry.key_id, label=entry.label, fp=entry.fingerprint
         )

@@ -17,7 +17,7 @@ from typing import Final
 from spire_hw.errors import InvalidInputError
 
 APPLICATION: Final = "spire-hw"
-_SCHEME: Final = "sh1"
+SCHEME: Final = "sh1"
 _SHORT: Final = 6
 _NAME_LENGTH: Final = 12
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,12}")
@@ -54,7 +54,7 @@ class Owner:
     @property
     def prefix(self) -> str:
         """Return what every label of this owner starts with."""
-        return f"{_SCHEME}:{_short(self.trust_domain)}:{_short(self.server)}:"
+        return f"{SCHEME}:{_short(self.trust_domain)}:{_short(self.server)}:"
 
     @property
     def manifest_label(self) -> str:
@@ -74,7 +74,9 @@ class Owner:
         if not label.startswith(self.prefix):
             return None
         match = _LABEL.fullmatch(label[len(self.prefix) :])
-        return None if match is None else KeyLabel(match.group(1), int(match.group(2), 36))
+        if match is None or int(match.group(2), 36) == 0:
+            return None
+        return KeyLabel(match.group(1), int(match.group(2), 36))
 
 
 def key_name(key_id: str) -> str:

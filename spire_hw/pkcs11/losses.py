@@ -1,31 +1,70 @@
 """Does a listing show every key there has to be?
 
 A token that went away lists nothing and says no error; a backup put back lists old keys. Neither
-may be taken for the truth, or a server would make itself a new CA.
+may be taken for the truth, or a server would make itself a new CA. Values in, values out.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from spire_hw.errors import ErrorKind
-from spire_hw.pkcs11.errors import TokenError
+from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.pkcs11.labels import key_name
+from spire_hw.pkcs11.wire import unpack_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
     from spire_hw.pkcs11.inventory import Inventory
     from spire_hw.pkcs11.ledger import Ledger
 
 
-def check_losses(inventory: Inventory, ledger: Ledger, device: str) -> None:
-    """Refuse a listing that shows fewer keys, or older ones, than note and manifest name.
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What a listing does not show.
 
-    Raises:
-        TokenError: UNAVAILABLE when keys are missing, FAILED_PRECONDITION when they are older.
+    Attributes:
+        missing: key ids of which no usable generation is there.
+        older: key ids of which only older generations are there.
+        expected: how many keys there have to be.
+        shown: how many there are.
     """
+
+    missing: tuple[str, ...]
+    older: tuple[str, ...]
+    expected: int
+    shown: int
+
+    def error(self, device: str) -> TokenError | None:
+        """Return the error that says so; None when nothing is lost."""
+        if self.missing:
+            message = (
+                f"manifest names {self.expected} keys, token {device} shows {self.shown}; "
+                f"missing: {', '.join(self.missing)}"
+            )
+            kind = ErrorKind.UNAVAILABLE
+        elif self.older:
+            message = f"token {device} shows older generations of {', '.join(self.older)}"
+            kind = ErrorKind.FAILED_PRECONDITION
+        else:
+            return None
+        return TokenError(
+            f"{message}; set accept_key_loss to go on without them",
+            reason="hsm.keys_missing",
+            operation="list objects",
+            device=device,
+            kind=kind,
+        )
+
+
+def losses_of(inventory: Inventory, ledger: Ledger) -> Losses:
+    """Compare a listing with what note, manifest and keys in use tell of."""
     ids = ledger.ids(inventory)
     shown = {ids[name]: pair for name, pair in inventory.current.items() if name in ids}
-    expected = {key_name(k): k for k in (*ledger.state.keys, *ledger.entries)}
+    in_use = [key_id for key_id, entry in ledger.entries.items() if not entry.is_existing]
+    expected = {key_name(k): k for k in (*ledger.state.keys, *in_use)}
     if inventory.manifest is not None:
         expected = {**inventory.manifest.keys, **expected}
     missing = sorted(key_id for key_id in expected.values() if key_id not in shown)
@@ -34,21 +73,44 @@ def check_losses(inventory: Inventory, ledger: Ledger, device: str) -> None:
         for key_id, known in ledger.state.keys.items()
         if key_id in shown and shown[key_id].generation < known.generation
     )
-    if missing:
-        message = (
-            f"manifest names {len(expected)} keys, token {device} shows {len(shown)}; "
-            f"missing: {', '.join(missing)}"
-        )
-        kind = ErrorKind.UNAVAILABLE
-    elif older:
-        message = f"token {device} shows older generations of {', '.join(older)}"
-        kind = ErrorKind.FAILED_PRECONDITION
-    else:
-        return
-    raise TokenError(
-        f"{message}; set accept_key_loss to go on without them",
-        reason="hsm.keys_missing",
+    return Losses(tuple(missing), tuple(older), len(expected), len(shown))
+
+
+def find_moved(
+    missing: Iterable[str], ledger: Ledger, halves: Sequence[Mapping[str, Any]], device: str
+) -> TokenError | None:
+    """Return an error with a hint when a missing key is there under another label or CKA_ID.
+
+    Args:
+        missing: key ids.
+        ledger: knows their CKA_IDs.
+        halves: every key object that the token lists.
+        device: the token, for messages.
+    """
+    privates = [half for half in halves if half.get("private") is True]
+    hints = []
+    for key_id in missing:
+        known = ledger.state.keys.get(key_id)
+        if known is None:
+            continue
+        label = ledger.owner.key_label(key_id, known.generation)
+        for half in privates:
+            cka_id = unpack_bytes(half.get("id"))
+            if cka_id == known.cka_id and half.get("label") != label:
+                hints.append(
+                    f'"{key_id}" is now labelled "{half.get("label")}": give back "{label}"'
+                )
+            elif half.get("label") == label and cka_id != known.cka_id:
+                hints.append(
+                    f'"{key_id}" has now CKA_ID {cka_id.hex()}: give back {known.cka_id.hex()}'
+                )
+    if not hints:
+        return None
+    return TokenError(
+        f"keys were renamed on token {device}: {'; '.join(hints)}",
+        reason="hsm.key_renamed",
         operation="list objects",
         device=device,
-        kind=kind,
+        cure=Cure.OPERATOR,
+        kind=ErrorKind.FAILED_PRECONDITION,
     )

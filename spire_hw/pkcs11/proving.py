@@ -56,9 +56,13 @@ class Proving:
         return entry
 
     def _public_key(self, key_id: str, pair: Pair) -> tuple[PublicKey, KeyType]:
-        known = self._ledger.state.keys.get(key_id)
+        state = self._ledger.state
+        known, existing = state.keys.get(key_id), state.existing.get(key_id)
         if pair.material is not None:
             public_key = public_key_of(pair.material)
+        elif pair.generation == 0 and existing is not None:
+            self._log.warning("hsm.public_half_missing", key_id=key_id)
+            public_key = parse_spki(existing.spki)
         elif known is not None and known.cka_id == pair.cka_id:
             self._log.warning("hsm.public_half_missing", key_id=key_id)
             public_key = parse_spki(known.spki)

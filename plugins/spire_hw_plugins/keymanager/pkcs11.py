@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from spire_hw.config.hcl import Body
     from spire_hw.errors import ConfigFault
     from spire_hw.key import KeyType, SignOptions
-    from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo, KeySignature
+    from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo, KeySignature, RetainedKey
 
 NAME: Final = "pkcs11"
 _IDENTIFIER_FILE: Final = "pkcs11-key-identifier"
@@ -48,7 +48,10 @@ _MAX_IDENTIFIER_FILE_BYTES: Final = 4096
 
 
 class Pkcs11KeyManager:
-    """The KeyManager contract over one token; also offers `KeyEvidenceSource`."""
+    """The KeyManager contract over one token.
+
+    Also offers `KeyEvidenceSource` and `KeyRetention`.
+    """
 
     def __init__(self, host: HostInfo, command: Sequence[str] = WORKER) -> None:
         self._host = host
@@ -122,6 +125,18 @@ class Pkcs11KeyManager:
         """Return where a key is and what the token says about it now."""
         return await self._ready().evidence(key_id)
 
+    async def retained_keys(self) -> list[RetainedKey]:
+        """Return the replaced keys that are kept, oldest first."""
+        return self._ready().retained()
+
+    async def restore_key(self, key_id: str, generation: int) -> KeyInfo:
+        """Make a replaced key current again."""
+        return await self._ready().restore(key_id, generation)
+
+    async def destroy_retained(self, key_id: str, generation: int) -> None:
+        """Destroy a replaced key before its time."""
+        await self._ready().destroy_retained(key_id, generation)
+
     async def close(self) -> None:
         """Log out and end the workers."""
         keyring, pool = self._keyring, self._pool
@@ -177,6 +192,8 @@ def _policy(config: Config, settings: Settings) -> Policy:
         accept_token=config.accept_token,
         accept_key_loss=config.accept_key_loss,
         accept_weak_keys=frozenset(config.accept_weak_keys),
+        retain_replaced_s=config.retain_replaced.total_seconds(),
+        imports=settings.imports,
     )
 
 

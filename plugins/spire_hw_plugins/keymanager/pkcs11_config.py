@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Final
 
 from pydantic import Field
 
 from spire_hw.config.duration import parse_duration
-from spire_hw.config.schema import GoDuration
+from spire_hw.config.schema import GoDuration, Model, at_least
 from spire_hw.errors import InvalidInputError
 from spire_hw.key import KeyType
+from spire_hw.pkcs11.importing import Import
 from spire_hw.pkcs11.place import Faults, Place, Text, TokenConfig, place_of
 
 if TYPE_CHECKING:
     from spire_hw.errors import ConfigFault
 
 _MAX_IDENTIFIER: Final = 64
+
+
+class ImportConfig(Model):
+    """A key that somebody else made on the token.
+
+    Attributes:
+        uri: RFC 7512 URI that names it by object, id or both.
+        label: its label instead.
+    """
+
+    uri: Text | None = None
+    label: Text | None = None
 
 
 class Config(TokenConfig):
@@ -32,6 +46,8 @@ class Config(TokenConfig):
         accept_token: serial number of a token that may replace the one used so far.
         accept_key_loss: go on although keys are gone; take it out again after one start.
         accept_weak_keys: key ids whose origin in the token need not be proven.
+        retain_replaced: how long replaced keys are kept, unused; 0 destroys them at once.
+        imports: keys made elsewhere, by the key id under which they are used.
     """
 
     key_identifier_file: Text | None = None
@@ -45,6 +61,8 @@ class Config(TokenConfig):
     accept_token: str = ""
     accept_key_loss: bool = False
     accept_weak_keys: list[str] = Field(default_factory=list)
+    retain_replaced: Annotated[GoDuration, at_least(timedelta(0))] = timedelta(0)
+    imports: dict[str, ImportConfig] = Field(default_factory=dict, alias="import")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +72,12 @@ class Settings:
     Attributes:
         place: the token.
         key_types: types that may be generated.
+        imports: keys made elsewhere.
     """
 
     place: Place
     key_types: frozenset[KeyType]
+    imports: tuple[Import, ...] = ()
 
 
 def settings_of(config: Config) -> tuple[Settings | None, list[ConfigFault]]:
@@ -71,9 +91,10 @@ def settings_of(config: Config) -> tuple[Settings | None, list[ConfigFault]]:
         )
     _check_identifier(config, found)
     key_types = _key_types_of(config, found)
+    imports = _imports_of(config, found)
     if found.found or place is None:
         return None, found.found
-    return Settings(place, key_types), []
+    return Settings(place, key_types, imports), []
 
 
 def _check_identifier(config: Config, found: Faults) -> None:
@@ -90,6 +111,22 @@ def is_identifier(value: str) -> bool:
     return 1 <= len(value) <= _MAX_IDENTIFIER and all(
         c.isascii() and (c.isalnum() or c in "-_.") for c in value
     )
+
+
+def _imports_of(config: Config, found: Faults) -> tuple[Import, ...]:
+    imports = []
+    for key_id, one in config.imports.items():
+        where = f'import "{key_id}"'
+        if (one.uri is None) == (one.label is None):
+            found.add("imports", f"{where}: exactly one of uri and label is needed")
+        elif one.label is not None:
+            imports.append(Import(key_id, f'label "{one.label}"', label=one.label))
+        elif one.uri is not None:
+            try:
+                imports.append(Import.of_uri(key_id, one.uri))
+            except InvalidInputError as e:
+                found.add("imports", f"{where}: {e.message}")
+    return tuple(imports)
 
 
 def _key_types_of(config: Config, found: Faults) -> frozenset[KeyType]:

@@ -45,8 +45,13 @@ async def main():
     await manager.configure(Body.from_dict(config))
     print(json.dumps(manager.worker_pids), flush=True)
     while True:
-        await manager.generate_key("x509-CA-A", KeyType.EC_P256)
-        print("generated", flush=True)
+        made = await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+        print("made", made.fingerprint, flush=True)
+        for kept in (await manager.retained_keys())[-1:]:
+            made = await manager.restore_key("x509-CA-A", kept.generation)
+            print("made", made.fingerprint, flush=True)
+        for kept in (await manager.retained_keys())[:-3]:
+            await manager.destroy_retained("x509-CA-A", kept.generation)
 asyncio.run(main())
 """
 
@@ -57,7 +62,7 @@ async def rig(tmp_path: Path) -> AsyncIterator[TokenRig]:
         yield made
 
 
-def start_host(rig: TokenRig) -> tuple[subprocess.Popen[str], list[int]]:
+def start_host(rig: TokenRig, **changes: str) -> tuple[subprocess.Popen[str], list[int]]:
     data = rig.folder / "data"
     data.mkdir(mode=0o700, exist_ok=True)
     config = {
@@ -66,6 +71,7 @@ def start_host(rig: TokenRig) -> tuple[subprocess.Popen[str], list[int]]:
         "pin_file": str(rig.pin_file),
         "key_identifier_value": "server-1",
         "environment": rig.hsm.environment,
+        **changes,
     }
     process = subprocess.Popen(  # noqa: S603
         [sys.executable, "-c", HOST, str(data), json.dumps(config)],
@@ -122,3 +128,32 @@ async def test_faults_60_to_62_kill_at_random_moments_leaves_one_signing_pair(
     assert complete == 1
     assert everything <= 1 + ROUNDS
     assert manifests == 1
+
+
+@pytest.mark.slow
+@pytest.mark.asyncio
+async def test_kill_at_random_moments_of_a_restore_leaves_the_old_or_the_new_current(
+    rig: TokenRig,
+) -> None:
+    moments = random.Random(11)  # noqa: S311 - moments, not secrets
+    told = ""
+    for _ in range(ROUNDS // 2):
+        process, workers = await asyncio.to_thread(start_host, rig, retain_replaced="26h")
+        await asyncio.sleep(moments.uniform(0.05, 0.5))
+        process.kill()
+        output, _ = await asyncio.to_thread(process.communicate)
+        assert await asyncio.to_thread(alive_after, workers, 30) == []
+        manager = await rig.start(retain_replaced="26h")
+        keys = await manager.get_public_keys()
+        kept = [one.info.fingerprint for one in await manager.retained_keys()]
+        for key in keys:
+            made = await manager.sign_data(key.key_id, bytes(32), SignOptions(HashAlgorithm.SHA256))
+            assert made.fingerprint == key.fingerprint
+        await manager.close()
+        lines = [line for line in output.splitlines() if line.startswith("made ")]
+        told = lines[-1].removeprefix("made ") if lines else told
+        current = [key.fingerprint for key in keys]
+        assert len(current) == (1 if told else len(current))
+        # What was told last is current, or what was under way then: nothing that was told is lost.
+        assert not told or told in [*current, *kept]
+        assert not set(current) & set(kept)
