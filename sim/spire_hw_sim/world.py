@@ -63,6 +63,7 @@ class World:
         clock: Clock | None = None,
         server_keys: str = "",
         server_plugins: str = 'KeyManager "disk" { plugin_data { keys_path = "HOME/keys.json" } }',
+        server_rest: str = "",
     ) -> None:
         """Describe the world.
 
@@ -71,11 +72,13 @@ class World:
             server_keys: more keys of `server { }`, as HCL text.
             server_plugins: KeyManager and NodeAttestor blocks; `HOME` in them is
                 the world's directory.
+            server_rest: more sections of the server's file.
         """
         self.directory = Path(tempfile.mkdtemp(prefix="shw-"))
         self.clock = clock
         self._server_keys = server_keys
         self._server_plugins = server_plugins.replace("HOME", str(self.directory))
+        self._server_rest = server_rest
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -116,6 +119,7 @@ class World:
           }}
           {self._server_plugins}
         }}
+        {self._server_rest}
         """
         self.server = Server(server_settings(parse(text)), clock=self.clock)
         await self.server.start()
