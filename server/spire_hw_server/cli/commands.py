@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spire_hw import __version__
+from spire_hw.cli.pkcs11 import pkcs11_group
 from spire_hw.cli.program import root_group
 from spire_hw_server.cli import (
     agent,
@@ -40,5 +41,6 @@ for _group in (
     policy.group,
     localauthority.group,
     logger.group,
+    pkcs11_group(PROGRAM),
 ):
     root.add_command(_group)
