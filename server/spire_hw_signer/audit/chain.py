@@ -138,6 +138,8 @@ class Chain:
 
     def take(self, record: Record, line: bytes) -> None:
         """Go on by a record that was checked, or that the writer made."""
+        if record.kind is Kind.SEAL:
+            self.recent.clear()  # the numbers before it are others
         self.head = LogHead(record.seq, next_hash(self.head.hash, line))
         self.recent.append(self.head.hash)
         self.boot, self.mono = record.boot, record.mono

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from spire_hw.aio.tasks import Tasks
 from spire_hw.bootid import read_boot_id
 from spire_hw.errors import InvalidInputError, NotReadyError, UnavailableError
 from spire_hw_signer.audit.chain import Chain, LogHead
-from spire_hw_signer.audit.folder import Folder, ForeignHandError, reason_of
+from spire_hw_signer.audit.folder import Folder
 from spire_hw_signer.audit.record import (
     Kind,
     Record,
@@ -34,10 +32,11 @@ from spire_hw_signer.audit.record import (
     micro,
     time_text,
 )
-from spire_hw_signer.audit.start import Found, find
+from spire_hw_signer.audit.start import Found, find, find_hash
+from spire_hw_signer.audit.writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from datetime import datetime
     from pathlib import Path
 
@@ -46,12 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AuditLog", "AuditSettings", "Intent", "LogHead", "Outcome", "Refused"]
 
-_FLUSH_S: Final = 0.02
-_RETRY_S: Final = 1.0
-_COMMIT_S: Final = 10.0
-_MAX_BATCH: Final = 4 * 1024 * 1024
 _MAX_WAITING: Final = 16 * 1024 * 1024
-_MIN_FILE: Final = 4096
 _LOG_ID_BYTES: Final = 16
 
 
@@ -130,28 +124,13 @@ class Refused:
         intent: what was asked for, as far as it was understood.
         reason: stable word, such as `tbs_policy`.
         denial_class: number of the check that refused it.
+        count: of requests like this that the record stands for.
     """
 
     intent: Intent
     reason: str
     denial_class: int
-
-
-@dataclass(slots=True)
-class _Batch:
-    """Records that are written in one go.
-
-    Attributes:
-        file: the file they go to.
-        head: the end of the log with them.
-        done: settled with "" once they are on the disk, or with the reason why they are not.
-    """
-
-    file: str
-    head: LogHead = field(default_factory=LogHead)
-    data: bytearray = field(default_factory=bytearray)
-    done: asyncio.Future[str] | None = None
-    closed: bool = False
+    count: int = 1
 
 
 class AuditLog:
@@ -172,25 +151,21 @@ class AuditLog:
         self._log = log
         self._boot = (read_boot_id() or "") if boot is None else boot
         self._folder = Folder(settings.directory)
+        self._writer = Writer(self._folder, clock=clock, log=log, again=self._available_again)
+        self._writer.trouble = "it is not open"
         self._chain = Chain()
-        self._durable = LogHead()
         self._file = ""
         self._file_bytes = 0
         self._file_since: datetime = clock.now()
-        self._batches: list[_Batch] = []
-        self._waiting_bytes = 0
         self._lost = 0
-        self._trouble = "it is not open"
-        self._more = asyncio.Event()
-        self._flush: asyncio.TimerHandle | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="audit log")
-        self._tasks = Tasks(self._task_failed)
-        self._writer: asyncio.Task[None] | None = None
+        self._many: tuple[int, Callable[[], None]] | None = None
+        self._checkpoint_seq = 0
+        self._opened = False
 
     @property
     def head(self) -> LogHead:
         """Return the end of what is on the disk."""
-        return self._durable
+        return self._writer.durable
 
     @property
     def log_id(self) -> str:
@@ -200,26 +175,43 @@ class AuditLog:
     @property
     def trouble(self) -> str:
         """Return why nothing can be written now, "" while all is well."""
-        return self._trouble
+        return self._writer.trouble
 
-    async def open(self) -> None:
+    @property
+    def boot(self) -> str:
+        """Return the id of this boot as records have it."""
+        return self._boot
+
+    @property
+    def directory(self) -> Path:
+        """Return where its files are."""
+        return self._settings.directory
+
+    def is_used(self, nonce: str) -> bool:
+        """Tell whether an order was carried out."""
+        return nonce in self._chain.orders
+
+    async def open(self) -> Found:
         """Read the end of the log, repair what a crash left, and be ready to write.
+
+        Returns:
+            The end as it was found.
 
         Raises:
             NotReadyError: the directory cannot be used, or another process has it.
             BrokenLogError: the chain does not hold.
             UnavailableError: nothing can be written.
         """
-        if self._writer is not None:
+        if self._opened:
             raise NotReadyError("this audit log was opened before")
+        self._opened = True
         loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self._thread, self._find)
-        self._trouble = ""
+        found = await loop.run_in_executor(self._writer.thread, self._find)
+        self._writer.trouble = ""
         self._resume(found)
-        self._writer = self._tasks.spawn("audit log", self._run())
-        if self._batches:
-            self._more.set()
-            await self._wait(self._batches[-1])
+        self._writer.start()
+        await self._writer.write()
+        return found
 
     def _find(self) -> Found:
         self._folder.hold()
@@ -231,13 +223,13 @@ class AuditLog:
 
     def _resume(self, found: Found) -> None:
         self._chain = found.chain
-        self._durable = found.chain.head
+        self._writer.durable = found.chain.head
+        self._checkpoint_seq = found.chain.head.seq
         self._file, self._file_bytes = self._folder.name, self._folder.size
-        if found.since is None:
-            log_id = secrets.token_hex(_LOG_ID_BYTES)
-            self._begin_file(Kind.START, {"log": log_id})
+        if found.first is None:
+            self._begin_file(Kind.START, {"log": secrets.token_hex(_LOG_ID_BYTES)})
         else:
-            self._file_since = found.since.at()
+            self._file_since = found.first.at()
         if found.torn is not None:
             self._log.warning("Audit log had a torn last record", bytes=found.torn["bytes"])
             self._add(Kind.RECOVERY, found.torn)
@@ -257,14 +249,13 @@ class AuditLog:
         Raises:
             UnavailableError: the log cannot be written: do nothing.
         """
-        if self._trouble:
-            raise self._unavailable(self._trouble)
+        if self.trouble:
+            raise self._writer.unavailable(self.trouble)
         if not intents:
             return []
         seqs = [self._add(Kind.INTENT, _request(intent)) for intent in intents]
-        self._more.set()
         try:
-            await self._wait(self._batches[-1])
+            await self._writer.write()
         except UnavailableError:
             self._give_up(seqs, "audit log unavailable")
             raise
@@ -296,8 +287,8 @@ class AuditLog:
                 (outcome.generation, outcome.fingerprint),
             )
             self._add(Kind.OUTCOME, body)
-        self._soon()
-        return self._durable
+        self._writer.write_soon()
+        return self.head
 
     def refuse(self, refusals: Sequence[Refused]) -> LogHead:
         """Write down what was refused; while the log cannot be written it is only counted.
@@ -305,15 +296,17 @@ class AuditLog:
         Returns:
             The end of what is on the disk.
         """
-        if self._trouble:
-            self._lost += len(refusals)
-            return self._durable
+        if self.trouble:
+            self._lost += sum(refused.count for refused in refusals)
+            return self.head
         for refused in refusals:
             body = _request(refused.intent)
-            body |= {"reason": cut(refused.reason), "class": refused.denial_class, "count": 1}
+            body["reason"] = cut(refused.reason)
+            body["class"] = refused.denial_class
+            body["count"] = refused.count
             self._add(Kind.REFUSAL, body)
-        self._soon()
-        return self._durable
+        self._writer.write_soon()
+        return self.head
 
     def note(self, event: str, fields: Mapping[str, str]) -> LogHead:
         """Write down what happened to the signer itself.
@@ -332,158 +325,96 @@ class AuditLog:
             "event": check_word(event, "event"),
             "fields": {check_word(k, "field"): cut(v) for k, v in fields.items()},
         }
-        if self._waiting_bytes > _MAX_WAITING:
+        if self._writer.waiting_bytes > _MAX_WAITING:
             self._lost += 1
         else:
             self._add(Kind.NOTE, body)
-            self._more.set()
-        return self._durable
+            self._writer.write_soon()
+        return self.head
+
+    async def record(self, kind: Kind, body: Mapping[str, Any]) -> bytes:
+        """Write down an order or a checkpoint; it is on the disk once this returns.
+
+        Returns:
+            Its line.
+
+        Raises:
+            UnavailableError: the log cannot be written.
+        """
+        if self.trouble:
+            raise self._writer.unavailable(self.trouble)
+        line = self._append(kind, body)
+        if kind is Kind.CHECKPOINT:
+            self._checkpoint_seq = self._chain.head.seq
+        await self._writer.write()
+        return line
+
+    async def hash_at(self, seq: int) -> bytes | None:
+        """Return the chain value of a record, None when there is no such record here.
+
+        Raises:
+            NotReadyError: a file cannot be read.
+        """
+        recent = self._chain.recent_hash(seq)
+        if recent is not None or seq > self.head.seq:
+            return recent
+        return await asyncio.to_thread(find_hash, self._settings.directory, seq)
+
+    def watch(self, every: int, ring: Callable[[], None]) -> None:
+        """Have something called whenever so many records have come since the last checkpoint."""
+        self._many = (every, ring)
 
     async def close(self) -> None:
         """Write what waits, as far as the disk takes it, and let go of the files."""
-        if self._writer is None:
-            self._thread.shutdown(wait=False)
-            return
-        last = self._batches[-1] if self._batches else None
-        self._more.set()
-        if last is not None:
-            try:
-                await self._wait(last)
-            except UnavailableError as e:
-                self._log.error("Audit log lacks its last records", error=e.message)
-        self._trouble = "it is closed"
-        if self._flush is not None:
-            self._flush.cancel()
-        await self._tasks.close()
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._folder.release)
-        self._thread.shutdown(wait=False)
+        await self._writer.close()
+
+    def _available_again(self, trouble: str) -> None:
+        self._log.warning("Audit log is available again", lost=self._lost)
+        lost, self._lost = self._lost, 0
+        self.note("log_available", {"error": trouble, "lost": str(lost)})
 
     def _add(self, kind: Kind, body: Mapping[str, Any]) -> int:
         """Give a record its place in the chain and in what is written next."""
-        batch = self._batch()
-        seq = self._append(batch, kind, body)
-        if batch.head.seq != seq:
-            raise NotReadyError("audit log lost its order")
+        self._append(kind, body)
+        seq = self._chain.head.seq
+        if self._many is not None and seq - self._checkpoint_seq >= self._many[0]:
+            self._many[1]()
         return seq
 
-    def _append(self, batch: _Batch, kind: Kind, body: Mapping[str, Any]) -> int:
-        now, mono = self._clock.now(), micro(self._clock.monotonic())
+    def _append(self, kind: Kind, body: Mapping[str, Any]) -> bytes:
+        now = self._clock.now()
+        full = self._file_bytes >= self._settings.max_bytes
+        if self._file_bytes and (full or now - self._file_since >= self._settings.max_age):
+            self._rotate(now)
+        return self._place(kind, body, now)
+
+    def _rotate(self, now: datetime) -> None:
+        live = time_text(now)
+        body = {
+            "log": self._chain.log_id,
+            "file": self._file,
+            "open": list(self._chain.open),
+            "orders": {n: e for n, e in self._chain.orders.items() if e >= live},
+        }
+        self._begin_file(Kind.ROTATION, body)
+
+    def _begin_file(self, kind: Kind, body: Mapping[str, Any]) -> None:
+        self._file = file_name(self._chain.head.seq + 1)
+        self._file_bytes = 0
+        self._file_since = self._clock.now()
+        self._place(kind, body, self._file_since)
+
+    def _place(self, kind: Kind, body: Mapping[str, Any], now: datetime) -> bytes:
+        mono = micro(self._clock.monotonic())
         if self._boot and self._boot == self._chain.boot:
             mono = max(mono, self._chain.mono)
         head = self._chain.head
         record = Record(head.seq + 1, time_text(now), mono, self._boot, kind, head.hash, body)
         line = encode(record)
         self._chain.take(record, line)
-        batch.data += line
-        batch.data += b"\n"
-        batch.head = self._chain.head
         self._file_bytes += len(line) + 1
-        self._waiting_bytes += len(line) + 1
-        return record.seq
-
-    def _batch(self) -> _Batch:
-        if self._batches:
-            last = self._batches[-1]
-            if self._file_bytes < self._settings.max_bytes:
-                if not last.closed and len(last.data) < _MAX_BATCH:
-                    return last
-                return self._new_batch()
-        old = self._clock.now() - self._file_since > self._settings.max_age
-        if self._file_bytes >= max(self._settings.max_bytes, _MIN_FILE) or old:
-            live = time_text(self._clock.now())
-            body = {
-                "log": self._chain.log_id,
-                "file": self._file,
-                "open": list(self._chain.open),
-                "orders": {n: e for n, e in self._chain.orders.items() if e >= live},
-            }
-            self._begin_file(Kind.ROTATION, body)
-            return self._batches[-1]
-        return self._new_batch()
-
-    def _begin_file(self, kind: Kind, body: Mapping[str, Any]) -> None:
-        self._file = file_name(self._chain.head.seq + 1)
-        self._file_bytes = 0
-        self._file_since = self._clock.now()
-        self._append(self._new_batch(), kind, body)
-
-    def _new_batch(self) -> _Batch:
-        batch = _Batch(self._file)
-        self._batches.append(batch)
-        return batch
-
-    def _soon(self) -> None:
-        """Write what waits in a moment, unless an intent comes first."""
-        if self._flush is None and self._batches:
-            loop = asyncio.get_running_loop()
-            self._flush = loop.call_later(_FLUSH_S, self._more.set)
-
-    async def _wait(self, batch: _Batch) -> None:
-        if batch.done is None:
-            batch.done = asyncio.get_running_loop().create_future()
-        trouble = await asyncio.shield(batch.done)
-        if trouble:
-            raise self._unavailable(trouble)
-
-    def _unavailable(self, reason: str) -> UnavailableError:
-        return UnavailableError(f"audit log unavailable: {reason}")
-
-    async def _run(self) -> None:
-        while True:
-            await self._more.wait()
-            self._more.clear()
-            if self._flush is not None:
-                self._flush.cancel()
-                self._flush = None
-            while self._batches:
-                self._batches[0].closed = True
-                if await self._commit(self._batches[0]):
-                    self._written(self._batches.pop(0))
-                else:
-                    await self._clock.sleep(_RETRY_S)
-
-    async def _commit(self, batch: _Batch) -> bool:
-        """Write a batch; tell those who wait for it when that fails or takes too long."""
-        loop = asyncio.get_running_loop()
-        data = bytes(batch.data)
-        future = loop.run_in_executor(self._thread, self._folder.append, batch.file, data)
-        if not (await asyncio.wait({future}, timeout=_COMMIT_S))[0]:
-            self._fail(batch, f"the disk does not answer within {_COMMIT_S:g} s")
-        try:
-            await future
-        except (OSError, ForeignHandError) as e:
-            self._fail(batch, reason_of(e))
-        else:
-            return True
-        return False
-
-    def _fail(self, batch: _Batch, reason: str) -> None:
-        if reason != self._trouble:
-            self._log.error("Audit log unavailable: nothing is signed", error=reason)
-        self._trouble = reason
-        for one in (batch, *self._batches):
-            if one.done is not None:
-                one.done.set_result(reason)
-                one.done = None
-
-    def _written(self, batch: _Batch) -> None:
-        self._durable = batch.head
-        self._waiting_bytes -= len(batch.data)
-        if batch.done is not None:
-            batch.done.set_result("")
-        if self._trouble and not self._batches:
-            self._log.warning("Audit log is available again", lost=self._lost)
-            trouble, self._trouble = self._trouble, ""
-            fields = {"error": cut(trouble), "lost": str(self._lost)}
-            self._lost = 0
-            self.note("log_available", fields)
-
-    def _task_failed(self, name: str, error: BaseException) -> None:
-        self._trouble = f"its writer ended: {type(error).__name__}"
-        self._log.error("Audit log writer ended", task=name, exc_info=error)
-        for batch in self._batches:
-            if batch.done is not None and not batch.done.done():
-                batch.done.set_result(self._trouble)
+        self._writer.add(self._file, line, self._chain.head)
+        return line
 
 
 def _request(intent: Intent) -> dict[str, Any]:

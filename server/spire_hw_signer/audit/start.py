@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import EncodingError, NotReadyError
 from spire_hw_signer.audit.chain import Chain, ChainError, LogHead, next_hash
-from spire_hw_signer.audit.folder import Folder, Line, read_lines
-from spire_hw_signer.audit.record import Kind, Record, parse
+from spire_hw_signer.audit.folder import Folder, Line, file_names, read_lines
+from spire_hw_signer.audit.record import Kind, Record, file_name, parse
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,13 +49,13 @@ class Found:
         chain: the log up to its end.
         torn: the members of a recovery record, None when all was whole.
         checkpoints: records and lines of the newest file's checkpoints, oldest first.
-        since: when the newest file was begun, None for a new log.
+        first: the first record of the newest file, None for a new log.
     """
 
     chain: Chain = field(default_factory=Chain)
     torn: dict[str, object] | None = None
     checkpoints: list[tuple[Record, bytes]] = field(default_factory=list)
-    since: Record | None = None
+    first: Record | None = None
 
 
 def find(folder: Folder) -> Found:
@@ -70,8 +70,8 @@ def find(folder: Folder) -> Found:
     while names:
         path = folder.path / names[-1]
         found, bad = _read(path)
-        if found.since is not None:
-            _check_joint(folder, names, found.since)
+        if found.first is not None:
+            _check_joint(folder, names, found.first)
             size = bad.offset if bad is not None else path.stat().st_size
             folder.resume(names[-1], size)
             torn = bad or torn
@@ -115,13 +115,13 @@ def _take(found: Found, line: Line) -> None:
     if not line.whole:
         raise EncodingError("audit record", "is not whole")
     record = parse(line.text)
-    first = found.since is None
+    first = found.first is None
     chain = Chain.before(record) if first else found.chain
     chain.check(record, first_in_file=first)
     chain.take(record, line.text)
     found.chain = chain
     if first:
-        found.since = record
+        found.first = record
     if record.kind is Kind.CHECKPOINT:
         found.checkpoints.append((record, line.text))
 
@@ -144,3 +144,24 @@ def _check_joint(folder: Folder, names: list[str], first: Record) -> None:
     if first.kind is not Kind.ROTATION or head != LogHead(first.seq - 1, first.prev):
         reason = f"{names[-1]} does not continue it"
         raise BrokenLogError(path, number, reason, Chain(head=head))
+
+
+def find_hash(directory: Path, seq: int) -> bytes | None:
+    """Return the chain value of a record, None when it is not in the files that are there.
+
+    What is read is not checked: the log was when it was opened.
+
+    Raises:
+        NotReadyError: a file cannot be read.
+    """
+    names = [name for name in file_names(directory) if name <= file_name(seq)]
+    if not names:
+        return None
+    for line in read_lines(directory / names[-1]):
+        try:
+            record = parse(line.text)
+        except EncodingError:  # the end of a file that was sealed
+            return None
+        if record.seq == seq:
+            return next_hash(record.prev, line.text)
+    return None
