@@ -130,6 +130,20 @@ class Claim:
         if self._written is not None and keys.get(name) != key_id:
             await self._put({**keys, name: key_id}, inventory.choices)
 
+    async def remove(self, inventory: Inventory, key_id: str) -> None:
+        """Have the manifest no longer name a key.
+
+        Raises:
+            TokenError: the token failed.
+        """
+        name = key_name(key_id)
+        if self._written is None or inventory.manifest is None:
+            return
+        keys = {n: k for n, k in inventory.manifest.keys.items() if n != name}
+        choices = {k: choice for k, choice in inventory.choices.items() if k != key_id}
+        if len(keys) < len(inventory.manifest.keys):
+            await self._put(keys, choices)
+
     async def mark(self, inventory: Inventory) -> None:
         """Write down that this instance is alive, and which generations were taken back.
 

@@ -88,6 +88,7 @@ class Keyring:
             clock=clock,
             log=log,
         )
+        self._above: dict[str, int] = {}
         self._tasks = Tasks(self._on_task_failure)
         self._generation = Generation(self._tasks, self._make, self._abandon)
 
@@ -122,8 +123,19 @@ class Keyring:
         """Stop what runs in the background; the pool is closed by its owner."""
         await self._tasks.close()
 
-    async def generate(self, key_id: str, key_type: KeyType) -> KeyInfo:
-        """Make a key; see `spire_hw.plugin.keymanager.KeyManager.generate_key`."""
+    @property
+    def note(self) -> State:
+        """Return what this host knows of the keys on the token."""
+        return self._ledger.state
+
+    async def generate(self, key_id: str, key_type: KeyType, above: int = 0) -> KeyInfo:
+        """Make a key; see `spire_hw.plugin.keymanager.KeyManager.generate_key`.
+
+        Args:
+            key_id: its id.
+            key_type: its type.
+            above: a generation of it that is on another token, which the new one has to be beyond.
+        """
         _check_id(key_id)
         if key_type not in self._policy.key_types:
             raise InvalidInputError(f"key type {key_type.config_name} is not allowed by policy")
@@ -131,6 +143,7 @@ class Keyring:
             if wanted.key_id == key_id:
                 raise wanted.taken()
         check_type(key_type, self._pool.facts)
+        self._above[key_id] = above
         return await self._generation.run(key_id, key_type, self._commit)
 
     def get(self, key_id: str) -> Entry:
@@ -174,9 +187,31 @@ class Keyring:
         """Return the replaced generations that are kept, oldest first."""
         return self._retention.list()
 
-    async def restore(self, key_id: str, generation: int) -> KeyInfo:
-        """Make a kept generation current; see `spire_hw.plugin.keymanager.KeyRetention`."""
-        return info_of(await self._retention.restore(key_id, generation))
+    async def restore(self, key_id: str, generation: int, above: int = 0) -> KeyInfo:
+        """Make a kept generation current; see `spire_hw.plugin.keymanager.KeyRetention`.
+
+        Args:
+            key_id: its id.
+            generation: the one to take back.
+            above: a generation on another token that it is taken back over.
+        """
+        return info_of(await self._retention.restore(key_id, generation, above))
+
+    async def adopt_copy(self, key_id: str, fingerprint: str) -> bool:
+        """Take a copy of another token's key into use; False when there is none here.
+
+        Raises:
+            TokenError: the token failed, or the copy is not fit to be used.
+        """
+        return await self._retention.adopt_copy(key_id, fingerprint)
+
+    async def drop(self, key_id: str) -> None:
+        """Give up a key that was replaced on another token; it is destroyed, or kept for a while.
+
+        Raises:
+            TokenError: the token failed; the key is still there.
+        """
+        await self._retention.drop(key_id)
 
     async def destroy_retained(self, key_id: str, generation: int) -> None:
         """Destroy a kept generation; see `spire_hw.plugin.keymanager.KeyRetention`."""
@@ -241,6 +276,7 @@ class Keyring:
             inventory.top.get(key_name(key_id), 0),
             current.generation if current is not None else 0,
             choice.over if choice is not None else 0,
+            self._above.get(key_id, 0),
         )
         return highest + 1
 

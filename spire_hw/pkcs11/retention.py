@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from spire_hw.clock import Clock
+    from spire_hw.key import KeyType, PublicKey
     from spire_hw.log import Logger
     from spire_hw.pkcs11.claim import Claim
     from spire_hw.pkcs11.disposal import Disposal
     from spire_hw.pkcs11.inventory import Entry, Inventory, Pair
+    from spire_hw.pkcs11.keys import PublicMaterial
     from spire_hw.pkcs11.ledger import Ledger
     from spire_hw.pkcs11.pool import Pool
     from spire_hw.pkcs11.proving import Proving
@@ -167,8 +169,8 @@ class Retention:
         kept = sorted(self._ledger.state.retained.values(), key=lambda k: k.since)
         return [RetainedKey(_info_of(k), k.known.generation, k.since + self._keep_s) for k in kept]
 
-    async def restore(self, key_id: str, generation: int) -> Entry:
-        """Make a kept generation current; see `spire_hw.plugin.keymanager.KeyRetention`."""
+    async def restore(self, key_id: str, generation: int, above: int) -> Entry:
+        """Make a kept generation current; see `spire_hw.pkcs11.keyring.Keyring.restore`."""
         async with self.turn:
             kept = self._kept(key_id, generation)
             inventory = await self._stock.take()
@@ -188,6 +190,7 @@ class Retention:
                     inventory.top.get(key_name(key_id), 0),
                     old.generation if old is not None else 0,
                     before.over if before is not None else 0,
+                    above,
                 ),
                 1 + (before.revision if before is not None else 0),
             )
@@ -201,6 +204,46 @@ class Retention:
                 # The note decides; the copy on the token is written again with the next mark.
                 self._log.warning("hsm.manifest_late", error=e.message)
         return entry
+
+    async def adopt_copy(self, key_id: str, fingerprint: str) -> bool:
+        """Make a copy of another token's key current; see `spire_hw.pkcs11.keyring.Keyring`."""
+        async with self.turn:
+            inventory = await self._stock.take()
+            pair = inventory.current.get(key_name(key_id))
+            current = self._ledger.entries.get(key_id)
+            if pair is None or pair.material is None:
+                return False
+            if current is not None and current.cka_id == pair.cka_id:
+                return current.fingerprint == fingerprint
+            if KeyInfo.of(key_id, *_key_of(pair.material)).fingerprint != fingerprint:
+                return False
+            self._claim.check(inventory)
+            await self._make_current(await self._proving.adopt(key_id, pair), None)
+            await self._claim.add(inventory, key_id)
+        self._log.info("hsm.key_copied", key_id=key_id, label=pair.label, fp=fingerprint)
+        return True
+
+    async def drop(self, key_id: str) -> None:
+        """Give a key up; see `spire_hw.pkcs11.keyring.Keyring.drop`."""
+        async with self.turn:
+            old = self._ledger.entries.get(key_id)
+            if old is None or old.is_existing:
+                return
+            inventory = await self._stock.take()
+            self._claim.check(inventory)
+            # The manifest first: what it names and the token does not show would be a loss.
+            await self._claim.remove(inventory, key_id)
+            is_kept, now = self._keep_s > 0, self._now
+
+            def change(state: State) -> State:
+                state = state.without(key_id)
+                return state.retaining(old, now) if is_kept else state
+
+            await self._ledger.save(change)
+            del self._ledger.entries[key_id]
+            if not is_kept:
+                self._disposal.add([(old.cka_id, old.label)])
+        self._log.info("hsm.key_given_up", key_id=key_id, label=old.label, fp=old.fingerprint)
 
     async def destroy(self, key_id: str, generation: int) -> None:
         """Destroy a kept generation now; see `spire_hw.plugin.keymanager.KeyRetention`."""
@@ -236,6 +279,11 @@ class Retention:
             operation="restore key",
             device=self._pool.facts.device,
         )
+
+
+def _key_of(material: PublicMaterial) -> tuple[KeyType, PublicKey]:
+    public_key = public_key_of(material)
+    return key_type_of(public_key), public_key
 
 
 def _info_of(kept: Retained) -> KeyInfo:

@@ -114,6 +114,12 @@ class State:
         retained = {i: kept for i, kept in self.retained.items() if i != entry.cka_id.hex()}
         return replace(self, keys=keys, choices=choices, retained=retained)
 
+    def without(self, key_id: str) -> State:
+        """Return the state without a key and without choices about it."""
+        keys = {k: known for k, known in self.keys.items() if k != key_id}
+        choices = {k: choice for k, choice in self.choices.items() if k != key_id}
+        return replace(self, keys=keys, choices=choices)
+
     def retaining(self, entry: Entry, since: float) -> State:
         """Return the state with a replaced generation that is kept from now on."""
         kept = Retained(entry.key_id, KnownKey.of(entry), since)
