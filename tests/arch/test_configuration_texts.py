@@ -160,7 +160,8 @@ def check_plugin(block: Block) -> None:
 
 
 def keys_of(*models: type[object]) -> set[str]:
-    return {key for model in models for key in model.model_fields}  # type: ignore[attr-defined]
+    fields = [item for model in models for item in model.model_fields.items()]  # type: ignore[attr-defined]
+    return {field.alias or key for key, field in fields}
 
 
 def test_every_key_of_both_files_is_documented() -> None:
