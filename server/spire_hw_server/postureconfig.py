@@ -16,6 +16,7 @@ from spire_hw.config.schema import GoDuration, Model, at_least, nearest, parsed
 from spire_hw.errors import ConfigFault, InvalidInputError
 from spire_hw.posture.reasons import DEFAULT_ACTIONS, NEVER_ACCEPTED
 from spire_hw.posture.verdict import Action
+from spire_hw.syslog import FACILITIES, SyslogSettings, parse_address, parse_facility
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -24,7 +25,6 @@ _DEFAULT_INTERVAL: Final = timedelta(seconds=60)
 _LEAST_INTERVAL: Final = timedelta(seconds=1)
 _MOST_INTERVAL: Final = timedelta(hours=24)
 _NONE: Final = timedelta(0)
-_SYSLOG_PORTS: Final = {"udp": 514, "tcp": 601}
 _ACTIONS: Final = {
     "accept": Action.ACCEPT,
     "refuse": Action.REFUSE,
@@ -32,10 +32,6 @@ _ACTIONS: Final = {
     "ban": Action.BAN,
 }
 _STALE_ACTIONS: Final = {"alarm": Action.ACCEPT, "quarantine": Action.QUARANTINE}
-# RFC 5424, section 6.2.1.
-_FACILITIES: Final = {"user": 1, "daemon": 3, "auth": 4, "authpriv": 10} | {
-    f"local{n}": 16 + n for n in range(8)
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +47,6 @@ class WebhookSettings:
     url: str
     secret_path: Path | None = None
     ca_path: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SyslogSettings:
-    """Where state changes are logged to.
-
-    Attributes:
-        transport: `unix`, `udp` or `tcp`.
-        host: name or address; "" for `unix`.
-        port: 0 for `unix`.
-        path: of the socket; "" but for `unix`.
-        facility: number of RFC 5424.
-    """
-
-    transport: str
-    host: str = ""
-    port: int = 0
-    path: str = ""
-    facility: int = _FACILITIES["auth"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +84,6 @@ def _stale_action(text: str) -> Action:
     return _STALE_ACTIONS[text]
 
 
-def _facility(text: str) -> int:
-    if text not in _FACILITIES:
-        raise InvalidInputError(f'"{text}" is none of {", ".join(_FACILITIES)}')
-    return _FACILITIES[text]
-
-
 def _web_address(text: str) -> str:
     try:
         parts = urlsplit(text)
@@ -137,20 +108,6 @@ def _is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def _syslog_address(text: str) -> SyslogSettings:
-    wanted = "expected unix:///path, udp://host[:port] or tcp://host[:port]"
-    try:
-        parts = urlsplit(text)
-        host, port = parts.hostname or "", parts.port
-    except ValueError as e:
-        raise InvalidInputError(f"{wanted}: {e}") from e
-    if parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/"):
-        return SyslogSettings("unix", path=parts.path)
-    if parts.scheme in _SYSLOG_PORTS and host and parts.path in {"", "/"} and port != 0:
-        return SyslogSettings(parts.scheme, host, port or _SYSLOG_PORTS[parts.scheme])
-    raise InvalidInputError(wanted)
-
-
 DEFAULT_POSTURE: Final = PostureSettings()
 
 
@@ -165,8 +122,8 @@ class WebhookKeys(Model):
 class SyslogKeys(Model):
     """`syslog { }`."""
 
-    address: Annotated[SyslogSettings, parsed(_syslog_address)]
-    facility: Annotated[int, parsed(_facility)] = _FACILITIES["auth"]
+    address: Annotated[SyslogSettings, parsed(parse_address)]
+    facility: Annotated[int, parsed(parse_facility)] = FACILITIES["auth"]
 
 
 class PostureKeys(Model):

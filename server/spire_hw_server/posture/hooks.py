@@ -16,8 +16,9 @@ from spire_hw.aio.tasks import Tasks
 from spire_hw.errors import SpireHwError, UnavailableError
 from spire_hw.plugin.notifier import NodeStateEvent, NodeStateNotifier
 from spire_hw.posture.verdict import NodeState
+from spire_hw.syslog import time_text
 from spire_hw.telemetry.metrics import NO_METRICS
-from spire_hw_server.posture.syslog import Syslog, time_text
+from spire_hw_server.posture.syslog import Syslog
 from spire_hw_server.posture.webhook import Webhook
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from spire_hw.key import KeyType
 from spire_hw.log import Format, Level
 from spire_hw.posture.verdict import Action
 from spire_hw.spiffeid import SpiffeId
+from spire_hw.syslog import SyslogSettings
 from spire_hw_server.config import ServerSettings, build_settings, load_settings
-from spire_hw_server.postureconfig import SyslogSettings, WebhookSettings
+from spire_hw_server.postureconfig import WebhookSettings
 
 SAMPLE = Path(__file__).parents[3] / "server" / "server.conf"
 PLUGINS = 'plugins { DataStore "sql" { plugin_data { a = 1 } } KeyManager "disk" {} }'

@@ -26,13 +26,14 @@ from spire_hw.aio.tasks import Tasks
 from spire_hw.errors import InvalidInputError, NotReadyError, UnavailableError
 from spire_hw.posture.verdict import NodeState
 from spire_hw.spiffeid import TrustDomain, agent_id
+from spire_hw.syslog import SyslogSettings
 from spire_hw_server.posture import states
 from spire_hw_server.posture.hooks import MAX_WAITING, Hooks
 from spire_hw_server.posture.outcome import StateChange
 from spire_hw_server.posture.states import Standing
-from spire_hw_server.posture.syslog import encode
+from spire_hw_server.posture.syslog import message_of
 from spire_hw_server.posture.webhook import SIGNATURE, TIMESTAMP, sign
-from spire_hw_server.postureconfig import PostureSettings, SyslogSettings, WebhookSettings
+from spire_hw_server.postureconfig import PostureSettings, WebhookSettings
 from spire_hw_sim.clock import SimClock
 
 if TYPE_CHECKING:
@@ -309,12 +310,12 @@ async def test_syslog_messages_hold_one_line_and_quote_what_needs_it() -> None:
         "reasons": ["a", "b"],
         "empty": "",
     }
-    text = encode(event, 10, "host name\n", 7).decode()
+    text = message_of(event).encode(10, "host name\n", 7).decode()
     assert text == (
         "<82>1 2026-11-22T12:00:00.000Z hostname spire-hw-server 7 node-state - \ufeff"
         'state=banned message="by \\"me\\": \\\\ ?<0>1 forged ü" reasons=a,b empty=""'
     )
-    assert encode({"time": "t", "state": "attested"}, 4, "", 7).startswith(b"<37>1 t - ")
+    assert message_of({"time": "t", "state": "attested"}).encode(4, "", 7).startswith(b"<37>1 t - ")
 
 
 class Listening:
