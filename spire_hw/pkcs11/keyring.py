@@ -19,6 +19,7 @@ from spire_hw.pkcs11.disposal import Disposal
 from spire_hw.pkcs11.errors import TokenError
 from spire_hw.pkcs11.fitness import check_mechanisms, check_token, check_type
 from spire_hw.pkcs11.generation import Generation, Making
+from spire_hw.pkcs11.health import health_of
 from spire_hw.pkcs11.housekeeping import Housekeeping
 from spire_hw.pkcs11.inventory import Entry, check_evidence, evidence_texts
 from spire_hw.pkcs11.labels import Owner, key_name
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from spire_hw.pkcs11.policy import Policy
     from spire_hw.pkcs11.pool import Pool
     from spire_hw.pkcs11.state import State, StateFile
-    from spire_hw.plugin.keymanager import KeySignature, RetainedKey
+    from spire_hw.plugin.keymanager import DeviceHealth, KeySignature, RetainedKey
 
 _MAX_ID: Final = 255
 
@@ -182,6 +183,12 @@ class Keyring:
         location = f'PKCS#11 token "{facts.label}" serial {facts.serial}, object {entry.label}'
         attributes = evidence_texts(pair.evidence)
         return KeyEvidence(location, {"CKA_ID": pair.cka_id.hex(), **attributes})
+
+    def health(self) -> DeviceHealth:
+        """Return how well the keys can be used, as last seen."""
+        entries = list(self._ledger.entries.values())
+        unusable = self._signing.unusable(entries)
+        return health_of(self._pool, self._claim, len(entries), unusable)
 
     def retained(self) -> list[RetainedKey]:
         """Return the replaced generations that are kept, oldest first."""

@@ -110,6 +110,16 @@ class Pool:
         return self._limits
 
     @property
+    def broken(self) -> TokenError | None:
+        """Return why nothing can be signed, None while a worker is there or on its way."""
+        return self._broken
+
+    @property
+    def admin_problem(self) -> TokenError | None:
+        """Return why nothing can be listed or generated, None while that is not known."""
+        return self._admin.problem if self._admin.is_broken else None
+
+    @property
     def worker_pids(self) -> list[int]:
         """Return the process ids of the workers that run, the admin worker first."""
         return [s.worker.pid for s in (self._admin, *self._seats) if s.worker is not None]

@@ -12,7 +12,7 @@ from spire_hw.pkcs11.wire import SignItem
 from spire_hw.plugin.keymanager import KeySignature
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from spire_hw.clock import Clock
     from spire_hw.key import SignOptions
@@ -57,6 +57,16 @@ class Signing:
         # Replaced while the signature was under way, or invisible to a worker: the fingerprint of
         # whatever signs now tells the caller which.
         return await self._sign_with(current, digest, options)
+
+    def unusable(self, entries: Iterable[Entry]) -> list[TokenError]:
+        """Return what is wrong with those keys of which it is known that they do not sign."""
+        wrong = []
+        for entry in entries:
+            try:
+                self._check_health(entry)
+            except TokenError as e:
+                wrong.append(e)
+        return wrong
 
     def gone(self, entry: Entry) -> TokenError:
         """Return the error that says a key is no longer on the token."""

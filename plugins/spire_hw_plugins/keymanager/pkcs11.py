@@ -32,6 +32,7 @@ from spire_hw.pkcs11.pool import Limits, Pool
 from spire_hw.pkcs11.process import WORKER
 from spire_hw.pkcs11.state import StateFile
 from spire_hw.plugin.info import HostInfo, Side
+from spire_hw.plugin.keymanager import DeviceHealth, KeyHealth
 from spire_hw_plugins.keymanager.pkcs11_config import Config, Settings, is_identifier, settings_of
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ _MAX_IDENTIFIER_FILE_BYTES: Final = 4096
 class Pkcs11KeyManager:
     """The KeyManager contract over one token.
 
-    Also offers `KeyEvidenceSource` and `KeyRetention`.
+    Also offers `KeyEvidenceSource`, `KeyRetention` and `KeyHealthSource`.
     """
 
     def __init__(self, host: HostInfo, command: Sequence[str] = WORKER) -> None:
@@ -124,6 +125,12 @@ class Pkcs11KeyManager:
     async def key_evidence(self, key_id: str) -> KeyEvidence:
         """Return where a key is and what the token says about it now."""
         return await self._ready().evidence(key_id)
+
+    def key_health(self) -> DeviceHealth:
+        """Return how well the keys can be used, as last seen."""
+        if self._keyring is None:
+            return DeviceHealth(KeyHealth.DOWN, "hsm.not_configured", "not configured")
+        return self._keyring.health()
 
     async def retained_keys(self) -> list[RetainedKey]:
         """Return the replaced keys that are kept, oldest first."""
