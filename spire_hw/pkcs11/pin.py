@@ -62,11 +62,19 @@ class FilePin:
     def _check(self, status: os.stat_result) -> None:
         if not stat.S_ISREG(status.st_mode):
             raise self._unusable("is not a regular file")
-        if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        others = stat.S_IRWXG | stat.S_IRWXO
+        if self._is_credential():
+            # systemd lets the service read it by an access list, whose mask shows as the group's.
+            others &= ~stat.S_IRGRP
+        if status.st_mode & others:
             mode = stat.S_IMODE(status.st_mode)
             raise self._unusable(f"mode {mode:04o} lets others read it; use 0600")
         if status.st_uid not in {0, os.geteuid()}:
             raise self._unusable("belongs to another user")
+
+    def _is_credential(self) -> bool:
+        folder = os.environ.get("CREDENTIALS_DIRECTORY", "")
+        return folder != "" and str(self._path.parent) == folder
 
     def _unusable(self, reason: str) -> TokenError:
         return _unusable(f"PIN file {self._path}: {reason}")

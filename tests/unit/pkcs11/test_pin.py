@@ -91,3 +91,18 @@ def test_a_doubted_pin_is_handed_out_once_more_unless_it_was_taken_since(tmp_pat
         assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
     write(tmp_path / "pin", b"2222")
     assert heir.take() == "2222"
+
+
+def test_a_credential_of_systemd_may_show_the_mask_of_its_access_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "hsm-pin"
+    file.write_text("4321")
+    file.chmod(0o440)
+    with pytest.raises(TokenError, match="0440"):
+        FilePin(file).read()
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert FilePin(file).read() == "4321"
+    file.chmod(0o444)
+    with pytest.raises(TokenError, match="0444"):
+        FilePin(file).read()
