@@ -99,6 +99,10 @@ class LiarSigner:
         batches: number of items of each Sign call.
         request_ids: of every item and generation that was asked for, in order.
         executed: request ids whose signature or key was made.
+        asked: a signature was asked for.
+        hang: signatures wait for it, unless it is None.
+        dies_after_generation: the next key is its last deed.
+        callers: SPIFFE IDs of who asked for signatures, in order.
     """
 
     def __init__(
@@ -122,6 +126,9 @@ class LiarSigner:
         self._server: RpcServer | None = None
         self._tasks = Tasks(self._failed)
         self.hang: asyncio.Event | None = None
+        self.asked = asyncio.Event()
+        self.dies_after_generation = False
+        self.callers: list[str] = []
 
     @property
     def address(self) -> str:
@@ -178,6 +185,9 @@ class LiarSigner:
             self.shelf.generations += 1
             self.executed.append(request.request_id)
         head = self._written(request.request_id)
+        if self.dies_after_generation:
+            self._tasks.start("die", self.stop())
+            await asyncio.Event().wait()
         if self.lies.lost_generations:
             self.lies.lost_generations -= 1
             await self._lose()
@@ -186,6 +196,8 @@ class LiarSigner:
     async def sign(self, request: Any, call: Call) -> pb.SignResponse:
         """Serve Sign."""
         self.batches.append(len(request.items))
+        self.asked.set()
+        self.callers.append(str(getattr(call.peer, "spiffe_id", "")))
         self.request_ids += [item.request_id for item in request.items]
         if self.lies.sign_s:
             await asyncio.sleep(self.lies.sign_s)

@@ -94,14 +94,16 @@ class Pins:
             known = self._state.pending.get(key_id)
             if known is not None and known.key_type is key_type:
                 return known, True
-            made = _new_request(key_type)
+            held = self._keys.get(key_id)
+            made = Pending(_new_id(), key_type, "" if held is None else held.fingerprint)
             await self._store_pending(key_id, made)
             return made, False
 
     async def renew(self, key_id: str) -> None:
         """Have a key asked for with another request next time; what came of this one is not known."""
         async with self._lock:
-            await self._store_pending(key_id, _new_request(self._state.pending[key_id].key_type))
+            known = self._state.pending[key_id]
+            await self._store_pending(key_id, replace(known, request_id=_new_id()))
 
     async def settle(self, key_id: str, made: KeyInfo | None) -> None:
         """Put on the note what was made, as the newest key; None when nothing was."""
@@ -117,9 +119,9 @@ class Pins:
                 self._keys[key_id] = made
 
     async def witnessed(self, logs: Mapping[str, LogNote]) -> None:
-        """Put on the note what is known of signers' logs."""
+        """Put on the note what is known of signers' logs; there is one once keys were listed."""
         async with self._lock:
-            if {**self._state.logs, **logs} != self._state.logs:
+            if not self._is_new and {**self._state.logs, **logs} != self._state.logs:
                 await self._store(replace(self._state, logs={**self._state.logs, **logs}))
 
     def _is_ours(self, info: KeyInfo, signer: str) -> bool:
@@ -127,7 +129,7 @@ class Pins:
         if known is not None and known.fingerprint == info.fingerprint:
             return True
         waited = self._state.pending.get(info.key_id)
-        if waited is not None and waited.key_type is info.key_type:
+        if waited is not None and waited.is_answered_by(info):
             return True
         if known is None and not (self._is_new and self._accepted.listed_keys):
             self._log.warning(
@@ -156,10 +158,8 @@ class Pins:
     async def _keep(self, ours: Sequence[KeyInfo]) -> None:
         """Put a listing on the note, unless it says the same already."""
         keys = {info.key_id: spki_der(info.public_key) for info in ours}
-        new = {k for k, spki in keys.items() if self._state.keys.get(k) != spki}
-        pending = {k: p for k, p in self._state.pending.items() if k not in new}
-        if self._is_new or keys != self._state.keys or pending != self._state.pending:
-            await self._store(replace(self._state, keys=keys, pending=pending))
+        if self._is_new or keys != self._state.keys:
+            await self._store(replace(self._state, keys=keys))
         self._is_new = False
         self._keys = {info.key_id: info for info in ours}
 
@@ -176,5 +176,5 @@ def _info(key_id: str, spki: bytes) -> KeyInfo:
     return KeyInfo.of(key_id, key_type_of(public_key), public_key)
 
 
-def _new_request(key_type: KeyType) -> Pending:
-    return Pending(secrets.token_bytes(REQUEST_ID_BYTES), key_type)
+def _new_id() -> bytes:
+    return secrets.token_bytes(REQUEST_ID_BYTES)

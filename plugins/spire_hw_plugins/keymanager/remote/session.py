@@ -103,10 +103,10 @@ class Session:
     async def keys(self) -> list[KeyInfo]:
         """Ask for our keys; errors as in `Pins.held` and `Signers.call`."""
 
-        async def ask(link: Link, left_s: float) -> list[KeyInfo]:
-            return await self._pins.held(await link.list_keys(left_s), link.name)
+        async def ask(link: Link, left_s: float) -> tuple[list[KeyInfo], str]:
+            return await link.list_keys(left_s), link.name
 
-        return await self._signers.call(ask, self._settings.timeout_s)
+        return await self._pins.held(*await self._signers.call(ask, self._settings.timeout_s))
 
     async def generate(self, key_id: str, key_type: KeyType) -> KeyInfo:
         """Have a key made.
@@ -116,7 +116,6 @@ class Session:
         """
         async with self._generating:
             pending, is_again = await self._pins.begin(key_id, key_type)
-            before = self._pins.get(key_id)
             tries = 1 if is_again else 0
 
             async def ask(link: Link, left_s: float) -> KeyInfo | Refused:
@@ -124,7 +123,7 @@ class Session:
                 tries += 1
                 if tries > 1:
                     for info in await link.list_keys(left_s):
-                        if info.key_id == key_id and info.key_type is key_type and info != before:
+                        if info.key_id == key_id and pending.is_answered_by(info):
                             return info
                 return await link.generate(pending.request_id, key_id, key_type, left_s)
 
@@ -170,6 +169,8 @@ class Session:
             async with asyncio.timeout(self._settings.timeout_s):
                 made = await self._batcher.sign(item)
         except TimeoutError as e:
+            if self._signers.current is None:
+                raise self._signers.trouble from e
             raise SpireHwError(
                 f"signer did not sign within {self._settings.timeout_s:g} s",
                 kind=ErrorKind.DEADLINE_EXCEEDED,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _AWAY: Final = {ErrorKind.UNAVAILABLE, ErrorKind.DEADLINE_EXCEEDED, ErrorKind.UNAUTHENTICATED}
+_SHORTLY: Final = {ErrorKind.UNAVAILABLE, ErrorKind.DEADLINE_EXCEEDED}
 _PROBE_S: Final = 5.0
 _HOLD_S: Final = 5.0
 _PROBE_FIRST_S: Final = 0.1
@@ -71,6 +72,16 @@ class Signers:
         """Return who is asked, None while nobody can be."""
         return self._current
 
+    @property
+    def trouble(self) -> SpireHwError:
+        """Return why nobody can be asked: what will not heal by itself comes first."""
+        troubles = [link.trouble for link in self.links if link.trouble is not None]
+        for kinds in (set(ErrorKind) - _AWAY, set(ErrorKind) - _SHORTLY, set(ErrorKind)):
+            for trouble in troubles:
+                if trouble.kind in kinds:
+                    return trouble
+        return UnavailableError("no signer can be asked now")
+
     async def start(self, timeout_s: float) -> None:
         """Ask all of them, and wait for the first that can be used.
 
@@ -83,9 +94,9 @@ class Signers:
             async with asyncio.timeout(timeout_s):
                 await self._first_answer()
         except TimeoutError:
-            raise self._worst() from None
+            raise self.trouble from None
         if self._current is None:
-            raise self._worst()
+            raise self.trouble
 
     async def call(
         self, use: Callable[[Link, float], Awaitable[T]], timeout_s: float, *, again: bool = True
@@ -142,13 +153,13 @@ class Signers:
         last = min(end, self._away_since + self._patience_s)
         while self._current is None:
             left = last - self._clock.monotonic()
-            if left <= 0:
-                raise self._worst()
+            if left <= 0 or self.trouble.kind not in _SHORTLY:
+                raise self.trouble
             try:
                 async with asyncio.timeout(left):
                     _, seen = await self._changes.wait(seen)
             except TimeoutError:
-                raise self._worst() from None
+                raise self.trouble from None
         return self._current
 
     async def _first_answer(self) -> None:
@@ -158,14 +169,6 @@ class Signers:
             if all(t is not None and t.kind not in _AWAY for t in troubles):
                 return
             await self._changes.wait(self._changes.version)
-
-    def _worst(self) -> SpireHwError:
-        troubles = [link.trouble for link in self.links if link.trouble is not None]
-        final = [trouble for trouble in troubles if trouble.kind not in _AWAY]
-        if final or troubles:
-            return (final or troubles)[0]
-        names = ", ".join(link.name for link in self.links)
-        return UnavailableError(f"no signer has answered in time ({names})")
 
     def _lose(self, link: Link, error: SpireHwError) -> None:
         if link.trouble is None or link.trouble.message != error.message:

@@ -20,6 +20,8 @@ from spire_hw_plugins.keymanager.remote.witness import LogHead
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from spire_hw.plugin.keymanager import KeyInfo
+
 FILE_NAME: Final = "remote-signer.json"
 REQUEST_ID_BYTES: Final = 16
 _WHAT: Final = "note of keys at the signer"
@@ -33,10 +35,17 @@ class Pending:
     Attributes:
         request_id: what it was asked for with, and is again: the same key is the answer.
         key_type: its type.
+        before: fingerprint of the key it replaces, "" when there is none. A key of this id with
+            another one is what was asked for, and nobody has used it yet.
     """
 
     request_id: bytes
     key_type: KeyType
+    before: str = ""
+
+    def is_answered_by(self, info: KeyInfo) -> bool:
+        """Tell whether a key of the id is what was asked for."""
+        return info.key_type is self.key_type and info.fingerprint != self.before
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +131,11 @@ def _encode(state: State) -> bytes:
         "trust_domain": state.trust_domain,
         "keys": {key_id: _text(spki) for key_id, spki in state.keys.items()},
         "pending": {
-            key_id: {"request_id": p.request_id.hex(), "key_type": p.key_type.config_name}
+            key_id: {
+                "request_id": p.request_id.hex(),
+                "key_type": p.key_type.config_name,
+                "before": p.before,
+            }
             for key_id, p in state.pending.items()
         },
         "logs": {
@@ -155,7 +168,9 @@ def _parse(fields: Any) -> State:
         trust_domain=str(fields["trust_domain"]),
         keys={str(k): _key(decode(text, validate=True)) for k, text in fields["keys"].items()},
         pending={
-            str(k): Pending(bytes.fromhex(p["request_id"]), KeyType.parse(p["key_type"]))
+            str(k): Pending(
+                bytes.fromhex(p["request_id"]), KeyType.parse(p["key_type"]), str(p["before"])
+            )
             for k, p in fields["pending"].items()
         },
         logs={
