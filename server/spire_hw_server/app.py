@@ -51,11 +51,13 @@ from spire_hw_server.entries import EntryCache
 from spire_hw_server.gauges import Gauges
 from spire_hw_server.hostservices import ServerServices
 from spire_hw_server.housekeeping import Housekeeping, HousekeepingSettings
+from spire_hw_server.keywatch import KeyWatch
 from spire_hw_server.posture.policyfiles import find_policy_faults
 from spire_hw_server.posture.postures import Postures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+    from datetime import datetime
     from pathlib import Path
     from typing import Any
 
@@ -282,7 +284,9 @@ class Server:
         )
         parts = await self._open_parts(store, catalog, nodes, postures)
         self._services.open(store, parts.identity, parts.bundles)
-        health = build_health(parts, settings, catalog.checks())
+        health = build_health(
+            parts, settings, catalog.checks(), self._watch_keys(catalog, parts.manager)
+        )
         bundles = parts.bundles
         self._endpoints = Endpoints(
             Doors(
@@ -314,6 +318,14 @@ class Server:
             address=f"{settings.bind_address}:{self.port}",
             socket=str(settings.socket_path),
         )
+
+    def _watch_keys(self, catalog: Catalog, manager: CaManager) -> KeyWatch:
+        def ca_ends() -> datetime | None:
+            active = manager.x509_slots.active
+            return None if active is None else active.not_after
+
+        plugin = catalog.one(PluginKind.KEY_MANAGER).plugin
+        return KeyWatch(plugin, ca_ends, logs.get_logger("keymanager"))
 
     def _own_bundle(self) -> Bundle:
         return _no_bundle() if self._bundles is None else self._bundles.own

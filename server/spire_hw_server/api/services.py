@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from spire_hw_server.config import ServerSettings
     from spire_hw_server.datastore.interface import Datastore
     from spire_hw_server.entries import EntryCache
+    from spire_hw_server.keywatch import KeyWatch
     from spire_hw_server.posture.postures import Postures
 
 _HEALTH_PATH: Final = ("for", "health", "check", "only")
@@ -162,8 +163,10 @@ def build_interceptors(
     return [*measure, RequestId(), Audit(enabled=True), authorizer]
 
 
-def build_health(parts: Parts, settings: ServerSettings, plugins: Mapping[str, Check]) -> Health:
-    """Return the server's health checks, with upstream's names, and those of its plugins."""
+def build_health(
+    parts: Parts, settings: ServerSettings, plugins: Mapping[str, Check], keys: KeyWatch
+) -> Health:
+    """Return the server's health checks, with upstream's names, and those of its plugins and keys."""
     spki = spki_der(generate_private_key(settings.ca_key_type).public_key())
     throw_away = settings.trust_domain.member(*_HEALTH_PATH)
 
@@ -178,11 +181,12 @@ def build_health(parts: Parts, settings: ServerSettings, plugins: Mapping[str, C
             raise UnavailableError("the CA could not be rotated several times in a row")
 
     async def authority() -> None:
+        keys.look()
         await parts.issuer.x509_svid(spki=spki, spiffe_id=throw_away, ttl=settings.x509_svid_ttl)
 
     return Health(
         quick={"server": server, "server.ca.rotator": rotator},
-        waiting=plugins,
+        waiting={**plugins, "server.keymanager": keys.check},
         costly={"server.ca": authority, "catalog.datastore": parts.store.ping},
         clock=parts.clock,
         log=logs.get_logger("health"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
+from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 
 from spire_hw.config import hcl
 from spire_hw.errors import ErrorKind, SpireHwError
@@ -77,3 +80,37 @@ async def test_a_ca_in_a_token(short_dir: Path) -> None:
     assert again.manager.x509_slots.old.authority_id == first.authority_id
     assert active.not_after - again.clock.now() > timedelta(hours=23)
     await again.close()
+
+
+async def test_health_follows_the_token(short_dir: Path) -> None:
+    token = SoftHsm(short_dir / "hsm")
+    token.init_token("ca")
+    before = set(psutil.Process().children())
+    server = Server(settings(short_dir, token))
+    await server.start()
+    operator = Operator(server.settings.socket_path)
+    assert await serving(operator)
+    token.remove()
+    for worker in set(psutil.Process().children()) - before:
+        worker.kill()
+    await until(operator, serves=False)
+    token.put_back()
+    await until(operator, serves=True)
+    await operator.close()
+    await server.close()
+
+
+async def serving(operator: Operator) -> bool:
+    answer = await operator.channel.unary(
+        "/grpc.health.v1.Health/Check",
+        health_pb2.HealthCheckRequest(),
+        health_pb2.HealthCheckResponse,
+        timeout_s=30,
+    )
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def until(operator: Operator, *, serves: bool) -> None:
+    async with asyncio.timeout(60):
+        while await serving(operator) is not serves:  # noqa: ASYNC110 - probes are asked, not told
+            await asyncio.sleep(0.05)
