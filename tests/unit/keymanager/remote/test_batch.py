@@ -1,0 +1,127 @@
+"""What is asked for in one turn of the loop leaves together, within bounds."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import pytest_asyncio
+
+from spire_hw.errors import DeniedError, ErrorKind, LimitError, SpireHwError
+from spire_hw.key import HashAlgorithm, SignOptions
+from spire_hw.log import get_logger
+from spire_hw.plugin.keymanager import KeySignature
+from spire_hw_plugins.keymanager.remote.batch import (
+    MAX_BATCH_BYTES,
+    MAX_UNDER_WAY,
+    MAX_WAITING,
+    Batcher,
+)
+from spire_hw_plugins.keymanager.remote.wire import MAX_ITEMS, Item, Refused
+
+OPTIONS = SignOptions(HashAlgorithm.SHA256)
+
+
+def item(number: int, size: int = 32) -> Item:
+    return Item(number.to_bytes(16), "id", None, bytes(size), OPTIONS)
+
+
+class Far:
+    """Where batches go: answers with the request id, once the gate is open."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Item]] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def send(self, items: list[Item]) -> list[KeySignature | Refused]:
+        self.batches.append(items)
+        await self.gate.wait()
+        return [self._answer(one) for one in items]
+
+    def _answer(self, one: Item) -> KeySignature | Refused:
+        if int.from_bytes(one.request_id) == 13:
+            return Refused(DeniedError("not thirteen"), "rate")
+        return KeySignature(one.request_id, "f")
+
+
+@pytest_asyncio.fixture
+async def far() -> Far:
+    return Far()
+
+
+@pytest.mark.asyncio
+async def test_one_turn_is_one_batch_and_each_gets_its_own_answer(far: Far) -> None:
+    batcher = Batcher(far.send, get_logger("test"))
+    numbers = [n for n in range(40) if n != 13]
+    made = await asyncio.gather(*(batcher.sign(item(n)) for n in numbers))
+    assert [len(b) for b in far.batches] == [39]
+    assert [int.from_bytes(m.signature) for m in made] == numbers
+    with pytest.raises(DeniedError, match="thirteen"):
+        await batcher.sign(item(13))
+
+
+@pytest.mark.asyncio
+async def test_batches_are_bounded_in_number_and_bytes(far: Far) -> None:
+    batcher = Batcher(far.send, get_logger("test"))
+    await asyncio.gather(*(batcher.sign(item(n + 100)) for n in range(150)))
+    assert [len(b) for b in far.batches] == [MAX_ITEMS, MAX_ITEMS, 22]
+    far.batches.clear()
+    await asyncio.gather(*(batcher.sign(item(n + 400, 4000)) for n in range(40)))
+    assert all(sum(i.size for i in b) <= MAX_BATCH_BYTES for b in far.batches)
+    assert sum(map(len, far.batches)) == 40
+
+
+@pytest.mark.asyncio
+async def test_few_batches_are_under_way_and_the_rest_waits_together(far: Far) -> None:
+    batcher = Batcher(far.send, get_logger("test"))
+    far.gate.clear()
+    async with asyncio.TaskGroup() as group:
+        for n in range(MAX_UNDER_WAY + 20):
+            group.create_task(batcher.sign(item(n + 1000)))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        assert [len(b) for b in far.batches] == [1] * MAX_UNDER_WAY
+        far.gate.set()
+    assert [len(b) for b in far.batches] == [1] * MAX_UNDER_WAY + [20]
+
+
+@pytest.mark.asyncio
+async def test_who_went_away_is_left_out_and_too_many_are_refused(far: Far) -> None:
+    batcher = Batcher(far.send, get_logger("test"))
+    far.gate.clear()
+    async with asyncio.TaskGroup() as group:
+        for n in range(MAX_UNDER_WAY):
+            group.create_task(batcher.sign(item(n + 1000)))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        gone = group.create_task(batcher.sign(item(1)))
+        rest = [group.create_task(batcher.sign(item(n + 2000))) for n in range(MAX_WAITING - 1)]
+        await asyncio.sleep(0)
+        with pytest.raises(LimitError):
+            await batcher.sign(item(2))
+        gone.cancel()
+        far.gate.set()
+    assert len(rest) == MAX_WAITING - 1
+    assert item(1).request_id not in {i.request_id for b in far.batches for i in b}
+
+
+@pytest.mark.asyncio
+async def test_closing_fails_what_waits_and_what_is_under_way(far: Far) -> None:
+    batcher = Batcher(far.send, get_logger("test"))
+    far.gate.clear()
+    kinds = []
+
+    async def sign(number: int) -> None:
+        try:
+            await batcher.sign(item(number))
+        except SpireHwError as e:
+            kinds.append(e.kind)
+
+    async with asyncio.TaskGroup() as group:
+        for n in range(MAX_UNDER_WAY + 3):
+            group.create_task(sign(n + 1000))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        await batcher.close()
+    assert kinds == [ErrorKind.UNAVAILABLE] * (MAX_UNDER_WAY + 3)
