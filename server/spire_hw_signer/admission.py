@@ -19,6 +19,8 @@ from spire_hw_signer.policy import Client, Denial, Policy, Reason
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cryptography.x509 import Certificate
+
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw.rpc.service import Call
@@ -82,12 +84,14 @@ class Gate:
         policy: Callable[[], Policy],
         audit: AuditLog,
         *,
+        is_revoked: Callable[[Certificate], bool] | None = None,
         metrics: Metrics,
         clock: Clock,
         log: Logger,
     ) -> None:
         self._policy = policy
         self._audit = audit
+        self._is_revoked = is_revoked
         self._metrics = metrics
         self._clock = clock
         self._log = log
@@ -108,8 +112,7 @@ class Gate:
         identities, cert_hash, address = _proofs(call.peer)
         where = describe(call.peer)
         client, denial = policy.admit(identities, _network(address))
-        expired = None if client is None else self._expired(call.peer)
-        denial = expired or denial
+        denial = denial or self._out_of_force(call.peer)
         method = call.method.rpartition("/")[2]
         if client is None or denial is not None:
             denial = denial or Denial(Reason.UNKNOWN_CLIENT, "")
@@ -150,9 +153,14 @@ class Gate:
         denial = Denial(Reason.UNKNOWN_CLIENT, reason)
         self.refuse(_stranger("", "", address, "TLS", self._policy().hash), denial)
 
-    def _expired(self, peer: Peer) -> Denial | None:
-        if isinstance(peer, TcpPeer) and self._clock.now() > peer.chain[0].not_valid_after_utc:
+    def _out_of_force(self, peer: Peer) -> Denial | None:
+        """Tell what became of a certificate since the connection was made."""
+        if not isinstance(peer, TcpPeer):
+            return None
+        if self._clock.now() > peer.chain[0].not_valid_after_utc:
             return Denial(Reason.CERTIFICATE_EXPIRED, "the client's certificate has expired")
+        if self._is_revoked is not None and self._is_revoked(peer.chain[0]):
+            return Denial(Reason.REVOKED, "the client's certificate is on a revocation list")
         return None
 
     def _admit(self, key: tuple[str, str, str]) -> int | None:

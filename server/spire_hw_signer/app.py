@@ -1,1 +1,430 @@
 """The composition root: builds the signer from its settings, runs it, closes it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import signal
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Final
+
+from spire_hw import __version__, memory
+from spire_hw import log as logs
+from spire_hw.aio.tasks import Tasks
+from spire_hw.catalog import Catalog, check_plugins
+from spire_hw.clock import Clock, SystemClock
+from spire_hw.errors import ConfigError, ConfigFault, NotReadyError, SpireHwError, UnavailableError
+from spire_hw.hardening import harden
+from spire_hw.key import KeyType, spki_der
+from spire_hw.plugin.info import HostInfo, PluginKind, Side
+from spire_hw.plugin.keymanager import KeyHealth
+from spire_hw.rpc.probes import Health, HealthListener
+from spire_hw.telemetry.host import Telemetry
+from spire_hw.telemetry.logged import count_log_lines
+from spire_hw_plugins import builtin
+from spire_hw_signer.admission import Gate
+from spire_hw_signer.audit.log import AuditLog
+from spire_hw_signer.config import SIGNER_RULES, owner_config
+from spire_hw_signer.doors import Doors
+from spire_hw_signer.folder import lock_data_dir, prepare_data_dir, tighten_umask
+from spire_hw_signer.generating import Generating
+from spire_hw_signer.keys import LOG_KEY_ID, OwnerKeys, open_owner, own_owner
+from spire_hw_signer.live import Live
+from spire_hw_signer.policyfile import load_policy
+from spire_hw_signer.service import SignerService
+from spire_hw_signer.steady import SteadyTime
+from spire_hw_signer.tlsfiles import TlsFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import timedelta
+    from pathlib import Path
+
+    from spire_hw.plugin.info import Builder
+    from spire_hw.plugin.keymanager import KeyManager
+    from spire_hw.rpc.probes import Check
+    from spire_hw_signer.config import SignerSettings
+    from spire_hw_signer.policy import Owner
+
+GRACE_S: Final = 10.0
+
+
+async def run(
+    settings: SignerSettings,
+    *,
+    clock: Clock | None = None,
+    on_ready: Callable[[], None] | None = None,
+) -> None:
+    """Run a signer until SIGTERM or SIGINT; SIGHUP reads policy and TLS files again.
+
+    Args:
+        settings: from signer.conf.
+        clock: its time.
+        on_ready: called once the signer answers.
+
+    Raises:
+        SpireHwError: it could not start, or a part of it broke down.
+    """
+    tighten_umask()
+    harden()
+    memory.limit_arenas()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    signer = Signer(settings, clock=clock)
+    tasks = Tasks(on_failure=lambda name, error: None)
+    loop.add_signal_handler(signal.SIGHUP, lambda: tasks.start("reload", signer.reload()))
+    try:
+        stopping = tasks.spawn("stop signal", stop.wait())
+        starting = tasks.spawn("start", signer.start())
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            return
+        await starting
+        memory.settle()
+        if on_ready is not None:
+            on_ready()
+        failing = tasks.spawn("failure", signer.failed())
+        await asyncio.wait({failing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if failing.done():
+            await failing
+    finally:
+        await tasks.close()
+        await signer.close()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.remove_signal_handler(number)
+
+
+async def check_settings(
+    settings: SignerSettings, *, clock: Clock | None = None
+) -> list[ConfigFault]:
+    """Return the faults of KeyManager, policy and TLS files; no device is touched."""
+    faults: list[ConfigFault] = []
+    owner = own_owner(settings.name)
+    directory = settings.data_dir
+    config = owner_config(settings.keys, owner, directory, None)
+    host = _host(owner, directory, clock or SystemClock())
+    faults += await check_plugins([config], _table, host, SIGNER_RULES, names=_names)
+    try:
+        await asyncio.to_thread(load_policy, settings.policy_file)
+    except ConfigError as e:
+        place = settings.policy_file
+        faults += [ConfigFault(0, f"{place}:{f.line}: {f.message}") for f in e.faults]
+    except SpireHwError as e:
+        faults.append(ConfigFault(0, e.message))
+    if settings.tls is not None:
+        try:
+            await asyncio.to_thread(TlsFiles(settings.tls).load)
+        except SpireHwError as e:
+            faults.append(ConfigFault(0, f"tls: {e.message}"))
+    return sorted(faults, key=lambda f: f.line)
+
+
+class Signer:
+    """One signer: build it from settings, `start`, `close`."""
+
+    def __init__(self, settings: SignerSettings, *, clock: Clock | None = None) -> None:
+        self.settings = settings
+        self.clock = clock or SystemClock()
+        self.log = logs.get_logger("signer")
+        self.telemetry = Telemetry(
+            settings.telemetry,
+            service="spire_signer",
+            trust_domain=None,
+            version=__version__,
+            clock=self.clock,
+            log=logs.get_logger("telemetry"),
+        )
+        self._stack = AsyncExitStack()
+        self._failure: asyncio.Future[None] | None = None
+        self._doors: Doors | None = None
+        self._live: Live | None = None
+        self._audit: AuditLog | None = None
+        self._steady: SteadyTime | None = None
+        self._health_listener: HealthListener | None = None
+
+    @property
+    def port(self) -> int:
+        """Return the TCP port, 0 without one."""
+        return 0 if self._doors is None else self._doors.port
+
+    @property
+    def health_port(self) -> int:
+        """Return the port of the health probes, 0 without them."""
+        return 0 if self._health_listener is None else self._health_listener.port
+
+    @property
+    def live(self) -> Live:
+        """Return policy and keys of a started signer."""
+        if self._live is None:
+            raise NotReadyError("the signer was not started")
+        return self._live
+
+    @property
+    def audit(self) -> AuditLog:
+        """Return the audit log of a started signer."""
+        if self._audit is None:
+            raise NotReadyError("the signer was not started")
+        return self._audit
+
+    async def start(self) -> None:
+        """Bring the signer up; what was brought up before a failure is taken down again.
+
+        Raises:
+            SpireHwError: a part could not start; the message says which and why.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+
+    async def close(self) -> None:
+        """Take the signer down; calls in progress have a while to finish."""
+        await self._stack.aclose()
+
+    async def failed(self) -> None:
+        """Wait until a part of the running signer breaks down, and raise its error."""
+        if self._failure is None:
+            raise NotReadyError("the signer was not started")
+        await asyncio.shield(self._failure)
+
+    async def reload(self) -> bool:
+        """Read policy and TLS files again; the clock is taken for right from now on."""
+        if self._live is None or self._steady is None:
+            return False
+        self._steady.anchor()
+        return await self._live.reload()
+
+    async def _start(self) -> None:
+        settings = self.settings
+        for notice in settings.notices:
+            self.log.warning(notice)
+        self._failure = asyncio.get_running_loop().create_future()
+        self._stack.callback(self._failure.cancel)
+        prepare_data_dir(settings.data_dir, self.log)
+        self._stack.callback(lock_data_dir(settings.data_dir))
+        tls = await self._load_tls()
+        audit = await self._open_audit()
+        log_keys = await self._open_log_keys()
+        live = Live(
+            policy_file=settings.policy_file,
+            data_dir=settings.data_dir,
+            opener=self._open_keys,
+            tls=tls,
+            audit=audit,
+            metrics=self.telemetry.metrics,
+            log=self.log,
+        )
+        self._stack.push_async_callback(live.close)
+        await live.open()
+        self._live = live
+        self._steady = steady = SteadyTime(self.clock)
+        steady.anchor(max((k.notes.newest for k in live.owners.values()), default=0.0))
+        log_key = log_keys.find(LOG_KEY_ID)
+        fingerprint = "" if log_key is None else log_key.info.fingerprint
+        audit.note("start", {"version": __version__, "name": settings.name, "log_key": fingerprint})
+        health = self._health(audit, live, tls, log_keys)
+        gate, service = self._service(audit, live, log_keys, steady, tls)
+        self._doors = Doors(
+            settings,
+            service,
+            gate,
+            tls,
+            is_healthy=health.is_healthy,
+            metrics=self.telemetry.metrics,
+            clock=self.clock,
+            log=logs.get_logger("api"),
+        )
+        await self._doors.start()
+        self._stack.push_async_callback(self._doors.close, GRACE_S)
+        await health.check_costly()
+        await self._listen(health)
+        loops = Tasks(on_failure=self._broke_down)
+        self._stack.push_async_callback(loops.close)
+        loops.start("health", health.run())
+        self.log.info(
+            "signer is ready",
+            address=f"{settings.bind_address}:{self.port}" if tls is not None else "",
+            socket="" if settings.socket_path is None else str(settings.socket_path),
+            policy=live.policy.hash,
+        )
+
+    async def _load_tls(self) -> TlsFiles | None:
+        if self.settings.tls is None:
+            return None
+        tls = TlsFiles(self.settings.tls)
+        await asyncio.to_thread(tls.load)
+        return tls
+
+    async def _open_audit(self) -> AuditLog:
+        audit = AuditLog(self.settings.audit, clock=self.clock, log=logs.get_logger("audit"))
+        self._stack.push_async_callback(audit.close)
+        await audit.open()
+        self._audit = audit
+        return audit
+
+    async def _open_log_keys(self) -> OwnerKeys:
+        """Open the signer's own keys; the one that signs checkpoints is made when there is none."""
+        owner = own_owner(self.settings.name)
+        keys = await open_owner(owner, self.settings.data_dir, None, self._open_keys)
+        self._stack.push_async_callback(keys.close)
+        if keys.find(LOG_KEY_ID) is None:
+            held = keys.take(await keys.generate(LOG_KEY_ID, KeyType.EC_P256))
+            self.audit.note("log_key_made", {"fingerprint": held.info.fingerprint})
+            self.log.info("log key was made", fingerprint=held.info.fingerprint)
+        return keys
+
+    async def _open_keys(
+        self, owner: Owner, directory: Path, retain: timedelta | None
+    ) -> _OpenedKeys:
+        config = owner_config(self.settings.keys, owner, directory, retain)
+        host = _host(owner, directory, self.clock)
+        host = dataclasses.replace(host, metrics=self.telemetry.metrics)
+        catalog = await Catalog.load([config], _table, host, SIGNER_RULES, names=_names)
+        return _OpenedKeys(catalog, self.settings, owner, directory)
+
+    def _service(
+        self,
+        audit: AuditLog,
+        live: Live,
+        log_keys: OwnerKeys,
+        steady: SteadyTime,
+        tls: TlsFiles | None,
+    ) -> tuple[Gate, SignerService]:
+        metrics, log = self.telemetry.metrics, logs.get_logger("signer")
+        tasks = Tasks(on_failure=self._call_failed)
+        self._stack.push_async_callback(tasks.close)
+        gate = Gate(
+            lambda: live.policy,
+            audit,
+            is_revoked=None if tls is None else tls.is_revoked,
+            metrics=metrics,
+            clock=self.clock,
+            log=log,
+        )
+        generating = Generating(
+            gate, audit, steady=steady, clock=self.clock, tasks=tasks, metrics=metrics, log=log
+        )
+
+        def witness() -> tuple[bytes, bytes]:
+            held = log_keys.find(LOG_KEY_ID)
+            return b"", b"" if held is None else spki_der(held.info.public_key)
+
+        service = SignerService(
+            gate,
+            lambda: live.owners,
+            audit,
+            generating,
+            witness=witness,
+            steady=steady,
+            clock=self.clock,
+            tasks=tasks,
+            metrics=metrics,
+            log=log,
+        )
+        return gate, service
+
+    def _health(
+        self, audit: AuditLog, live: Live, tls: TlsFiles | None, log_keys: OwnerKeys
+    ) -> Health:
+        async def audit_log() -> None:
+            if audit.trouble:
+                raise UnavailableError(f"audit log unavailable: {audit.trouble}")
+
+        async def devices() -> None:
+            for keys in (*live.owners.values(), log_keys):
+                state = keys.health()
+                if state.health is KeyHealth.DOWN:
+                    raise UnavailableError(f"keys of {keys.owner}: {state.message}")
+
+        async def files() -> None:
+            fault = live.fault or ("" if tls is None else tls.fault(self.clock.now()))
+            if fault:
+                raise NotReadyError(fault)
+
+        async def clock() -> None:
+            if self._steady is not None and not self._steady.is_sane():
+                raise NotReadyError(
+                    f"the clock moved by {self._steady.skew_s():.0f} s while the signer ran; set"
+                    " it right, then send SIGHUP"
+                )
+
+        checks: dict[str, Check] = {"signer.keys": devices, "signer.clock": clock}
+        return Health(
+            quick={"signer.audit": audit_log},
+            waiting={**checks, "signer.files": files},
+            clock=self.clock,
+            log=logs.get_logger("health"),
+        )
+
+    async def _listen(self, health: Health) -> None:
+        if self.telemetry.is_read:
+            await self.telemetry.start()
+            self._stack.push_async_callback(self.telemetry.close)
+            self._stack.callback(count_log_lines(self.telemetry.metrics))
+        where = self.settings.health
+        if where is None:
+            return
+        listener = HealthListener(
+            health,
+            address=where.bind_address,
+            port=where.bind_port,
+            live_path=where.live_path,
+            ready_path=where.ready_path,
+        )
+        await listener.start()
+        self._stack.push_async_callback(listener.close)
+        self._health_listener = listener
+
+    def _call_failed(self, name: str, error: BaseException) -> None:
+        if not isinstance(error, SpireHwError):
+            self.log.error("Unexpected error", task=name, exc_info=error)
+
+    def _broke_down(self, name: str, error: BaseException) -> None:
+        self.log.error("a part of the signer broke down", part=name, exc_info=error)
+        if self._failure is not None and not self._failure.done():
+            self._failure.set_exception(SpireHwError(f"{name} broke down: {error}"))
+
+
+class _OpenedKeys:
+    """The KeyManager of one owner with what it stands in."""
+
+    def __init__(
+        self, catalog: Catalog, settings: SignerSettings, owner: Owner, directory: Path
+    ) -> None:
+        self._catalog = catalog
+        self._settings = settings
+        self._owner = owner
+        self._directory = directory
+
+    @property
+    def manager(self) -> KeyManager:
+        manager: KeyManager = self._catalog.one(PluginKind.KEY_MANAGER).plugin
+        return manager
+
+    async def retain(self, retain: timedelta) -> None:
+        config = owner_config(self._settings.keys, self._owner, self._directory, retain)
+        await self._catalog.one(PluginKind.KEY_MANAGER).plugin.configure(config.data)
+
+    async def close(self) -> None:
+        await self._catalog.close()
+
+
+def _table(kind: PluginKind, name: str) -> Builder:
+    return builtin.lookup(kind, name, Side.SERVER)
+
+
+def _names(kind: PluginKind) -> list[str]:
+    return builtin.names(kind, Side.SERVER)
+
+
+def _host(owner: Owner, directory: Path, clock: Clock) -> HostInfo:
+    return HostInfo(
+        side=Side.SERVER,
+        trust_domain=owner.trust_domain,
+        data_dir=directory,
+        log=logs.get_logger("keys").bind(owner=str(owner)),
+        clock=clock,
+    )

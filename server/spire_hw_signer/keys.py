@@ -20,7 +20,6 @@ from spire_hw_signer.policyfile import OWN_TRUST_DOMAIN
 from spire_hw_signer.purpose import KeyIds, SigningKey
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
     from datetime import timedelta
     from pathlib import Path
 
@@ -38,13 +37,30 @@ class Opened(Protocol):
         """Return it."""
         ...
 
+    async def retain(self, retain: timedelta) -> None:
+        """Have it keep replaced keys for so long from now on."""
+        ...
+
     async def close(self) -> None:
         """Close it."""
         ...
 
 
-# Makes the KeyManager of an owner; replaced keys are kept so long, None for as long as it likes.
-Open = "Callable[[Owner, Path, timedelta | None], Awaitable[Opened]]"
+class Opener(Protocol):
+    """Makes KeyManagers."""
+
+    async def __call__(self, owner: Owner, directory: Path, retain: timedelta | None) -> Opened:
+        """Make the KeyManager of an owner ready.
+
+        Args:
+            owner: whose keys.
+            directory: for their state alone.
+            retain: how long replaced keys are kept, None where nothing says.
+
+        Raises:
+            SpireHwError: it cannot be made ready.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +141,15 @@ class OwnerKeys:
             verify_digest(held.info.public_key, digest, made.signature, options)
         return made
 
+    async def retain(self, retain: timedelta) -> None:
+        """Keep replaced keys for so long from now on.
+
+        Raises:
+            SpireHwError: the device does not take it; what was set before stays.
+        """
+        async with self.changing:
+            await self._opened.retain(retain)
+
     def health(self) -> DeviceHealth:
         """Return how the device was when it was last seen."""
         manager = self.manager
@@ -157,7 +182,7 @@ async def open_owner(
     owner: Owner,
     data_dir: Path,
     retain: timedelta | None,
-    opener: Callable[[Owner, Path, timedelta | None], Awaitable[Opened]],
+    opener: Opener,
 ) -> OwnerKeys:
     """Open the keys of an owner.
 

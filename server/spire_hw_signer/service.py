@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from spire_hw._pb import hw_signer_pb2
 from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError, VerificationError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, spki_der
+from spire_hw.rpc.service import Method, bind
 from spire_hw.rpc.status import clip
 from spire_hw.telemetry.metrics import status_of
 from spire_hw_signer.admission import Caller, Gate, device_error, error_of
@@ -405,6 +406,11 @@ def _read(item: Any) -> Item | Denial:
     digest = content if purpose is Purpose.RAW else algorithm.digest(content)
     options = SignOptions(algorithm, pss, salt)
     return Item(item.request_id, item.key_id, purpose, content, options, digest)
+
+
+def signer_methods(service: SignerService) -> list[Method]:
+    """Return the methods that clients call."""
+    return bind(hw_signer_pb2.DESCRIPTOR.services_by_name["Signer"], service)
 
 
 def key_message(held: HeldKey) -> hw_signer_pb2.PublicKey:

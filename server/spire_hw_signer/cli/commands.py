@@ -1,0 +1,16 @@
+"""All commands of `spire-hw-signer`."""
+
+from __future__ import annotations
+
+from spire_hw import __version__
+from spire_hw.cli.program import root_group
+from spire_hw_signer.cli import healthcheck, run
+
+PROGRAM = "spire-hw-signer"
+
+root = root_group(
+    "Signs for SPIFFE servers on other hosts, within a policy they cannot change.", __version__
+)
+root.add_command(run.run)
+root.add_command(run.validate)
+root.add_command(healthcheck.healthcheck)

@@ -1,0 +1,77 @@
+"""Start the signer; check its configuration and policy."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from spire_hw import log
+from spire_hw.cli.flags import GoCommand
+from spire_hw.cli.program import (
+    COMMON_SETTINGS,
+    Setting,
+    overrides,
+    settings_flags,
+    validate_command,
+)
+from spire_hw.errors import SpireHwError
+from spire_hw_signer.config import DEFAULT_CONFIG, load_settings
+
+if TYPE_CHECKING:
+    from spire_hw.config.host import Override
+    from spire_hw.errors import ConfigFault
+
+_FLAGS: Final = settings_flags(
+    (
+        *(setting for setting in COMMON_SETTINGS if setting.key.startswith("log_")),
+        Setting("adminSocketPath", "admin_socket_path", "Path of the admin socket."),
+        Setting("bindAddress", "bind_address", "IP address clients connect to."),
+        Setting("bindPort", "bind_port", "Port clients connect to."),
+        Setting("dataDir", "data_dir", "Directory for the signer's data."),
+        Setting("policyFile", "policy_file", "The policy: who may do what with which key."),
+    ),
+    DEFAULT_CONFIG,
+)
+
+
+@click.command(
+    "run",
+    cls=GoCommand,
+    examples="""
+    spire-hw-signer run -config /etc/spire-hw/signer.conf
+    spire-hw-signer run -config signer.conf -logLevel debug
+    """,
+)
+@_FLAGS
+def run(config: str, *, expand_env: bool, **given: Any) -> None:
+    """Run the signer until SIGINT or SIGTERM; SIGHUP reads policy and TLS files again."""
+    from spire_hw_signer import app  # noqa: PLC0415 - commands that only ask need none of it
+
+    settings = load_settings(Path(config), expand_env=expand_env, overrides=overrides(given))
+
+    async def serve() -> None:
+        log.output().reopen_on_signal(asyncio.get_running_loop())
+        await app.run(settings)
+
+    log.configure(settings.log)
+    try:
+        asyncio.run(serve())
+    except SpireHwError as e:
+        log.get_logger("signer").error("Signer crashed", error=e.message)
+        raise
+
+
+def _check(
+    config: Path, expand_env: bool, given: dict[str, Override]
+) -> tuple[list[ConfigFault], tuple[str, ...]]:
+    from spire_hw_signer import app  # noqa: PLC0415 - loads what the signer is made of
+
+    settings = load_settings(config, expand_env=expand_env, overrides=given)
+    log.output().level = log.Level.ERROR
+    return asyncio.run(app.check_settings(settings)), settings.notices
+
+
+validate = validate_command("signer", _FLAGS, _check)

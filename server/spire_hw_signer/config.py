@@ -1,0 +1,282 @@
+"""signer.conf to `SignerSettings`: checked all at once, keys nobody knows refused by name."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+from pydantic import Field
+
+from spire_hw.config.hcl import Body, Item
+from spire_hw.config.host import (
+    HealthChecks,
+    HealthSettings,
+    LogKeys,
+    Override,
+    Port,
+    health_settings,
+    override,
+    parse_ip,
+    parse_socket_path,
+    read_body,
+)
+from spire_hw.config.schema import GoDuration, Model, at_least, check, parsed
+from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
+from spire_hw.log import LogSettings  # noqa: TC001 - public field types stay real
+from spire_hw.plugin.info import PluginKind
+from spire_hw.plugin.section import Count, PluginConfig, Rules, check_counts, read_plugins
+from spire_hw.telemetry.config import (
+    TelemetryKeys,
+    TelemetrySettings,
+    find_telemetry_faults,
+    telemetry_notices,
+    telemetry_settings,
+)
+from spire_hw_signer.audit.log import AuditSettings
+from spire_hw_signer.tlsfiles import TlsPaths
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from spire_hw_signer.policy import Owner
+
+DEFAULT_CONFIG: Final = Path("/etc/spire-hw/signer.conf")
+DEFAULT_ADMIN_SOCKET: Final = Path("/run/spire-hw/signer-admin.sock")
+DEFAULT_PORT: Final = 8445
+SIGNER_RULES: Final[Rules] = {PluginKind.KEY_MANAGER: Count(1, 1)}
+
+_MAX_NAME: Final = 64
+# What the signer sets itself for each owner, by KeyManager: nobody else may.
+_OWN_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
+    "pkcs11": ("key_identifier_file", "key_identifier_value", "retain_replaced"),
+    "tpm": ("keys_path", "persistent_handles"),
+    "disk": ("keys_path",),
+}
+
+
+def _parse_name(text: str) -> str:
+    fits = 1 <= len(text) <= _MAX_NAME and all(
+        c.isascii() and (c.isalnum() or c in "-_.") for c in text
+    )
+    if not fits:
+        raise InvalidInputError(f"is made of 1 to {_MAX_NAME} letters, digits, '.', '_' and '-'")
+    return text
+
+
+_Path = Annotated[str, Field(min_length=1)]
+
+
+class TlsKeys(Model):
+    """`tls { }`."""
+
+    cert_file: _Path
+    key_file: _Path
+    client_ca_files: Annotated[list[_Path], Field(min_length=1)]
+    crl_files: list[_Path] = Field(default_factory=list)
+
+
+class AuditKeys(Model):
+    """`audit { }`."""
+
+    directory: str = ""
+    max_file_bytes: Annotated[int, Field(ge=65_536, le=1 << 40)] = 64 * 1024 * 1024
+    max_file_age: Annotated[GoDuration, at_least(timedelta(minutes=1))] = timedelta(days=1)
+
+
+class SignerKeys(LogKeys):
+    """`signer { }`."""
+
+    name: Annotated[str, parsed(_parse_name)]
+    bind_address: Annotated[str, parsed(parse_ip)] = "0.0.0.0"  # noqa: S104 - clients are elsewhere
+    bind_port: Port = DEFAULT_PORT
+    socket_path: Annotated[Path, parsed(parse_socket_path)] | None = None
+    admin_socket_path: Annotated[Path, parsed(parse_socket_path)] = DEFAULT_ADMIN_SOCKET
+    data_dir: _Path
+    policy_file: _Path
+    tls: TlsKeys | None = None
+    audit: AuditKeys = AuditKeys()
+
+
+class SignerFile(Model):
+    """The whole file."""
+
+    signer: SignerKeys
+    plugins: Body = Body.empty()
+    health_checks: HealthChecks | None = None
+    telemetry: TelemetryKeys | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SignerSettings:
+    """Everything a signer is told but its policy, checked.
+
+    Attributes:
+        name: tells signers that share a token apart; their own keys go by it.
+        tls: files of the TCP door, None when there is none.
+        socket_path: socket of clients on this host, None when there is none.
+        admin_socket_path: socket of operators.
+        policy_file: who may do what.
+        audit: where the audit log is.
+        keys: the KeyManager's block.
+        health: None when probes are not answered over HTTP.
+        telemetry: where metrics can be read, None for nowhere.
+        notices: what the operator should hear at start.
+        file: the file the settings come from.
+    """
+
+    name: str
+    bind_address: str
+    bind_port: int
+    tls: TlsPaths | None
+    socket_path: Path | None
+    admin_socket_path: Path
+    data_dir: Path
+    policy_file: Path
+    log: LogSettings
+    audit: AuditSettings
+    keys: PluginConfig
+    health: HealthSettings | None = None
+    telemetry: TelemetrySettings | None = None
+    notices: tuple[str, ...] = ()
+    file: str = ""
+
+
+def load_settings(
+    path: Path,
+    *,
+    expand_env: bool = False,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Override] | None = None,
+) -> SignerSettings:
+    """Read and check a configuration file.
+
+    Args:
+        path: the file, HCL 1 or JSON.
+        expand_env: put environment variables into its text first.
+        environ: the variables; those of the process without it.
+        overrides: keys of `signer {}` given on the command line; they win over the file.
+
+    Raises:
+        ConfigError: with every fault of the file; the KeyManager checks its own data later.
+    """
+    body = read_body(
+        path, expand_env=expand_env, environ=os.environ if environ is None else environ
+    )
+    return build_settings(body, overrides or {})
+
+
+def build_settings(body: Body, overrides: Mapping[str, Override] | None = None) -> SignerSettings:
+    """Check what was read; see `load_settings`."""
+    raw, faults = check(override(body, "signer", overrides or {}), SignerFile)
+    plugins, wrong = _key_managers(body)
+    faults += wrong
+    if raw is not None:
+        faults += _cross_faults(raw)
+    if raw is None or faults:
+        raise ConfigError(body.file or "configuration", sorted(faults, key=lambda f: f.line))
+    settings = _build(raw, plugins[0], body.file)
+    return replace(settings, notices=(*_notices(settings), *telemetry_notices(raw.telemetry)))
+
+
+def owner_config(
+    keys: PluginConfig, owner: Owner, directory: Path, retain: timedelta | None
+) -> PluginConfig:
+    """Return the KeyManager's block for one owner: what tells owners apart is set here.
+
+    Args:
+        keys: the block of the file.
+        owner: whose keys.
+        directory: for their state.
+        retain: how long replaced keys are kept, None where nothing says.
+    """
+    items: list[Item] = []
+    if keys.name == "pkcs11":
+        items.append(Item("key_identifier_value", owner.server))
+        if retain is not None:
+            items.append(Item("retain_replaced", f"{int(retain.total_seconds())}s"))
+    elif keys.name == "disk":
+        items.append(Item("keys_path", str(directory / "keys.json")))
+    data = keys.data
+    return replace(keys, data=Body((*data.items, *items), data.line, data.file))
+
+
+def _key_managers(body: Body) -> tuple[list[PluginConfig], list[ConfigFault]]:
+    blocks = body.blocks("plugins")
+    items = tuple(i for b in blocks for i in b.body.items)
+    section = Body(items, body.line_of("plugins"), body.file)
+    plugins, _, faults = read_plugins(section)
+    faults += check_counts(plugins, SIGNER_RULES)
+    plugins = [p for p in plugins if p.enabled and p.kind is PluginKind.KEY_MANAGER]
+    for plugin in plugins:
+        faults += _key_manager_faults(plugin)
+    return plugins, faults
+
+
+def _key_manager_faults(plugin: PluginConfig) -> Iterator[ConfigFault]:
+    own = _OWN_KEYS.get(plugin.name)
+    title = f'KeyManager "{plugin.name}"'
+    if own is None or plugin.cmd:
+        known = ", ".join(_OWN_KEYS)
+        yield ConfigFault(plugin.line, f"{title}: the signer keeps its keys in {known}, built in")
+        return
+    if plugin.data_file:
+        yield ConfigFault(plugin.line, f"{title}: write plugin_data, not plugin_data_file")
+    for item in plugin.data.items:
+        if isinstance(item, Item) and item.key.lower() in own:
+            message = f'{title}: "{item.key}" is set by the signer for each client; remove it'
+            yield ConfigFault(item.line, message)
+
+
+def _cross_faults(raw: SignerFile) -> Iterator[ConfigFault]:
+    keys = raw.signer
+    if keys.tls is None and keys.socket_path is None:
+        message = "nobody could reach the signer: set tls, socket_path or both"
+        yield ConfigFault(keys.line(""), message)
+    if keys.socket_path is not None and keys.socket_path == keys.admin_socket_path:
+        message = "socket_path and admin_socket_path are the same"
+        yield ConfigFault(keys.line("socket_path"), message)
+    yield from find_telemetry_faults(raw.telemetry)
+
+
+def _build(raw: SignerFile, keys: PluginConfig, file: str) -> SignerSettings:
+    given = raw.signer
+    data_dir = Path(given.data_dir)
+    tls = None
+    if given.tls is not None:
+        tls = TlsPaths(
+            cert_file=Path(given.tls.cert_file),
+            key_file=Path(given.tls.key_file),
+            client_ca_files=tuple(Path(p) for p in given.tls.client_ca_files),
+            crl_files=tuple(Path(p) for p in given.tls.crl_files),
+        )
+    return SignerSettings(
+        name=given.name,
+        bind_address=given.bind_address,
+        bind_port=given.bind_port,
+        tls=tls,
+        socket_path=given.socket_path,
+        admin_socket_path=given.admin_socket_path,
+        data_dir=data_dir,
+        policy_file=Path(given.policy_file),
+        log=given.log_settings(),
+        audit=AuditSettings(
+            Path(given.audit.directory) if given.audit.directory else data_dir / "audit",
+            given.audit.max_file_bytes,
+            given.audit.max_file_age,
+        ),
+        keys=keys,
+        health=health_settings(raw.health_checks),
+        telemetry=telemetry_settings(raw.telemetry),
+        file=file,
+    )
+
+
+def _notices(settings: SignerSettings) -> Iterator[str]:
+    if settings.keys.name == "disk":
+        yield (
+            "keys are unencrypted files: for demonstrations alone; use KeyManager pkcs11 or tpm, "
+            "whose keys nobody can copy"
+        )

@@ -1,0 +1,151 @@
+"""Policy and keys as they are now, and how new ones take their place while the signer runs.
+
+A policy that cannot be used changes nothing but raises an alarm. Which policy is in force stands in
+the audit log before anything is done under it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+from spire_hw.errors import NotReadyError, SpireHwError
+from spire_hw_signer.audit.record import cut
+from spire_hw_signer.keys import OwnerKeys, open_owner
+from spire_hw_signer.policyfile import describe, load_policy
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+    from datetime import timedelta
+    from pathlib import Path
+
+    from spire_hw.log import Logger
+    from spire_hw.telemetry.metrics import Metrics
+    from spire_hw_signer.audit.log import AuditLog
+    from spire_hw_signer.keys import Opener
+    from spire_hw_signer.policy import Owner, Policy
+    from spire_hw_signer.tlsfiles import TlsFiles
+
+_RELOAD: Final = ("signer", "reload")
+
+
+class Live:
+    """What changes while the signer runs."""
+
+    def __init__(
+        self,
+        *,
+        policy_file: Path,
+        data_dir: Path,
+        opener: Opener,
+        tls: TlsFiles | None,
+        audit: AuditLog,
+        metrics: Metrics,
+        log: Logger,
+    ) -> None:
+        self._file = policy_file
+        self._data_dir = data_dir
+        self._opener = opener
+        self._tls = tls
+        self._audit = audit
+        self._metrics = metrics
+        self._log = log
+        self._policy: Policy | None = None
+        self._owners: dict[Owner, OwnerKeys] = {}
+        self._retained: dict[Owner, timedelta] = {}
+        self._changing = asyncio.Lock()
+        self._fault = ""
+
+    @property
+    def policy(self) -> Policy:
+        """Return the policy in force."""
+        if self._policy is None:
+            raise NotReadyError("no policy was loaded yet")
+        return self._policy
+
+    @property
+    def owners(self) -> Mapping[Owner, OwnerKeys]:
+        """Return the keys of each owner that the policy names."""
+        return self._owners
+
+    @property
+    def fault(self) -> str:
+        """Return why the files of the last reload are not in force, "" when they are."""
+        return self._fault
+
+    async def open(self) -> None:
+        """Load the policy and open the keys it names.
+
+        Raises:
+            SpireHwError: the policy has faults, or keys cannot be opened.
+        """
+        async with self._changing:
+            await self._use(await asyncio.to_thread(load_policy, self._file))
+
+    async def reload(self) -> bool:
+        """Read policy and TLS files again; tell whether all of them are in force now."""
+        async with self._changing:
+            faults = [f async for f in self._reload()]
+        self._fault = "; ".join(faults)
+        return not faults
+
+    async def _reload(self) -> AsyncIterator[str]:
+        steps = {"policy": self._reload_policy, "tls": self._reload_tls}
+        for what, step in steps.items():
+            try:
+                await step()
+            except SpireHwError as e:
+                self._audit.note(f"{what}_refused", {"error": cut(e.message)})
+                self._metrics.count(_RELOAD, labels={"what": what, "result": "failed"})
+                self._log.error(
+                    "Signer alarm: a file cannot be used, what was in force stays",
+                    what=what,
+                    error=e.message,
+                )
+                yield e.message
+            else:
+                self._metrics.count(_RELOAD, labels={"what": what, "result": "done"})
+
+    async def _reload_policy(self) -> None:
+        await self._use(await asyncio.to_thread(load_policy, self._file))
+
+    async def _reload_tls(self) -> None:
+        if self._tls is not None:
+            await asyncio.to_thread(self._tls.load)
+            self._audit.note("tls_loaded", {"not_after": self._tls.not_after.isoformat()})
+
+    async def _use(self, policy: Policy) -> None:
+        """Put a policy in force: its keys first, the log next, itself last."""
+        wanted = policy.owners()
+        opened: dict[Owner, OwnerKeys] = {}
+        try:
+            for owner, client in wanted.items():
+                if owner not in self._owners:
+                    opened[owner] = await open_owner(
+                        owner, self._data_dir, client.retain_replaced, self._opener
+                    )
+        except BaseException:
+            for keys in opened.values():
+                await keys.close()
+            raise
+        for owner, keys in self._owners.items():
+            wish = wanted.get(owner)
+            if wish is not None and self._retained[owner] != wish.retain_replaced:
+                await keys.retain(wish.retain_replaced)
+        before = "" if self._policy is None else self._policy.hash
+        self._audit.note("policy_loaded", {"policy": policy.hash, "before": before})
+        for text in describe(policy):
+            self._log.warning(text)
+        gone = [keys for owner, keys in self._owners.items() if owner not in wanted]
+        kept = {owner: keys for owner, keys in self._owners.items() if owner in wanted}
+        self._policy, self._owners = policy, {**kept, **opened}
+        self._retained = {owner: client.retain_replaced for owner, client in wanted.items()}
+        for keys in gone:
+            async with keys.changing:
+                await keys.close()
+        self._log.info("Policy is in force", policy=policy.hash, clients=len(policy.clients))
+
+    async def close(self) -> None:
+        """Let go of all keys."""
+        while self._owners:
+            await self._owners.pop(next(iter(self._owners))).close()
