@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # How many records may be written while a checkpoint is signed.
 RECENT: Final = 16_384
+# Event of the note that a signer writes first when it has opened a log.
+OPENED: Final = "opened"
 # The kinds that only stand first in a file.
 FIRST: Final = frozenset({Kind.START, Kind.ROTATION, Kind.SEAL})
 
@@ -79,6 +81,8 @@ class Chain:
         mono: monotonic clock of the last record, microseconds.
         unknown: how many intents ended with an unknown outcome.
         recent: chain values of the last records, `head` last.
+        starting: a signer has opened the log and is still telling what it found; None when what
+            came before is not known.
     """
 
     head: LogHead = field(default_factory=LogHead)
@@ -89,6 +93,7 @@ class Chain:
     mono: int = 0
     unknown: int = 0
     recent: deque[bytes] = field(default_factory=lambda: deque(maxlen=RECENT))
+    starting: bool | None = False
 
     def recent_hash(self, seq: int) -> bytes | None:
         """Return the chain value of one of the last records, None for one that is not kept."""
@@ -120,6 +125,7 @@ class Chain:
         if (record.kind is Kind.START) != (record.seq == 1):
             raise ChainError("misplaced", f"record {record.seq} is a {record.kind.value} record")
         self._check_time(record)
+        self._check_start(record)
         _CHECKS.get(record.kind, _fine)(self, record)
 
     def _check_seal(self, record: Record) -> None:
@@ -136,6 +142,18 @@ class Chain:
                 "clock", f"the monotonic clock of record {record.seq} is behind the one before"
             )
 
+    def _check_start(self, record: Record) -> None:
+        """Make sure that what a start repairs is repaired there, and only there."""
+        repairs = _repairs(record)
+        if repairs and self.starting is False:
+            raise ChainError(
+                "recovery", f"record {record.seq} repairs something, but no start came before it"
+            )
+        if self.starting and self.open and not repairs and record.kind not in FIRST:
+            raise ChainError(
+                "recovery", f"record {record.seq} follows a start that left intents without outcome"
+            )
+
     def take(self, record: Record, line: bytes) -> None:
         """Go on by a record that was checked, or that the writer made."""
         if record.kind is Kind.SEAL:
@@ -143,6 +161,10 @@ class Chain:
         self.head = LogHead(record.seq, next_hash(self.head.hash, line))
         self.recent.append(self.head.hash)
         self.boot, self.mono = record.boot, record.mono
+        if record.kind is Kind.NOTE and record.body["event"] == OPENED:
+            self.starting = True
+        elif not _repairs(record) and record.kind not in FIRST:
+            self.starting = False
         match record.kind:
             case Kind.INTENT:
                 self.open[record.seq] = None
@@ -178,7 +200,15 @@ class Chain:
             log_id=first.body["log"],
             open=dict.fromkeys(first.body["open"]),
             orders=dict(first.body["orders"]),
+            starting=None,
         )
+
+
+def _repairs(record: Record) -> bool:
+    unknown = Result.UNKNOWN.value
+    return record.kind is Kind.RECOVERY or (
+        record.kind is Kind.OUTCOME and record.body["result"] == unknown
+    )
 
 
 def _fine(_chain: Chain, _record: Record) -> None:

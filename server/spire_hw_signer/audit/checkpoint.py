@@ -128,6 +128,11 @@ class Checkpoints:
         self._trouble = ""
 
     @property
+    def places(self) -> Sequence[Place]:
+        """Return where checkpoints go besides."""
+        return self._places
+
+    @property
     def trouble(self) -> str:
         """Return why there are no new checkpoints, "" while all is well."""
         return self._trouble

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from spire_hw.bootid import read_boot_id
 from spire_hw.errors import InvalidInputError, NotReadyError, UnavailableError
-from spire_hw_signer.audit.chain import Chain, LogHead
+from spire_hw_signer.audit.chain import OPENED, Chain, LogHead
 from spire_hw_signer.audit.folder import Folder
 from spire_hw_signer.audit.record import (
     Kind,
@@ -230,6 +230,7 @@ class AuditLog:
             self._begin_file(Kind.START, {"log": secrets.token_hex(_LOG_ID_BYTES)})
         else:
             self._file_since = found.first.at()
+        self._add(Kind.NOTE, {"event": OPENED, "fields": {}})
         if found.torn is not None:
             self._log.warning("Audit log had a torn last record", bytes=found.torn["bytes"])
             self._add(Kind.RECOVERY, found.torn)
@@ -321,6 +322,8 @@ class AuditLog:
         Raises:
             InvalidInputError: an event or name that is no word.
         """
+        if event == OPENED:
+            raise InvalidInputError(f"event {event} is the log's own")
         body = {
             "event": check_word(event, "event"),
             "fields": {check_word(k, "field"): cut(v) for k, v in fields.items()},
