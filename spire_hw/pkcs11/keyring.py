@@ -29,6 +29,7 @@ from spire_hw.pkcs11.retention import Retention
 from spire_hw.pkcs11.signing import Signing
 from spire_hw.pkcs11.state import Existing
 from spire_hw.pkcs11.stock import Stock
+from spire_hw.plugin.custody import Custody
 from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo
 
 if TYPE_CHECKING:
@@ -181,8 +182,14 @@ class Keyring:
             raise self._signing.gone(entry)
         facts = self._pool.facts
         location = f'PKCS#11 token "{facts.label}" serial {facts.serial}, object {entry.label}'
-        attributes = evidence_texts(pair.evidence)
-        return KeyEvidence(location, {"CKA_ID": pair.cka_id.hex(), **attributes})
+        return KeyEvidence(
+            location,
+            {"CKA_ID": pair.cka_id.hex(), **evidence_texts(pair.evidence)},
+            custody=Custody.HSM_REPORTED,
+            device=facts.model,
+            token=facts.device,
+            generation=entry.generation,
+        )
 
     def health(self) -> DeviceHealth:
         """Return how well the keys can be used, as last seen."""

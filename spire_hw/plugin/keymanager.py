@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from spire_hw.errors import ErrorKind, PluginError, SpireHwError
 from spire_hw.key import KeyType, PublicKey, Purpose, SignOptions, fingerprint, spki_der
+from spire_hw.plugin.custody import Custody, KeyStatementSource
 from spire_hw.plugin.keycalls import UNCOUNTED, KeyCalls
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Coroutine
+    from collections.abc import Awaitable, Coroutine, Mapping
+    from datetime import datetime
+
+    from spire_hw.plugin.custody import DeviceStatement
+    from spire_hw.plugin.keyuses import KeyUses
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +109,25 @@ class TpmKeys(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class KeyEvidence:
-    """Where a key lives, as the device reports it; every text is fit for an operator's eyes."""
+    """Where a key lives, as the device reports it; every text is fit for an operator's eyes.
+
+    Attributes:
+        location: the place in a sentence.
+        attributes: as they were read back, or as they are known.
+        custody: who stands behind it.
+        device: make and model.
+        token: which of its kind: label and serial number, address.
+        generation: how many keys of its id there were, this one included; 0 where nobody counts.
+        created: when it was made, None when that is not known.
+    """
 
     location: str
     attributes: dict[str, str]
+    custody: Custody = Custody.UNKNOWN
+    device: str = ""
+    token: str = ""
+    generation: int = 0
+    created: datetime | None = None
 
 
 @runtime_checkable
@@ -219,6 +239,18 @@ class KeyHealthSource(Protocol):
         ...
 
 
+@runtime_checkable
+class KeyFallback(Protocol):
+    """Optional: has keys on several devices, and can make new ones while one is lost."""
+
+    def stranded_keys(self) -> Mapping[str, DeviceHealth]:
+        """Return keys that cannot sign because their device is lost, while another one is there.
+
+        Asks nothing of a device. Whoever signs with such a key does well to replace it now.
+        """
+        ...
+
+
 class ManagedSigner:
     """A `Signer` over one key instance of a KeyManager.
 
@@ -227,10 +259,16 @@ class ManagedSigner:
     """
 
     def __init__(
-        self, manager: KeyManager, prefix: str, info: KeyInfo, calls: KeyCalls = UNCOUNTED
+        self,
+        manager: KeyManager,
+        prefix: str,
+        info: KeyInfo,
+        calls: KeyCalls = UNCOUNTED,
+        uses: KeyUses | None = None,
     ) -> None:
         self._manager = manager
         self._calls = calls
+        self._uses = uses
         self._judge = manager if isinstance(manager, PurposeKeys) else None
         self._prefix = prefix
         self.info = info
@@ -283,15 +321,30 @@ class ManagedSigner:
             raise PluginError(self._prefix, cause)
         if not made.signature:
             raise PluginError(self._prefix, SpireHwError("signature is empty"))
+        if self._uses is not None:
+            self._uses.used(made.fingerprint)
         return made.signature
 
 
 class Keys:
-    """The host's face of a KeyManager: answers checked, errors prefixed `keymanager(<name>): `."""
+    """The host's face of a KeyManager: answers checked, errors prefixed `keymanager(<name>): `.
 
-    def __init__(self, manager: KeyManager, name: str, calls: KeyCalls = UNCOUNTED) -> None:
+    Attributes:
+        manager: the plugin.
+        name: its name.
+        uses: when keys were last used, None where nobody wants to know.
+    """
+
+    def __init__(
+        self,
+        manager: KeyManager,
+        name: str,
+        calls: KeyCalls = UNCOUNTED,
+        uses: KeyUses | None = None,
+    ) -> None:
         self.manager = manager
         self.name = name
+        self.uses = uses
         self._calls = calls
         self._prefix = f"keymanager({name})"
 
@@ -322,8 +375,26 @@ class Keys:
             raise PluginError(self._prefix, e) from e
         return [self._checked(info, info.key_id) for info in infos]
 
+    async def evidence(self, key_id: str) -> KeyEvidence:
+        """Return where a key lives, as far as the KeyManager says."""
+        if not isinstance(self.manager, KeyEvidenceSource):
+            return KeyEvidence(f"KeyManager {self.name}, which does not say", {})
+        try:
+            return await self.manager.key_evidence(key_id)
+        except SpireHwError as e:
+            raise PluginError(self._prefix, e) from e
+
+    async def statement(self, key_id: str, challenge: bytes) -> DeviceStatement | None:
+        """Return what the device signs about a key, None for one that signs nothing."""
+        if not isinstance(self.manager, KeyStatementSource):
+            return None
+        try:
+            return await self.manager.key_statement(key_id, challenge)
+        except SpireHwError as e:
+            raise PluginError(self._prefix, e) from e
+
     def _checked(self, info: KeyInfo, key_id: str) -> ManagedSigner:
         if info.key_id != key_id:
             cause = SpireHwError(f'asked for key "{key_id}", got "{info.key_id}"')
             raise PluginError(self._prefix, cause)
-        return ManagedSigner(self.manager, self._prefix, info, self._calls)
+        return ManagedSigner(self.manager, self._prefix, info, self._calls, self.uses)

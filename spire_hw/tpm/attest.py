@@ -23,6 +23,7 @@ from tpm2_pytss.types import (
     TPML_PCR_SELECTION,
     TPMT_SIG_SCHEME,
     TPMT_SYM_DEF,
+    TPMT_TK_CREATION,
 )
 
 from spire_hw.errors import InvalidInputError, SpireHwError, UnavailableError
@@ -30,7 +31,7 @@ from spire_hw.tpm import wire
 from spire_hw.tpm.connection import Hierarchy
 from spire_hw.tpm.endorsement import Endorsement, endorsement_key
 from spire_hw.tpm.errors import STALE, Rc, TpmError
-from spire_hw.tpm.keys import KeyBlob, loaded_key
+from spire_hw.tpm.keys import CreationProof, KeyBlob, KeyUse, loaded_key
 from spire_hw.tpm.public import (
     USER_WITH_AUTH,
 )
@@ -332,6 +333,39 @@ def certify_loaded(
     with _attestation_key(connection, ak) as signer:
         attest, signature = connection.call(
             connection.esys.certify, key, signer, qualifier, _key_scheme(), session1=session
+        )
+        return SignedAttest(bytes(attest), bytes(signature.marshal()))
+
+
+def certify_creation(
+    connection: Connection, blob: KeyBlob, proof: CreationProof, qualifier: bytes, use: KeyUse
+) -> SignedAttest:
+    """Have the attestation key vouch that this TPM made a key, when and under which parent.
+
+    Args:
+        connection: the TPM.
+        blob: the key.
+        proof: what the TPM gave when it made the key.
+        qualifier: up to 64 bytes.
+        use: where the key may be persistent, and what it was made under.
+
+    Raises:
+        TpmError: the TPM refused; the ticket is of before TPM2_Clear, say.
+        KeyLostError: the key does not load.
+
+    Spec: TPM 2.0 Library, Part 3 "TPM2_CertifyCreation".
+    """
+    _check_qualifier(qualifier)
+    ticket, _ = TPMT_TK_CREATION.unmarshal(proof.ticket)
+    with loaded_key(connection, blob, use) as key, _attestation_key(connection) as signer:
+        attest, signature = connection.call(
+            connection.esys.certify_creation,
+            signer,
+            key,
+            qualifier,
+            proof.digest,
+            _key_scheme(),
+            ticket,
         )
         return SignedAttest(bytes(attest), bytes(signature.marshal()))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from cryptography.hazmat.primitives.asymmetric import rsa, utils
@@ -81,6 +81,21 @@ _SIGN_ATTEMPTS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
+class CreationProof:
+    """What a TPM needs to be told to vouch for the creation of a key later.
+
+    Attributes:
+        data: TPMS_CREATION_DATA.
+        digest: of that.
+        ticket: TPMT_TK_CREATION; holds until TPM2_Clear, as the key does.
+    """
+
+    data: bytes
+    digest: bytes
+    ticket: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class KeyBlob:
     """A key outside its TPM: useless to anybody without that TPM.
 
@@ -88,11 +103,13 @@ class KeyBlob:
         public: TPM2B_PUBLIC bytes.
         private: TPM2B_PRIVATE bytes, wrapped by the storage key.
         parsed: the public area.
+        creation: proof of creation, where it was kept.
     """
 
     public: bytes
     private: bytes
     parsed: TpmPublic
+    creation: CreationProof | None = None
 
     @classmethod
     def parse(cls, public: bytes, private: bytes) -> KeyBlob:
@@ -201,8 +218,9 @@ def create_key(
             public_from(template),
             session1=session,
         )
-        private, public = bytes(made[0].marshal()), bytes(made[1].marshal())
-    blob = KeyBlob.parse(public, private)
+        private, public, data = (bytes(part.marshal()) for part in made[:3])
+        proof = CreationProof(data[2:], bytes(made[3]), bytes(made[4].marshal()))
+    blob = replace(KeyBlob.parse(public, private), creation=proof)
     connection.remember(blob.parsed.name)
     return blob, parent_name
 

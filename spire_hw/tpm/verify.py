@@ -271,6 +271,48 @@ def verify_certify(
     return Certification(body.name, body.second, attest.clock, attest.firmware_version)
 
 
+def verify_key_creation(
+    ak: TpmPublic,
+    ak_qualified_name: bytes,
+    *,
+    key: TpmPublic,
+    creation_data: bytes,
+    expected: bytes,
+    statement: Statement,
+) -> ClockInfo:
+    """Check that a TPM vouches for having made another key than the one that signs.
+
+    Args:
+        ak: the attestation key that signs.
+        ak_qualified_name: its place, from `verify_creation`.
+        key: the public area that should have been made there.
+        creation_data: TPMS_CREATION_DATA bytes of that key.
+        expected: what the statement has to hold.
+        statement: the creation statement.
+
+    Returns:
+        Counters when the statement was made.
+
+    Raises:
+        AttestationError: codes `creation_malformed`, `creation_scheme`, `creation_signature`,
+            `magic`, `creation_type`, `creation_signer`, `nonce_mismatch`, `creation_name`,
+            `creation_hash`.
+
+    Spec: TPM 2.0 Library, Part 3 "TPM2_CertifyCreation".
+    """
+    faults = _Faults("creation")
+    attest = _open(faults, ak, statement, wire.ST_CREATION, "creation")
+    if attest is None:
+        raise AttestationError(faults.found)
+    _check_head(faults, attest, ak_qualified_name, expected, "creation")
+    body = _name_pair(faults, attest, "creation")
+    digest = hashlib.new(wire.HASHES[key.name_alg][0], creation_data).digest()
+    faults.check(body.name == key.name, "creation_name", "statement is about another key")
+    faults.check(body.second == digest, "creation_hash", "creation hash does not match")
+    faults.done()
+    return attest.clock
+
+
 def verify_quote(
     ak: TpmPublic,
     ak_qualified_name: bytes,

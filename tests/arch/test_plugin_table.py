@@ -12,6 +12,7 @@ import pytest
 from spire_hw.clock import SystemClock
 from spire_hw.config import hcl
 from spire_hw.log import get_logger
+from spire_hw.plugin.custody import KeyStatementSource
 from spire_hw.plugin.info import HostInfo, Plugin, PluginKind, Side
 from spire_hw.plugin.keymanager import KeyEvidenceSource, KeyManager, TpmKeys
 from spire_hw.plugin.nodeattestor import AgentNodeAttestor, ServerNodeAttestor
@@ -90,13 +91,16 @@ def test_optional_abilities_are_whole_where_they_are_offered(tmp_path: Path) -> 
         if kind is not PluginKind.KEY_MANAGER:
             continue
         plugin = builtin.lookup(kind, name, side)(host_of(side, tmp_path))
-        for ability in (TpmKeys, KeyEvidenceSource):
+        for ability in (TpmKeys, KeyEvidenceSource, KeyStatementSource):
             if isinstance(plugin, ability):
                 assert_satisfies(plugin, ability)
                 offered.add((name, ability.__name__))
     assert offered >= {
         ("tpm", "TpmKeys"),
         ("tpm", "KeyEvidenceSource"),
+        ("tpm", "KeyStatementSource"),
+        ("disk", "KeyEvidenceSource"),
+        ("memory", "KeyEvidenceSource"),
         ("pkcs11", "KeyEvidenceSource"),
     }
 

@@ -42,6 +42,7 @@ from spire_hw.key import (
     verify_digest,
 )
 from spire_hw.log import get_logger
+from spire_hw.plugin.custody import Custody
 from spire_hw.plugin.hostservices import HostServices
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
 from spire_hw.plugin.keymanager import KeyEvidenceSource, Keys, ManagedSigner
@@ -57,6 +58,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _ALL = frozenset(KeyType)
+_CUSTODY = {
+    "pkcs11": Custody.HSM_REPORTED,
+    "tpm": Custody.TPM_CERTIFIED,
+    "disk": Custody.SOFTWARE,
+    "memory": Custody.SOFTWARE,
+}
 # These run as processes of their own too.
 _ALSO_OUTSIDE = {("disk", Side.SERVER), ("tpm", Side.AGENT)}
 
@@ -507,12 +514,13 @@ async def test_two_generations_of_one_id_take_turns(plugin: Any) -> None:
 
 
 @pytest.mark.asyncio
-async def test_hardware_gives_evidence(bench: Bench, plugin: Any) -> None:
-    if bench.target.name not in {"pkcs11", "tpm"} or bench.target.external:
+async def test_a_key_manager_tells_in_whose_custody_keys_are(bench: Bench, plugin: Any) -> None:
+    if bench.target.name not in _CUSTODY or bench.target.external:
         assert not isinstance(plugin, KeyEvidenceSource)
         return
     await plugin.generate_key("id", KeyType.EC_P256)
     evidence = await plugin.key_evidence("id")
+    assert evidence.custody is _CUSTODY[bench.target.name]
     assert evidence.location
     assert evidence.attributes
     with pytest.raises(SpireHwError) as caught:

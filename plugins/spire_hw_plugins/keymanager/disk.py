@@ -78,6 +78,7 @@ class DiskKeyManager(SoftwareKeys):
         if not self.is_loaded:
             self.load(await asyncio.to_thread(self._read, path))
         self._path = path
+        self.place = f"file {path}, unencrypted"
         self._log.warning("keys are unencrypted software keys in a file", path=str(path))
 
     async def close(self) -> None:

@@ -20,7 +20,8 @@ from spire_hw.key import (
     key_type_of,
     sign_digest,
 )
-from spire_hw.plugin.keymanager import KeyInfo, KeySignature
+from spire_hw.plugin.custody import Custody
+from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo, KeySignature
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +47,12 @@ Persist = Callable[[Mapping[str, SoftwareKey]], None]
 
 
 class SoftwareKeys:
-    """The four calls of the KeyManager contract over software keys."""
+    """The four calls of the KeyManager contract over software keys; also `KeyEvidenceSource`."""
 
     # Nothing stands between a signature and us, so nobody needs to verify it again.
     in_process = True
+    # Where the keys are, for an operator's eyes.
+    place = "memory of this process"
 
     def __init__(self, persist: Persist | None = None) -> None:
         self._persist = persist
@@ -99,6 +102,11 @@ class SoftwareKeys:
         else:
             signature = await asyncio.to_thread(sign_digest, key.private_key, digest, options)
         return KeySignature(signature, key.info.fingerprint)
+
+    async def key_evidence(self, key_id: str) -> KeyEvidence:
+        """Return where a key lives; see `KeyEvidenceSource`."""
+        self._find(key_id)
+        return KeyEvidence(self.place, {"exportable": "yes: by whoever reads it"}, Custody.SOFTWARE)
 
     def _find(self, key_id: str) -> SoftwareKey:
         check_key_id(key_id)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import InvalidInputError, NotFoundError, NotReadyError, SpireHwError
+from spire_hw.plugin.custody import Custody, DeviceStatement
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo, KeySignature
-from spire_hw.tpm import keys, persistent
+from spire_hw.tpm import attest, keys, persistent
 from spire_hw.tpm.connection import Hierarchy
 from spire_hw.tpm.device import TpmDevice, load_password, shared
 from spire_hw.tpm.info import read_identity
@@ -68,7 +70,10 @@ class _Held:
 
 
 class TpmKeyManager:
-    """The KeyManager contract over a TPM; also `TpmKeys` and `KeyEvidenceSource`."""
+    """The KeyManager contract over a TPM.
+
+    Also offers `TpmKeys`, `KeyEvidenceSource` and `KeyStatementSource`.
+    """
 
     def __init__(self, host: HostInfo) -> None:
         self._host = host
@@ -209,7 +214,45 @@ class TpmKeyManager:
         if stored.binding is not None:
             attributes["policy"] = stored.blob.parsed.auth_policy.hex()
         where = f"TPM {about.manufacturer} {about.vendor} at {ready.device.tcti}"
-        return KeyEvidence(location=where, attributes=attributes)
+        return KeyEvidence(
+            location=where,
+            attributes=attributes,
+            custody=Custody.TPM_CERTIFIED,
+            device=f"{about.manufacturer} {about.vendor} {about.firmware}",
+            token=ready.device.tcti,
+            created=datetime.fromisoformat(stored.created_at),
+        )
+
+    async def key_statement(self, key_id: str, challenge: bytes) -> DeviceStatement:
+        """Have the TPM vouch for a key; see `KeyStatementSource`.
+
+        Parts: `ak_public`, `ak_creation_data`, `ak_attest`, `ak_signature`, `key_public`, `attest`,
+        `signature`; with proof of creation `creation_data` besides.
+        """
+        stored = self._find(key_id).stored
+        ready = self._require("not configured")
+        proof = stored.blob.creation
+        use = keys.KeyUse(stored.storage_name, stored.handle, salted=ready.settings.salted)
+
+        def job(connection: Connection) -> tuple[attest.AttestationKey, attest.SignedAttest]:
+            ak = attest.create_attestation_key(connection)
+            if proof is None:
+                return ak, attest.certify(connection, stored.blob, challenge)
+            return ak, attest.certify_creation(connection, stored.blob, proof, challenge, use)
+
+        ak, signed = await ready.device.run(f'vouch for key "{key_id}"', job)
+        parts = {
+            "ak_public": ak.public,
+            "ak_creation_data": ak.creation_data,
+            "ak_attest": ak.creation_attest,
+            "ak_signature": ak.creation_signature,
+            "key_public": stored.blob.public[2:],
+            "attest": signed.attest,
+            "signature": signed.signature,
+        }
+        if proof is None:
+            return DeviceStatement("tpm2-certify", parts)
+        return DeviceStatement("tpm2-certify-creation", {**parts, "creation_data": proof.data})
 
     async def _make(self, ready: _Ready, key_id: str, key_type: KeyType) -> StoredKey:
         settings = ready.settings

@@ -11,13 +11,13 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import DeviceError, InvalidInputError, NotReadyError
 from spire_hw.files import NotWrittenError, read_bounded, replace_file
 from spire_hw.key import KeyType, key_type_of
-from spire_hw.tpm.keys import KeyBlob
+from spire_hw.tpm.keys import CreationProof, KeyBlob
 from spire_hw.tpm.pcrpolicy import Binding
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _SUFFIX: Final = ".tpmkey"
 _VERSION: Final = 1
+_PROOF_PARTS: Final = ("data", "digest", "ticket")
 _MAX_FILE_BYTES: Final = 64 * 1024
 _HANDLE: Final = re.compile(r"0x81[0-9a-f]{6}")
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
@@ -142,6 +143,11 @@ def encode(key: StoredKey) -> bytes:
         document["handle"] = f"0x{key.handle:08x}"
     if key.binding is not None:
         document["policy"] = key.binding.document()
+    proof = key.blob.creation
+    if proof is not None:
+        document["creation"] = {
+            part: base64.b64encode(getattr(proof, part)).decode() for part in _PROOF_PARTS
+        }
     return json.dumps(document, indent="\t").encode()
 
 
@@ -157,9 +163,9 @@ def decode(content: bytes) -> StoredKey:
         key = StoredKey(
             key_id=_text(document["key_id"]),
             serial=int(document["serial"]),
-            blob=KeyBlob.parse(
-                base64.b64decode(document["public"], validate=True),
-                base64.b64decode(document["private"], validate=True),
+            blob=replace(
+                KeyBlob.parse(_bytes(document["public"]), _bytes(document["private"])),
+                creation=_proof(document.get("creation")),
             ),
             storage_name=bytes.fromhex(document["storage_name"]),
             created_at=_text(document["created_at"]),
@@ -172,6 +178,16 @@ def decode(content: bytes) -> StoredKey:
         raise InvalidInputError("is not a TPM key file") from e
     key_type_of(key.blob.parsed.key)
     return key
+
+
+def _bytes(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)
+
+
+def _proof(parts: dict[str, str] | None) -> CreationProof | None:
+    if parts is None:  # releases before kept none
+        return None
+    return CreationProof(**{part: _bytes(parts[part]) for part in _PROOF_PARTS})
 
 
 def _check_version(version: object) -> None:
