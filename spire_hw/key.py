@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, Protocol
@@ -114,11 +114,13 @@ class SignOptions:
         hash: the hash the digest was made with.
         pss: RSA-PSS instead of PKCS#1 v1.5; refused for EC keys.
         salt_length: PSS salt in bytes; -1 and 0 mean the length of the hash, as Go's markers do.
+        urgent: a CA's certificate or a handshake waits for it: a busy device serves it first.
     """
 
     hash: HashAlgorithm
     pss: bool = False
     salt_length: int = -1
+    urgent: bool = field(default=False, compare=False)
 
     @property
     def salt_bytes(self) -> int:
@@ -177,13 +179,13 @@ def sign_content(
     return signed
 
 
-def holds_key_in_process(signer: Signer) -> bool:
-    """Tell whether a signer's key lives in this process.
+def needs_check(signer: Signer) -> bool:
+    """Tell whether a signer's signatures have yet to be verified before they are used.
 
-    A Signer says so by an attribute `in_process`; without it the key is elsewhere, and what comes
-    back from there is verified before it is used.
+    A Signer says that they need not by an attribute: `in_process`, its key lives in this process;
+    or `verifies`, they were verified before they came, by something that is not the device.
     """
-    return bool(getattr(signer, "in_process", False))
+    return not (getattr(signer, "in_process", False) or getattr(signer, "verifies", False))
 
 
 class SoftwareSigner:

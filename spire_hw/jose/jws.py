@@ -33,7 +33,7 @@ from spire_hw.key import (
     Purpose,
     Signer,
     SignOptions,
-    holds_key_in_process,
+    needs_check,
     sign_content,
     verify_digest,
 )
@@ -91,7 +91,7 @@ async def sign_compact(
         signer: EC on P-256, P-384 or P-521, or RSA (RS256).
         kid: key ID.
         typ: media type of the whole.
-        check_signature: None verifies the new signature unless the key is in this process.
+        check_signature: None verifies the new signature when `needs_check` says so.
 
     Raises:
         SpireHwError: what the signer raises, or its signature does not hold (INTERNAL).
@@ -103,7 +103,7 @@ async def sign_compact(
     content = signing_input.encode("ascii")
     digest = options.hash.digest(content)
     signature = await sign_content(signer, Purpose.JWT, content, digest, options)
-    if check_signature or (check_signature is None and not holds_key_in_process(signer)):
+    if check_signature or (check_signature is None and needs_check(signer)):
         verify_digest(key, digest, signature, options)
     if isinstance(key, ec.EllipticCurvePublicKey):
         signature = _raw(signature, (key.key_size + 7) // 8)

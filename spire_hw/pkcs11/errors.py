@@ -168,7 +168,10 @@ def ckr_of(error: BaseException) -> Ckr:
     number = _UNMAPPED.search(text)
     if number is None:
         return Ckr(type(error).__name__, 0, *_INTERNAL)
-    value = int(number.group(1), 16)
+    return _row_of(int(number.group(1), 16))
+
+
+def _row_of(value: int) -> Ckr:
     cure = Cure.RESTART if value >= _VENDOR_DEFINED else Cure.NONE
     return _BY_VALUE.get(value, Ckr(f"0x{value:x}", value, cure, ErrorKind.INTERNAL))
 
@@ -208,7 +211,15 @@ class TokenError(DeviceError):
         """Translate an exception of python-pkcs11; its own text is not repeated."""
         if isinstance(error, TokenError):
             return error
-        row = ckr_of(error)
+        return cls._of_row(ckr_of(error), operation, device)
+
+    @classmethod
+    def of_code(cls, code: int, operation: str, device: str = "") -> TokenError:
+        """Translate a return code."""
+        return cls._of_row(_row_of(code), operation, device)
+
+    @classmethod
+    def _of_row(cls, row: Ckr, operation: str, device: str) -> TokenError:
         prefix = "CKR_" if row.value else ""
         return cls(
             f"{operation} failed: {prefix}{row.name}{_REMEDIES.get(row.name, '')}",

@@ -1,4 +1,4 @@
-"""Public keys as a worker knows them: they verify what the token signed before it leaves."""
+"""Public keys parsed once: they verify what a token signed before it leaves us."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from spire_hw.key import SignOptions
+    from spire_hw.pkcs11.wire import SignRun
 
 _MAX_KEYS: Final = 32
 
@@ -68,42 +69,24 @@ class KnownKeys:
         return known
 
 
-@dataclass(frozen=True, slots=True)
-class Signed:
-    """What the token made of some digests, nothing of it verified yet.
+def verified(
+    keys: KnownKeys, runs: Sequence[SignRun], raws: Sequence[bytes | TokenError]
+) -> list[bytes | TokenError]:
+    """Return what may leave: signatures that hold, and errors, in the order of the digests.
 
-    Attributes:
-        key: the key to verify it with.
-        options: how it was to be signed.
-        digests: what was to be signed.
-        raws: the token's output or an error for each digest.
+    Args:
+        keys: where parsed keys are kept.
+        runs: what was to be signed.
+        raws: a token's output or an error for each digest of the runs.
+
+    Raises:
+        InvalidInputError: a key is none of ours.
+        ValueError: there are not as many outputs as digests.
     """
-
-    key: KnownKey
-    options: SignOptions
-    digests: Sequence[bytes]
-    raws: Sequence[bytes | TokenError]
-
-    def results(self) -> list[bytes | TokenError]:
-        """Return what may leave: signatures that hold, and errors, in the order of the digests."""
-        return [
-            raw if isinstance(raw, TokenError) else self.key.checked(digest, raw, self.options)
-            for digest, raw in zip(self.digests, self.raws, strict=True)
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """Digests that the token was not asked to sign.
-
-    Attributes:
-        error: why.
-        count: how many there are.
-    """
-
-    error: TokenError
-    count: int
-
-    def results(self) -> list[bytes | TokenError]:
-        """Return the error once for each digest."""
-        return [self.error] * self.count
+    wanted = (
+        (keys.get(run.key.spki), digest, run.options) for run in runs for digest in run.digests
+    )
+    return [
+        raw if isinstance(raw, TokenError) else key.checked(digest, raw, options)
+        for (key, digest, options), raw in zip(wanted, raws, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""Key pairs and data objects on a token: find, create, destroy, sign.
+"""Key pairs and data objects on a token: find, create, destroy.
 
 Runs in the worker only. Nothing is ever modified: no C_SetAttributeValue, since several devices lack
 it and a full SoftHSM destroys the object it was to change.
@@ -9,18 +9,17 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from pkcs11 import MGF, Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass
+from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass
 from pkcs11.constants import DEFAULT
 from pkcs11.exceptions import PKCS11Error
 
 from spire_hw.errors import ErrorKind
-from spire_hw.pkcs11.errors import Cure, TokenError, ckr_of
-from spire_hw.pkcs11.keys import CKM_ECDSA, CKM_RSA_PKCS, CKM_RSA_PKCS_PSS, SignScheme
+from spire_hw.pkcs11.errors import TokenError, ckr_of
 from spire_hw.pkcs11.profile import PRIVATE_TEMPLATE, PUBLIC_TEMPLATE
 from spire_hw.pkcs11.wire import pack_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from spire_hw.pkcs11.profile import Profile
     from spire_hw.pkcs11.token import TokenSession
@@ -42,12 +41,6 @@ _EVIDENCE: Final = {
 _TEMPLATE_REFUSED: Final = frozenset({"TEMPLATE_INCONSISTENT", "ATTRIBUTE_VALUE_INVALID"})
 # Also how tpm2-pkcs11 answers a template with explicit FALSE usage flags.
 _TEMPLATE_MAYBE: Final = _TEMPLATE_REFUSED | {"GENERAL_ERROR", "ATTRIBUTE_TYPE_INVALID"}
-_MECHANISMS: Final = {
-    CKM_ECDSA: Mechanism.ECDSA,
-    CKM_RSA_PKCS: Mechanism.RSA_PKCS,
-    CKM_RSA_PKCS_PSS: Mechanism.RSA_PKCS_PSS,
-}
-_MAX_SIGNATURE: Final = 1024  # bytes; RSA-4096 makes 512
 _ODD: Final = (PKCS11Error, ValueError, NotImplementedError, UnicodeDecodeError)
 
 
@@ -57,7 +50,6 @@ class TokenObjects:
     def __init__(self, token: TokenSession, profile: Profile) -> None:
         self._token = token
         self._profile = profile
-        self._keys: dict[bytes, Any] = {}
 
     def listing(self, prefix: str) -> dict[str, Any]:
         """Return all key halves and data objects whose label starts with prefix.
@@ -72,7 +64,7 @@ class TokenObjects:
             data = self._data(prefix)
         except PKCS11Error as e:
             error = TokenError.of(e, "list objects", self._token.device)
-            self._renew()
+            self._token.renew()
             raise error from e
         self._token.check_logged_in()
         return {"halves": halves, "data": data}
@@ -125,7 +117,7 @@ class TokenObjects:
             error = self._generate_error(e)
             # A half that cannot be removed now is found and removed at the next start.
             with suppress(TokenError):
-                self._renew()
+                self._token.renew()
                 self.destroy(cka_id, label)
             raise error from e
         return described
@@ -185,7 +177,6 @@ class TokenObjects:
         Raises:
             TokenError: the token refused.
         """
-        self._keys.pop(cka_id, None)
         gone = 0
         try:
             for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
@@ -195,7 +186,7 @@ class TokenObjects:
                     gone += 1
         except PKCS11Error as e:
             error = TokenError.of(e, "destroy key pair", self._token.device)
-            self._renew()
+            self._token.renew()
             raise error from e
         return gone
 
@@ -222,75 +213,8 @@ class TokenObjects:
                 item.destroy()
         except PKCS11Error as e:
             error = TokenError.of(e, "write data object", self._token.device)
-            self._renew()
+            self._token.renew()
             raise error from e
-
-    def sign(
-        self, cka_id: bytes, scheme: SignScheme, digests: Sequence[bytes]
-    ) -> Iterator[bytes | TokenError]:
-        """Yield the token's raw outputs; a lost session or a stale handle is replaced once."""
-        mechanism, param = _MECHANISMS[scheme.mechanism], None
-        if scheme.pss is not None:
-            hash_mechanism, mgf, salt = scheme.pss
-            param = (Mechanism(hash_mechanism), MGF(mgf), salt)
-        for digest in digests:
-            data = scheme.data(digest)
-            result = self._sign_once(cka_id, data, mechanism, param)
-            if isinstance(result, TokenError) and result.cure in {Cure.SESSION, Cure.KEY}:
-                result = self._sign_once(cka_id, data, mechanism, param)
-            yield result
-
-    def _sign_once(
-        self, cka_id: bytes, data: bytes, mechanism: Mechanism, param: Any
-    ) -> bytes | TokenError:
-        try:
-            key = self._keys.get(cka_id) or self._private_key(cka_id)
-            signature: bytes = key.sign(
-                data, mechanism=mechanism, mechanism_param=param, buffer_size=_MAX_SIGNATURE
-            )
-        except TokenError as e:
-            return e
-        except AttributeError:
-            self._keys.pop(cka_id, None)
-            return self._refused("hsm.key_not_permitted", "key no longer permits signing")
-        except _ODD as e:
-            error = TokenError.of(e, "sign", self._token.device)
-            try:
-                self._renew()
-            except TokenError as lost:
-                return lost
-            return error
-        return signature
-
-    def _private_key(self, cka_id: bytes) -> Any:
-        wanted = {Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.ID: cka_id}
-        found = self._find(wanted)
-        if len(found) == 1:
-            self._keys[cka_id] = found[0]
-            return found[0]
-        if found:
-            raise self._refused("hsm.key_ambiguous", "several private keys have one CKA_ID")
-        # Not logged in, a token hides its private keys: only a logged-in search tells they are gone.
-        self._token.check_logged_in()
-        raise TokenError(
-            "key is not on the token",
-            reason="hsm.key_gone",
-            operation="find key",
-            device=self._token.device,
-        )
-
-    def _refused(self, reason: str, message: str) -> TokenError:
-        return TokenError(
-            message,
-            reason=reason,
-            operation="sign",
-            device=self._token.device,
-            kind=ErrorKind.FAILED_PRECONDITION,
-        )
-
-    def _renew(self) -> None:
-        self._keys.clear()
-        self._token.renew()
 
 
 def _template(all_names: Iterable[str], sent: Mapping[str, bool]) -> dict[Attribute, Any]:

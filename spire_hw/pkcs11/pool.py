@@ -1,23 +1,26 @@
 """The workers of one token: signatures queue up and go out in batches, the rest is asked one by one.
 
 One worker is kept for slow work (listing, generating, destroying), so that a key generation of some
-seconds holds no signature up; the others sign. The queue is bounded and takes keys in turn, so that
-one busy key does not starve another.
+seconds holds no signature up; the others sign. The queue is bounded, takes what is urgent first and
+then keys in turn, so that one busy key does not starve another. What the token made is verified
+before anybody gets it, and not by the process that holds the token's library.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict, deque
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.aio.tasks import Tasks
-from spire_hw.errors import EncodingError, ErrorKind, LimitError, SpireHwError, UnavailableError
+from spire_hw.errors import ErrorKind, LimitError, SpireHwError, UnavailableError
+from spire_hw.pkcs11.breaker import Breaker
 from spire_hw.pkcs11.errors import Cure, TokenError
+from spire_hw.pkcs11.queues import Queues
 from spire_hw.pkcs11.seat import Opening, Seat, TokenFacts
+from spire_hw.pkcs11.verifying import Verifying
 from spire_hw.pkcs11.wire import (
     MAX_BATCH,
     Kind,
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 _DRAIN_S: Final = 5.0
 _ADMIN_WAIT_S: Final = 10.0
 _PROBE_EVERY_S: Final = 1.0
+_NO_SESSION: Final = "hsm.session_count"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,7 @@ class Limits:
         wait_s: seconds a caller waits at most.
         generate_s: seconds a key generation may take.
         control_s: seconds any other request may take.
+        probe_s: seconds between two tries with a token that fails whenever it is used.
     """
 
     workers: int = 1
@@ -59,6 +64,7 @@ class Limits:
     wait_s: float = 30.0
     generate_s: float = 120.0
     control_s: float = 30.0
+    probe_s: float = 30.0
 
 
 @dataclass(slots=True, eq=False)
@@ -67,6 +73,18 @@ class _Job:
     future: asyncio.Future[bytes]
     deadline: float
     retried: bool = False
+
+    @property
+    def lane(self) -> bytes:
+        return self.item.key.cka_id
+
+    @property
+    def is_urgent(self) -> bool:
+        return self.item.options.urgent
+
+    @property
+    def is_over(self) -> bool:
+        return self.future.done()
 
 
 class Pool:
@@ -77,13 +95,18 @@ class Pool:
         self._log = log
         turn = asyncio.Lock()
         self._changed = asyncio.Event()
+        self._breaker = Breaker(limits.probe_s)
         self._admin = Seat("admin", opening, turn, self._on_change, log)
         self._seats = [
-            Seat(f"sign-{n}", opening, turn, self._on_change, log) for n in range(limits.workers)
+            Seat(f"sign-{n}", opening, turn, self._on_change, log, breaker=self._breaker)
+            for n in range(limits.workers)
         ]
+        self._verifying = {
+            seat: Verifying(opening.launch, f"verify-{n}", log)
+            for n, seat in enumerate(self._seats)
+        }
         self._tasks = Tasks(self._on_task_failure)
-        self._queues: OrderedDict[bytes, deque[_Job]] = OrderedDict()
-        self._queued = 0
+        self._queues: Queues[_Job] = Queues()
         self._flushing = False
         # In the order of their deadlines; one timer serves them all.
         self._open_jobs: dict[_Job, None] = {}
@@ -121,7 +144,7 @@ class Pool:
 
     @property
     def worker_pids(self) -> list[int]:
-        """Return the process ids of the workers that run, the admin worker first."""
+        """Return the process ids of the token's workers that run, the admin worker first."""
         return [s.worker.pid for s in (self._admin, *self._seats) if s.worker is not None]
 
     async def start(self) -> TokenFacts:
@@ -133,16 +156,20 @@ class Pool:
         try:
             for seat in (self._admin, *self._seats):
                 self._tasks.start(f"hsm-{seat.name}", seat.run())
-                await self._until_ready(seat)
+                await self._until_ready(seat, others=seat not in {self._admin, self._seats[0]})
         except BaseException:
             await self.close()
             raise
         return self.facts
 
-    async def _until_ready(self, seat: Seat) -> None:
+    async def _until_ready(self, seat: Seat, *, others: bool) -> None:
+        """Wait for a seat's first worker; others that sign already make a full token bearable."""
         try:
             async with asyncio.timeout(self._limits.start_s):
                 while not seat.is_ready:
+                    if others and seat.problem is not None and seat.problem.reason == _NO_SESSION:
+                        self._log.warning("hsm.fewer_workers", worker=seat.name)
+                        return
                     if seat.problem is not None and seat.problem.cure is not Cure.RESTART:
                         raise seat.problem
                     self._changed.clear()
@@ -169,7 +196,7 @@ class Pool:
         if self._broken is not None:
             self._probe(*self._seats)
             raise self._broken.with_traceback(None)
-        if self._queued >= self._limits.queue:
+        if len(self._queues) >= self._limits.queue:
             raise LimitError(f"signing queue full ({self._limits.queue})")
         loop = asyncio.get_running_loop()
         job = _Job(item, loop.create_future(), loop.time() + self._limits.wait_s)
@@ -248,7 +275,10 @@ class Pool:
         for job in list(self._open_jobs):
             _settle(job.future, gone)
         workers = [seat.release() for seat in (self._admin, *self._seats)]
-        await asyncio.gather(*(w.close(_DRAIN_S) for w in workers if w is not None))
+        verifiers = self._verifying.values()
+        await asyncio.gather(
+            *(w.close(_DRAIN_S) for w in workers if w is not None), *(v.close() for v in verifiers)
+        )
         await self._tasks.close()
         self._changed.set()
 
@@ -271,7 +301,7 @@ class Pool:
             # Nobody is left to serve the queue: tell the callers now, not when they give up.
             problem = next((s.problem for s in self._seats if s.problem is not None), None)
             self._broken = problem or self._no_worker("sign")
-            for job in self._take(self._queued):
+            for job in self._queues.take(len(self._queues)):
                 _settle(job.future, self._broken)
         self._schedule()
 
@@ -293,7 +323,7 @@ class Pool:
         for job in self._open_jobs:
             if job.deadline > loop.time():
                 self._sweeping = loop.call_at(job.deadline, self._sweep)
-                return
+                break
             late = TokenError(
                 f"no signature within {self._limits.wait_s:g} s",
                 reason="hsm.deadline",
@@ -301,81 +331,81 @@ class Pool:
                 kind=ErrorKind.DEADLINE_EXCEEDED,
             )
             _settle(job.future, late)
+        self._queues.drop_over()
 
     def _push(self, job: _Job, *, first: bool = False) -> None:
-        queue = self._queues.setdefault(job.item.key.cka_id, deque())
-        if first:
-            queue.appendleft(job)
-        else:
-            queue.append(job)
-        self._queued += 1
+        self._queues.push(job, first=first)
         self._schedule()
 
     def _schedule(self) -> None:
         # Later in this turn of the loop, so that callers that run now end up in one batch.
-        if not self._flushing and self._queued:
+        if not self._flushing and len(self._queues):
             self._flushing = True
             asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
         self._flushing = False
-        while self._queued:
+        while len(self._queues):
             ready = [seat for seat in self._seats if seat.has_room]
             if not ready:
                 return
             seat = min(ready, key=lambda s: s.worker.depth if s.worker is not None else 0)
-            share = -(-self._queued // len(ready))
-            batch = self._take(min(share, seat.batch_limit(MAX_BATCH)))
+            share = -(-len(self._queues) // len(ready))
+            batch = self._queues.take(min(share, seat.batch_limit(MAX_BATCH)))
             if batch:
                 self._send(seat, batch)
-
-    def _take(self, most: int) -> list[_Job]:
-        batch: list[_Job] = []
-        while self._queues and len(batch) < most:
-            # A fair share of each key at a stretch: neighbours that are alike cost less.
-            key, queue = next(iter(self._queues.items()))
-            share = -(-(most - len(batch)) // len(self._queues))
-            jobs = [queue.popleft() for _ in range(min(share, len(queue)))]
-            self._queued -= len(jobs)
-            if queue:
-                self._queues.move_to_end(key)
-            else:
-                del self._queues[key]
-            batch += [job for job in jobs if not job.future.done()]
-        return batch
 
     def _send(self, seat: Seat, batch: list[_Job]) -> None:
         if seat.worker is None:
             raise self._no_worker("sign")
-        answer = seat.worker.ask(
-            Kind.SIGN,
-            encode_items([job.item for job in batch]),
-            limit_s=self._limits.sign_s,
-            what="sign",
-        )
+        items = encode_items([job.item for job in batch])
+        answer = seat.worker.ask(Kind.SIGN, items, limit_s=self._limits.sign_s, what="sign")
         now = asyncio.get_running_loop().time()
-        answer.add_done_callback(partial(self._answered, seat, batch, now))
+        answer.add_done_callback(partial(self._answered, seat, batch, items, now))
 
     def _answered(
-        self, seat: Seat, batch: list[_Job], sent_at: float, answer: asyncio.Future[bytes]
+        self,
+        seat: Seat,
+        batch: list[_Job],
+        items: bytes,
+        sent_at: float,
+        answer: asyncio.Future[bytes],
     ) -> None:
         error = answer.exception()
-        results: Sequence[bytes | TokenError]
         if error is not None:
             failure = error if isinstance(error, TokenError) else TokenError.of(error, "sign")
-            results = [failure] * len(batch)
-        else:
-            loop = asyncio.get_running_loop()
-            seat.measured(sent_at, loop.time(), len(batch))
-            try:
-                results = decode_results(answer.result(), len(batch))
-            except EncodingError as e:
-                results = [TokenError.of(e, "sign")] * len(batch)
-                self._discard(seat, None)
+            self._conclude(seat, batch, [failure] * len(batch))
+            return
+        seat.measured(sent_at, asyncio.get_running_loop().time(), len(batch))
+        self._schedule()
+        verifying = self._verifying[seat]
+        verifying.verify(items, answer.result(), len(batch), partial(self._verified, seat, batch))
+
+    def _verified(self, seat: Seat, batch: list[_Job], body: bytes | SpireHwError) -> None:
+        results: Sequence[bytes | TokenError]
+        try:
+            if isinstance(body, SpireHwError):
+                raise body
+            results = decode_results(body, len(batch))
+        except SpireHwError as e:
+            results = [TokenError.of(e, "sign")] * len(batch)
+            self._discard(seat, None)
+        self._conclude(seat, batch, results)
+
+    def _conclude(
+        self, seat: Seat, batch: list[_Job], results: Sequence[bytes | TokenError]
+    ) -> None:
         bad = next((r for r in results if isinstance(r, TokenError) and _is_fatal(r)), None)
-        if bad is not None:
-            # A token or worker that made one wrong signature is not asked again as it is.
+        if bad is not None and _is_lost(bad):
+            if bad.reason not in {"hsm.worker_died", "hsm.worker_hung"}:
+                seat.failed()
             self._discard(seat, bad)
+        elif bad is not None:
+            # A token or worker that made one wrong signature is not asked again as it is; what
+            # others want of it has nothing to do with that.
+            self._discard(seat, None)
+        elif any(isinstance(r, bytes) for r in results):
+            seat.signed()
         for job, result in zip(batch, results, strict=True):
             if isinstance(result, bytes):
                 _settle(job.future, result)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _KILLED_S: Final = 5.0
 WORKER: Final = (sys.executable, "-P", "-m", "spire_hw.pkcs11.worker")
+VERIFIER: Final = (sys.executable, "-P", "-m", "spire_hw.pkcs11.verifier")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class WorkerProcess(asyncio.Protocol):
 
     Attributes:
         gone: done once the process has ended; its result says how.
+        was_killed: whether it ended because we made it, not by itself.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], name: str) -> None:
@@ -68,6 +70,7 @@ class WorkerProcess(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._number = 0
         self._why: TokenError | None = None
+        self.was_killed = False
         self._closing = False
         self._pidfd = os.pidfd_open(process.pid)
         self._loop.add_reader(self._pidfd, self._ended)
@@ -107,6 +110,11 @@ class WorkerProcess(asyncio.Protocol):
         return self._process.pid
 
     @property
+    def why(self) -> TokenError | None:
+        """Return why nothing can be asked any more, None while it can."""
+        return self._why
+
+    @property
     def is_alive(self) -> bool:
         """Tell whether requests may be sent."""
         return self._why is None and not self.gone.done() and self._transport is not None
@@ -141,6 +149,7 @@ class WorkerProcess(asyncio.Protocol):
         if self._why is None:
             self._why = why or self._dead("hsm worker was stopped", "stop")
         if not self.gone.done():
+            self.was_killed = True
             self._process.send_signal(signal.SIGKILL)
         self._fail_all(self._why)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -18,14 +19,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from spire_hw.log import Logger
+    from spire_hw.pkcs11.breaker import Breaker
     from spire_hw.pkcs11.pin import PinGuard
 
 _PING_EVERY_S: Final = 15.0
 _PING_LIMIT_S: Final = 10.0
 _STEADY_S: Final = 60.0
 _BROKEN_AFTER: Final = 2
+_LATCH_DEATHS: Final = 5
+_LATCH_S: Final = 300.0
+_AT_ONCE_S: Final = 0.2
 _NO_HURRY: Final = frozenset({"hsm.worker_died", "hsm.worker_hung"})
-MAX_DEPTH: Final = 3
+_MAX_DEPTH: Final = 3
+# A token that takes longer over a signature gets one batch at a time: what is urgent waits for less.
+_SLOW_S: Final = 0.005
 _BATCH_TARGET_S: Final = 0.02
 _SMOOTHING: Final = 0.2
 
@@ -123,12 +130,15 @@ class Seat:
         turn: asyncio.Lock,
         changed: Callable[[], None],
         log: Logger,
+        *,
+        breaker: Breaker | None = None,
     ) -> None:
         self.name = name
         self._opening = opening
         self._turn = turn
         self._changed = changed
         self._log = log
+        self._breaker = breaker
         self.worker: WorkerProcess | None = None
         self.facts: TokenFacts | None = None
         self.problem: TokenError | None = None
@@ -136,6 +146,7 @@ class Seat:
         self._recycled = False
         self._is_away = False
         self._deaths = 0
+        self._died_at: deque[float] = deque(maxlen=_LATCH_DEATHS)
         # Set but while a pause between two tries may be cut short.
         self._woken = asyncio.Event()
         self._woken.set()
@@ -150,13 +161,23 @@ class Seat:
     @property
     def has_room(self) -> bool:
         """Tell whether the worker should be given another batch now."""
-        return self.worker is not None and self.worker.is_alive and self.worker.depth < MAX_DEPTH
+        most = _MAX_DEPTH if self._item_s < _SLOW_S else 1
+        return self.worker is not None and self.worker.is_alive and self.worker.depth < most
 
     @property
     def is_broken(self) -> bool:
         """Tell whether waiting for this seat is not worth it: restarting has not helped."""
-        away = self._is_away or self._deaths >= _BROKEN_AFTER
-        return not self.is_ready and self.problem is not None and away
+        if self.is_ready or self.problem is None:
+            return False
+        if self._breaker is not None and self._breaker.must_wait(self.name):
+            return True
+        return self._is_away or self._is_latched or self._deaths >= _BROKEN_AFTER
+
+    @property
+    def _is_latched(self) -> bool:
+        """Tell whether the module died so often that only an operator can help."""
+        died = self._died_at
+        return len(died) == _LATCH_DEATHS and died[-1] - died[0] <= _LATCH_S
 
     @property
     def is_trying(self) -> bool:
@@ -199,6 +220,16 @@ class Seat:
             self._recycled = True
             self.worker.kill()
 
+    def failed(self) -> None:
+        """Note that the token failed when it was used."""
+        if self._breaker is not None:
+            self._breaker.failed(self.name)
+
+    def signed(self) -> None:
+        """Note that the token has made signatures that hold."""
+        if self._breaker is not None:
+            self._breaker.signed()
+
     def release(self) -> WorkerProcess | None:
         """Hand the worker over to be closed in peace; no other is started."""
         self._released = True
@@ -209,7 +240,9 @@ class Seat:
         """Start a worker, wait for its end, start the next; ends by cancellation."""
         away, deaths = Backoff(0.2, 30.0, factor=3.0), Backoff(0.2, 30.0, factor=3.0)
         loop = asyncio.get_running_loop()
-        while True:
+        while not self._is_latched:
+            if self._breaker is not None:
+                await self._breaker.permit(self.name)
             try:
                 async with self._turn:
                     worker, facts = await self._opening.start(self.name)
@@ -235,16 +268,38 @@ class Seat:
             if loop.time() - since > _STEADY_S:
                 deaths.reset()
                 self._deaths = 0
-            self._deaths += 1
-            self.problem = TokenError(
-                f"hsm worker died ({how})",
-                reason="hsm.worker_died",
-                operation="run",
-                cure=Cure.RESTART,
-                kind=ErrorKind.UNAVAILABLE,
-            )
+            self._ended(worker, how)
             self._changed()
-            await asyncio.sleep(deaths.next_s())
+            await asyncio.sleep(deaths.next_s() if self._deaths else _AT_ONCE_S)
+
+    def _ended(self, worker: WorkerProcess, how: str) -> None:
+        """Note why the worker is gone."""
+        if self._breaker is not None and self._breaker.is_open:
+            self._breaker.failed(self.name)
+        why = worker.why
+        if why is not None and why.reason not in _NO_HURRY:
+            # The token failed, not the process: the breaker says when it is tried again.
+            self.problem = why
+            return
+        self._deaths += 1
+        if not worker.was_killed:
+            self._died_at.append(asyncio.get_running_loop().time())
+        self.problem = self._latch_error(how) if self._is_latched else _death_error(how)
+
+    def _latch_error(self, how: str) -> TokenError:
+        message = (
+            f"pkcs11 module ended its process {_LATCH_DEATHS} times within "
+            f"{_LATCH_S / 60:g} minutes (last: {how}) and is not started again; update or replace "
+            "it, then restart or have the configuration read again"
+        )
+        self._log.error("hsm.worker_latched", worker=self.name, error=message)
+        return TokenError(
+            message,
+            reason="hsm.worker_latched",
+            operation="run",
+            cure=Cure.OPERATOR,
+            kind=ErrorKind.FAILED_PRECONDITION,
+        )
 
     async def _pause(self, seconds: float) -> None:
         """Wait until the next try is due, or until somebody needs the token."""
@@ -286,3 +341,13 @@ class Seat:
                 )
             except TokenError as e:
                 worker.kill(e)
+
+
+def _death_error(how: str) -> TokenError:
+    return TokenError(
+        f"hsm worker died ({how})",
+        reason="hsm.worker_died",
+        operation="run",
+        cure=Cure.RESTART,
+        kind=ErrorKind.UNAVAILABLE,
+    )

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
+from spire_hw.pkcs11.channel import harden
 from spire_hw.pkcs11.errors import TokenError, ckr_of
-from spire_hw.pkcs11.worker import harden
 
 _FLAGS: Final = {
     "TOKEN_INITIALIZED": "initialized",

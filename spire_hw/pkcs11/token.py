@@ -7,23 +7,19 @@ operation active for good.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import pkcs11
 from pkcs11 import Attribute, ObjectClass, Session, Token, TokenFlag
-from pkcs11.exceptions import PKCS11Error, SessionReadOnly, TokenWriteProtected
+from pkcs11.exceptions import PKCS11Error, SessionCount, SessionReadOnly, TokenWriteProtected
 
 from spire_hw.errors import ErrorKind
 from spire_hw.pkcs11.errors import Cure, TokenError, ckr_of
+from spire_hw.pkcs11.functions import CkrError, Functions
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-_SESSION_INFO_INDEX: Final = 15  # C_GetSessionInfo in CK_FUNCTION_LIST, v2.40 header order
 _CKS_LOGGED_IN: Final = frozenset({1, 3})  # CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS
 _CKR_CRYPTOKI_NOT_INITIALIZED: Final = 0x190
 _TOUCH_BITS: Final = 128
@@ -59,18 +55,26 @@ class TokenChoice:
 
 
 class TokenSession:
-    """A logged-in token."""
+    """A logged-in token.
+
+    Attributes:
+        token: the token.
+        functions: functions of its module, None when they are not those that python-pkcs11 calls:
+            p11-kit's client makes a list for each that asks, which knows nothing of others' sessions.
+        device: label and serial, for messages.
+        can_write: False when the token is write-protected.
+    """
 
     def __init__(self, choice: TokenChoice) -> None:
         self._choice = choice
         self._library = _load(choice.module)
+        self.functions = _functions_of(choice.module)
         self.token = _choose(self._library, choice)
         self.device = f"{self.token.label}/{serial_of(self.token)}"
         self._anchor: Session | None = None
         self._session: Session | None = None
         self.can_write = True
         self._read_write = True
-        self._get_session_info = _session_info_function(choice.module)
 
     def words(self) -> list[str]:
         """Return what token, slot, library and module file call themselves."""
@@ -108,6 +112,7 @@ class TokenSession:
             self._anchor = self.token.open(rw=self._read_write, user_pin=pin)
         except Exception as e:
             raise TokenError.of_login(e, self.device) from e
+        self._session_state()
 
     def _first_session(self) -> Session:
         try:
@@ -117,6 +122,17 @@ class TokenSession:
                 # What is exported write-protected by p11-kit does not say so in its flags.
                 self.can_write = self._read_write = False
                 return self.token.open(rw=False)
+        except SessionCount as e:
+            raise TokenError(
+                "token has no session left: CKR_SESSION_COUNT; close what else uses it, or have "
+                "fewer workers",
+                reason="hsm.session_count",
+                operation="open session",
+                device=self.device,
+                code=ckr_of(e).value,
+                cure=Cure.RESTART,
+                kind=ErrorKind.UNAVAILABLE,
+            ) from e
         except PKCS11Error as e:
             raise TokenError.of(e, "open session", self.device) from e
 
@@ -144,6 +160,12 @@ class TokenSession:
             )
         return self._session
 
+    @property
+    def handle(self) -> int:
+        """Return the working session's handle."""
+        handle: int = self.session.handle  # type: ignore[attr-defined]  # missing in the stubs
+        return handle
+
     def renew(self) -> None:
         """Throw the working session away and open another; the login stays with the anchor.
 
@@ -152,12 +174,22 @@ class TokenSession:
         """
         old, self._session = self._session, None
         try:
-            self._session = self.token.open(rw=self._read_write)
-            if old is not None:
-                _close_quietly(old)
+            self._session = self._another(old)
         except PKCS11Error as e:
             raise self._lost("a new session cannot be opened") from e
         self.check_logged_in()
+
+    def _another(self, old: Session | None) -> Session:
+        try:
+            opened = self.token.open(rw=self._read_write)
+        except SessionCount:
+            # No room for one more: the old one goes first, the anchor keeps the login.
+            if old is not None:
+                _close_quietly(old)
+            return self.token.open(rw=self._read_write)
+        if old is not None:
+            _close_quietly(old)
+        return opened
 
     def check_logged_in(self) -> None:
         """Ask the token whether this process is logged in.
@@ -168,25 +200,22 @@ class TokenSession:
         Raises:
             TokenError: it is not; the worker must be replaced.
         """
-        state = None if self._get_session_info is None else self._session_state()
-        if state is None:
-            # Some modules (p11-kit's client) make a function list for each that asks, and ours
-            # knows nothing of the sessions of python-pkcs11's.
-            self._get_session_info = None
-            is_logged_in = self._takes_private_object()
-        else:
-            is_logged_in = state in _CKS_LOGGED_IN
+        state = self._session_state()
+        is_logged_in = self._takes_private_object() if state is None else state in _CKS_LOGGED_IN
         if not is_logged_in:
             raise self._lost("the session is not logged in")
 
     def _session_state(self) -> int | None:
         """Return the CKS state of the session, -1 when unknown, None when nobody can be asked."""
-        info = _SessionInfo()
-        handle: int = self.session.handle  # type: ignore[attr-defined]  # missing in the stubs
-        code = self._get_session_info(handle, ctypes.byref(info)) if self._get_session_info else 0
-        if code == _CKR_CRYPTOKI_NOT_INITIALIZED:
+        if self.functions is None:
             return None
-        return int(info.state) if code == 0 else -1
+        try:
+            return self.functions.session_state(self.handle)
+        except CkrError as e:
+            if e.code != _CKR_CRYPTOKI_NOT_INITIALIZED:
+                return -1
+        self.functions = None
+        return None
 
     def _takes_private_object(self) -> bool:
         """Tell whether a private object may be made, which takes a login; it is gone at once."""
@@ -346,22 +375,8 @@ def _close_quietly(session: Session) -> None:
         return
 
 
-class _SessionInfo(ctypes.Structure):
-    _fields_ = (
-        ("slot_id", ctypes.c_ulong),
-        ("state", ctypes.c_ulong),
-        ("flags", ctypes.c_ulong),
-        ("device_error", ctypes.c_ulong),
-    )
-
-
-def _session_info_function(module: str) -> Callable[..., int] | None:
-    """Return C_GetSessionInfo, which python-pkcs11 lacks, from the loaded module; None without it."""
-    table = ctypes.POINTER(ctypes.c_void_p)()
-    if ctypes.CDLL(module).C_GetFunctionList(ctypes.byref(table)) != 0:
+def _functions_of(module: str) -> Functions | None:
+    try:
+        return Functions(module)
+    except CkrError:
         return None
-    # CK_VERSION is two bytes, padded to the size of a pointer, in front of the function pointers.
-    address = table[1 + _SESSION_INFO_INDEX]
-    if address is None:
-        return None
-    return ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p)(address)

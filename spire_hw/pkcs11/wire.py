@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 HEADER: Final = struct.Struct(">IBI")
 MAX_BODY: Final = 4 << 20
 MAX_BATCH: Final = 64
+_LENGTH: Final = struct.Struct(">I")
 # Lengths of CKA_ID and public key; hash, PSS, salt; number of digests and the length of each.
 _RUN: Final = struct.Struct(">HHBBiBH")
 
@@ -39,6 +40,7 @@ class Kind(IntEnum):
     SIGN = 5
     PUT_DATA = 6
     PING = 7
+    VERIFY = 8
     OK = 100
     FAILED = 101
 
@@ -192,6 +194,30 @@ def decode_items(body: bytes) -> list[SignRun]:
         runs.append(SignRun(key, options, digests))
     reader.end()
     return runs
+
+
+def encode_verify(items: bytes, results: bytes) -> bytes:
+    """Return the body of a VERIFY frame: what was asked of a token, and what it answered.
+
+    Args:
+        items: body of the SIGN frame.
+        results: body of the answer to it.
+    """
+    return _LENGTH.pack(len(items)) + items + results
+
+
+def decode_verify(body: bytes) -> tuple[list[SignRun], list[bytes | TokenError]]:
+    """Return what was to be signed and what came of each digest.
+
+    Raises:
+        EncodingError: truncated, or there are not as many outputs as digests.
+    """
+    if len(body) < _LENGTH.size:
+        raise EncodingError("worker frame", "truncated")
+    (length,) = _LENGTH.unpack_from(body)
+    end = _LENGTH.size + length
+    runs = decode_items(body[_LENGTH.size : end])
+    return runs, decode_results(body[end:], sum(len(run.digests) for run in runs))
 
 
 def encode_results(results: Sequence[bytes | TokenError]) -> bytes:

@@ -283,6 +283,11 @@ class ManagedSigner:
         """Tell whether the KeyManager says that its keys live in this process."""
         return bool(getattr(self._manager, "in_process", False))
 
+    @property
+    def verifies(self) -> bool:
+        """Tell whether the KeyManager says that it verifies what its device signs."""
+        return bool(getattr(self._manager, "verifies", False))
+
     def sign(self, digest: bytes, options: SignOptions) -> Coroutine[Any, Any, bytes]:
         """Sign a digest; see `spire_hw.key.Signer.sign`."""
         return self._made(self._manager.sign_data(self.info.key_id, digest, options))

@@ -14,7 +14,7 @@ from spire_hw.key import (
     Signer,
     SignOptions,
     default_hash,
-    holds_key_in_process,
+    needs_check,
     sign_content,
     verify_digest,
 )
@@ -68,8 +68,8 @@ async def seal(
         signer: whose signature it gets.
         scheme: the scheme of the signer's key.
         purpose: what the body is, told to signers that judge what they sign.
-        check: verify the signature before it leaves; None checks unless the key lives in this
-            process (a device, process or host may answer with anything).
+        check: verify the signature before it leaves; None checks when `needs_check` says so (a
+            device, process or host may answer with anything).
 
     Raises:
         SpireHwError: the signature does not verify (INTERNAL), or what the signer raises.
@@ -77,6 +77,6 @@ async def seal(
     options = scheme.options
     digest = options.hash.digest(to_be_signed)
     signature = await sign_content(signer, purpose, to_be_signed, digest, options)
-    if check or (check is None and not holds_key_in_process(signer)):
+    if check or (check is None and needs_check(signer)):
         verify_digest(signer.public_key, digest, signature, options)
     return der.sequence(to_be_signed, scheme.algorithm, der.bit_string(signature))

@@ -16,8 +16,10 @@ from spire_hw.pkcs11.wire import (
     decode_error,
     decode_items,
     decode_results,
+    decode_verify,
     encode_items,
     encode_results,
+    encode_verify,
 )
 
 _keys = st.builds(SignKey, st.binary(max_size=20), st.binary(max_size=600))
@@ -48,9 +50,31 @@ def test_signatures_survive(results: list[bytes]) -> None:
     assert decode_results(encode_results(results), len(results)) == results
 
 
+@given(st.lists(_items, max_size=8), st.binary(max_size=64))
+def test_what_is_to_be_verified_survives(items: list[SignItem], raw: bytes) -> None:
+    results = [raw] * len(items)
+    runs, shown = decode_verify(encode_verify(encode_items(items), encode_results(results)))
+    assert [SignItem(r.key, d, r.options) for r in runs for d in r.digests] == items
+    assert shown == results
+
+
+@given(st.lists(_items, min_size=1, max_size=8), st.integers(min_value=0, max_value=9))
+def test_a_token_that_answers_less_or_more_than_it_was_asked_is_found_out(
+    items: list[SignItem], count: int
+) -> None:
+    body = encode_verify(encode_items(items), encode_results([b"x"] * count))
+    try:
+        decode_verify(body)
+    except EncodingError:
+        assert count != len(items)
+    else:
+        assert count == len(items)
+
+
 @given(st.binary(max_size=200), st.integers(min_value=0, max_value=5))
 def test_any_bytes_decode_or_are_refused(body: bytes, expected: int) -> None:
-    for decode in (decode_items, lambda b: decode_results(b, expected), decode_error):
+    readers = (decode_items, lambda b: decode_results(b, expected), decode_error, decode_verify)
+    for decode in readers:
         try:
             decode(body)
         except EncodingError:

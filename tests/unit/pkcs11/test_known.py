@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, utils
@@ -17,7 +18,11 @@ from spire_hw.key import (
     verify_digest,
 )
 from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.known import KnownKey, KnownKeys, Refused, Signed
+from spire_hw.pkcs11.known import KnownKey, KnownKeys, verified
+from spire_hw.pkcs11.wire import SignKey, SignRun
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SHA256 = SignOptions(HashAlgorithm.SHA256)
 SHA512 = SignOptions(HashAlgorithm.SHA512)
@@ -38,6 +43,16 @@ def output(key: PrivateKey, digest: bytes, options: SignOptions) -> bytes:
     return b"".join(n.to_bytes(half) for n in utils.decode_dss_signature(signature))
 
 
+def checked(
+    key: PrivateKey,
+    options: SignOptions,
+    digests: list[bytes],
+    raws: Sequence[bytes | TokenError],
+) -> list[bytes | TokenError]:
+    run = SignRun(SignKey(b"id", spki_der(key.public_key())), options, digests)
+    return verified(KnownKeys(), [run], raws)
+
+
 def is_bad(result: bytes | TokenError) -> bool:
     return isinstance(result, TokenError) and result.reason == "hsm.bad_signature"
 
@@ -55,19 +70,17 @@ def is_bad(result: bytes | TokenError) -> bool:
 )
 def test_only_what_verifies_leaves(key_type: KeyType, options: SignOptions) -> None:
     key = generate_private_key(key_type)
-    known = known_of(key)
-    assert known.key_type is key_type
+    assert known_of(key).key_type is key_type
     digests = [options.hash.digest(bytes([n])) for n in range(5)]
     raws = [output(key, digest, options) for digest in digests]
-    for digest, result in zip(
-        digests, Signed(known, options, digests, raws).results(), strict=True
-    ):
+    results = checked(key, options, digests, raws)
+    for digest, result in zip(digests, results, strict=True):
         assert isinstance(result, bytes)
         verify_digest(key.public_key(), digest, result, options)
     swapped = [*raws[1:], raws[0]]
-    assert all(map(is_bad, Signed(known, options, digests, swapped).results()))
+    assert all(map(is_bad, checked(key, options, digests, swapped)))
     foreign = [output(generate_private_key(key_type), digests[0], options)]
-    assert all(map(is_bad, Signed(known, options, digests[:1], foreign).results()))
+    assert all(map(is_bad, checked(key, options, digests[:1], foreign)))
 
 
 def test_one_bad_output_does_not_spoil_its_neighbours() -> None:
@@ -76,7 +89,7 @@ def test_one_bad_output_does_not_spoil_its_neighbours() -> None:
     raws: list[bytes | TokenError] = [output(key, digest, SHA256) for digest in digests]
     raws[1], raws[3], raws[4], raws[6] = b"", bytes(63), bytes(64), b"\xff" * 64
     raws[7] = AWAY
-    results = Signed(known_of(key), SHA256, digests, raws).results()
+    results = checked(key, SHA256, digests, raws)
     assert [n for n, result in enumerate(results) if is_bad(result)] == [1, 3, 4, 6]
     assert results[7] is AWAY
     assert all(isinstance(results[n], bytes) for n in (0, 2, 5, 8))
@@ -92,8 +105,14 @@ def test_no_bit_of_an_output_may_change() -> None:
         assert is_bad(known.checked(digest, (raw ^ 1 << bit).to_bytes(64), SHA256))
 
 
-def test_what_was_not_signed_is_an_error_for_each_digest() -> None:
-    assert Refused(AWAY, 3).results() == [AWAY] * 3
+def test_each_run_is_verified_with_its_own_key() -> None:
+    keys = [generate_private_key(KeyType.EC_P256) for _ in range(2)]
+    runs = [SignRun(SignKey(b"id", spki_der(k.public_key())), SHA256, [bytes(32)]) for k in keys]
+    raws = [output(key, bytes(32), SHA256) for key in keys]
+    assert not any(map(is_bad, verified(KnownKeys(), runs, raws)))
+    assert all(map(is_bad, verified(KnownKeys(), runs, raws[::-1])))
+    with pytest.raises(ValueError, match="zip"):
+        verified(KnownKeys(), runs, raws[:1])
 
 
 def test_keys_are_parsed_once_and_only_some_are_kept() -> None:

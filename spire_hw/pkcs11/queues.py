@@ -1,0 +1,107 @@
+"""Signatures that wait for a worker: urgent ones first, then each key in its turn (pure)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Urgent ones served in a row while others wait: a flood of handshakes must not end all renewals.
+_URGENT_RUN: Final = 16
+
+
+class Waiting(Protocol):
+    """Something that waits."""
+
+    @property
+    def lane(self) -> bytes:
+        """Return what it takes turns for: a key's id."""
+        ...
+
+    @property
+    def is_urgent(self) -> bool:
+        """Tell whether it goes before those that are not."""
+        ...
+
+    @property
+    def is_over(self) -> bool:
+        """Tell whether nobody waits for it any more."""
+        ...
+
+
+T = TypeVar("T", bound=Waiting)
+
+
+class Queues(Generic[T]):
+    """Two queues, each of which takes its lanes in turns."""
+
+    def __init__(self) -> None:
+        self._urgent: _Lanes[T] = _Lanes()
+        self._others: _Lanes[T] = _Lanes()
+        self._run = 0
+
+    def __len__(self) -> int:
+        """Return how many wait."""
+        return self._urgent.size + self._others.size
+
+    def push(self, job: T, *, first: bool = False) -> None:
+        """Add one, at the end of its lane or at its head."""
+        (self._urgent if job.is_urgent else self._others).push(job, first=first)
+
+    def take(self, most: int) -> list[T]:
+        """Return the next ones that somebody still waits for, those of one lane side by side."""
+        jobs = self._urgent.take(min(most, self._room()))
+        self._run += len(jobs)
+        if len(jobs) < most and self._others.size:
+            jobs += self._others.take(most - len(jobs))
+            self._run = 0
+        return [job for job in jobs if not job.is_over]
+
+    def _room(self) -> int:
+        return max(0, _URGENT_RUN - self._run) if self._others.size else self._urgent.size
+
+    def drop_over(self) -> None:
+        """Forget those in front that nobody waits for: they would keep others out."""
+        self._urgent.drop_over()
+        self._others.drop_over()
+
+
+class _Lanes(Generic[T]):
+    def __init__(self) -> None:
+        self.size = 0
+        self._lanes: OrderedDict[bytes, deque[T]] = OrderedDict()
+
+    def push(self, job: T, *, first: bool) -> None:
+        lane = self._lanes.setdefault(job.lane, deque())
+        if first:
+            lane.appendleft(job)
+        else:
+            lane.append(job)
+        self.size += 1
+
+    def take(self, most: int) -> list[T]:
+        jobs: list[T] = []
+        while self._lanes and len(jobs) < most:
+            # A fair share of each lane at a stretch: neighbours that are alike cost less.
+            name, lane = next(iter(self._lanes.items()))
+            share = -(-(most - len(jobs)) // len(self._lanes))
+            jobs += [lane.popleft() for _ in range(min(share, len(lane)))]
+            if lane:
+                self._lanes.move_to_end(name)
+            else:
+                del self._lanes[name]
+        self.size -= len(jobs)
+        return jobs
+
+    def drop_over(self) -> None:
+        for name, lane in list(self._heads_over()):
+            while lane and lane[0].is_over:
+                lane.popleft()
+                self.size -= 1
+            if not lane:
+                del self._lanes[name]
+
+    def _heads_over(self) -> Iterator[tuple[bytes, deque[T]]]:
+        return ((name, lane) for name, lane in self._lanes.items() if lane[0].is_over)
