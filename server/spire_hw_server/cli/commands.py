@@ -10,6 +10,8 @@ from spire_hw_server.cli import (
     bundle,
     entry,
     healthcheck,
+    hsm,
+    init,
     jwt,
     localauthority,
     logger,
@@ -29,6 +31,7 @@ root = root_group(
 root.add_command(run.run)
 root.add_command(run.validate)
 root.add_command(healthcheck.healthcheck)
+root.add_command(init.init)
 tpm.group.add_command(tpmdevid.group)
 for _group in (
     token.group,
@@ -41,6 +44,7 @@ for _group in (
     policy.group,
     localauthority.group,
     logger.group,
+    hsm.group,
     pkcs11_group(PROGRAM),
 ):
     root.add_command(_group)
