@@ -388,6 +388,15 @@ def _load_data(config: PluginConfig) -> _Data:
     return _Data(text, hcl.parse(text, str(path)))
 
 
+def plugin_data(config: PluginConfig) -> Body:
+    """Return a plugin's configuration, from its own file where it has one.
+
+    Raises:
+        InvalidInputError: the file cannot be read.
+    """
+    return _load_data(config).body
+
+
 def _prefixed(config: PluginConfig, error: SpireHwError) -> list[ConfigFault]:
     if isinstance(error, ConfigError):
         place = f"{error.file}: " if config.data_file else ""

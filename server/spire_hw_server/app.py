@@ -6,16 +6,24 @@ import asyncio
 import fcntl
 import os
 import signal
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 from spire_hw import __version__, memory
 from spire_hw import log as logs
 from spire_hw.aio.tasks import Tasks
-from spire_hw.catalog import Catalog, External, Table, check_plugins
+from spire_hw.catalog import Catalog, External, Table, check_plugins, plugin_data
 from spire_hw.clock import Clock, SystemClock
-from spire_hw.errors import ConfigError, ConfigFault, NotReadyError, SpireHwError, UnavailableError
+from spire_hw.errors import (
+    ConfigError,
+    ConfigFault,
+    InvalidInputError,
+    NotReadyError,
+    SpireHwError,
+    UnavailableError,
+)
 from spire_hw.hardening import check_directory, harden
+from spire_hw.pkcs11.reaping import SharedToken, SharedTokenSource
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
 from spire_hw.plugin.keycalls import KeyCalls
 from spire_hw.plugin.keymanager import Keys
@@ -56,7 +64,7 @@ from spire_hw_server.posture.policyfiles import find_policy_faults
 from spire_hw_server.posture.postures import Postures
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import AsyncIterator, Callable, Coroutine
     from datetime import datetime
     from pathlib import Path
     from typing import Any
@@ -151,6 +159,31 @@ async def check_settings(
         external=External(services.offered),
     )
     return sorted(faults, key=lambda f: f.line)
+
+
+@asynccontextmanager
+async def shared_token(settings: ServerSettings, name: str) -> AsyncIterator[SharedToken]:
+    """Open the token on which the server's keys are, beside the server; nothing of it is claimed.
+
+    Args:
+        settings: the server's.
+        name: which of several tokens; the only one when empty.
+
+    Raises:
+        InvalidInputError: its KeyManager keeps keys elsewhere.
+        SpireHwError: the token cannot be opened.
+    """
+    (manager,) = [p for p in settings.plugins if p.kind is PluginKind.KEY_MANAGER]
+    host = _host(settings, SystemClock(), _UnopenedEkList(), _no_bundle)
+    plugin: object = None if manager.cmd else _table(manager.kind, manager.name)(host)
+    if not isinstance(plugin, SharedTokenSource):
+        raise InvalidInputError(
+            f'KeyManager "{manager.name}" keeps no keys on a token that others may use: only '
+            '"pkcs11" does'
+        )
+    data = await asyncio.to_thread(plugin_data, manager)
+    async with plugin.shared_token(data, name) as token:
+        yield token
 
 
 class Server:

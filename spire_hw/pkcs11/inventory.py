@@ -211,6 +211,15 @@ def listed_halves(listing: Mapping[str, Any]) -> list[dict[str, Any]]:
     return _items(listing, "halves")
 
 
+def listed_data(listing: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the descriptions of data objects in a worker's answer to LIST.
+
+    Raises:
+        EncodingError: the answer does not decode.
+    """
+    return _items(listing, "data")
+
+
 def _items(listing: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     items = listing.get(name)
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):

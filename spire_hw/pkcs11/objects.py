@@ -190,6 +190,23 @@ class TokenObjects:
             raise error from e
         return gone
 
+    def destroy_data(self, label: str) -> int:
+        """Destroy the data objects of a label; return how many there were.
+
+        Raises:
+            TokenError: the token refused.
+        """
+        found = []
+        try:
+            found = self._find({Attribute.CLASS: ObjectClass.DATA, Attribute.LABEL: label})
+            for item in found:
+                item.destroy()
+        except PKCS11Error as e:
+            error = TokenError.of(e, "destroy data object", self._token.device)
+            self._renew()
+            raise error from e
+        return len(found)
+
     def put_data(self, label: str, application: str, value: bytes) -> None:
         """Write a data object, then destroy older ones of that label.
 

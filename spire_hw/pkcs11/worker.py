@@ -81,7 +81,10 @@ class Service:
             )
             return made
         if kind is Kind.DESTROY:
-            return {"gone": objects.destroy(unpack_bytes(fields["id"]), str(fields["label"]))}
+            cka_id, label = unpack_bytes(fields["id"]), str(fields["label"])
+            # Key pairs have an id; data objects have none.
+            gone = objects.destroy(cka_id, label) if cka_id else objects.destroy_data(label)
+            return {"gone": gone}
         if kind is Kind.PUT_DATA:
             objects.put_data(
                 str(fields["label"]), str(fields["application"]), unpack_bytes(fields["value"])
