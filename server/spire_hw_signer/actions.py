@@ -70,6 +70,7 @@ class Actions:
         live: policy and keys.
         revocations: who is shut out.
         operators: who has to agree.
+        anchor: has the clock of rates and budgets take the wall clock for right.
         clock: the time that orders expire by.
         log: where it is told as well.
     """
@@ -82,6 +83,7 @@ class Actions:
         revocations: Revocations,
         operators: Operators,
         *,
+        anchor: Callable[[], None],
         clock: Clock,
         log: Logger,
     ) -> None:
@@ -90,6 +92,7 @@ class Actions:
         self._checkpoints = checkpoints
         self._live = live
         self._revocations = revocations
+        self._anchor = anchor
         self._clock = clock
         self._log = log
         self._one = asyncio.Lock()
@@ -270,4 +273,5 @@ class Actions:
 
     async def _accept_clock(self) -> str:
         self._checkpoints.accept_clock()
+        self._anchor()
         return f"the clock is right: {time_text(self._clock.now())}"

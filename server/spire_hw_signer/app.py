@@ -15,22 +15,30 @@ from spire_hw.catalog import Catalog, check_plugins
 from spire_hw.clock import Clock, SystemClock
 from spire_hw.errors import ConfigError, ConfigFault, NotReadyError, SpireHwError, UnavailableError
 from spire_hw.hardening import harden
-from spire_hw.key import KeyType, spki_der
+from spire_hw.key import KeyType
+from spire_hw.key import fingerprint as fingerprint_of
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
 from spire_hw.plugin.keymanager import KeyHealth
 from spire_hw.rpc.probes import Health, HealthListener
 from spire_hw.telemetry.host import Telemetry
 from spire_hw.telemetry.logged import count_log_lines
 from spire_hw_plugins import builtin
+from spire_hw_signer.actions import Actions
+from spire_hw_signer.admin import SignerAdmin, admin_methods
 from spire_hw_signer.admission import Gate
+from spire_hw_signer.audit.checkpoint import Checkpoints
 from spire_hw_signer.audit.log import AuditLog
+from spire_hw_signer.audit.places import FilePlace, SyslogPlace
 from spire_hw_signer.config import SIGNER_RULES, owner_config
 from spire_hw_signer.doors import Doors
 from spire_hw_signer.folder import lock_data_dir, prepare_data_dir, tighten_umask
 from spire_hw_signer.generating import Generating
-from spire_hw_signer.keys import LOG_KEY_ID, OwnerKeys, open_owner, own_owner
+from spire_hw_signer.keys import LOG_KEY_ID, HeldSigner, OwnerKeys, open_owner, own_owner
 from spire_hw_signer.live import Live
+from spire_hw_signer.operators import load_operators
 from spire_hw_signer.policyfile import load_policy
+from spire_hw_signer.revocations import FILE_NAME as REVOKED_FILE
+from spire_hw_signer.revocations import Revocations
 from spire_hw_signer.service import SignerService
 from spire_hw_signer.steady import SteadyTime
 from spire_hw_signer.tlsfiles import TlsFiles
@@ -43,6 +51,8 @@ if TYPE_CHECKING:
     from spire_hw.plugin.info import Builder
     from spire_hw.plugin.keymanager import KeyManager
     from spire_hw.rpc.probes import Check
+    from spire_hw_signer.audit.places import Place
+    from spire_hw_signer.audit.start import Found
     from spire_hw_signer.config import SignerSettings
     from spire_hw_signer.policy import Owner
 
@@ -141,6 +151,7 @@ class Signer:
         self._doors: Doors | None = None
         self._live: Live | None = None
         self._audit: AuditLog | None = None
+        self._checkpoints: Checkpoints | None = None
         self._steady: SteadyTime | None = None
         self._health_listener: HealthListener | None = None
 
@@ -191,11 +202,8 @@ class Signer:
         await asyncio.shield(self._failure)
 
     async def reload(self) -> bool:
-        """Read policy and TLS files again; the clock is taken for right from now on."""
-        if self._live is None or self._steady is None:
-            return False
-        self._steady.anchor()
-        return await self._live.reload()
+        """Read policy and TLS files again; tell whether all of them are in force now."""
+        return self._live is not None and await self._live.reload()
 
     async def _start(self) -> None:
         settings = self.settings
@@ -206,8 +214,12 @@ class Signer:
         prepare_data_dir(settings.data_dir, self.log)
         self._stack.callback(lock_data_dir(settings.data_dir))
         tls = await self._load_tls()
-        audit = await self._open_audit()
+        operators = await asyncio.to_thread(load_operators, settings.operators)
+        audit, found = await self._open_audit()
         log_keys = await self._open_log_keys()
+        checkpoints = await self._start_checkpoints(audit, found, log_keys)
+        revocations = Revocations(settings.data_dir / REVOKED_FILE)
+        await revocations.load()
         live = Live(
             policy_file=settings.policy_file,
             data_dir=settings.data_dir,
@@ -222,16 +234,31 @@ class Signer:
         self._live = live
         self._steady = steady = SteadyTime(self.clock)
         steady.anchor(max((k.notes.newest for k in live.owners.values()), default=0.0))
-        log_key = log_keys.find(LOG_KEY_ID)
-        fingerprint = "" if log_key is None else log_key.info.fingerprint
+        fingerprint = fingerprint_of(checkpoints.log_key)
         audit.note("start", {"version": __version__, "name": settings.name, "log_key": fingerprint})
         health = self._health(audit, live, tls, log_keys)
-        gate, service = self._service(audit, live, log_keys, steady, tls)
+        gate, service = self._service(
+            audit, checkpoints, live, revocations=revocations, steady=steady, tls=tls
+        )
+        actions = Actions(
+            audit,
+            checkpoints,
+            live,
+            revocations,
+            operators,
+            anchor=steady.anchor,
+            clock=self.clock,
+            log=logs.get_logger("admin"),
+        )
+        admin = SignerAdmin(
+            settings.name, audit, checkpoints, live, revocations=revocations, actions=actions
+        )
         self._doors = Doors(
             settings,
             service,
             gate,
             tls,
+            admin=admin_methods(admin),
             is_healthy=health.is_healthy,
             metrics=self.telemetry.metrics,
             clock=self.clock,
@@ -258,12 +285,28 @@ class Signer:
         await asyncio.to_thread(tls.load)
         return tls
 
-    async def _open_audit(self) -> AuditLog:
+    async def _open_audit(self) -> tuple[AuditLog, Found]:
         audit = AuditLog(self.settings.audit, clock=self.clock, log=logs.get_logger("audit"))
         self._stack.push_async_callback(audit.close)
-        await audit.open()
+        found = await audit.open()
         self._audit = audit
-        return audit
+        return audit, found
+
+    async def _start_checkpoints(
+        self, audit: AuditLog, found: Found, log_keys: OwnerKeys
+    ) -> Checkpoints:
+        log, witness = logs.get_logger("audit"), self.settings.witness
+        places: list[Place] = []
+        if witness.file is not None:
+            places.append(FilePlace(witness.file, clock=self.clock, log=log))
+        if witness.syslog is not None:
+            places.append(SyslogPlace(witness.syslog, clock=self.clock, log=log))
+        signer = HeldSigner(log_keys, LOG_KEY_ID)
+        checkpoints = Checkpoints(audit, found, signer, places=places, clock=self.clock, log=log)
+        await checkpoints.start()
+        self._checkpoints = checkpoints
+        self._stack.push_async_callback(checkpoints.close)
+        return checkpoints
 
     async def _open_log_keys(self) -> OwnerKeys:
         """Open the signer's own keys; the one that signs checkpoints is made when there is none."""
@@ -288,8 +331,10 @@ class Signer:
     def _service(
         self,
         audit: AuditLog,
+        checkpoints: Checkpoints,
         live: Live,
-        log_keys: OwnerKeys,
+        *,
+        revocations: Revocations,
         steady: SteadyTime,
         tls: TlsFiles | None,
     ) -> tuple[Gate, SignerService]:
@@ -297,7 +342,7 @@ class Signer:
         tasks = Tasks(on_failure=self._call_failed)
         self._stack.push_async_callback(tasks.close)
         gate = Gate(
-            lambda: live.policy,
+            lambda: revocations.apply(live.policy),
             audit,
             is_revoked=None if tls is None else tls.is_revoked,
             metrics=metrics,
@@ -308,17 +353,14 @@ class Signer:
             gate, audit, steady=steady, clock=self.clock, tasks=tasks, metrics=metrics, log=log
         )
 
-        def witness() -> tuple[bytes, bytes]:
-            held = log_keys.find(LOG_KEY_ID)
-            return b"", b"" if held is None else spki_der(held.info.public_key)
-
         service = SignerService(
             gate,
             lambda: live.owners,
             audit,
             generating,
-            witness=witness,
+            witness=lambda: (checkpoints.last, checkpoints.log_key),
             steady=steady,
+            clock_fault=self._clock_fault,
             clock=self.clock,
             tasks=tasks,
             metrics=metrics,
@@ -345,11 +387,8 @@ class Signer:
                 raise NotReadyError(fault)
 
         async def clock() -> None:
-            if self._steady is not None and not self._steady.is_sane():
-                raise NotReadyError(
-                    f"the clock moved by {self._steady.skew_s():.0f} s while the signer ran; set"
-                    " it right, then send SIGHUP"
-                )
+            if fault := self._clock_fault():
+                raise NotReadyError(fault)
 
         checks: dict[str, Check] = {"signer.keys": devices, "signer.clock": clock}
         return Health(
@@ -377,6 +416,15 @@ class Signer:
         await listener.start()
         self._stack.push_async_callback(listener.close)
         self._health_listener = listener
+
+    def _clock_fault(self) -> str:
+        """Return why the wall clock is not believed, "" while it is."""
+        if self._steady is not None and not self._steady.is_sane():
+            return (
+                f"the clock moved by {self._steady.skew_s():.0f} s while the signer ran; set it"
+                " right, or accept it with `spire-hw-signer clock accept`"
+            )
+        return "" if self._checkpoints is None else self._checkpoints.clock_fault
 
     def _call_failed(self, name: str, error: BaseException) -> None:
         if not isinstance(error, SpireHwError):

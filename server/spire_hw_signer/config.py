@@ -28,6 +28,7 @@ from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
 from spire_hw.log import LogSettings  # noqa: TC001 - public field types stay real
 from spire_hw.plugin.info import PluginKind
 from spire_hw.plugin.section import Count, PluginConfig, Rules, check_counts, read_plugins
+from spire_hw.syslog import FACILITIES, SyslogSettings, parse_address, parse_facility
 from spire_hw.telemetry.config import (
     TelemetryKeys,
     TelemetrySettings,
@@ -36,6 +37,8 @@ from spire_hw.telemetry.config import (
     telemetry_settings,
 )
 from spire_hw_signer.audit.log import AuditSettings
+from spire_hw_signer.operators import OperatorSettings, WitnessSettings
+from spire_hw_signer.orders import check_name
 from spire_hw_signer.tlsfiles import TlsPaths
 
 if TYPE_CHECKING:
@@ -78,12 +81,28 @@ class TlsKeys(Model):
     crl_files: list[_Path] = Field(default_factory=list)
 
 
+class SyslogKeys(Model):
+    """`syslog { }` of `audit { }`."""
+
+    address: Annotated[SyslogSettings, parsed(parse_address)]
+    facility: Annotated[int, parsed(parse_facility)] = FACILITIES["auth"]
+
+
+class OperatorsKeys(Model):
+    """`operators { }`."""
+
+    required: Annotated[int, Field(ge=1, le=16)] = 2
+    keys: dict[str, _Path]
+
+
 class AuditKeys(Model):
     """`audit { }`."""
 
     directory: str = ""
     max_file_bytes: Annotated[int, Field(ge=65_536, le=1 << 40)] = 64 * 1024 * 1024
     max_file_age: Annotated[GoDuration, at_least(timedelta(minutes=1))] = timedelta(days=1)
+    checkpoint_file: str = ""
+    syslog: SyslogKeys | None = None
 
 
 class SignerKeys(LogKeys):
@@ -98,6 +117,7 @@ class SignerKeys(LogKeys):
     policy_file: _Path
     tls: TlsKeys | None = None
     audit: AuditKeys = AuditKeys()
+    operators: OperatorsKeys | None = None
 
 
 class SignerFile(Model):
@@ -120,6 +140,8 @@ class SignerSettings:
         admin_socket_path: socket of operators.
         policy_file: who may do what.
         audit: where the audit log is.
+        witness: where checkpoints of the audit log go besides.
+        operators: who has to agree to what is done by hand.
         keys: the KeyManager's block.
         health: None when probes are not answered over HTTP.
         telemetry: where metrics can be read, None for nowhere.
@@ -137,6 +159,8 @@ class SignerSettings:
     policy_file: Path
     log: LogSettings
     audit: AuditSettings
+    witness: WitnessSettings
+    operators: OperatorSettings
     keys: PluginConfig
     health: HealthSettings | None = None
     telemetry: TelemetrySettings | None = None
@@ -238,7 +262,20 @@ def _cross_faults(raw: SignerFile) -> Iterator[ConfigFault]:
     if keys.socket_path is not None and keys.socket_path == keys.admin_socket_path:
         message = "socket_path and admin_socket_path are the same"
         yield ConfigFault(keys.line("socket_path"), message)
+    if keys.operators is not None:
+        yield from _operator_faults(keys.operators)
     yield from find_telemetry_faults(raw.telemetry)
+
+
+def _operator_faults(given: OperatorsKeys) -> Iterator[ConfigFault]:
+    line = given.line("keys")
+    for name in given.keys:
+        try:
+            check_name(name)
+        except InvalidInputError as e:
+            yield ConfigFault(line, e.message)
+    if len(given.keys) < given.required:
+        yield ConfigFault(line, f"{len(given.keys)} operators cannot be {given.required}")
 
 
 def _build(raw: SignerFile, keys: PluginConfig, file: str) -> SignerSettings:
@@ -267,11 +304,28 @@ def _build(raw: SignerFile, keys: PluginConfig, file: str) -> SignerSettings:
             given.audit.max_file_bytes,
             given.audit.max_file_age,
         ),
+        witness=_witness(given.audit),
+        operators=_operators(given.operators),
         keys=keys,
         health=health_settings(raw.health_checks),
         telemetry=telemetry_settings(raw.telemetry),
         file=file,
     )
+
+
+def _witness(given: AuditKeys) -> WitnessSettings:
+    syslog = given.syslog
+    return WitnessSettings(
+        file=Path(given.checkpoint_file) if given.checkpoint_file else None,
+        syslog=None if syslog is None else replace(syslog.address, facility=syslog.facility),
+    )
+
+
+def _operators(given: OperatorsKeys | None) -> OperatorSettings:
+    if given is None:
+        return OperatorSettings()
+    files = {name: Path(file) for name, file in given.keys.items()}
+    return OperatorSettings(files, given.required)
 
 
 def _notices(settings: SignerSettings) -> Iterator[str]:

@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
-from spire_hw.errors import ErrorKind, SpireHwError
+from spire_hw.errors import ErrorKind, NotFoundError, SpireHwError
 from spire_hw.key import KeyType, SignOptions, spki_der, verify_digest
 from spire_hw.plugin.keymanager import DeviceHealth, KeyHealth, KeyHealthSource
 from spire_hw.spiffeid import TrustDomain
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
     from pathlib import Path
 
+    from spire_hw.key import PublicKey
     from spire_hw.plugin.keymanager import KeyInfo, KeyManager, KeySignature
 
 LOG_KEY_ID: Final = "audit-log"
@@ -87,7 +88,7 @@ class OwnerKeys:
         self.kids = KeyIds()
         self.changing = asyncio.Lock()
         self._opened = opened
-        self._verifies = bool(getattr(opened.manager, "verifies_signatures", False))
+        self._verifies = bool(getattr(opened.manager, "verifies", False))
         self._held: dict[str, HeldKey] = {}
 
     @property
@@ -166,6 +167,30 @@ class OwnerKeys:
         else:
             signing = SigningKey.of(info.key_type, spki_der(info.public_key))
         return HeldKey(info, signing, self.notes.generation(info.key_id))
+
+
+class HeldSigner:
+    """A `Signer` over a key that is there; its signatures are verified.
+
+    Raises:
+        NotFoundError: it is not.
+    """
+
+    def __init__(self, keys: OwnerKeys, key_id: str) -> None:
+        held = keys.find(key_id)
+        if held is None:
+            raise NotFoundError(f'{keys.owner} has no key "{key_id}"')
+        self._keys = keys
+        self._held = held
+
+    @property
+    def public_key(self) -> PublicKey:
+        """Return the public half."""
+        return self._held.info.public_key
+
+    async def sign(self, digest: bytes, options: SignOptions) -> bytes:
+        """Sign a digest; see `spire_hw.key.Signer.sign`."""
+        return (await self._keys.sign(self._held, digest, options)).signature
 
 
 def own_owner(name: str) -> Owner:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.errors import InvalidInputError, VerificationError
@@ -20,7 +21,7 @@ from spire_hw.jose.text import decode_base64url, parse_json_object
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, parse_spki
 from spire_hw.spiffeid import SpiffeId, TrustDomain
 from spire_hw.x509 import der
-from spire_hw.x509.name import check_name
+from spire_hw.x509.name import check_name, decode_name
 
 if TYPE_CHECKING:
     from spire_hw_signer.policy import JwtRule, X509Rule
@@ -181,7 +182,7 @@ def check_request(body: bytes, *, key: SigningKey, trust_domain: TrustDomain) ->
     outer.finish()
     if inside.element(der.INTEGER) != _VERSION_1:
         raise VerificationError("request has an unknown version")
-    check_name(inside.element(der.SEQUENCE))
+    _name(inside)
     if inside.element(der.SEQUENCE) != key.spki:
         raise VerificationError("request is for another key than the one that signs it")
     attributes = inside.enter(_ATTRIBUTES)
@@ -266,11 +267,11 @@ def _read_body(body: bytes) -> _Body:
     if not any(serial) or serial[0] >= _NEGATIVE or padded or len(serial) > _MAX_SERIAL_BYTES:
         raise VerificationError("serial number is not positive, or too long")
     algorithm = inside.element(der.SEQUENCE)
-    issuer = check_name(inside.element(der.SEQUENCE))
+    issuer = _name(inside)
     validity = inside.enter(der.SEQUENCE)
     not_before, not_after = _time(validity), _time(validity)
     validity.finish()
-    subject = check_name(inside.element(der.SEQUENCE))
+    subject = _name(inside)
     spki = inside.element(der.SEQUENCE)
     parse_spki(spki)
     wrapped = inside.enter(_EXTENSIONS)
@@ -295,6 +296,18 @@ def _read_extensions(wrapped: der.Reader) -> dict[str, _Extension]:
             raise VerificationError(f"extension {oid} is there twice")
         found[oid] = _Extension(critical, value)
     return found
+
+
+def _name(level: der.Reader) -> bytes:
+    name = level.element(der.SEQUENCE)
+    _check_name(name)
+    return name
+
+
+@lru_cache(maxsize=256)
+def _check_name(name: bytes) -> None:
+    check_name(name)
+    decode_name(name)
 
 
 def _time(validity: der.Reader) -> datetime:

@@ -114,6 +114,7 @@ class SignerService:
         *,
         witness: Callable[[], tuple[bytes, bytes]],
         steady: SteadyTime,
+        clock_fault: Callable[[], str],
         clock: Clock,
         tasks: Tasks,
         metrics: Metrics,
@@ -128,6 +129,7 @@ class SignerService:
             generating: makes keys.
             witness: the last checkpoint, and the DER public key of those who sign it.
             steady: time for rates and replays.
+            clock_fault: why the wall clock is not believed, "" while it is.
             clock: time for ends of certificates.
             tasks: for what outlives a call.
             metrics: takes counts.
@@ -139,6 +141,7 @@ class SignerService:
         self._generating = generating
         self._witness = witness
         self._steady = steady
+        self._clock_fault = clock_fault
         self._clock = clock
         self._tasks = tasks
         self._metrics = metrics
@@ -265,9 +268,8 @@ class SignerService:
         """Read what is to be signed and hold it against the policy (6)."""
         purpose, content, options = item.purpose, item.content, item.options
         domain, now = client.owner.trust_domain, self._clock.now()
-        if purpose in {Purpose.X509, Purpose.JWT} and not self._steady.is_sane():
-            text = f"the signer's clock moved by {self._steady.skew_s():.0f} s while it ran"
-            return Denial(Reason.CLOCK, text)
+        if purpose in {Purpose.X509, Purpose.JWT} and (fault := self._clock_fault()):
+            return Denial(Reason.CLOCK, fault)
         key = held.signing
         try:
             if purpose is Purpose.X509 and client.x509 is not None:
