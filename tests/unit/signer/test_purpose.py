@@ -1,0 +1,499 @@
+"""What a client's keys may sign: certificates, requests, tokens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spire_hw.errors import InvalidInputError, SpireHwError, VerificationError
+from spire_hw.jose.text import encode_base64url
+from spire_hw.key import HashAlgorithm, KeyType, SignOptions, SoftwareSigner, spki_der
+from spire_hw.spiffeid import TrustDomain
+from spire_hw.x509.authority import X509Authority
+from spire_hw.x509.csr import build_csr
+from spire_hw.x509.issue import issue_ca_certificate, issue_x509_svid
+from spire_hw_signer.policy import JwtRule, Pattern, X509Rule
+from spire_hw_signer.purpose import (
+    KeyIds,
+    SigningKey,
+    check_certificate,
+    check_request,
+    check_token,
+)
+
+NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+DOMAIN = TrustDomain("example.org")
+CA_KEY = ec.generate_private_key(ec.SECP256R1())
+OTHER = ec.generate_private_key(ec.SECP256R1())
+RSA_KEY = rsa.generate_private_key(65537, 2048)
+SHA256 = SignOptions(HashAlgorithm.SHA256)
+RULE = X509Rule((Pattern("*"),), max_ca_ttl=168 * HOUR, max_svid_ttl=24 * HOUR)
+JWT = JwtRule((Pattern("*"),), max_ttl=HOUR)
+KEY = SigningKey.of(KeyType.EC_P256, spki_der(CA_KEY.public_key()))
+NAME = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "CA")])
+LEAF = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "SPIRE")])
+TLS = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
+
+
+def body_of(certificate: bytes) -> bytes:
+    return x509.load_der_x509_certificate(certificate).tbs_certificate_bytes
+
+
+def check(body: bytes, rule: X509Rule = RULE, options: SignOptions = SHA256) -> None:
+    check_certificate(body, options, key=KEY, trust_domain=DOMAIN, rule=rule, now=NOW)
+
+
+def refused(body: bytes, match: str, rule: X509Rule = RULE) -> None:
+    with pytest.raises((VerificationError, InvalidInputError), match=match):
+        check(body, rule)
+
+
+def usage(*, digital: bool = True, cert: bool = False, crl: bool = False) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=digital,
+        key_cert_sign=cert,
+        crl_sign=crl,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def certificate(
+    *,
+    uris: tuple[str, ...] = ("spiffe://example.org/web",),
+    key: Any = OTHER,
+    start: datetime = NOW - timedelta(seconds=10),
+    end: datetime = NOW + HOUR,
+    ca: bool | None = False,
+    path_length: int | None = None,
+    key_usage: x509.KeyUsage | None = None,
+    uses: tuple[Any, ...] | None = TLS,
+    issuer_key: Any = CA_KEY,
+    authority_id: bool = True,
+    names: tuple[x509.GeneralName, ...] = (),
+    more: tuple[tuple[x509.ExtensionType, bool], ...] = (),
+    subject: x509.Name = LEAF,
+    issuer: x509.Name = NAME,
+    algorithm: Any = None,
+) -> bytes:
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(end)
+    )
+    if ca is not None:
+        builder = builder.add_extension(x509.BasicConstraints(ca, path_length), critical=True)
+    builder = builder.add_extension(
+        key_usage or usage(digital=not ca, cert=bool(ca), crl=bool(ca)), critical=True
+    )
+    if uses is not None:
+        builder = builder.add_extension(x509.ExtendedKeyUsage(list(uses)), critical=False)
+    if authority_id:
+        builder = builder.add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()),
+            critical=False,
+        )
+    san = [*(x509.UniformResourceIdentifier(u) for u in uris), *names]
+    if san:
+        builder = builder.add_extension(x509.SubjectAlternativeName(san), critical=False)
+    for extension, critical in more:
+        builder = builder.add_extension(extension, critical=critical)
+    return builder.sign(CA_KEY, algorithm or hashes.SHA256()).tbs_certificate_bytes
+
+
+def self_signed(**more: Any) -> bytes:
+    values: dict[str, Any] = {
+        "uris": ("spiffe://example.org",),
+        "key": CA_KEY,
+        "ca": True,
+        "uses": None,
+        "subject": NAME,
+        "end": NOW + 24 * HOUR,
+    }
+    return certificate(**{**values, **more})
+
+
+async def authority() -> X509Authority:
+    made = await issue_ca_certificate(
+        None,
+        trust_domain=DOMAIN,
+        not_before=NOW - HOUR / 60,
+        not_after=NOW + 24 * HOUR,
+        signer=SoftwareSigner(CA_KEY),
+    )
+    check(body_of(made))
+    return X509Authority(made, SoftwareSigner(CA_KEY))
+
+
+@pytest.mark.asyncio
+async def test_all_that_an_honest_server_issues_is_signed() -> None:
+    ca = await authority()
+    for path in (("web",), ("spire", "server"), ("spire", "agent", "tpm", "aa")):
+        leaf = await issue_x509_svid(
+            ca,
+            spki=spki_der(OTHER.public_key()),
+            spiffe_id=DOMAIN.member(*path),
+            not_before=NOW,
+            not_after=NOW + HOUR,
+            dns_names=("web.example.org",),
+        )
+        check(body_of(leaf))
+    request = await build_csr(SoftwareSigner(CA_KEY), spiffe_id=DOMAIN.id)
+    body = x509.load_der_x509_csr(request).tbs_certrequest_bytes
+    check_request(body, key=KEY, trust_domain=DOMAIN)
+
+
+@pytest.mark.asyncio
+async def test_a_downstream_authority_has_to_be_allowed() -> None:
+    made = await issue_ca_certificate(
+        await authority(),
+        trust_domain=DOMAIN,
+        not_before=NOW,
+        not_after=NOW + HOUR,
+        spki=spki_der(OTHER.public_key()),
+    )
+    refused(body_of(made), "for other keys are not signed")
+    check(body_of(made), replace(RULE, downstream=True))
+    refused(body_of(made), "path length", replace(RULE, downstream=True, max_path_length=0))
+
+
+def test_a_path_length_can_be_required() -> None:
+    rule = replace(RULE, downstream=True, max_path_length=1)
+    check(self_signed(key=OTHER, subject=LEAF, path_length=1), rule)
+    refused(self_signed(key=OTHER, subject=LEAF, path_length=2), "path length", rule)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "foreign trust domain": ({"uris": ("spiffe://evil.org/web",)}, "not a member"),
+    "the trust domain itself": ({"uris": ("spiffe://example.org",)}, "not a member"),
+    "no SPIFFE ID": ({"uris": ("https://example.org/web",)}, "SPIFFE ID"),
+    "no name": ({"uris": ()}, "exactly one URI"),
+    "two IDs": ({"uris": ("spiffe://example.org/a", "spiffe://example.org/b")}, "exactly one"),
+    "fifty years": ({"end": NOW + 50 * 365 * 24 * HOUR}, "ends more than"),
+    "a day too long": ({"end": NOW + 49 * HOUR}, "ends more than"),
+    "an old start": ({"start": NOW - 2 * HOUR}, "starts too long ago"),
+    "cert sign": ({"key_usage": usage(cert=True)}, "not that of an SVID"),
+    "crl sign": ({"key_usage": usage(crl=True)}, "not that of an SVID"),
+    "CA leaf": ({"ca": True}, "not of trust domain"),
+    "wrong issuer key": ({"issuer_key": OTHER}, "not that of the signing key"),
+    "no issuer key": ({"authority_id": False}, "identifier is missing"),
+    "the CA's own key": ({"key": CA_KEY}, "not that of a CA"),
+    "code signing": ({"uses": (ExtendedKeyUsageOID.CODE_SIGNING,)}, "not that of an SVID"),
+    "any use": ({"uses": (ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE,)}, "not that of an SVID"),
+    "mail address": ({"names": (x509.RFC822Name("a@b.c"),)}, "neither a URI nor a DNS"),
+    "name constraints": (
+        {"more": ((x509.NameConstraints([x509.DNSName("a.b")], None), True),)},
+        "extension 2.5.29.30",
+    ),
+    "own extension": (
+        {"more": ((x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3"), b"\x05\0"), False),)},
+        "extension 1.2.3",
+    ),
+    "another hash": ({"algorithm": hashes.SHA384()}, "signature algorithm"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_leaves_that_are_not_signed(name: str) -> None:
+    values, match = BAD[name]
+    refused(certificate(**values), match)
+
+
+def test_the_good_leaf_differs_in_nothing_else() -> None:
+    check(certificate())
+    check(certificate(ca=None))
+    check(certificate(uses=None))
+
+
+BAD_CA: dict[str, tuple[dict[str, Any], str]] = {
+    "foreign trust domain": ({"uris": ("spiffe://evil.org",)}, "not of trust domain"),
+    "with a path": ({"uris": ("spiffe://example.org/ca",)}, "not of trust domain"),
+    "too long": ({"end": NOW + 170 * HOUR}, "ends more than"),
+    "another issuer": ({"issuer": LEAF}, "another issuer"),
+    "extended usage": ({"uses": TLS}, "extended key usage"),
+    "DNS name": ({"names": (x509.DNSName("a.b"),)}, "DNS names"),
+    "key agreement": ({"key_usage": usage(digital=True, cert=False)}, "more or less"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CA)
+def test_authorities_that_are_not_signed(name: str) -> None:
+    values, match = BAD_CA[name]
+    refused(self_signed(**values), match)
+
+
+def test_an_authority_may_leave_out_its_own_key_id() -> None:
+    check(self_signed())
+    check(self_signed(authority_id=False))
+
+
+def test_extensions_can_be_let_through_but_not_critical_ones() -> None:
+    own = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3"), b"\x05\0")
+    rule = replace(RULE, extensions=frozenset({"1.2.3"}))
+    check(certificate(more=((own, False),)), rule)
+    refused(certificate(more=((own, True),)), "extension 1.2.3", rule)
+
+
+def test_dns_names_can_be_forbidden() -> None:
+    body = certificate(names=(x509.DNSName("a.b"),))
+    check(body)
+    refused(body, "DNS names", replace(RULE, dns_names=False))
+
+
+def test_the_key_identifier_of_newer_go_programs_is_known() -> None:
+    identifier = next(i for i in KEY.key_ids if i not in _sha1_id())
+    body = certificate(
+        authority_id=False,
+        more=((x509.AuthorityKeyIdentifier(identifier, None, None), False),),
+    )
+    check(body)
+
+
+def _sha1_id() -> set[bytes]:
+    return {x509.SubjectKeyIdentifier.from_public_key(CA_KEY.public_key()).digest}
+
+
+def test_pss_is_not_for_certificates() -> None:
+    with pytest.raises(VerificationError, match="PSS"):
+        check(certificate(), options=SignOptions(HashAlgorithm.SHA256, pss=True))
+
+
+@given(st.binary(max_size=200))
+def test_bytes_are_no_certificate(data: bytes) -> None:
+    with pytest.raises(SpireHwError):
+        check(data)
+    with pytest.raises(SpireHwError):
+        check_request(data, key=KEY, trust_domain=DOMAIN)
+    with pytest.raises(SpireHwError):
+        token(data)
+
+
+GOOD = certificate()
+
+
+@settings(max_examples=400)
+@given(st.integers(0, len(GOOD) - 1), st.integers(1, 255))
+def test_one_changed_byte_is_refused_or_still_within_the_rule(at: int, flip: int) -> None:
+    changed = bytearray(GOOD)
+    changed[at] ^= flip
+    try:
+        check(bytes(changed))
+    except SpireHwError:
+        return
+    # What is let through is a certificate that says the same where it matters.
+    whole = x509.load_der_x509_certificate(_wrap(bytes(changed)))
+    assert whole.not_valid_after_utc <= NOW + RULE.max_svid_ttl + timedelta(minutes=1)
+    names = whole.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    (uri,) = names.get_values_for_type(x509.UniformResourceIdentifier)
+    assert uri.startswith("spiffe://example.org/")
+    constraints = [e for e in whole.extensions if isinstance(e.value, x509.BasicConstraints)]
+    assert not any(c.value.ca for c in constraints)
+
+
+def _wrap(body: bytes) -> bytes:
+    from spire_hw.x509 import der  # noqa: PLC0415 - for this check alone
+
+    ecdsa = der.sequence(der.oid("1.2.840.10045.4.3.2"))
+    signature = der.sequence(der.integer(1), der.integer(1))
+    return der.sequence(body, ecdsa, der.bit_string(signature))
+
+
+@settings(max_examples=100)
+@given(st.integers(1, len(GOOD) - 1))
+def test_a_cut_certificate_is_refused(size: int) -> None:
+    with pytest.raises(SpireHwError):
+        check(GOOD[:size])
+    with pytest.raises(SpireHwError):
+        check(GOOD + GOOD[:size])
+
+
+def test_what_is_too_long_is_not_read() -> None:
+    with pytest.raises(VerificationError, match="longer"):
+        check(bytes(20_000))
+
+
+def request(key: Any = CA_KEY, uris: tuple[str, ...] = ("spiffe://example.org",)) -> bytes:
+    builder = x509.CertificateSigningRequestBuilder().subject_name(NAME)
+    if uris:
+        names = [x509.UniformResourceIdentifier(u) for u in uris]
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    return builder.sign(key, hashes.SHA256()).tbs_certrequest_bytes
+
+
+@pytest.mark.parametrize(
+    ("body", "match"),
+    [
+        (request(OTHER), "another key"),
+        (request(uris=("spiffe://evil.org",)), "name"),
+        (request(uris=("spiffe://example.org/web",)), "name"),
+        (request(uris=()), "name"),
+        (request(uris=("spiffe://example.org", "spiffe://evil.org")), "name"),
+    ],
+)
+def test_requests_that_are_not_signed(body: bytes, match: str) -> None:
+    check_request(request(), key=KEY, trust_domain=DOMAIN)
+    with pytest.raises(VerificationError, match=match):
+        check_request(body, key=KEY, trust_domain=DOMAIN)
+
+
+# -- tokens ------------------------------------------------------------------------------------
+
+CLAIMS = {"sub": "spiffe://example.org/web", "aud": ["a"], "exp": int(NOW.timestamp()) + 300}
+HEADER = {"alg": "ES256", "kid": "k1", "typ": "JWT"}
+
+
+def signing_input(header: object, claims: object) -> bytes:
+    parts = (json.dumps(part).encode() for part in (header, claims))
+    return ".".join(encode_base64url(part) for part in parts).encode()
+
+
+def token(
+    data: bytes, rule: JwtRule = JWT, options: SignOptions = SHA256, key: SigningKey = KEY
+) -> str:
+    return check_token(data, options, key=key, trust_domain=DOMAIN, rule=rule, now=NOW)
+
+
+def test_a_good_token_is_signed_and_its_key_is_told() -> None:
+    assert token(signing_input(HEADER, CLAIMS)) == "k1"
+    assert token(signing_input(HEADER, {**CLAIMS, "aud": "a", "iat": 5, "nbf": 5.5})) == "k1"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {**HEADER, "alg": "none"},
+        {**HEADER, "alg": "ES384"},
+        {**HEADER, "alg": "RS256"},
+        {**HEADER, "alg": None},
+        {"alg": "ES256"},
+        {**HEADER, "kid": ""},
+        {**HEADER, "kid": "k" * 300},
+        {**HEADER, "kid": 5},
+        {**HEADER, "typ": "at+jwt"},
+        {**HEADER, "typ": []},
+        {**HEADER, "crit": ["exp"]},
+        {**HEADER, "jwk": {}},
+        [],
+    ],
+)
+def test_headers_that_are_not_signed(header: object) -> None:
+    with pytest.raises(SpireHwError):
+        token(signing_input(header, CLAIMS))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sub": "spiffe://evil.org/web"},
+        {"sub": "spiffe://example.org"},
+        {"sub": None},
+        {"sub": "web"},
+        {"exp": int(NOW.timestamp()) + 7200},
+        {"exp": 1e300},
+        {"exp": "1"},
+        {"exp": True},
+        {"exp": None},
+        {"exp": -1},
+        {"iat": 2**50},
+        {"nbf": int(NOW.timestamp()) + 400},
+        {"iss": "https://evil.org"},
+        {"aud": []},
+        {"aud": ""},
+        {"aud": [""]},
+        {"aud": [1]},
+        {"aud": None},
+    ],
+)
+def test_claims_that_are_not_signed(change: dict[str, object]) -> None:
+    with pytest.raises(SpireHwError):
+        token(signing_input(HEADER, {**CLAIMS, **change}))
+
+
+@pytest.mark.parametrize("missing", CLAIMS)
+def test_claims_that_have_to_be_there(missing: str) -> None:
+    claims = {k: v for k, v in CLAIMS.items() if k != missing}
+    with pytest.raises(VerificationError):
+        token(signing_input(HEADER, claims))
+
+
+@pytest.mark.parametrize("data", [b"", b".", b"a.", b"a.b.c", b"e30", "e30.\u00e9".encode()])
+def test_other_texts_are_no_signing_input(data: bytes) -> None:
+    with pytest.raises(SpireHwError):
+        token(data)
+
+
+def test_members_that_stand_twice_are_refused() -> None:
+    header = encode_base64url(b'{"alg":"ES256","kid":"k","kid":"l"}')
+    payload = encode_base64url(json.dumps(CLAIMS).encode())
+    with pytest.raises(InvalidInputError, match="strict JSON"):
+        token(f"{header}.{payload}".encode())
+
+
+def test_issuer_and_audiences_go_by_the_rule() -> None:
+    rule = replace(JWT, issuer="https://oidc.example.org", audiences=frozenset({"a", "b"}))
+    good = {**CLAIMS, "iss": "https://oidc.example.org"}
+    token(signing_input(HEADER, good), rule)
+    for change in ({"iss": "https://evil.org"}, {"aud": ["a", "c"]}):
+        with pytest.raises(VerificationError):
+            token(signing_input(HEADER, {**good, **change}), rule)
+    with pytest.raises(VerificationError, match="issuer"):
+        token(signing_input(HEADER, CLAIMS), rule)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "fits"),
+    [
+        ("RS256", SHA256, True),
+        ("RS384", SignOptions(HashAlgorithm.SHA384), True),
+        ("PS256", SignOptions(HashAlgorithm.SHA256, pss=True), True),
+        ("PS256", SignOptions(HashAlgorithm.SHA256, pss=True, salt_length=20), False),
+        ("RS256", SignOptions(HashAlgorithm.SHA256, pss=True), False),
+        ("RS384", SHA256, False),
+        ("ES256", SHA256, False),
+    ],
+)
+def test_the_algorithm_fits_key_hash_and_padding(
+    algorithm: str, options: SignOptions, fits: bool
+) -> None:
+    key = SigningKey.of(KeyType.RSA_2048, spki_der(RSA_KEY.public_key()))
+    data = signing_input({**HEADER, "alg": algorithm}, CLAIMS)
+    if fits:
+        assert token(data, options=options, key=key) == "k1"
+    else:
+        with pytest.raises(VerificationError):
+            token(data, options=options, key=key)
+
+
+def test_an_elliptic_key_signs_with_its_own_hash_alone() -> None:
+    with pytest.raises(VerificationError):
+        token(signing_input(HEADER, CLAIMS), options=SignOptions(HashAlgorithm.SHA512))
+
+
+def test_the_name_of_a_key_is_not_put_on_another_ones_tokens() -> None:
+    names = KeyIds(limit=2)
+    names.check("a", "f1")
+    names.check("a", "f1")
+    with pytest.raises(VerificationError, match="another key"):
+        names.check("a", "f2")
+    names.check("b", "f2")
+    names.check("c", "f3")
+    assert len(names._names) == 2
