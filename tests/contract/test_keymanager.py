@@ -50,6 +50,8 @@ from spire_hw.plugin.section import PluginConfig
 from spire_hw.spiffeid import TrustDomain
 from spire_hw_plugins.cli.install import launcher
 from spire_hw_plugins.keymanager import disk, memory, pkcs11
+from spire_hw_plugins.keymanager.remote import manager as remote
+from spire_hw_sim.liarsigner import LiarSigner, write_client
 from spire_hw_sim.softhsm import SoftHsm
 from spire_hw_sim.swtpm import Swtpm
 
@@ -63,9 +65,10 @@ _CUSTODY = {
     "tpm": Custody.TPM_CERTIFIED,
     "disk": Custody.SOFTWARE,
     "memory": Custody.SOFTWARE,
+    "remote": Custody.UNKNOWN,
 }
 # These run as processes of their own too.
-_ALSO_OUTSIDE = {("disk", Side.SERVER), ("tpm", Side.AGENT)}
+_ALSO_OUTSIDE = {("disk", Side.SERVER), ("remote", Side.SERVER), ("tpm", Side.AGENT)}
 
 # Everything at once that a TPM can do for its keys.
 _GUARDED = (
@@ -143,6 +146,8 @@ def _targets() -> list[Any]:
             (Target("disk", side, disk.build, types), ()),
             (Target("pkcs11", side, pkcs11.build, types), (pytest.mark.hsm,)),
         ]
+        if side is Side.SERVER:
+            rows.append((Target("remote", side, remote.build, types - {KeyType.RSA_4096}), ()))
         if importlib.util.find_spec("spire_hw_plugins.keymanager.tpm") is not None:
             tpm = importlib.import_module("spire_hw_plugins.keymanager.tpm")
             target = Target("tpm", side, tpm.build, _ALL - {KeyType.RSA_4096})
@@ -163,7 +168,21 @@ class Bench:
         self.data_dir.mkdir(mode=0o700)
         self._stack = stack
         self._directory = tmp_path
-        self._config = self._make_config(tmp_path)
+        self._config: dict[str, object] = {}
+
+    async def prepare(self) -> None:
+        """Make what is behind the implementation."""
+        if self.target.name == "remote":
+            self._config = await self._signer(self._directory)
+        else:
+            self._config = self._make_config(self._directory)
+
+    async def _signer(self, tmp_path: Path) -> dict[str, object]:
+        # Not the real one: its policy lets nobody replace a key that has just signed.
+        signer = LiarSigner()
+        await signer.start()
+        self._stack.push_async_callback(signer.stop)
+        return write_client(signer.authority, tmp_path / "client").config(signer.address)
 
     def _make_config(self, tmp_path: Path) -> dict[str, object]:
         match self.target.name, self.target.side:
@@ -225,7 +244,9 @@ def _softhsm(tmp_path: Path) -> dict[str, object]:
 @pytest_asyncio.fixture(params=_targets())
 async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
     async with AsyncExitStack() as stack:
-        yield Bench(request.param, tmp_path, stack)
+        made = Bench(request.param, tmp_path, stack)
+        await made.prepare()
+        yield made
 
 
 @pytest_asyncio.fixture

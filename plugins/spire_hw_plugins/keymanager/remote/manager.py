@@ -36,7 +36,12 @@ class RemoteKeyManager:
     """The KeyManager contract over signers.
 
     Also offers `PurposeKeys`, `KeyEvidenceSource` and `KeyHealthSource`.
+
+    Attributes:
+        verifies: signatures are verified before they are returned.
     """
+
+    verifies = True
 
     def __init__(self, host: HostInfo) -> None:
         self._host = host
