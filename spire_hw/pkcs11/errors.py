@@ -128,6 +128,8 @@ _REMEDIES: Final = {
     "DEVICE_REMOVED": "; bring the token back",
     "FUNCTION_FAILED": _LOOK,
     "GENERAL_ERROR": _LOOK,
+    "SESSION_READ_WRITE_SO_EXISTS": "; its security officer (SO) is logged in: end that session",
+    "USER_ANOTHER_ALREADY_LOGGED_IN": "; its security officer (SO) is logged in: end that session",
     "SESSION_READ_ONLY": "; the token is write-protected",
     "TOKEN_NOT_PRESENT": "; bring the token back",
     "TOKEN_WRITE_PROTECTED": "; the token is write-protected",
@@ -145,6 +147,15 @@ _BEFORE_PIN: Final = frozenset(
 )
 # SoftHSM says so when it cannot read the token just now, others may when the PIN is wrong.
 _UNCLEAR: Final = frozenset({"GENERAL_ERROR", "FUNCTION_FAILED"})
+# Refusals that are not about this PIN being wrong.
+_REFUSED_WORDS: Final = {
+    "PIN_LOCKED": "user PIN locked: {code} says token {device}; an operator must unlock it, no login "
+    "is tried before the PIN's source changes",
+    "PIN_EXPIRED": "user PIN expired: {code} says token {device}; set a new one with the token's own "
+    "tool and put it at its source",
+    "USER_PIN_NOT_INITIALIZED": "token {device} has no user PIN yet ({code}); have its security "
+    "officer set one and put it at its source",
+}
 _LOGIN_REFUSED: Final = "hsm.login_refused"
 _UNMAPPED = re.compile(r"0x([0-9a-fA-F]{1,16})")
 _VENDOR_DEFINED: Final = 0x80000000
@@ -243,10 +254,11 @@ class TokenError(DeviceError):
             return cls.of(error, "login", device)
         code = f"CKR_{row.name}" if row.value else row.name
         is_plain = row.cure is Cure.OPERATOR
-        message = (
-            f"PIN refused: {code} says token {device}; correct the PIN at its source, the refused "
-            "one will not be tried again"
-        )
+        message = _REFUSED_WORDS.get(
+            row.name,
+            "PIN refused: {code} says token {device}; correct the PIN at its source, the refused "
+            "one will not be tried again",
+        ).format(code=code, device=device)
         if not is_plain:
             message = (
                 f"login refused: {code} says token {device}, which may have counted it as a wrong "

@@ -42,6 +42,16 @@ def check_mechanisms(facts: TokenFacts, policy: Policy, log: Logger) -> None:
         log.warning("hsm.no_pss", hsm=facts.device)
 
 
+def warn_of_pin(facts: TokenFacts, log: Logger) -> None:
+    """Tell that somebody gave the token wrong PINs: the next ones may lock it."""
+    if facts.is_pin_count_low:
+        log.warning(
+            "hsm.pin_count_low",
+            hsm=facts.device,
+            remedy="find out who gave it a wrong PIN; some more lock it",
+        )
+
+
 def check_type(key_type: KeyType, facts: TokenFacts) -> None:
     """Refuse a key type that the token has no mechanisms for, or that is too long for it.
 

@@ -17,14 +17,14 @@ from spire_hw.key import parse_spki
 from spire_hw.pkcs11.claim import Claim
 from spire_hw.pkcs11.disposal import Disposal
 from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.fitness import check_mechanisms, check_token, check_type
+from spire_hw.pkcs11.fitness import check_mechanisms, check_token, check_type, warn_of_pin
 from spire_hw.pkcs11.generation import Generation, Making
 from spire_hw.pkcs11.health import health_of
 from spire_hw.pkcs11.housekeeping import Housekeeping
 from spire_hw.pkcs11.inventory import Entry, check_evidence, evidence_texts
 from spire_hw.pkcs11.labels import Owner, key_name
 from spire_hw.pkcs11.ledger import Ledger
-from spire_hw.pkcs11.proving import Proving
+from spire_hw.pkcs11.proving import OTHER_TYPE, Proving
 from spire_hw.pkcs11.retention import Retention
 from spire_hw.pkcs11.signing import Signing
 from spire_hw.pkcs11.state import Existing
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from spire_hw.key import KeyType, SignOptions
     from spire_hw.log import Logger
     from spire_hw.pkcs11.importing import Import
-    from spire_hw.pkcs11.inventory import Inventory
+    from spire_hw.pkcs11.inventory import Inventory, Pair
     from spire_hw.pkcs11.policy import Policy
     from spire_hw.pkcs11.pool import Pool
     from spire_hw.pkcs11.state import State, StateFile
@@ -101,6 +101,7 @@ class Keyring:
             TokenError: the token, or a key on it, is not what it has to be; nothing was changed.
         """
         facts = self._pool.facts
+        warn_of_pin(facts, self._log)
         check_mechanisms(facts, self._policy, self._log)
         await self._ledger.load()
         check_token(facts, self._ledger.state, self._policy)
@@ -110,7 +111,9 @@ class Keyring:
         entries = {}
         for name, pair in inventory.current.items():
             if name in ids and ids[name] not in inventory.existing:
-                entries[ids[name]] = await self._proving.adopt(ids[name], pair)
+                entry = await self._adopt(ids[name], pair)
+                if entry is not None:
+                    entries[ids[name]] = entry
         for wanted in self._policy.imports:
             entries[wanted.key_id] = await self._import(wanted, inventory)
         self._ledger.use(entries)
@@ -252,6 +255,16 @@ class Keyring:
             if not entry.is_existing:
                 state = state.with_entry(entry)
         return state
+
+    async def _adopt(self, key_id: str, pair: Pair) -> Entry | None:
+        try:
+            return await self._proving.adopt(key_id, pair)
+        except TokenError as e:
+            if e.reason != OTHER_TYPE or key_id in self._ledger.state.keys:
+                raise
+            # Nobody can have used it here: it is in nobody's way.
+            self._log.warning("hsm.key_ignored", key_id=key_id, label=pair.label, error=e.message)
+            return None
 
     async def _import(self, wanted: Import, inventory: Inventory) -> Entry:
         entry = await self._proving.adopt(wanted.key_id, inventory.existing[wanted.key_id])

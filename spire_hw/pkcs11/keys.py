@@ -53,6 +53,10 @@ EC_PARAMS: Final = {
 _MODULUS_BITS: Final = {KeyType.RSA_2048: 2048, KeyType.RSA_4096: 4096}
 
 
+class OtherKeyTypeError(InvalidInputError):
+    """A key is of a type that is none of ours."""
+
+
 @dataclass(frozen=True, slots=True)
 class SignScheme:
     """How a token is asked for signatures of one kind.
@@ -169,16 +173,16 @@ def public_key_of(material: PublicMaterial) -> PublicKey:
     start with 0x04: the exact length decides.
 
     Raises:
-        InvalidInputError: `undecodable EC point`, or a key that is none of ours.
+        InvalidInputError: `undecodable EC point`; OtherKeyTypeError when it is none of ours.
     """
     if material.key_type == CKK_EC:
         return _ec_key_of(material)
     if material.key_type != CKK_RSA:
-        raise InvalidInputError(f"CKK 0x{material.key_type:x} is neither RSA nor EC")
+        raise OtherKeyTypeError(f"CKK 0x{material.key_type:x} is neither RSA nor EC")
     exponent = int.from_bytes(material.exponent)
     modulus = int.from_bytes(material.modulus)
     if modulus.bit_length() not in _MODULUS_BITS.values():
-        raise InvalidInputError(f"RSA-{modulus.bit_length()} is not a supported key type")
+        raise OtherKeyTypeError(f"RSA-{modulus.bit_length()} is not a supported key type")
     try:
         return rsa.RSAPublicNumbers(exponent, modulus).public_key()
     except ValueError as e:
@@ -188,7 +192,7 @@ def public_key_of(material: PublicMaterial) -> PublicKey:
 def _ec_key_of(material: PublicMaterial) -> PublicKey:
     key_type = next((t for t, p in EC_PARAMS.items() if p == material.ec_params), None)
     if key_type is None:
-        raise InvalidInputError("EC parameters are not those of P-256 or P-384")
+        raise OtherKeyTypeError("EC parameters are not those of P-256 or P-384")
     point = material.ec_point
     raw_length = 2 * _HALF_BYTES[key_type] + 1
     if len(point) == raw_length + 2 and point[:2] == bytes((0x04, raw_length)):

@@ -203,7 +203,7 @@ class TokenObjects:
                 item.destroy()
         except PKCS11Error as e:
             error = TokenError.of(e, "destroy data object", self._token.device)
-            self._renew()
+            self._token.renew()
             raise error from e
         return len(found)
 

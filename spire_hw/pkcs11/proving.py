@@ -9,7 +9,7 @@ from spire_hw.errors import ErrorKind, InvalidInputError
 from spire_hw.key import KeyType, PublicKey, SignOptions, default_hash, key_type_of, parse_spki
 from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.pkcs11.inventory import Entry, Pair, check_evidence
-from spire_hw.pkcs11.keys import public_key_of
+from spire_hw.pkcs11.keys import OtherKeyTypeError, public_key_of
 from spire_hw.pkcs11.wire import SignItem
 from spire_hw.plugin.keymanager import KeyInfo
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from spire_hw.pkcs11.policy import Policy
     from spire_hw.pkcs11.pool import Pool
 
+OTHER_TYPE: Final = "hsm.key_type"
 _CHECK: Final = b"spire-hw key possession check\0"
 
 
@@ -42,7 +43,7 @@ class Proving:
         except InvalidInputError as e:
             raise TokenError(
                 f'key "{key_id}" on token {self._pool.facts.device}: {e.message}',
-                reason="hsm.key_unreadable",
+                reason=OTHER_TYPE if isinstance(e, OtherKeyTypeError) else "hsm.key_unreadable",
                 operation="read public key",
                 cure=Cure.OPERATOR,
                 kind=ErrorKind.FAILED_PRECONDITION,

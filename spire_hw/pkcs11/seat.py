@@ -46,6 +46,7 @@ class TokenFacts:
         serial: token serial number.
         model: token model.
         can_write: False when the token is write-protected.
+        is_pin_count_low: a wrong PIN was given to it since the last right one.
         mechanisms: CKM numbers the token lists.
         profile: what is particular to this kind of token.
     """
@@ -56,6 +57,7 @@ class TokenFacts:
     can_write: bool
     mechanisms: frozenset[int]
     profile: Profile
+    is_pin_count_low: bool = False
 
     @property
     def device(self) -> str:
@@ -109,6 +111,7 @@ def _facts(fields: dict[str, Any], profile: dict[str, Any]) -> TokenFacts:
         serial=str(fields.get("serial")),
         model=str(fields.get("model")),
         can_write=fields.get("can_write") is True,
+        is_pin_count_low=fields.get("pin_count_low") is True,
         mechanisms=frozenset(m for m in fields.get("mechanisms", ()) if isinstance(m, int)),
         profile=ProfileChoice(str(fields.get("profile")), profile["overrides"]).resolve(()),
     )

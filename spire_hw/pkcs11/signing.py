@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from spire_hw.errors import InvalidInputError
+from spire_hw.errors import ErrorKind, InvalidInputError
 from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.fitness import check_pss
-from spire_hw.pkcs11.keys import check_request
+from spire_hw.pkcs11.fitness import check_pss, mechanism_text
+from spire_hw.pkcs11.keys import check_request, sign_scheme
 from spire_hw.pkcs11.wire import SignItem
 from spire_hw.plugin.keymanager import KeySignature
 
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from spire_hw.pkcs11.pool import Pool
     from spire_hw.pkcs11.stock import Stock
 
+# What a token says of a key that it will not sign with, and what there is to do.
+_UNFIT: Final = {
+    "hsm.mechanism_invalid": "CKR_MECHANISM_INVALID; see to its configuration or firmware",
+    "hsm.key_type_inconsistent": "CKR_KEY_TYPE_INCONSISTENT; it is another kind of key there",
+    "hsm.key_function_not_permitted": "key no longer permits signing; somebody changed CKA_SIGN",
+    "hsm.key_not_permitted": "key no longer permits signing; somebody changed CKA_SIGN",
+}
 _VANISHED_S: Final = 30.0
 _QUARANTINE_AFTER: Final = 2
 
@@ -90,11 +97,29 @@ class Signing:
                 raise InvalidInputError(
                     f"salt length {options.salt_length} not supported by token"
                 ) from e
+            if e.reason in _UNFIT:
+                raise self._unfit(entry, options, e) from e
             if e.reason == "hsm.bad_signature":
                 self._bad_signatures[entry.cka_id] = self._bad_signatures.get(entry.cka_id, 0) + 1
                 self._log.error("hsm.bad_signature", key_id=entry.key_id, fp=entry.fingerprint)
             raise
         return KeySignature(signature, entry.fingerprint)
+
+    def _unfit(self, entry: Entry, options: SignOptions, cause: TokenError) -> TokenError:
+        self._log.error(cause.reason, key_id=entry.key_id, fp=entry.fingerprint)
+        mechanism = mechanism_text([sign_scheme(entry.key_type, options).mechanism])
+        message = (
+            f'token {self._pool.facts.device} refuses {mechanism} for key "{entry.key_id}": '
+            f"{_UNFIT[cause.reason]}"
+        )
+        return TokenError(
+            message,
+            reason=cause.reason,
+            operation="sign",
+            device=self._pool.facts.device,
+            code=cause.code,
+            kind=ErrorKind.FAILED_PRECONDITION,
+        )
 
     def _check_health(self, entry: Entry) -> None:
         if not self._bad_signatures and not self._vanished:

@@ -7,9 +7,10 @@ operation active for good.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, Final
 
 import pkcs11
@@ -37,7 +38,7 @@ class TokenChoice:
         label: CKA token label without padding, None for any.
         serial: serial number without padding, None for any.
         uri_attributes: further text attributes of an RFC 7512 URI that must match.
-        slot_id: slot number of an RFC 7512 URI.
+        slot_id: slot number of an RFC 7512 URI; a hint where the token is named otherwise.
     """
 
     module: str
@@ -45,6 +46,11 @@ class TokenChoice:
     serial: str | None
     uri_attributes: dict[str, str]
     slot_id: int | None = None
+
+    @property
+    def is_named(self) -> bool:
+        """Tell whether more than a slot number says which token it is."""
+        return self.label is not None or self.serial is not None or bool(self.uri_attributes)
 
     def describe(self) -> str:
         """Return the choice in an operator's words."""
@@ -74,6 +80,7 @@ class TokenSession:
         self._anchor: Session | None = None
         self._session: Session | None = None
         self.can_write = True
+        self.is_pin_count_low = False
         self._read_write = True
 
     def words(self) -> list[str]:
@@ -104,6 +111,7 @@ class TokenSession:
                 "hsm.pin_final_try",
                 "the next wrong PIN locks the token; log in once by hand to reset its counter",
             )
+        self.is_pin_count_low = bool(flags & TokenFlag.USER_PIN_COUNT_LOW)
         self.can_write = not flags & TokenFlag.WRITE_PROTECTED
         self._read_write = self.can_write or read_write_only
         # Before the login, which is then the only thing left to fail in what follows.
@@ -285,14 +293,32 @@ def _load(module: str) -> Any:
 def _uninitialised(module: str, error: PKCS11Error) -> TokenError:
     """Tell that a module does not find what it works with; it may do so later."""
     row = ckr_of(error)
+    remedy = _remote(module) or _LOCAL
+    if row.name == "CRYPTOKI_ALREADY_INITIALIZED":
+        others = ", ".join(_loaded_modules(module)) or "a path that is not known"
+        remedy = f"it was loaded before as {others}: name that one, or what it stands for"
     return TokenError(
-        f"initialise module failed: CKR_{row.name} from {module}; {_remote(module) or _LOCAL}",
+        f"initialise module failed: CKR_{row.name} from {module}; {remedy}",
         reason=f"hsm.{row.name.lower()}",
         operation="initialise module",
         code=row.value,
         cure=Cure.RESTART,
         kind=ErrorKind.UNAVAILABLE if row.kind is ErrorKind.INTERNAL else row.kind,
     )
+
+
+def _loaded_modules(module: str) -> list[str]:
+    """Return other libraries in this process that show a PKCS#11 function list."""
+    maps = Path("/proc/self/maps").read_text()
+    paths = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if ".so" in line}
+    found = []
+    for path in sorted(paths - {module}):
+        try:
+            ctypes.CDLL(path, os.RTLD_NOLOAD | os.RTLD_LAZY).C_GetFunctionList  # noqa: B018 - is it there?
+        except (OSError, AttributeError):
+            continue
+        found.append(path)
+    return found
 
 
 def _remote(module: str) -> str:
@@ -317,6 +343,9 @@ def _choose(library: Any, choice: TokenChoice) -> Token:
             # One broken slot must not hide the others; a token that stays unseen is reported below.
             continue
     found = [t for t in seen if t.flags & TokenFlag.TOKEN_INITIALIZED and _matches(t, choice)]
+    if choice.slot_id is not None and (len(found) > 1 or not choice.is_named):
+        # Slots are numbered anew now and then: what a token is called goes first.
+        found = [t for t in found if t.slot.slot_id == choice.slot_id]
     if len(found) == 1:
         return found[0]
     if found:
@@ -362,8 +391,6 @@ def _matches(token: Token, choice: TokenChoice) -> bool:
         want["token"] = choice.label
     if choice.serial is not None:
         want["serial"] = choice.serial
-    if choice.slot_id is not None and slot.slot_id != choice.slot_id:
-        return False
     return all(have.get(name, "").strip("\0 ") == value.strip() for name, value in want.items())
 
 

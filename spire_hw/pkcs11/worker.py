@@ -137,6 +137,7 @@ class Service:
             "serial": serial_of(token.token),
             "model": token.token.model,
             "can_write": token.can_write,
+            "pin_count_low": token.is_pin_count_low,
             "mechanisms": mechanisms,
             "profile": profile.name,
         }
