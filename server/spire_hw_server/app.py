@@ -27,6 +27,7 @@ from spire_hw.pkcs11.reaping import SharedToken, SharedTokenSource
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
 from spire_hw.plugin.keycalls import KeyCalls
 from spire_hw.plugin.keymanager import Keys
+from spire_hw.plugin.keyuses import KeyUses
 from spire_hw.plugin.section import SERVER_RULES, PluginConfig
 from spire_hw.rpc.probes import HealthListener
 from spire_hw.telemetry.host import Telemetry
@@ -48,6 +49,7 @@ from spire_hw_server.api.services import (
 from spire_hw_server.bundles import Bundles
 from spire_hw_server.ca.authority import Issuer
 from spire_hw_server.ca.compose import Composers
+from spire_hw_server.ca.custody import Custodian
 from spire_hw_server.ca.identity import ServerIdentity
 from spire_hw_server.ca.manager import Authority, CaManager, CaSettings
 from spire_hw_server.ca.mark import AuthorityMark
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
 
 GRACE_S: Final = 10.0
 LOCK_FILE: Final = "server.lock"
+KEY_USES_FILE: Final = "key-uses.json"
 _UMASK: Final = 0o027
 _FORGETFUL: Final = "memory"
 
@@ -434,7 +437,8 @@ class Server:
         composers = [(p.name, p.plugin) for p in catalog.all(PluginKind.CREDENTIAL_COMPOSER)]
         metrics = self.telemetry.metrics
         issuer = Issuer(_profile(settings), clock, Composers(composers), metrics)
-        manager = await self._open_ca(store, bundles, issuer, catalog)
+        keys = await self._open_keys(catalog)
+        manager = await self._open_ca(store, bundles, issuer, catalog, keys)
         identity = ServerIdentity(
             issuer,
             settings.ca_key_type,
@@ -445,6 +449,14 @@ class Server:
         )
         await identity.renew()
         self._manager, self._identity = manager, identity
+        custodian = Custodian(
+            keys,
+            manager,
+            trust_domain=settings.trust_domain,
+            telemetry=self.telemetry,
+            clock=clock,
+            log=logs.get_logger("keys"),
+        )
         admissions = Admissions(
             store,
             trust_domain=settings.trust_domain,
@@ -464,16 +476,32 @@ class Server:
             nodes=nodes,
             issuer=issuer,
             manager=manager,
+            keys=keys,
+            custodian=custodian,
             identity=identity,
             admissions=admissions,
             postures=postures,
         )
 
+    async def _open_keys(self, catalog: Catalog) -> Keys:
+        found = catalog.one(PluginKind.KEY_MANAGER)
+        uses = KeyUses(
+            self.settings.data_dir / KEY_USES_FILE, clock=self.clock, log=logs.get_logger("keys")
+        )
+        await asyncio.to_thread(uses.load)
+        self._stack.callback(uses.save)
+        calls = KeyCalls(self.telemetry.metrics, Side.SERVER)
+        return Keys(found.plugin, found.name, calls, uses)
+
     async def _open_ca(
-        self, store: Datastore, bundles: Bundles, issuer: Issuer, catalog: Catalog
+        self,
+        store: Datastore,
+        bundles: Bundles,
+        issuer: Issuer,
+        catalog: Catalog,
+        keys: Keys,
     ) -> CaManager:
         settings = self.settings
-        keys = catalog.one(PluginKind.KEY_MANAGER)
         upstream = [Authority(p.plugin, p.name) for p in catalog.all(PluginKind.UPSTREAM_AUTHORITY)]
         manager = CaManager(
             CaSettings(
@@ -485,7 +513,7 @@ class Server:
                 keys_persist=keys.name != _FORGETFUL,
                 accept_lost_authorities=settings.accept_lost_authorities,
             ),
-            keys=Keys(keys.plugin, keys.name, KeyCalls(self.telemetry.metrics, Side.SERVER)),
+            keys=keys,
             store=store,
             bundles=bundles,
             issuer=issuer,
@@ -564,9 +592,12 @@ class Server:
             "node cache": parts.nodes.run(),
             "own changes of nodes": parts.nodes.follow_own(),
             "housekeeping": housekeeping.run(),
+            "custody of keys": parts.custodian.run(),
             "health": health.run(),
             **parts.postures.loops(),
         }
+        if parts.keys.uses is not None:
+            loops["last use of keys"] = parts.keys.uses.run()
         tasks = Tasks(on_failure=self._broke_down)
         self._stack.push_async_callback(tasks.close)
         for name, loop in loops.items():

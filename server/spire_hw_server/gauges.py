@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Final
 from spire_hw.posture.verdict import NodeState
 
 if TYPE_CHECKING:
+    from collections.abc import Sized
+
     from spire_hw.clock import Clock
     from spire_hw.spiffeid import TrustDomain
     from spire_hw.telemetry.host import Telemetry
-    from spire_hw_server.api.nodes import NodeCache
     from spire_hw_server.ca.manager import CaManager
     from spire_hw_server.entries import EntryCache
     from spire_hw_server.posture.postures import Postures
@@ -33,7 +34,7 @@ class Gauges:
         trust_domain: TrustDomain,
         manager: CaManager,
         postures: Postures,
-        nodes: NodeCache,
+        nodes: Sized,
         entries: EntryCache,
         clock: Clock,
     ) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from spire_hw._pb import (
     hw_admin_pb2,
     hw_devid_pb2,
+    hw_keys_pb2,
     hw_policy_pb2,
     hw_posture_pb2,
     server_agent_pb2,
@@ -70,6 +71,7 @@ def local_methods(
         *bind(hw_admin_pb2.DESCRIPTOR.services_by_name["Tpm"], services.tpm),
         *bind(hw_devid_pb2.DESCRIPTOR.services_by_name["DevId"], services.devid),
         *bind(hw_posture_pb2.DESCRIPTOR.services_by_name["PostureAdmin"], services.posture_admin),
+        *bind(hw_keys_pb2.DESCRIPTOR.services_by_name["Keys"], services.keys),
         *bind(hw_policy_pb2.DESCRIPTOR.services_by_name["Policy"], services.policy),
         *health_methods(is_healthy, clock),
     ]

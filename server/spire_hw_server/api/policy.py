@@ -124,6 +124,12 @@ _SERVICES: Final[dict[str, dict[str, frozenset[CallerClass]]]] = {
         "Release": _LOCAL,
         "Quarantine": _LOCAL,
     },
+    # Ours: where the keys of this server are.
+    "spire_hw.server.v1.Keys": {
+        "ListKeys": _LOCAL,
+        "GetKey": _LOCAL,
+        "AttestKey": _LOCAL,
+    },
     # Ours: what machines have to show.
     "spire_hw.server.v1.Policy": {
         "CreatePolicy": _LOCAL,
@@ -142,6 +148,7 @@ LOCAL_SERVICES: Final = frozenset(
         "spire.api.server.logger.v1.Logger",
         "grpc.health.v1.Health",
         "spire_hw.server.v1.DevId",
+        "spire_hw.server.v1.Keys",
         "spire_hw.server.v1.Policy",
         "spire_hw.server.v1.PostureAdmin",
         "spire_hw.server.v1.Tpm",

@@ -18,6 +18,7 @@ from spire_hw_server.api.bundle import BundleService
 from spire_hw_server.api.debug import DebugService
 from spire_hw_server.api.devid import DevIdService
 from spire_hw_server.api.entry import EntryService
+from spire_hw_server.api.keys import KeysService
 from spire_hw_server.api.limits import Limits
 from spire_hw_server.api.localauthority import LocalAuthorityService
 from spire_hw_server.api.logger import LoggerService
@@ -30,12 +31,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from spire_hw.clock import Clock
+    from spire_hw.plugin.keymanager import Keys
     from spire_hw.rpc.probes import Check
     from spire_hw.telemetry.host import Telemetry
     from spire_hw_server.admission import Admissions
     from spire_hw_server.api.nodes import NodeCache
     from spire_hw_server.bundles import Bundles
     from spire_hw_server.ca.authority import Issuer
+    from spire_hw_server.ca.custody import Custodian
     from spire_hw_server.ca.identity import ServerIdentity
     from spire_hw_server.ca.manager import CaManager
     from spire_hw_server.config import ServerSettings
@@ -58,6 +61,8 @@ class Parts:
     nodes: NodeCache
     issuer: Issuer
     manager: CaManager
+    keys: Keys
+    custodian: Custodian
     identity: ServerIdentity
     admissions: Admissions
     postures: Postures
@@ -74,6 +79,7 @@ class Services:
     local_authority: LocalAuthorityService
     tpm: TpmService
     devid: DevIdService
+    keys: KeysService
     policy: PolicyService
     posture: PostureService
     posture_admin: PostureAdminService
@@ -127,6 +133,7 @@ def build_services(parts: Parts, settings: ServerSettings) -> Services:
         ),
         tpm=TpmService(store=parts.store, audit=audit),
         devid=DevIdService(store=parts.store, audit=audit, clock=parts.clock),
+        keys=KeysService(custodian=parts.custodian, audit=audit),
         policy=PolicyService(store=parts.store, policies=parts.postures.policies, audit=audit),
         posture=PostureService(postures=parts.postures),
         posture_admin=PostureAdminService(

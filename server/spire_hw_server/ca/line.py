@@ -89,7 +89,7 @@ class Line(ABC, Generic[R]):
     def holds(self, record: R, listed: Mapping[str, ManagedSigner]) -> bool:
         """Tell whether the KeyManager lists the very key of a record."""
         signer = listed.get(self.key_id(record.slot))
-        return signer is not None and spki_der(signer.public_key) == self._public_key(record)
+        return signer is not None and spki_der(signer.public_key) == self.public_key(record)
 
     def old(self, authority_id: str) -> R:
         """Return the predecessor of the active authority, which has to be the one that is meant.
@@ -132,7 +132,7 @@ class Line(ABC, Generic[R]):
         """Let an authority sign from now on."""
 
     @abstractmethod
-    def _public_key(self, record: R) -> bytes:
+    def public_key(self, record: R) -> bytes:
         """Return the DER SubjectPublicKeyInfo of an authority."""
 
 
@@ -227,7 +227,7 @@ class X509Line(Line[X509Record]):
         self._issuer.use_x509(record.certificate, record.upstream_chain, signer)
 
     @override
-    def _public_key(self, record: X509Record) -> bytes:
+    def public_key(self, record: X509Record) -> bytes:
         return spki_der(public_key_of(load_certificate(record.certificate)))
 
 
@@ -271,7 +271,7 @@ class JwtLine(Line[JwtRecord]):
         self._issuer.use_jwt(record.authority_id, record.not_after, signer)
 
     @override
-    def _public_key(self, record: JwtRecord) -> bytes:
+    def public_key(self, record: JwtRecord) -> bytes:
         return record.public_key
 
 

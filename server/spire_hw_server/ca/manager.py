@@ -22,6 +22,8 @@ from spire_hw_server.ca.succession import Succession
 from spire_hw_server.ca.upstream import Upstream
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from spire_hw.clock import Clock
     from spire_hw.key import KeyType
     from spire_hw.log import Logger
@@ -162,6 +164,13 @@ class CaManager:
     def jwt_slots(self) -> Slots[JwtRecord]:
         """Return the JWT authorities."""
         return self._jwt.slots
+
+    def authorities(self) -> Iterator[tuple[str, X509Record | JwtRecord, bytes]]:
+        """Return every authority: its kind, its record, and its key (SubjectPublicKeyInfo)."""
+        for x509 in self._x509.slots.records():
+            yield self._x509.name, x509, self._x509.public_key(x509)
+        for jwt in self._jwt.slots.records():
+            yield self._jwt.name, jwt, self._jwt.public_key(jwt)
 
     @property
     def healthy(self) -> bool:

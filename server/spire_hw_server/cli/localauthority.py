@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from spire_hw._pb import hw_keys_pb2 as keys_pb
 from spire_hw._pb import server_localauthority_pb2 as pb
 from spire_hw.cli.flags import F, GoCommand, GoGroup, flag
-from spire_hw.cli.output import go_time, shown
-from spire_hw_server.cli.connect import Admin, admin_flags
+from spire_hw.cli.output import go_time, shown, to_dict
+from spire_hw_server.cli.connect import Admin, Session, admin_flags
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["LocalAuthority"]
+_KEYS: Final = keys_pb.DESCRIPTOR.services_by_name["Keys"]
+_SLOTS: Final = ("active", "prepared", "old")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,28 +58,68 @@ def _state_text(state: pb.AuthorityState, kind: _Kind) -> str:
     return "\n".join(lines)
 
 
+async def _keys_of(session: Session) -> dict[str, keys_pb.Key]:
+    """Return the keys of authorities by authority ID."""
+    answer = await session.call(_KEYS, "ListKeys", keys_pb.ListKeysRequest())
+    return {key.authority.id: key for key in answer.keys if key.HasField("authority")}
+
+
+def _custody_text(key: keys_pb.Key | None) -> str:
+    if key is None:
+        return ""
+    lines = [f"Custody: {shown(key.custody)}", f"Key: {shown(key.id)} in {shown(key.location)}"]
+    return "".join(f"\n  {line}" for line in lines)
+
+
+def _custody_values(key: keys_pb.Key) -> dict[str, str]:
+    return {
+        "custody": key.custody,
+        "key_id": key.id,
+        "fingerprint": key.fingerprint,
+        "location": key.location,
+    }
+
+
 def _show_command(kind: _Kind) -> click.Command:
-    def show(admin: Admin) -> None:
+    def show(admin: Admin, *, custody: bool) -> None:
         request = getattr(pb, f"Get{kind.rpc}AuthorityStateRequest")()
-        answer = admin.call(_SERVICE, f"Get{kind.rpc}AuthorityState", request)
+
+        async def work(session: Session) -> tuple[Any, dict[str, keys_pb.Key]]:
+            answer = await session.call(_SERVICE, f"Get{kind.rpc}AuthorityState", request)
+            return answer, await _keys_of(session) if custody else {}
+
+        answer, keys = admin.run(work)
 
         def pretty() -> None:
             parts = []
-            for slot in ("active", "prepared", "old"):
+            for slot in _SLOTS:
                 text = f"  No {slot} {kind.title} authority found"
                 if answer.HasField(slot):
-                    text = _state_text(getattr(answer, slot), kind)
+                    state = getattr(answer, slot)
+                    text = _state_text(state, kind) + _custody_text(keys.get(state.authority_id))
                 parts.append(f"{slot.capitalize()} {kind.title} authority:\n{text}")
             click.echo("\n\n".join(parts))
 
-        admin.printer.message(answer, pretty)
+        values = to_dict(answer)
+        for slot in _SLOTS:
+            key = keys.get(getattr(answer, slot).authority_id)
+            if custody and answer.HasField(slot):
+                values[slot]["custody"] = None if key is None else _custody_values(key)
+        admin.printer.value(values, pretty)
 
     return click.command(
         "show",
         cls=GoCommand,
         help=f"Show the local {kind.title} authorities: active, prepared and old.",
-        examples=f"spire-hw-server localauthority {kind.name} show",
-    )(admin_flags(show))
+        examples=f"""
+        spire-hw-server localauthority {kind.name} show
+        spire-hw-server localauthority {kind.name} show -custody
+        """,
+    )(
+        flag("custody", "Show where the keys are, and who says so.", type=bool, default=False)(
+            admin_flags(show)
+        )
+    )
 
 
 def _change_command(kind: _Kind, verb: str, field: str, text: str) -> click.Command:
