@@ -82,6 +82,8 @@ GOALS: Final = (
     Goal("agent_rss_mib", "bench_agent.py", "MiB", "<", 80),
     Goal("server_rss_mib", "bench_agent.py", "MiB", "<", 120),
     Goal("stream_kib", "bench_streams.py", "KiB", "<", 90),
+    Goal("remote_sign_added_p50_ms", "bench_remote.py", "ms", "<", 1),
+    Goal("remote_sign_per_s", "bench_remote.py", "1/s", ">=", 1500),
     Goal("external_plugin_sign_added_ms", "bench_plugin.py", "ms", "<", 0.6),
 )
 
