@@ -8,6 +8,7 @@ from spire_hw.cli.program import root_group
 from spire_hw_server.cli import (
     agent,
     bundle,
+    doctor,
     entry,
     healthcheck,
     hsm,
@@ -33,6 +34,7 @@ root.add_command(run.run)
 root.add_command(run.validate)
 root.add_command(healthcheck.healthcheck)
 root.add_command(init.init)
+root.add_command(doctor.doctor)
 tpm.group.add_command(tpmdevid.group)
 for _group in (
     token.group,
