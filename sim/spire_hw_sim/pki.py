@@ -153,3 +153,21 @@ class Authority:
             public_key = private_key.public_key()
         leaf = self.leaf(public_key, spiffe_id, start=start, end=end, uris=uris, ca=ca)
         return TlsIdentity((leaf, *self.chain), private_key, signer, version)
+
+
+def dated_pem(begins: datetime, ends: datetime) -> str:
+    """Return a self-signed CA certificate for a time that may be over, as PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "dated")])
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begins)
+        .not_valid_after(ends)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    return made.public_bytes(serialization.Encoding.PEM).decode()
