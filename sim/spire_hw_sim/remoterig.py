@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
+import signal
+import subprocess
 from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Final, Self
 
@@ -16,14 +19,18 @@ from spire_hw.spiffeid import TrustDomain
 from spire_hw_plugins.keymanager.remote.manager import RemoteKeyManager
 from spire_hw_sim.liarsigner import LiarSigner, write_client
 from spire_hw_sim.pki import Authority
+from spire_hw_sim.programs import ProgramError
+from spire_hw_sim.site import free_port
 
 if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
     from spire_hw_sim.liarsigner import ClientFiles, Shelf
+    from spire_hw_sim.signer import SignerRig
 
 _CHUNK: Final = 64 * 1024
+_BIND_PORT: Final = re.compile(r"bind_port\s*=\s*0")
 
 
 class RemoteRig:
@@ -92,6 +99,61 @@ class RemoteRig:
     def config(self, *addresses: str, **settings: object) -> Body:
         """Return a configuration for signers at some addresses."""
         return Body.from_dict(self.files.config(*addresses, **settings))
+
+
+class SignerProcess:
+    """A signer in a process of its own, on one port through all its lives.
+
+    Attributes:
+        rig: its files.
+        port: where it listens.
+        runs: its process while there is one.
+    """
+
+    def __init__(self, rig: SignerRig) -> None:
+        self.rig = rig
+        self.port = free_port()
+        self.runs: subprocess.Popen[bytes] | None = None
+        config = rig.config_file.read_text()
+        rig.config_file.write_text(_BIND_PORT.sub(f"bind_port = {self.port}", config))
+        self.log = rig.folder / "signer.log"
+
+    @property
+    def address(self) -> str:
+        """Return where it listens, as in a configuration."""
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Begin; it answers a while later."""
+        with self.log.open("ab") as output:
+            self.runs = subprocess.Popen(
+                self.rig.command,
+                env=dict(self.rig.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+
+    def kill(self) -> None:
+        """End it as a crash does."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End it as an operator does.
+
+        Raises:
+            ProgramError: it did not end well.
+        """
+        status = self._end(signal.SIGTERM)
+        if status:
+            raise ProgramError(f"signer ended with {status}: {self.log.read_text()[-2000:]}")
+
+    def _end(self, number: signal.Signals) -> int:
+        process, self.runs = self.runs, None
+        if process is None:
+            return 0
+        process.send_signal(number)
+        return process.wait(30)
 
 
 class BadLine:

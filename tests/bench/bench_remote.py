@@ -8,10 +8,7 @@ things too. CPU seconds for 1000 signatures are printed for both ends.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,13 +25,11 @@ from spire_hw.spiffeid import TrustDomain
 from spire_hw_plugins.keymanager.remote.manager import RemoteKeyManager
 from spire_hw_sim.liarsigner import write_client
 from spire_hw_sim.meter import tell
+from spire_hw_sim.remoterig import SignerProcess
 from spire_hw_sim.signer import SignerRig, client_policy
-from spire_hw_sim.site import free_port
 from spire_hw_sim.tokenrig import TokenRig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from spire_hw.plugin.keymanager import KeyManager
 
 KEY_ID: Final = "JWT-Signer-A"
@@ -81,28 +76,9 @@ def cpu_s(*processes: psutil.Process) -> float:
     return total
 
 
-@contextlib.contextmanager
-def signer_process(folder: Path) -> Iterator[tuple[SignerRig, int, psutil.Process]]:
-    """Run a signer in a process of its own; yields its files, port and process."""
-    rig = SignerRig(folder, policy=client_policy(raw="true"))
-    port = free_port()
-    config = rig.config_file.read_text().replace("bind_port         = 0", f"bind_port = {port}")
-    rig.config_file.write_text(config)
-    with (folder / "log").open("wb") as output:
-        process = subprocess.Popen(
-            rig.command, env=dict(rig.environment), stdout=output, stderr=output
-        )  # noqa: S603 - ours
-    try:
-        yield rig, port, psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        if process.wait(20):
-            sys.stderr.write((folder / "log").read_text()[-4000:])
-
-
-async def measure(folder: Path, rig: SignerRig, port: int, process: psutil.Process) -> None:
+async def measure(folder: Path, signer: SignerProcess) -> None:
     """Print the figures."""
-    files = write_client(rig.authority, folder / "client")
+    files = write_client(signer.rig.authority, folder / "client")
     (folder / "data").mkdir(mode=0o700)
     host = HostInfo(
         side=Side.SERVER,
@@ -112,7 +88,7 @@ async def measure(folder: Path, rig: SignerRig, port: int, process: psutil.Proce
         clock=SystemClock(),
     )
     remote = RemoteKeyManager(host)
-    await remote.configure(Body.from_dict(files.config(f"127.0.0.1:{port}")))
+    await remote.configure(Body.from_dict(files.config(signer.address)))
     await remote.generate_key(KEY_ID, KeyType.EC_P256)
     async with TokenRig(folder / "local") as tokens:
         local = await tokens.start()
@@ -124,6 +100,8 @@ async def measure(folder: Path, rig: SignerRig, port: int, process: psutil.Proce
         tell("local_sign_p50_ms", best_local)
         tell("remote_sign_p50_ms", best_remote)
         tell("remote_sign_added_p50_ms", best_remote - best_local)
+    assert signer.runs is not None
+    process = psutil.Process(signer.runs.pid)
     me, far = psutil.Process(), [process, *process.children(recursive=True)]
     rates = []
     for _ in range(ROUNDS):
@@ -142,8 +120,12 @@ def main() -> None:
     """Run."""
     with tempfile.TemporaryDirectory(prefix="shb") as name:
         folder = Path(name)
-        with signer_process(folder / "signer") as (rig, port, process):
-            asyncio.run(measure(folder, rig, port, process))
+        signer = SignerProcess(SignerRig(folder / "signer", policy=client_policy(raw="true")))
+        signer.start()
+        try:
+            asyncio.run(measure(folder, signer))
+        finally:
+            signer.stop()
 
 
 if __name__ == "__main__":
