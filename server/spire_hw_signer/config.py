@@ -92,7 +92,7 @@ class OperatorsKeys(Model):
     """`operators { }`."""
 
     required: Annotated[int, Field(ge=1, le=16)] = 2
-    keys: dict[str, _Path]
+    keys: Body
 
 
 class AuditKeys(Model):
@@ -268,14 +268,23 @@ def _cross_faults(raw: SignerFile) -> Iterator[ConfigFault]:
 
 
 def _operator_faults(given: OperatorsKeys) -> Iterator[ConfigFault]:
-    line = given.line("keys")
-    for name in given.keys:
+    items = [item for item in given.keys.items if isinstance(item, Item)]
+    for block in given.keys.items:
+        if not isinstance(block, Item):
+            yield ConfigFault(block.line, 'operators: write NAME = "FILE" in keys')
+    for item in items:
         try:
-            check_name(name)
+            check_name(item.key)
         except InvalidInputError as e:
-            yield ConfigFault(line, e.message)
-    if len(given.keys) < given.required:
-        yield ConfigFault(line, f"{len(given.keys)} operators cannot be {given.required}")
+            yield ConfigFault(item.line, e.message)
+        if not isinstance(item.value, str) or not item.value:
+            yield ConfigFault(item.line, f'operators: write {item.key} = "FILE"')
+    names = {item.key for item in items}
+    if len(names) < len(items):
+        yield ConfigFault(given.line("keys"), "operators: a name stands twice")
+    if len(names) < given.required:
+        message = f"{given.required} operators are required, {len(names)} have a key"
+        yield ConfigFault(given.line("keys"), message)
 
 
 def _build(raw: SignerFile, keys: PluginConfig, file: str) -> SignerSettings:
@@ -324,7 +333,7 @@ def _witness(given: AuditKeys) -> WitnessSettings:
 def _operators(given: OperatorsKeys | None) -> OperatorSettings:
     if given is None:
         return OperatorSettings()
-    files = {name: Path(file) for name, file in given.keys.items()}
+    files = {i.key: Path(str(i.value)) for i in given.keys.items if isinstance(i, Item)}
     return OperatorSettings(files, given.required)
 
 

@@ -190,7 +190,8 @@ class Checkpoints:
 
     async def _check_place(self, place: Place) -> None:
         body = await place.last()
-        if body is None:
+        first = self._found.first
+        if body is None or (first is not None and _is_sealed(first, body["at"])):
             return
         known = f"the checkpoint for record {body['at']} in {place.name}"
         try:
@@ -211,7 +212,7 @@ class Checkpoints:
         found = await self._audit.hash_at(body["at"])
         if found is not None:
             return found.hex() == str(body["head"])
-        # It was sealed off, or the file it is in was taken away; a hole does not go unseen.
+        # The file it is in was taken away; a hole between files does not go unseen.
         first = self._found.first
         return first is not None and int(body["at"]) < first.seq
 
@@ -265,6 +266,11 @@ class Checkpoints:
     def _failed(self, name: str, error: BaseException) -> None:
         self._trouble = f"{name} ended: {type(error).__name__}"
         self._log.error("Checkpoints of the audit log ended", task=name, exc_info=error)
+
+
+def _is_sealed(first: Record, seq: int) -> bool:
+    """Tell whether an operator has gone on after what was known of an older part."""
+    return first.kind is Kind.SEAL and seq < first.seq
 
 
 def _refused(reason: str) -> NotReadyError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spire_hw import __version__
 from spire_hw.cli.program import root_group
-from spire_hw_signer.cli import healthcheck, run
+from spire_hw_signer.cli import admin, healthcheck, log, order, run
 
 PROGRAM = "spire-hw-signer"
 
@@ -14,3 +14,11 @@ root = root_group(
 root.add_command(run.run)
 root.add_command(run.validate)
 root.add_command(healthcheck.healthcheck)
+root.add_command(admin.status)
+root.add_command(admin.key)
+root.add_command(admin.client)
+root.add_command(admin.policy)
+root.add_command(admin.clock)
+root.add_command(log.group)
+log.group.add_command(admin.log_key)
+root.add_command(order.group)
