@@ -14,7 +14,7 @@ from pkcs11.constants import DEFAULT
 from pkcs11.exceptions import PKCS11Error
 
 from spire_hw.errors import ErrorKind
-from spire_hw.pkcs11.errors import TokenError, ckr_of
+from spire_hw.pkcs11.errors import Cure, TokenError, ckr_of
 from spire_hw.pkcs11.profile import PRIVATE_TEMPLATE, PUBLIC_TEMPLATE
 from spire_hw.pkcs11.wire import pack_bytes
 
@@ -41,6 +41,7 @@ _EVIDENCE: Final = {
 _TEMPLATE_REFUSED: Final = frozenset({"TEMPLATE_INCONSISTENT", "ATTRIBUTE_VALUE_INVALID"})
 # Also how tpm2-pkcs11 answers a template with explicit FALSE usage flags.
 _TEMPLATE_MAYBE: Final = _TEMPLATE_REFUSED | {"GENERAL_ERROR", "ATTRIBUTE_TYPE_INVALID"}
+_MORE_LISTINGS: Final = 4
 _ODD: Final = (PKCS11Error, ValueError, NotImplementedError, UnicodeDecodeError)
 
 
@@ -57,6 +58,16 @@ class TokenObjects:
         Raises:
             TokenError: not logged in, or the search failed.
         """
+        for _ in range(_MORE_LISTINGS):
+            try:
+                return self._list(prefix)
+            except TokenError as e:
+                # What others destroy between being found and being read is no fault of the token.
+                if e.cure is not Cure.KEY:
+                    raise
+        return self._list(prefix)
+
+    def _list(self, prefix: str) -> dict[str, Any]:
         self._token.check_logged_in()
         try:
             halves = self._halves(ObjectClass.PRIVATE_KEY, prefix)
