@@ -21,7 +21,7 @@ from spire_hw.key import HashAlgorithm, KeyType, SignOptions, verify_digest
 from spire_hw.plugin.hostservices import HostServices
 from spire_hw.plugin.info import Builder, HostInfo, PluginKind, Side
 from spire_hw.plugin.keymanager import Keys
-from spire_hw.plugin.metrics import LoggedMetrics
+from spire_hw.plugin.metrics import PluginMetrics
 from spire_hw.plugin.section import SERVER_RULES, PluginConfig, parse_plugins
 from spire_hw.spiffeid import TrustDomain
 
@@ -91,7 +91,7 @@ def no_builtins(kind: PluginKind, name: str) -> Builder:
 
 async def load(program: Path, tmp_path: Path, data: str = "a = 1") -> Catalog:
     told = host(tmp_path)
-    services = HostServices(LoggedMetrics(told.log, told.clock), NoAgents())
+    services = HostServices(PluginMetrics(told.log, told.clock), NoAgents())
     return await Catalog.load(
         block(program, data), no_builtins, told, SERVER_RULES, external=External(services)
     )
@@ -155,7 +155,7 @@ async def test_a_configuration_it_does_not_accept(program: Path, tmp_path: Path)
         host(tmp_path),
         SERVER_RULES,
         external=External(
-            HostServices(LoggedMetrics(log.get_logger("x"), SystemClock()), NoAgents())
+            HostServices(PluginMetrics(log.get_logger("x"), SystemClock()), NoAgents())
         ),
     )
     assert found == []
