@@ -89,21 +89,7 @@ class Storage:
             return self._data
 
     def _read(self) -> AgentData:
-        path = self.directory / _FILE
-        try:
-            document = _document(read_bounded(path, _MAX_BYTES, links=False))
-            return AgentData(
-                svid=_chain(document.pop("svid", None)),
-                bundle=_usable(_chain(document.pop("bundle", None))),
-                reattestable=document.pop("reattestable", False) is True,
-                other=document,
-            )
-        except NoFileError:
-            return AgentData()
-        except (ValueError, TypeError, RecursionError) as e:
-            raise NotReadyError(
-                f"{path} is damaged: {e}; remove the file to make the agent enrol again"
-            ) from e
+        return peek(self.directory)
 
     def store_bundle(self, bundle: tuple[bytes, ...]) -> None:
         """Replace the bundle."""
@@ -133,6 +119,25 @@ class Storage:
         # Its draft has one name: the directory is locked.
         replace_file(self.directory / _FILE, json.dumps(document, indent=2).encode() + b"\n")
         self._data = data
+
+
+def peek(directory: Path) -> AgentData:
+    """Return what is stored in a directory that another agent may hold; see `Storage.load`."""
+    path = directory / _FILE
+    try:
+        document = _document(read_bounded(path, _MAX_BYTES, links=False))
+        return AgentData(
+            svid=_chain(document.pop("svid", None)),
+            bundle=_usable(_chain(document.pop("bundle", None))),
+            reattestable=document.pop("reattestable", False) is True,
+            other=document,
+        )
+    except NoFileError:
+        return AgentData()
+    except (ValueError, TypeError, RecursionError) as e:
+        raise NotReadyError(
+            f"{path} is damaged: {e}; remove the file to make the agent enrol again"
+        ) from e
 
 
 def _document(raw: bytes) -> dict[str, Any]:

@@ -135,8 +135,7 @@ class Trust:
 async def fetch_bundle(settings: AgentSettings, log: Logger) -> Bundle | None:
     """Return what the configured source gives; errors as in `Trust.for_attestation`."""
     if settings.trust_bundle_path is not None:
-        raw = await asyncio.to_thread(_read, settings.trust_bundle_path)
-        return _parse(settings, raw, str(settings.trust_bundle_path))
+        return await asyncio.to_thread(read_bundle_file, settings, settings.trust_bundle_path)
     if settings.trust_bundle_url:
         raw = await _fetch(settings.trust_bundle_url, settings.trust_bundle_unix_socket)
         return _parse(settings, raw, settings.trust_bundle_url)
@@ -150,6 +149,11 @@ async def fetch_bundle(settings: AgentSettings, log: Logger) -> Bundle | None:
         "no trust bundle: set trust_bundle_path or trust_bundle_url "
         "(`spire-hw-server bundle show` prints the bundle)"
     )
+
+
+def read_bundle_file(settings: AgentSettings, path: Path) -> Bundle:
+    """Return the bundle in a file; errors as in `Trust.for_attestation`."""
+    return _parse(settings, _read(path), str(path))
 
 
 def _read(path: Path) -> bytes:
