@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
-from spire_hw.errors import ErrorKind, NotFoundError, SpireHwError
+from spire_hw.errors import ErrorKind, NotFoundError, SpireHwError, UnavailableError
 from spire_hw.key import KeyType, SignOptions, spki_der, verify_digest
 from spire_hw.plugin.keymanager import DeviceHealth, KeyHealth, KeyHealthSource
 from spire_hw.spiffeid import TrustDomain
@@ -221,7 +221,10 @@ async def open_owner(
         SpireHwError: the device or the notes cannot be used.
     """
     directory = owner_directory(data_dir, owner)
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as e:
+        raise UnavailableError(f"directory {directory} cannot be made: {e.strerror}") from e
     notes = Notes(directory / FILE_NAME)
     await notes.load()
     keys = OwnerKeys(owner, await opener(owner, directory, retain), notes)

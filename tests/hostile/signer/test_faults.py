@@ -1,0 +1,736 @@
+"""Callers that mean harm, and files and devices that fail: the numbered faults of a signer's host."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import socket
+import ssl
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import pytest_asyncio
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from spire_hw._pb import hw_signer_pb2
+from spire_hw.clock import SystemClock
+from spire_hw.errors import ErrorKind, SpireHwError, UnavailableError
+from spire_hw.jose.text import encode_base64url
+from spire_hw.key import KeyType, spki_der
+from spire_hw.transport.mutual import MUTUAL_LIMITS
+from spire_hw_sim.clock import SimClock
+from spire_hw_sim.pki import Authority
+from spire_hw_sim.signer import (
+    CLIENT_ID,
+    INFRA,
+    SERVICE,
+    TIMEOUT_S,
+    SignerRig,
+    client_policy,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+DIGEST = bytes(range(32))
+LIST = hw_signer_pb2.GetPublicKeysRequest()
+OTHER_ID = "spiffe://infra.example/spire-server-2"
+HOUR = timedelta(hours=1)
+
+
+@pytest_asyncio.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[SignerRig]:
+    text = client_policy(raw="true") + client_policy(OTHER_ID, server="s2", raw="true")
+    async with SignerRig(tmp_path, keys="disk", policy=text) as rig:
+        yield rig
+
+
+def records(rig: SignerRig) -> list[dict[str, Any]]:
+    """Return all that stands in the audit log on the disk."""
+    lines = []
+    for path in sorted((rig.folder / "data" / "audit").glob("audit-*.log")):
+        lines += path.read_bytes().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+async def written(rig: SignerRig, kind: str, **members: object) -> list[dict[str, Any]]:
+    """Return the records that have these members, once there is one."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while True:
+            found = [r for r in records(rig) if r["kind"] == kind and members.items() <= r.items()]
+            if found:
+                return found
+            await asyncio.sleep(0.01)
+
+
+async def unauthenticated(rig: SignerRig, **how: Any) -> SpireHwError:
+    with pytest.raises(SpireHwError) as caught:
+        await rig.call("GetPublicKeys", LIST, **how)
+    return caught.value
+
+
+def code(result: Any) -> tuple[ErrorKind | None, str]:
+    refusal = result.refusal
+    return (ErrorKind(refusal.code) if refusal.code else None), refusal.reason
+
+
+# -- 98: who is calling ------------------------------------------------------------------------
+
+
+def raw_tls(rig: SignerRig, *, version: ssl.TLSVersion, with_certificate: bool) -> bytes:
+    """Connect as plain OpenSSL does and return the first bytes of an answer."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.maximum_version = version
+    context.set_alpn_protocols(["h2"])
+    if with_certificate:
+        pem = rig.folder / "client.pem"
+        key = rig.identity.private_key
+        assert key is not None
+        pem.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+            + x509.load_der_x509_certificate(rig.identity.chain_der[0]).public_bytes(
+                serialization.Encoding.PEM
+            )
+        )
+        context.load_cert_chain(pem)
+    with (
+        socket.create_connection(("127.0.0.1", rig.port), timeout=10) as plain,
+        context.wrap_socket(plain) as secured,
+    ):
+        secured.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")
+        return secured.recv(100)
+
+
+@pytest.mark.asyncio
+async def test_fault_98_no_certificate(rig: SignerRig) -> None:
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        await asyncio.to_thread(
+            raw_tls, rig, version=ssl.TLSVersion.TLSv1_3, with_certificate=False
+        )
+    found = await written(rig, "refusal", reason="unknown_client", method="TLS")
+    assert found[0]["peer"] == "127.0.0.1"
+
+
+@pytest.mark.asyncio
+async def test_fault_98_an_older_tls(rig: SignerRig) -> None:
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        await asyncio.to_thread(raw_tls, rig, version=ssl.TLSVersion.TLSv1_2, with_certificate=True)
+    frame = await asyncio.to_thread(
+        raw_tls, rig, version=ssl.TLSVersion.TLSv1_3, with_certificate=True
+    )
+    assert frame[3:4] == b"\x04"  # SETTINGS
+
+
+@pytest.mark.asyncio
+async def test_fault_98_certificates_of_others(rig: SignerRig) -> None:
+    stranger = Authority(INFRA)
+    bad = {
+        "another authority": stranger.identity(CLIENT_ID),
+        "expired": rig.authority.identity(
+            CLIENT_ID, start=SystemClock().now() - 3 * HOUR, end=SystemClock().now() - HOUR
+        ),
+        "a CA": rig.authority.identity(CLIENT_ID, ca=True),
+    }
+    for name, identity in bad.items():
+        error = await unauthenticated(rig, channel=await rig.channel(identity))
+        assert error.kind in {ErrorKind.UNAVAILABLE, ErrorKind.UNAUTHENTICATED}, name
+    assert await written(rig, "refusal", reason="unknown_client", method="TLS")
+
+
+@pytest.mark.asyncio
+async def test_fault_98_a_certificate_the_policy_does_not_know(rig: SignerRig) -> None:
+    for spiffe_id in (
+        "spiffe://infra.example/other",
+        "spiffe://example.org/spire/server",
+        "spiffe://infra.example/spire-server-1/x",
+    ):
+        channel = await rig.channel(rig.authority.identity(spiffe_id))
+        error = await unauthenticated(rig, channel=channel)
+        assert (error.kind, error.message) == (
+            ErrorKind.UNAUTHENTICATED,
+            "the client is not let in",
+        )
+        (found,) = await written(rig, "refusal", client=spiffe_id)
+        assert (found["reason"], found["class"]) == ("unknown_client", 1)
+
+
+@pytest.mark.asyncio
+async def test_fault_98_revoked_and_from_another_address(tmp_path: Path) -> None:
+    text = client_policy(raw="true", addresses='["10.0.0.0/8"]')
+    async with SignerRig(tmp_path, keys="disk", policy=text) as rig:
+        assert (await unauthenticated(rig)).kind is ErrorKind.UNAUTHENTICATED
+        assert await written(rig, "refusal", reason="address")
+        rig.write_policy(client_policy(raw="true"))
+        assert await rig.signer.reload()
+        await rig.call("GetPublicKeys", LIST)
+        rig.write_policy(client_policy(raw="true") + f'revoked = ["{CLIENT_ID}"]\n')
+        assert await rig.signer.reload()
+        error = await unauthenticated(rig)
+        assert error.message == "the client is not let in"
+        assert await written(rig, "refusal", reason="revoked")
+
+
+@pytest.mark.asyncio
+async def test_fault_98_a_certificate_on_a_revocation_list(tmp_path: Path) -> None:
+    rig = SignerRig(tmp_path, keys="disk")
+    crl_file = tmp_path / "crl.pem"
+    crl_file.write_bytes(crl(rig.authority))
+    config = rig.config_file.read_text()
+    line = f'crl_files = ["{crl_file}"]\n    client_ca_files'
+    rig.config_file.write_text(config.replace("client_ca_files", line))
+    rig.signer = rig._signer()
+    async with rig:
+        await rig.call("GetPublicKeys", LIST)
+        serial = x509.load_der_x509_certificate(rig.identity.chain_der[0]).serial_number
+        crl_file.write_bytes(crl(rig.authority, serial))
+        assert await rig.signer.reload()
+        assert (await unauthenticated(rig)).kind is ErrorKind.UNAUTHENTICATED
+        crl_file.write_bytes(crl(Authority(INFRA)))
+        assert not await rig.signer.reload()
+        assert (await unauthenticated(rig)).kind is ErrorKind.UNAUTHENTICATED
+
+
+def crl(authority: Authority, *serials: int) -> bytes:
+    now = SystemClock().now()
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(authority.name)
+        .last_update(now - HOUR)
+        .next_update(now + HOUR)
+    )
+    for serial in serials:
+        revoked = x509.RevokedCertificateBuilder().serial_number(serial)
+        builder = builder.add_revoked_certificate(revoked.revocation_date(now).build())
+    return builder.sign(authority.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+@pytest.mark.asyncio
+async def test_fault_98_who_fails_much_is_not_listened_to(rig: SignerRig) -> None:
+    for _ in range(40):
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            await asyncio.to_thread(
+                raw_tls, rig, version=ssl.TLSVersion.TLSv1_3, with_certificate=False
+            )
+    # The same source, with a good certificate: not even a handshake.
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        await asyncio.to_thread(raw_tls, rig, version=ssl.TLSVersion.TLSv1_3, with_certificate=True)
+    assert len([r for r in records(rig) if r["kind"] == "refusal"]) < 20
+
+
+# -- 99, 100: key ids --------------------------------------------------------------------------
+
+
+@pytest.mark.asyncio
+async def test_fault_99_key_ids_of_another_client(tmp_path: Path) -> None:
+    text = client_policy(raw="true") + client_policy(
+        OTHER_ID, server="s2", raw="true", keys='["theirs", "also-theirs"]'
+    )
+    async with SignerRig(tmp_path, keys="disk", policy=text) as rig:
+        other = await rig.channel(rig.authority.identity(OTHER_ID))
+        await rig.generate("theirs", channel=other)
+        answers = [await rig.sign(k, digest=DIGEST) for k in ("theirs", "also-theirs", "nobodys")]
+        assert {a.SerializeToString() for a in answers} == {answers[0].SerializeToString()}
+        assert code(answers[0]) == (ErrorKind.PERMISSION_DENIED, "key_id")
+        made = [await rig.generate(k) for k in ("theirs", "also-theirs", "nobodys")]
+        assert {m.refusal.SerializeToString() for m in made} == {
+            made[0].refusal.SerializeToString()
+        }
+        assert (await rig.sign("theirs", digest=DIGEST, channel=other)).signature
+
+
+BAD_IDS = [
+    "",
+    "x" * 256,
+    "x" * 10_000,
+    "x509-CA-A\0",
+    "../x509-CA-A",
+    "x509-CA-A/",
+    "x509\u2010CA\u2010A",
+    "\u0445509-CA-A",
+    "x509-CA-A ",
+    " x509-CA-A",
+    "x509-CA-A\n",
+    "x509-CA-\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"),
+]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("key_id", BAD_IDS)
+async def test_fault_100_tricks_with_key_ids(rig: SignerRig, key_id: str) -> None:
+    await rig.generate("x509-CA-A")
+    assert code(await rig.sign(key_id, digest=DIGEST)) == (
+        ErrorKind.INVALID_ARGUMENT,
+        "malformed",
+    )
+    made = await rig.generate(key_id)
+    assert code(made) == (ErrorKind.INVALID_ARGUMENT, "malformed")
+
+
+@pytest.mark.asyncio
+async def test_fault_100_another_case_is_another_id(rig: SignerRig) -> None:
+    await rig.generate("x509-CA-A")
+    assert code(await rig.sign("X509-ca-a", digest=DIGEST)) == (
+        ErrorKind.PERMISSION_DENIED,
+        "key_id",
+    )
+
+
+# -- 101: types, hashes, padding ---------------------------------------------------------------
+
+
+@pytest.mark.asyncio
+async def test_fault_101_outside_what_policy_allows(tmp_path: Path) -> None:
+    text = client_policy(
+        raw="true",
+        types='{ "x509-CA-*" = ["ec-p256"], "JWT-*" = ["rsa-2048"] }',
+        hash='{ "x509-CA-*" = ["sha256"], "*" = ["sha256", "sha384"] }',
+    )
+    async with SignerRig(tmp_path, keys="disk", policy=text) as rig:
+        refused = await rig.generate("x509-CA-A", KeyType.EC_P384)
+        assert code(refused) == (ErrorKind.PERMISSION_DENIED, "key_type")
+        await rig.generate("x509-CA-A")
+        await rig.generate("JWT-Signer-A", KeyType.RSA_2048)
+        result = await rig.sign("x509-CA-A", hash_number=6, digest=bytes(48))
+        assert code(result) == (ErrorKind.PERMISSION_DENIED, "hash")
+        result = await rig.sign("x509-CA-A", digest=bytes(48))
+        assert code(result) == (ErrorKind.INVALID_ARGUMENT, "digest_length")
+        result = await rig.sign("x509-CA-A", digest=b"")
+        assert code(result) == (ErrorKind.INVALID_ARGUMENT, "digest_length")
+        item = hw_signer_pb2.SignItem(
+            request_id=secrets.token_bytes(16), key_id="JWT-Signer-A", hash=5, digest=DIGEST
+        )
+        item.pss.salt_length = -1
+        response = await rig.call("Sign", hw_signer_pb2.SignRequest(items=[item]))
+        assert code(response.results[0]) == (ErrorKind.PERMISSION_DENIED, "padding")
+        for salt in (-2, 100_000):
+            item.pss.salt_length = salt
+            response = await rig.call("Sign", hw_signer_pb2.SignRequest(items=[item]))
+            assert code(response.results[0]) == (ErrorKind.INVALID_ARGUMENT, "malformed")
+
+
+# -- 102, 103: generations ---------------------------------------------------------------------
+
+
+@pytest.mark.asyncio
+async def test_fault_102_swap_of_the_live_key(tmp_path: Path) -> None:
+    clock = SimClock()
+    rig = SignerRig(tmp_path, keys="disk", policy=client_policy(raw="true"), clock=clock)
+    rig.identity = long_lived(rig.authority)
+    async with rig:
+        live = (await rig.generate("x509-CA-A")).public_key
+        await rig.sign("x509-CA-A", digest=DIGEST)
+        swapped = await rig.generate("x509-CA-A")
+        assert code(swapped) == (ErrorKind.PERMISSION_DENIED, "replace_active")
+        assert 0 < swapped.refusal.retry_after_ms <= 600_001
+        assert await written(rig, "refusal", reason="replace_active", key="x509-CA-A")
+        result = await rig.sign("x509-CA-A", digest=DIGEST)
+        assert result.fingerprint == live.fingerprint
+        await clock.advance(timedelta(seconds=601))
+        again = await rig.generate("x509-CA-A")
+        assert again.public_key.fingerprint != live.fingerprint
+
+
+def long_lived(authority: Authority) -> Any:
+    now = SystemClock().now()
+    return authority.identity(CLIENT_ID, start=now - 24 * HOUR, end=now + 100_000 * HOUR)
+
+
+@pytest.mark.asyncio
+async def test_fault_103_flood_of_generations(tmp_path: Path) -> None:
+    text = client_policy(raw="true", generate='{ per_key_min_interval = "0s" per_day = 6 }')
+    async with SignerRig(tmp_path, keys="disk", policy=text) as rig:
+        made = [await rig.generate("x509-CA-A" if n % 2 else "x509-CA-B") for n in range(40)]
+        assert [not m.refusal.code for m in made] == [True] * 6 + [False] * 34
+        assert {code(m) for m in made[6:]} == {(ErrorKind.RESOURCE_EXHAUSTED, "generate_budget")}
+        assert made[-1].refusal.retry_after_ms > 1000
+        keys = json.loads((rig.folder / "data/owners/example.org@s1/keys.json").read_text())
+        assert len(keys["keys"]) == 2
+
+
+@pytest.mark.asyncio
+async def test_fault_103_one_key_again_and_again(tmp_path: Path) -> None:
+    text = client_policy(raw="true", generate='{ per_key_min_interval = "1h" per_day = 100 }')
+    async with SignerRig(tmp_path, keys="disk", policy=text) as rig:
+        await rig.generate("x509-CA-A")
+        assert code(await rig.generate("x509-CA-A")) == (
+            ErrorKind.RESOURCE_EXHAUSTED,
+            "generate_interval",
+        )
+        assert not (await rig.generate("x509-CA-B")).refusal.code
+
+
+# -- 104: signatures ---------------------------------------------------------------------------
+
+
+def batch(key_id: str, count: int = 64) -> Any:
+    return hw_signer_pb2.SignRequest(
+        items=[
+            hw_signer_pb2.SignItem(
+                request_id=secrets.token_bytes(16), key_id=key_id, hash=5, digest=DIGEST
+            )
+            for _ in range(count)
+        ]
+    )
+
+
+@pytest.mark.asyncio
+async def test_fault_104_flood_of_signatures(tmp_path: Path) -> None:
+    text = client_policy(
+        raw="true", sign_rate='{ "*" = "50/s burst 100" }', client_rate='"60/s"'
+    ) + client_policy(OTHER_ID, server="s2", raw="true")
+    async with SignerRig(tmp_path, keys="disk", policy=text) as rig:
+        other = await rig.channel(rig.authority.identity(OTHER_ID))
+        await rig.generate("x509-CA-A")
+        await rig.generate("x509-CA-A", channel=other)
+        flood = asyncio.gather(*(rig.call("Sign", batch("x509-CA-A")) for _ in range(60)))
+        others = [await rig.sign("x509-CA-A", digest=DIGEST, channel=other) for _ in range(20)]
+        answers = [r for response in await flood for r in response.results]
+        assert all(o.signature for o in others)
+        signed = [a for a in answers if a.signature]
+        assert 60 <= len(signed) < 1000
+        refused = {code(a) for a in answers if not a.signature}
+        assert refused == {(ErrorKind.RESOURCE_EXHAUSTED, "client_rate")}
+        assert all(a.refusal.retry_after_ms for a in answers if not a.signature)
+        # One record a second of what repeats, not one for each.
+        assert len([r for r in records(rig) if r["kind"] == "refusal"]) < 100
+
+
+@pytest.mark.asyncio
+async def test_fault_104_too_many_at_once(tmp_path: Path) -> None:
+    text = client_policy(raw="true", max_in_flight="10")
+    async with SignerRig(tmp_path, keys="disk", policy=text) as rig:
+        await rig.generate("x509-CA-A")
+        response = await rig.call("Sign", batch("x509-CA-A", 30))
+        assert sum(bool(r.signature) for r in response.results) == 10
+        assert code(response.results[-1]) == (ErrorKind.RESOURCE_EXHAUSTED, "in_flight")
+        response = await rig.call("Sign", batch("x509-CA-A", 10))
+        assert all(r.signature for r in response.results)
+
+
+# -- 105: replays ------------------------------------------------------------------------------
+
+
+@pytest.mark.asyncio
+async def test_fault_105_request_id_with_other_content(rig: SignerRig) -> None:
+    await rig.generate("x509-CA-A")
+    await rig.generate("x509-CA-B")
+    request_id = secrets.token_bytes(16)
+    first = await rig.sign("x509-CA-A", request_id=request_id, digest=DIGEST)
+    for key_id, digest in (("x509-CA-A", bytes(32)), ("x509-CA-B", DIGEST)):
+        result = await rig.sign(key_id, request_id=request_id, digest=digest)
+        assert code(result) == (ErrorKind.ALREADY_EXISTS, "request_id_reused")
+    again = await rig.sign("x509-CA-A", request_id=request_id, digest=DIGEST)
+    assert again == first
+    assert await written(rig, "refusal", reason="request_id_reused")
+    for short in (b"x", b"x" * 17):
+        result = await rig.sign("x509-CA-A", request_id=short, digest=DIGEST)
+        assert code(result) == (ErrorKind.INVALID_ARGUMENT, "malformed")
+
+
+@pytest.mark.asyncio
+async def test_fault_105_ids_of_one_client_say_nothing_about_anothers(rig: SignerRig) -> None:
+    other = await rig.channel(rig.authority.identity(OTHER_ID))
+    await rig.generate("x509-CA-A")
+    await rig.generate("x509-CA-A", channel=other)
+    request_id = secrets.token_bytes(16)
+    mine = await rig.sign("x509-CA-A", request_id=request_id, digest=DIGEST)
+    theirs = await rig.sign("x509-CA-A", request_id=request_id, digest=bytes(32), channel=other)
+    assert mine.signature
+    assert theirs.signature
+
+
+# -- 106: sizes, slowness, numbers -------------------------------------------------------------
+
+
+@pytest.mark.asyncio
+async def test_fault_106_a_call_without_a_deadline(rig: SignerRig) -> None:
+    with pytest.raises(SpireHwError, match="deadline") as caught:
+        await rig.call("GetPublicKeys", LIST, timeout_s=None)
+    assert caught.value.kind is ErrorKind.INVALID_ARGUMENT
+
+
+@pytest.mark.asyncio
+async def test_fault_106_an_oversize_message(rig: SignerRig) -> None:
+    await rig.generate("x509-CA-A")
+    with pytest.raises(SpireHwError) as caught:
+        await rig.sign("x509-CA-A", x509=bytes(70_000))
+    assert caught.value.kind is ErrorKind.RESOURCE_EXHAUSTED
+    result = await rig.sign("x509-CA-A", x509=bytes(40_000))
+    assert code(result) == (ErrorKind.PERMISSION_DENIED, "tbs_policy")
+    assert (await rig.sign("x509-CA-A", digest=DIGEST)).signature
+
+
+@pytest.mark.asyncio
+async def test_fault_106_bytes_that_are_no_message(rig: SignerRig) -> None:
+    channel = await rig.channel()
+    with pytest.raises(SpireHwError) as caught:
+        await channel.unary(
+            SERVICE + "Sign", b"\xff" * 50, hw_signer_pb2.SignResponse, timeout_s=TIMEOUT_S
+        )
+    assert caught.value.kind is ErrorKind.INVALID_ARGUMENT
+
+
+@pytest.mark.asyncio
+async def test_fault_106_many_connections_of_one_source(rig: SignerRig) -> None:
+    opened = []
+    for _ in range(MUTUAL_LIMITS.max_per_caller * 3):
+        _reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+        opened.append(writer)
+    front = rig.signer._doors._front  # type: ignore[union-attr]
+    assert front is not None
+    assert front.connections <= MUTUAL_LIMITS.max_per_caller
+    for writer in opened:
+        writer.close()
+    async with asyncio.timeout(TIMEOUT_S):
+        while front.connections:  # noqa: ASYNC110 - nothing tells
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.asyncio
+async def test_fault_106_who_says_nothing_is_hung_up_on(rig: SignerRig) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+    writer.write(b"\x16\x03\x01\x02\x00\x01")  # the beginning of a handshake, and no more
+    async with asyncio.timeout(MUTUAL_LIMITS.handshake_s + TIMEOUT_S):
+        assert await reader.read() == b""
+    writer.close()
+
+
+# -- 107: what is to be signed -----------------------------------------------------------------
+
+
+def body(key: Any, **more: Any) -> bytes:
+    """Return the body of a leaf that the key would sign, good unless told otherwise."""
+    now = SystemClock().now()
+    values: dict[str, Any] = {
+        "uri": "spiffe://example.org/web",
+        "end": now + HOUR,
+        "ca": False,
+        "issuer": key,
+        **more,
+    }
+    issuer = serialization.load_der_public_key(values["issuer"])
+    throw_away = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.ORGANIZATION_NAME, "SPIRE")])
+    ca = values["ca"]
+    usage = x509.KeyUsage(
+        digital_signature=not ca,
+        key_cert_sign=ca,
+        crl_sign=ca,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(throw_away.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(seconds=10))
+        .not_valid_after(values["end"])
+        .add_extension(x509.BasicConstraints(ca, None), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer),  # type: ignore[arg-type]
+            critical=False,
+        )
+        .add_extension(
+            x509.SubjectAlternativeName([x509.UniformResourceIdentifier(values["uri"])]),
+            critical=False,
+        )
+    )
+    return builder.sign(throw_away, hashes.SHA256()).tbs_certificate_bytes
+
+
+@pytest.mark.asyncio
+async def test_fault_107_certificates_against_policy(rig: SignerRig) -> None:
+    key = (await rig.generate("x509-CA-A")).public_key.pkix_data
+    other = spki_der(ec.generate_private_key(ec.SECP256R1()).public_key())
+    now = SystemClock().now()
+    assert (await rig.sign("x509-CA-A", x509=body(key))).signature
+    bad = {
+        "CA of another trust domain": body(key, ca=True, uri="spiffe://evil.org"),
+        "leaf with CA set": body(key, ca=True),
+        "CA for another key": body(key, ca=True, uri="spiffe://example.org"),
+        "another trust domain": body(key, uri="spiffe://evil.org/web"),
+        "fifty years": body(key, end=now + 50 * 365 * 24 * HOUR),
+        "another issuer": body(key, issuer=other),
+        "not a certificate": b"\x30\x03\x02\x01\x05",
+    }
+    for name, tbs in bad.items():
+        result = await rig.sign("x509-CA-A", x509=tbs)
+        assert code(result) == (ErrorKind.PERMISSION_DENIED, "tbs_policy"), name
+        assert result.refusal.message.startswith("tbs_policy: "), name
+    assert await written(rig, "refusal", reason="tbs_policy", key="x509-CA-A")
+
+
+@pytest.mark.asyncio
+async def test_fault_107_tokens_against_policy(rig: SignerRig) -> None:
+    await rig.generate("JWT-Signer-A")
+    await rig.generate("JWT-Signer-B")
+    now = int(SystemClock().now().timestamp())
+
+    def token(kid: str = "a", **claims: object) -> bytes:
+        header = {"alg": "ES256", "kid": kid, "typ": "JWT"}
+        good = {"sub": "spiffe://example.org/web", "aud": ["x"], "exp": now + 300, **claims}
+        parts = (encode_base64url(json.dumps(p).encode()) for p in (header, good))
+        return ".".join(parts).encode()
+
+    assert (await rig.sign("JWT-Signer-A", jwt=token())).signature
+    for bad in (
+        token(sub="spiffe://evil.org/web"),
+        token(exp=now + 10**6),
+        token(iss="https://evil.org"),
+        b"e30.e30",
+    ):
+        result = await rig.sign("JWT-Signer-A", jwt=bad)
+        assert code(result) == (ErrorKind.PERMISSION_DENIED, "jwt_policy")
+    result = await rig.sign("JWT-Signer-B", jwt=token("a"))
+    assert code(result) == (ErrorKind.PERMISSION_DENIED, "jwt_policy")
+    assert (await rig.sign("JWT-Signer-B", jwt=token("b"))).signature
+
+
+@pytest.mark.asyncio
+async def test_fault_107_keys_are_for_one_purpose_and_digests_can_be_denied(
+    tmp_path: Path,
+) -> None:
+    async with SignerRig(tmp_path, keys="disk") as rig:
+        key = (await rig.generate("x509-CA-A")).public_key.pkix_data
+        await rig.generate("JWT-Signer-A")
+        assert code(await rig.sign("JWT-Signer-A", x509=body(key)))[1] == "purpose"
+        assert code(await rig.sign("x509-CA-A", jwt=b"e30.e30"))[1] == "purpose"
+        assert code(await rig.sign("x509-CA-A", digest=DIGEST))[1] == "raw_denied"
+
+
+# -- 112, 113, 114: policy, clock, device ------------------------------------------------------
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("text", ["client {", 'client "x" {}', "", "\0", None])
+async def test_fault_112_a_bad_policy_on_reload(rig: SignerRig, text: str | None) -> None:
+    await rig.generate("x509-CA-A")
+    before = rig.signer.live.policy.hash
+    if text is None:
+        rig.policy_file.unlink()
+    else:
+        rig.write_policy(text)
+    assert not await rig.signer.reload()
+    assert rig.signer.live.policy.hash == before
+    assert (await rig.sign("x509-CA-A", digest=DIGEST)).signature
+    assert rig.signer.live.fault
+    notes = await written(rig, "note", event="policy_refused")
+    assert notes[0]["fields"]["error"]
+    loaded = [r for r in records(rig) if r.get("event") == "policy_loaded"]
+    assert [r["fields"]["policy"] for r in loaded] == [before]
+
+
+@pytest.mark.asyncio
+async def test_fault_112_the_hash_of_a_policy_is_in_the_log_before_anything_is_done_under_it(
+    rig: SignerRig,
+) -> None:
+    await rig.generate("x509-CA-A")
+    rig.write_policy(client_policy(raw="true", max_in_flight="99"))
+    assert await rig.signer.reload()
+    await rig.sign("x509-CA-A", digest=DIGEST)
+    now = rig.signer.live.policy.hash
+    intents = await written(rig, "intent", policy=now)
+    (note,) = [
+        r
+        for r in records(rig)
+        if r.get("event") == "policy_loaded" and r["fields"]["policy"] == now
+    ]
+    assert note["seq"] < min(i["seq"] for i in intents)
+
+
+@pytest.mark.asyncio
+async def test_fault_112_keys_of_a_new_client_that_cannot_be_opened(rig: SignerRig) -> None:
+    before = rig.signer.live.policy.hash
+    blocked = rig.folder / "data" / "owners" / "example.org@s3"
+    blocked.write_text("in the way")
+    rig.write_policy(client_policy(raw="true") + client_policy(OTHER_ID, server="s3", raw="true"))
+    assert not await rig.signer.reload()
+    assert rig.signer.live.policy.hash == before
+    blocked.unlink()
+    assert await rig.signer.reload()
+
+
+class JumpingClock(SystemClock):
+    """The machine's time, with a wall clock that somebody sets."""
+
+    ahead = timedelta()
+
+    def now(self) -> datetime:  # type: ignore[explicit-override]
+        return datetime.now(UTC) + self.ahead  # noqa: TID251 - a clock
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("jump", [timedelta(days=-3), timedelta(hours=1)])
+async def test_fault_113_a_clock_that_jumps(tmp_path: Path, jump: timedelta) -> None:
+    clock = JumpingClock()
+    text = client_policy(
+        raw="true",
+        sign_rate='{ "*" = "1/s burst 8" }',
+        generate='{ per_key_min_interval = "10m" per_day = 3 }',
+    )
+    rig = SignerRig(tmp_path, keys="disk", policy=text, clock=clock)
+    rig.identity = long_lived(rig.authority)
+    async with rig:
+        key = (await rig.generate("x509-CA-A")).public_key.pkix_data
+        assert (await rig.sign("x509-CA-A", x509=body(key))).signature
+        clock.ahead = jump
+        if jump < timedelta():
+            rig.identity = rig.authority.identity(
+                CLIENT_ID, start=clock.now() - HOUR, end=clock.now() + 200 * HOUR
+            )
+        # Ends of certificates cannot be judged; budgets and rates go on as if nothing were.
+        result = await rig.sign("x509-CA-A", x509=body(key))
+        assert code(result) == (ErrorKind.FAILED_PRECONDITION, "clock_skew")
+        assert code(await rig.generate("x509-CA-A"))[1] == "generate_interval"
+        answers = [await rig.sign("x509-CA-A", digest=DIGEST) for _ in range(9)]
+        assert code(answers[-1])[1] == "rate"
+        clock.ahead = timedelta()
+        assert code(await rig.sign("x509-CA-A", x509=body(key)))[1] in {"", "rate"}
+
+
+@pytest.mark.hsm
+@pytest.mark.asyncio
+async def test_fault_114_a_device_that_fails_behind_the_signer(tmp_path: Path) -> None:
+    async with SignerRig(tmp_path, policy=client_policy(raw="true")) as rig:
+        made = await rig.generate("x509-CA-A")
+        assert rig.hsm is not None
+        rig.hsm.remove()
+        keys = next(iter(rig.signer.live.owners.values()))
+        for pid in keys.manager.worker_pids:  # type: ignore[attr-defined]
+            os.kill(pid, 9)
+        result = await rig.sign("x509-CA-A", digest=DIGEST)
+        kind, reason = code(result)
+        assert reason == "device"
+        assert kind in {ErrorKind.UNAVAILABLE, ErrorKind.DEADLINE_EXCEEDED}
+        for secret in (str(tmp_path), "softhsm", "1234", rig.hsm.module):
+            assert secret not in result.refusal.message
+        assert "audit log tells why" in result.refusal.message
+        with pytest.raises(UnavailableError):
+            await rig.call("GetPublicKeys", LIST)
+        outcome = await written(rig, "outcome", result="failed")
+        assert outcome[0]["reason"]
+        rig.hsm.put_back()
+        async with asyncio.timeout(60):
+            while not result.signature:
+                result = await rig.sign("x509-CA-A", digest=DIGEST)
+                await asyncio.sleep(0.05)
+        assert result.fingerprint == made.public_key.fingerprint
