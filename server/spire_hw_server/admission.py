@@ -36,6 +36,7 @@ from spire_hw.plugin.nodeattestor import (
 from spire_hw.posture.evidence import Occasion
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId, TrustDomain, agent_id, check_agent_id, check_segment
+from spire_hw.telemetry.metrics import NO_METRICS, Timed
 from spire_hw_server.datastore.records import (
     NO_KEYS,
     KeyInUseError,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw.posture.evidence import Evidence
+    from spire_hw.telemetry.metrics import Metrics
     from spire_hw_server.datastore.interface import Datastore
     from spire_hw_server.datastore.records import NodeKeys, PostureUpdate
     from spire_hw_server.posture.judge import NodeJudge
@@ -62,6 +64,8 @@ AGENT_ID_SELECTOR: Final = "spiffe_id"
 _MAX_MESSAGE_BYTES: Final = 1 << 20
 _MAX_TIMEOUT_S: Final = 60.0
 _MAX_ROUNDS: Final = 16
+_ATTESTATION: Final = ("node", "attestation")
+_REFUSED: Final = ("node", "attestation", "refused")
 _MAX_SELECTORS: Final = 1000
 _MAX_TOKEN: Final = 255
 _NAME_SEGMENT: Final = 3  # of "/spire/agent/<name>/..."
@@ -124,6 +128,7 @@ class Admissions:
         judge: what is made of evidence, and how it is stored; None without.
         strict_ids: refuse agent IDs outside `/spire/agent/<attestor>/`; else they are let through
             with a warning, as upstream does, unless they look like another attestor's.
+        metrics: takes down who attested and what was refused.
     """
 
     def __init__(
@@ -140,7 +145,9 @@ class Admissions:
         is_banned: Callable[[SpiffeId], bool] | None = None,
         judge: NodeJudge | None = None,
         strict_ids: bool = True,
+        metrics: Metrics = NO_METRICS,
     ) -> None:
+        self._metrics = metrics
         self._datastore = datastore
         self._trust_domain = trust_domain
         self._attestors = dict(attestors)
@@ -189,10 +196,14 @@ class Admissions:
             PluginError: the attestor refused.
             SpireHwError: DEADLINE_EXCEEDED; INTERNAL for an attestor that gave a wrong answer.
         """
+        # What an agent claims is no name for a metric.
+        is_known = attestation_type in self._attestors or attestation_type == JOIN_TOKEN
+        labels = {"attestor": attestation_type if is_known else "unknown"}
         try:
-            admission = await self._within_time(
-                attestation_type, payload, csr_spki, challenge, caller=caller, source=source
-            )
+            with Timed(self._metrics, _ATTESTATION, labels):
+                admission = await self._within_time(
+                    attestation_type, payload, csr_spki, challenge, caller=caller, source=source
+                )
             return replace(admission, caller=caller)
         except SpireHwError as e:
             self._record_refusal(e, attestation_type, csr_spki, caller)
@@ -452,11 +463,13 @@ class Admissions:
     def _record_refusal(
         self, error: SpireHwError, attestation_type: str, csr_spki: bytes, caller: str
     ) -> None:
+        refused = _refused(error)
+        for finding in [] if refused is None else refused.findings:
+            self._metrics.count(_REFUSED, labels={"reason": finding.code})
         left_out = self._records.admit(caller)
         if left_out is None:
             return
         more: dict[str, object] = {"left_out": left_out} if left_out else {}
-        refused = _refused(error)
         if refused is not None:
             more |= refused.claimed
         self._log.warning(

@@ -467,6 +467,7 @@ class Server:
             judge=postures.judge,
             # An operator's agent_path_template may lead elsewhere, as upstream has it.
             strict_ids=False,
+            metrics=metrics,
         )
         return Parts(
             clock=clock,

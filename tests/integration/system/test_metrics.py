@@ -101,6 +101,9 @@ async def test_server_and_agent_tell_what_they_did_under_upstreams_names() -> No
     assert 86_000 < ttl <= 86_400
     assert server["spire_server_entry_entries_by_entryid_cache_count{}"] == 1
     assert any(k.startswith("spire_server_started{trust_domain_id=sim_example") for k in server)
+    assert server["spire_server_node_attestation{attestor=join_token,status=OK}"] == 1
+    assert server["spire_server_authority_custody{custody=software,kind=x509}"] == 1
+    assert server["spire_server_authority_custody{custody=software,kind=jwt}"] == 1
     assert server["process_resident_memory_bytes{}"] > 0
     assert open_stream["spire_agent_workload_api_connections{}"] == 1
     assert closed["spire_agent_workload_api_connection{}"] >= 2
