@@ -80,7 +80,12 @@ class Housekeeping:
     async def _sweep_halves(self, inventory: Inventory) -> None:
         now = self._clock.now().timestamp()
         noted = self._ledger.state.halves
-        halves = [p for p in inventory.halves if not self._retention.is_kept(p)]
+        current = {known.cka_id for known in self._ledger.state.keys.values()}
+        halves = [
+            p
+            for p in inventory.halves
+            if p.cka_id not in current and not self._retention.is_kept(p)
+        ]
         seen = {p.cka_id.hex(): noted.get(p.cka_id.hex(), now) for p in halves}
         if seen != noted:
             await self._ledger.save(lambda state: replace(state, halves=seen))

@@ -12,11 +12,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from spire_hw.errors import EncodingError, ErrorKind
-from spire_hw.key import spki_der
+from spire_hw.errors import EncodingError, ErrorKind, InvalidInputError
+from spire_hw.key import fingerprint, spki_der
 from spire_hw.pkcs11.choice import Choice, merged
 from spire_hw.pkcs11.errors import Cure, TokenError
-from spire_hw.pkcs11.keys import MECHANISM_NAMES, PublicMaterial, is_ec, mechanisms_for
+from spire_hw.pkcs11.keys import (
+    MECHANISM_NAMES,
+    PublicMaterial,
+    is_ec,
+    mechanisms_for,
+    public_key_of,
+)
 from spire_hw.pkcs11.labels import Owner, key_name
 from spire_hw.pkcs11.profile import RSA_KEY_GEN, USAGES, Profile
 from spire_hw.pkcs11.wire import SignKey, unpack_bytes
@@ -255,8 +261,10 @@ def _pairs(owner: Owner, halves: Iterable[dict[str, Any]]) -> list[Pair]:
 
 
 def _choose(pairs: list[Pair], known: bytes | None, choice: Choice | None) -> Pair | None:
-    complete = [p for p in pairs if p.is_complete]
-    usable = complete or [p for p in pairs if p.privates and (p.material or p.cka_id == known)]
+    usable = [p for p in pairs if p.is_complete or (p.privates and p.cka_id == known)]
+    if not usable:
+        # A private half that shows its public key; beside whole pairs it is one in the making.
+        usable = [p for p in pairs if p.privates and p.material]
     if not usable:
         return None
     wanted = max(p.generation for p in usable)
@@ -267,13 +275,22 @@ def _choose(pairs: list[Pair], known: bytes | None, choice: Choice | None) -> Pa
     if not claims:
         return None
     if len(claims) > 1 or claims[0].privates > 1 or claims[0].publics > 1:
-        ids = ", ".join(sorted({p.cka_id.hex() for p in claims}))
+        ids = ", ".join(sorted({f"{p.cka_id.hex()}, key {_fingerprint(p)}" for p in claims}))
         raise _operator(
             "hsm.key_duplicate",
             f"several objects are labelled {claims[0].label} (CKA_ID {ids}); "
             "will not choose, remove those that do not belong",
         )
     return claims[0]
+
+
+def _fingerprint(pair: Pair) -> str:
+    try:
+        if pair.material is None:
+            return "unknown"
+        return fingerprint(spki_der(public_key_of(pair.material)))
+    except InvalidInputError:
+        return "unreadable"
 
 
 def _manifest(owner: Owner, data: list[dict[str, Any]]) -> Manifest | None:
@@ -293,7 +310,9 @@ def _manifest(owner: Owner, data: list[dict[str, Any]]) -> Manifest | None:
     choices: dict[str, Choice] = {}
     for manifest in found:
         choices = merged(choices, manifest.choices)
-    nonce = found[-1].nonce if len(found) == 1 else ""
+    # A token copied from another one has the manifests of both, from one instance.
+    nonces = {manifest.nonce for manifest in found}
+    nonce = nonces.pop() if len(nonces) == 1 else ""
     return Manifest(owner, nonce, keys, max(m.time for m in found), choices)
 
 

@@ -48,13 +48,19 @@ class Proving:
                 cure=Cure.OPERATOR,
                 kind=ErrorKind.FAILED_PRECONDITION,
             ) from e
-        if key_id not in self._policy.accept_weak_keys:
-            profile = self._pool.facts.profile
-            check_evidence(f'key "{key_id}"', pair.evidence, key_type, profile)
+        self._check_evidence(key_id, pair, key_type)
         info = KeyInfo.of(key_id, key_type, public_key)
         entry = Entry.of(info, pair.cka_id, pair.label, pair.generation)
         await self.prove(entry)
         return entry
+
+    def _check_evidence(self, key_id: str, pair: Pair, key_type: KeyType) -> None:
+        try:
+            check_evidence(f'key "{key_id}"', pair.evidence, key_type, self._pool.facts.profile)
+        except TokenError as e:
+            if key_id not in self._policy.accept_weak_keys:
+                raise
+            self._log.warning("hsm.key_weak", key_id=key_id, label=pair.label, error=e.message)
 
     def _public_key(self, key_id: str, pair: Pair) -> tuple[PublicKey, KeyType]:
         state = self._ledger.state
