@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _QUIET_S: Final = 1.0
 _MAX_SEEN: Final = 4096
+_MAX_WRITTEN: Final = 50  # records of refusals in a second, whoever they are about
 ALARM: Final = ("signer", "alarm")
 REFUSED: Final = ("signer", "refused")
 
@@ -96,6 +97,8 @@ class Gate:
         self._clock = clock
         self._log = log
         self._seen: dict[tuple[str, str, str], list[float]] = {}
+        self._since = 0.0
+        self._written = 0
 
     @property
     def policy(self) -> Policy:
@@ -132,7 +135,9 @@ class Gate:
         self._metrics.count(REFUSED, labels={"reason": reason.word})
         if reason.alarms:
             self._metrics.count(ALARM, labels={"reason": reason.word})
-        unwritten = self._admit((intent.client or intent.peer, intent.key_id, reason.word))
+        # A key id that is none of the client's can be any of millions.
+        key_id = intent.key_id if reason.step > Reason.KEY_ID.step else ""
+        unwritten = self._admit((intent.client or intent.peer, key_id, reason.word))
         if unwritten is None:
             return
         self._audit.refuse([Refused(intent, reason.word, reason.step)])
@@ -170,13 +175,15 @@ class Gate:
         if seen is not None and now - seen[0] < _QUIET_S:
             seen[1] += 1
             return None
-        unwritten = 0 if seen is None else int(seen[1])
+        if now - self._since >= _QUIET_S:
+            self._since, self._written = now, 0
+        if self._written >= _MAX_WRITTEN:
+            return None
+        self._written += 1
         if seen is None and len(self._seen) >= _MAX_SEEN:
             self._seen = {k: s for k, s in self._seen.items() if now - s[0] < _QUIET_S}
-            if len(self._seen) >= _MAX_SEEN:
-                return None
         self._seen[key] = [now, 0]
-        return unwritten
+        return 0 if seen is None else int(seen[1])
 
 
 def _stranger(name: str, cert_hash: str, peer: str, method: str, policy_hash: str) -> Intent:

@@ -114,11 +114,13 @@ class Generating:
             if held is not None and held.info.fingerprint == known.fingerprint:
                 return held
             return Denial(Reason.REPLAY, "the key that this request made was replaced since")
+        making = notes.unfinished(key_id, key_type)
+        if known is not None and known is not making:
+            return Denial(Reason.REPLAY, "another key was asked for since")
         denial = self._check(caller, keys, key_id, key_type)
         if denial is not None:
             return denial
         held = keys.find(key_id)
-        making = known or notes.unfinished(key_id, key_type)
         fresh = making is None
         if making is None:
             before = "" if held is None else held.info.fingerprint

@@ -222,8 +222,16 @@ class JwtRule:
 
 @dataclass(frozen=True, slots=True)
 class KeyRule:
-    """What holds for one key id."""
+    """What holds for one key id.
 
+    Attributes:
+        name: the pattern of the client's keys that it fits, for counters.
+        types: types it may have.
+        hashes: hashes it may sign.
+        rate: how often it may sign.
+    """
+
+    name: str
     types: frozenset[KeyType]
     hashes: frozenset[HashAlgorithm]
     rate: Rate | None
@@ -277,9 +285,11 @@ class Client:
         found = self._rules.get(key_id)
         if found is not None:
             return found
-        if not fits_any(self.keys, key_id):
+        fitting = next((pattern for pattern in self.keys if pattern.fits(key_id)), None)
+        if fitting is None:
             return None
         found = KeyRule(
+            fitting.text,
             self.types.find(key_id) or frozenset(),
             self.hashes.find(key_id) or frozenset(),
             self.sign_rate.find(key_id),

@@ -54,7 +54,7 @@ class Buckets:
             bucket = self._bucket((client, name), rate, now)
             wait_s = bucket.wait_s(now)
             if wait_s > 0:
-                text = f"more than {rate.per_second:g} signatures a second"
+                text = f"more than {rate.per_second:g} a second"
                 return Denial(reason, text, wait_s)
             wanted.append(bucket)
         for bucket in wanted:

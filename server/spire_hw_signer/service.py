@@ -24,6 +24,7 @@ from spire_hw_signer.policy import (
     MAX_BATCH,
     Denial,
     Purpose,
+    Rate,
     Reason,
     check_form,
     check_options,
@@ -45,9 +46,10 @@ if TYPE_CHECKING:
     from spire_hw_signer.audit.log import AuditLog, Intent, LogHead
     from spire_hw_signer.generating import Generating
     from spire_hw_signer.keys import HeldKey, OwnerKeys
-    from spire_hw_signer.policy import Client, Owner
+    from spire_hw_signer.policy import Client, KeyRule, Owner
     from spire_hw_signer.steady import SteadyTime
 
+_CALL_RATE: Final = Rate(10, 100)
 _SIGNED: Final = ("signer", "sign")
 _MAX_SALT: Final = 512
 _MAX_REPLAYS: Final = 256
@@ -96,6 +98,7 @@ class Work:
     """An item that was let through."""
 
     item: Item
+    rule: KeyRule
     keys: OwnerKeys
     held: HeldKey
     intent: Intent
@@ -147,6 +150,7 @@ class SignerService:
         self._metrics = metrics
         self._log = log
         self._buckets = Buckets()
+        self._calls = Buckets()
         self._in_flight = InFlight()
         self._replays: dict[str, Replay[Answer]] = {}
 
@@ -154,6 +158,7 @@ class SignerService:
         """List the caller's keys, after asking the device."""
         del request
         caller = self._gate.caller(call)
+        self._take_turn(caller, "GetPublicKeys")
         held = await self._keys(caller).refresh()
         mine = [one for one in held if caller.client.rule(one.info.key_id) is not None]
         return hw_signer_pb2.GetPublicKeysResponse(
@@ -195,11 +200,19 @@ class SignerService:
     async def get_log_head(self, request: Any, call: Call) -> Any:
         """Return the end of the audit log and its last signed checkpoint."""
         del request
-        self._gate.caller(call)
+        self._take_turn(self._gate.caller(call), "GetLogHead")
         checkpoint, key = self._witness()
         return hw_signer_pb2.GetLogHeadResponse(
             log_head=head_message(self._audit.head), checkpoint=checkpoint, log_key=key
         )
+
+    def _take_turn(self, caller: Caller, method: str) -> None:
+        """Bound what is asked of the signer besides signatures (5)."""
+        identity, now = caller.client.identity, self._steady.now()
+        denial = self._calls.take(identity, method, _CALL_RATE, None, now)
+        if denial is not None:
+            self._gate.refuse(caller.intent(method), denial)
+            raise error_of(denial)
 
     def _keys(self, caller: Caller) -> OwnerKeys:
         keys = self._owners().get(caller.client.owner)
@@ -222,9 +235,10 @@ class SignerService:
             return self._refuse(caller, message, Denial(Reason.REPLAY, text))
         if known is not None:
             return known
-        held = self._check(caller, keys, item, now)
-        if isinstance(held, Denial):
-            return self._refuse(caller, message, held)
+        found = self._check(caller, keys, item, now)
+        if isinstance(found, Denial):
+            return self._refuse(caller, message, found)
+        rule, held = found
         answer = Answer()
         replay.remember(item.request_id, item.same, now, answer)
         intent = caller.intent(
@@ -236,10 +250,12 @@ class SignerService:
             hash_alg=item.options.hash.name.lower(),
             digest_sha256=hashlib.sha256(item.digest).hexdigest(),
         )
-        work.append(Work(item, keys, held, intent, answer))
+        work.append(Work(item, rule, keys, held, intent, answer))
         return answer
 
-    def _check(self, caller: Caller, keys: OwnerKeys, item: Item, now: float) -> HeldKey | Denial:
+    def _check(
+        self, caller: Caller, keys: OwnerKeys, item: Item, now: float
+    ) -> tuple[KeyRule, HeldKey] | Denial:
         """Check 3 to 6; what is let through is counted as under way."""
         client, key_id, options = caller.client, item.key_id, item.options
         rule = client.rule(key_id)
@@ -262,7 +278,7 @@ class SignerService:
         if denial is not None:
             self._in_flight.leave(client)
             return denial
-        return held
+        return rule, held
 
     def _judge(self, client: Client, keys: OwnerKeys, held: HeldKey, item: Item) -> Denial | None:
         """Read what is to be signed and hold it against the policy (6)."""
@@ -347,14 +363,14 @@ class SignerService:
         except Exception as e:  # noqa: BLE001 - the intent needs its outcome, the others theirs
             self._log.error("Unexpected error while signing", exc_info=e)
             return self._failed(one, seq, SpireHwError("internal error"), began)
-        self._metrics.count(_SIGNED, labels={"status": status_of(None)})
+        self._metrics.count(_SIGNED, labels=self._labels(one, None))
         one.answer.settle(
             hw_signer_pb2.SignResult(signature=made.signature, fingerprint=made.fingerprint)
         )
         return Outcome(seq, "done", latency_s=self._clock.monotonic() - began)
 
     def _failed(self, one: Work, seq: int, error: SpireHwError, began: float) -> Outcome:
-        self._metrics.count(_SIGNED, labels={"status": status_of(error)})
+        self._metrics.count(_SIGNED, labels=self._labels(one, error))
         self._log.error(
             "Signing failed",
             key_id=one.item.key_id,
@@ -365,6 +381,10 @@ class SignerService:
         told = device_error(error, seq)
         one.answer.settle(hw_signer_pb2.SignResult(refusal=failure_message(told)))
         return Outcome(seq, "failed", error.message, self._clock.monotonic() - began)
+
+    @staticmethod
+    def _labels(one: Work, error: SpireHwError | None) -> dict[str, str]:
+        return {"key": one.rule.name, "status": status_of(error)}
 
     def _fail(self, caller: Caller, one: Work, error: SpireHwError) -> None:
         self._replay(caller).forget(one.item.request_id)

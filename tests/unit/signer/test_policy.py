@@ -147,7 +147,7 @@ def test_many_key_ids_of_one_pattern_are_not_all_kept() -> None:
     assert len(one._rules) <= 256
 
 
-RULE = KeyRule(frozenset({KeyType.RSA_2048}), frozenset({HashAlgorithm.SHA256}), None)
+RULE = KeyRule("*", frozenset({KeyType.RSA_2048}), frozenset({HashAlgorithm.SHA256}), None)
 
 
 @pytest.mark.parametrize(
