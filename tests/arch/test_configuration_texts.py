@@ -21,6 +21,7 @@ from spire_hw.posture.policyfile import parse_policy
 from spire_hw.posture.reasons import DEFAULT_ACTIONS
 from spire_hw.posture.verdict import Action
 from spire_hw.spiffeid import TrustDomain
+from spire_hw.telemetry import config as telemetry
 from spire_hw_agent import app as agent_app
 from spire_hw_agent import config as agent_config
 from spire_hw_plugins import builtin
@@ -103,7 +104,7 @@ def check_block(block: Block) -> None:
         for inner in block.body.items:
             assert isinstance(inner, Block)
             check_block(inner)
-    elif key in {"server", "health_checks", "posture"}:
+    elif key in {"server", "health_checks", "posture", "telemetry"}:
         on_top_of(SERVER_CONF, block, server_config.build_settings)
     elif key == "agent":
         on_top_of(AGENT_CONF, block, agent_config.build_settings)
@@ -180,7 +181,9 @@ def test_every_key_of_both_files_is_documented() -> None:
         )
         for key in model.unsupported
     }
-    missing = {key for key in server | agent | refused if f"`{key}`" not in text}
+    both = keys_of(telemetry.TelemetryKeys, telemetry.PrometheusKeys, telemetry.TlsKeys)
+    refused |= set(telemetry.TelemetryKeys.unsupported)
+    missing = {key for key in server | agent | both | refused if f"`{key}`" not in text}
     assert not missing
 
 
