@@ -197,6 +197,10 @@ class BadLine:
         self.cut()
         await self._tasks.close()
 
+    def aim(self, port: int) -> None:
+        """Lead to another port from the next connection on."""
+        self._target = port
+
     def cut(self) -> None:
         """Cut all connections."""
         for writer in list(self._writers):
