@@ -24,7 +24,7 @@ from spire_hw.errors import (
 )
 from spire_hw.evidence.document import KeyReport, parse, sign
 from spire_hw.evidence.verify import Expected, verify
-from spire_hw.key import SoftwareSigner, spki_der
+from spire_hw.key import SoftwareSigner, parse_spki, spki_der
 from spire_hw.plugin.custody import Custody, DeviceStatement
 from spire_hw.tpm.keys import KeyBlob
 from spire_hw.tpm.public import parse_public
@@ -34,6 +34,7 @@ from spire_hw_sim.pki import now
 from spire_hw_sim.softhsm import SoftHsm
 from spire_hw_sim.swtpm import Swtpm, is_available
 from spire_hw_sim.world import World
+from spire_hw_sim.yubihsm import YubiHsm
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -319,3 +320,20 @@ async def test_the_evidence_key_is_made_once_and_stays(short_dir: Path) -> None:
         last = (await keys_of(world))["x509-CA-A"].last_used_at
         assert last > 0
         assert world.server.manager.x509_slots.active is not None
+
+
+async def test_a_devices_certificates_go_along_and_are_checked(short_dir: Path) -> None:
+    device = YubiHsm()
+    async with in_token(short_dir) as world:
+        key = (await keys_of(world))["x509-CA-A"]
+        mine = device.attestation(parse_spki(key.public_key), {})
+        text = await attest(world, attestation=mine)
+        other = ec.generate_private_key(ec.SECP256R1()).public_key()
+        with pytest.raises(SpireHwError, match="statement_key"):
+            await attest(world, attestation=device.attestation(other, {}))
+    found = verify(text, Expected(nonce=NONCE, roots=(device.root,)), now())
+    assert found.document.key.evidence.custody is Custody.HSM_ATTESTED
+    assert "YubiHSM 7654321 (firmware 2.4.0) generated the key as object 0x1234" in found.proved[1]
+    unnamed = verify(text, Expected(), now())
+    assert "name the maker's root with -roots" in unnamed.believed[1]
+    assert codes(text, roots=(YubiHsm().root,)) == {"statement_chain"}
