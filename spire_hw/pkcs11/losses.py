@@ -17,7 +17,7 @@ from spire_hw.pkcs11.wire import unpack_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from spire_hw.pkcs11.inventory import Inventory
+    from spire_hw.pkcs11.inventory import Inventory, Pair
     from spire_hw.pkcs11.ledger import Ledger
 
 
@@ -28,12 +28,14 @@ class Losses:
     Attributes:
         missing: key ids of which no usable generation is there.
         older: key ids of which only older generations are there.
+        unreadable: key ids of which a newer generation may be current, but shows no public half.
         expected: how many keys there have to be.
         shown: how many there are.
     """
 
     missing: tuple[str, ...]
     older: tuple[str, ...]
+    unreadable: tuple[str, ...]
     expected: int
     shown: int
 
@@ -47,6 +49,13 @@ class Losses:
             kind = ErrorKind.UNAVAILABLE
         elif self.older:
             message = f"token {device} shows older generations of {', '.join(self.older)}"
+            kind = ErrorKind.FAILED_PRECONDITION
+        elif self.unreadable:
+            message = (
+                f"token {device} shows newer generations of {', '.join(self.unreadable)} that lost "
+                "their public halves, which only the note of the host that made them could tell: "
+                "bring that file back"
+            )
             kind = ErrorKind.FAILED_PRECONDITION
         else:
             return None
@@ -73,7 +82,19 @@ def losses_of(inventory: Inventory, ledger: Ledger) -> Losses:
         for key_id, known in ledger.state.keys.items()
         if key_id in shown and shown[key_id].generation < known.generation
     )
-    return Losses(tuple(missing), tuple(older), len(expected), len(shown))
+    unreadable = sorted(
+        {
+            ids[half.name]
+            for half in inventory.halves
+            if half.privates and half.name in ids and _may_be_current(half, ids[half.name], shown)
+        }
+        - {*ledger.state.keys, *in_use}
+    )
+    return Losses(tuple(missing), tuple(older), tuple(unreadable), len(expected), len(shown))
+
+
+def _may_be_current(half: Pair, key_id: str, shown: Mapping[str, Pair]) -> bool:
+    return key_id in shown and shown[key_id].generation < half.generation
 
 
 def find_moved(
