@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from spire_hw_sim.liarsigner import SIGNER_ID, write_client
 from spire_hw_sim.manufacturer import EkKind, Manufacturer
-from spire_hw_sim.parties import Agent, Make, Party, Role, install_plugins, missing
+from spire_hw_sim.parties import TRUST_DOMAIN, Agent, Make, Party, Role, install_plugins, missing
+from spire_hw_sim.remoterig import SignerProcess
+from spire_hw_sim.signer import SignerRig, client_policy
 from spire_hw_sim.site import wait_until
 from spire_hw_sim.softhsm import SoftHsm
 from spire_hw_sim.swtpm import Swtpm
@@ -82,6 +85,21 @@ def test_tpm_keys_in_upstreams_server(
     shop: Shop, tpm: Swtpm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_in_upstreams_server(shop, monkeypatch, "tpm", f'tcti = "{tpm.tcti}"')
+
+
+@pytest.mark.hsm
+def test_keys_at_a_signer_in_upstreams_server(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host has no words for what is signed: this client may have bare digests signed."""
+    policy = client_policy(trust_domain=TRUST_DOMAIN, raw="true")
+    signer = SignerProcess(SignerRig(shop.party.directory / "signer", policy=policy))
+    files = write_client(signer.rig.authority, shop.party.directory / "client")
+    data = f"""addresses = ["{signer.address}"] signer_id = "{SIGNER_ID}"
+      signer_ca = "{files.ca}" cert = "{files.cert}" key = "{files.key}" """
+    signer.start()
+    try:
+        use_in_upstreams_server(shop, monkeypatch, "remote", data)
+    finally:
+        signer.stop()
 
 
 def use_in_upstreams_server(
