@@ -249,9 +249,23 @@ def _key_manager_faults(plugin: PluginConfig) -> Iterator[ConfigFault]:
     if plugin.data_file:
         yield ConfigFault(plugin.line, f"{title}: write plugin_data, not plugin_data_file")
     for item in plugin.data.items:
-        if isinstance(item, Item) and item.key.lower() in own:
-            message = f'{title}: "{item.key}" is set by the signer for each client; remove it'
+        key = item.key if isinstance(item, Item) else item.keys[0]
+        if key.lower() in own:
+            message = f'{title}: "{key}" is set by the signer for each client; remove it'
             yield ConfigFault(item.line, message)
+    yield from _import_faults(plugin.data, title)
+
+
+def _import_faults(body: Body, title: str) -> Iterator[ConfigFault]:
+    """Find keys made elsewhere: in the block of all clients each of them would have them."""
+    for item in body.items:
+        if isinstance(item, Item):
+            continue
+        if item.keys[0].lower() == "import":
+            message = f"{title}: a key made elsewhere cannot be every client's; remove import"
+            yield ConfigFault(item.line, message)
+        else:
+            yield from _import_faults(item.body, title)
 
 
 def _cross_faults(raw: SignerFile) -> Iterator[ConfigFault]:

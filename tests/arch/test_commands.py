@@ -15,6 +15,7 @@ from spire_hw.cli.run import run
 from spire_hw_agent.cli.commands import root as agent_root
 from spire_hw_plugins.cli.commands import root as plugin_root
 from spire_hw_server.cli.commands import root as server_root
+from spire_hw_signer.cli.commands import root as signer_root
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,10 +25,11 @@ PROGRAMS = {
     "spire-hw-server": server_root,
     "spire-hw-agent": agent_root,
     "spire-hw-plugin": plugin_root,
+    "spire-hw-signer": signer_root,
 }
 HELP_IS_ENOUGH = {"spire-hw-agent healthcheck", "spire-hw-server jwt", "spire-hw-server x509"}
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-_CALL = re.compile(r"(?:^|[\s`$(=])(spire-hw-(?:server|agent|plugin) [^\n|>&;`)#]*)")
+_CALL = re.compile(r"(?:^|[\s`$(=])(spire-hw-(?:server|agent|plugin|signer) [^\n|>&;`)#]*)")
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:

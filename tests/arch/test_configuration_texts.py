@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from spire_hw.clock import SystemClock
 from spire_hw.config import hcl
 from spire_hw.config.hcl import Block, Body
+from spire_hw.config.host import LogKeys
 from spire_hw.log import get_logger
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
 from spire_hw.plugin.section import parse_plugins
@@ -38,12 +39,16 @@ from spire_hw_plugins.workloadattestor import unix
 from spire_hw_server import app as server_app
 from spire_hw_server import config as server_config
 from spire_hw_server.datastore.config import RawDatastoreConfig, parse_datastore
+from spire_hw_signer import config as signer_config
+from spire_hw_signer import policyfile as signer_policy
+from spire_hw_signer.policy import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
 SERVER_CONF, AGENT_CONF = ROOT / "server" / "server.conf", ROOT / "agent" / "agent.conf"
+SIGNER_CONF, SIGNER_POLICY = ROOT / "server" / "signer.conf", ROOT / "server" / "signer-policy.conf"
 KINDS = {kind.value: kind for kind in PluginKind}
 _FENCE = re.compile(r"^```hcl\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -76,12 +81,22 @@ async def test_the_sample_of_the_agent_is_valid_with_its_plugins() -> None:
     assert settings.notices == ()
 
 
+def test_the_samples_of_the_signer_are_valid() -> None:
+    settings = signer_config.load_settings(SIGNER_CONF)
+    assert settings.notices == ()
+    policy = signer_policy.load_policy(SIGNER_POLICY)
+    assert not list(signer_policy.describe(policy))
+
+
 @pytest.mark.parametrize("text", [t for _, t in FENCES], ids=[name for name, _ in FENCES])
 def test_shown_configuration_is_valid(text: str) -> None:
     body = hcl.parse(text)
     assert body.items
     if body.blocks("policy"):
         assert parse_policy(text, read=referred_to).sha256
+        return
+    if body.blocks("client"):
+        assert signer_policy.parse_policy(text).hash
         return
     for item in body.items:
         assert isinstance(item, Block), "a fence holds whole blocks"
@@ -106,6 +121,8 @@ def check_block(block: Block) -> None:
             check_block(inner)
     elif key in {"server", "health_checks", "posture", "telemetry"}:
         on_top_of(SERVER_CONF, block, server_config.build_settings)
+    elif key == "signer":
+        on_top_of(SIGNER_CONF, block, signer_config.build_settings)
     elif key == "agent":
         on_top_of(AGENT_CONF, block, agent_config.build_settings)
     else:
@@ -185,6 +202,24 @@ def test_every_key_of_both_files_is_documented() -> None:
     refused |= set(telemetry.TelemetryKeys.unsupported)
     missing = {key for key in server | agent | both | refused if f"`{key}`" not in text}
     assert not missing
+
+
+def test_every_key_of_the_signer_and_every_reason_is_documented() -> None:
+    text = (ROOT / "docs" / "signer.md").read_text()
+    models = (
+        signer_config.TlsKeys,
+        signer_config.AuditKeys,
+        signer_config.SyslogKeys,
+        signer_config.OperatorsKeys,
+        signer_policy.PolicyFile,
+        signer_policy.ClientKeys,
+        signer_policy.GenerateKeys,
+        signer_policy.X509Keys,
+        signer_policy.JwtKeys,
+    )
+    own = keys_of(signer_config.SignerKeys) - keys_of(LogKeys)
+    words = set(re.findall(r"[a-z0-9_]+", "".join(re.findall(r"`[^`]*`", text))))
+    assert not (keys_of(*models) | own | {reason.word for reason in Reason}) - words
 
 
 def test_every_key_of_a_policy_and_every_reason_is_documented() -> None:
