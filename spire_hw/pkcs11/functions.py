@@ -9,7 +9,10 @@ Spec: PKCS #11 v2.40, sections 5.4 (CK_FUNCTION_LIST) and 5.13 (signing).
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Places in CK_FUNCTION_LIST.
 _GET_SESSION_INFO: Final = 15
@@ -102,27 +105,40 @@ class Functions:
             raise CkrError(code)
         return int(info.state)
 
-    def sign(self, session: int, mechanism: Mechanism, key: int, data: bytes) -> bytes:
-        """Have a key sign.
+    def sign(
+        self,
+        session: int,
+        mechanism: Mechanism,
+        key: int,
+        wanted: Sequence[bytes],
+        made: list[bytes],
+    ) -> None:
+        """Have a key sign, one after the other.
 
         Args:
             session: session handle.
             mechanism: how to sign.
             key: object handle.
-            data: at most 512 bytes.
+            wanted: what to sign, at most 512 bytes each.
+            made: gets the outputs.
 
         Raises:
-            CkrError: the token refused; an operation may have been left active in the session.
+            CkrError: the token refused one, those after it were not tried; an operation may have
+                been left active in the session.
         """
-        size = len(data)
-        self._data[:size] = data
-        code = self._sign_init(session, mechanism.address, key)
-        if code == 0:
-            self._length.value = _MAX_SIGNATURE
-            code = self._sign(session, self._data_at, size, self._output_at, self._length_at)
-        if code != 0:
-            raise CkrError(code)
-        return self._output[: self._length.value].tobytes()
+        sign_init, sign, length = self._sign_init, self._sign, self._length
+        data_at, output_at, length_at = self._data_at, self._output_at, self._length_at
+        place, output, address = self._data, self._output, mechanism.address
+        for data in wanted:
+            size = len(data)
+            place[:size] = data
+            code = sign_init(session, address, key)
+            if code == 0:
+                length.value = _MAX_SIGNATURE
+                code = sign(session, data_at, size, output_at, length_at)
+            if code != 0:
+                raise CkrError(code)
+            made.append(output[: length.value].tobytes())
 
 
 def _function(table: Any, index: int, arguments: int) -> Any:

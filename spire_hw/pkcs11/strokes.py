@@ -18,7 +18,7 @@ from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.pkcs11.functions import CkrError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from spire_hw.pkcs11.keys import SignScheme
     from spire_hw.pkcs11.token import TokenSession
@@ -36,35 +36,50 @@ class Strokes:
 
     def sign(
         self, cka_id: bytes, scheme: SignScheme, digests: Sequence[bytes]
-    ) -> Iterator[bytes | TokenError]:
-        """Yield the token's raw outputs; a lost session or a stale handle is replaced once."""
-        for digest in digests:
-            data = scheme.data(digest)
-            result = self._sign_once(cka_id, scheme, data)
-            if isinstance(result, TokenError) and result.cure in {Cure.SESSION, Cure.KEY}:
-                result = self._sign_once(cka_id, scheme, data)
-            yield result
+    ) -> list[bytes | TokenError]:
+        """Return the token's raw outputs; a lost session or a stale handle is replaced once.
 
-    def _sign_once(self, cka_id: bytes, scheme: SignScheme, data: bytes) -> bytes | TokenError:
-        token = self._token
+        A token that is away is not asked for the rest.
+        """
+        wanted = [scheme.data(digest) for digest in digests]
+        results: list[bytes | TokenError] = []
+        while len(results) < len(wanted):
+            made, error = self._sign_some(cka_id, scheme, wanted[len(results) :])
+            results += made
+            if error is not None and error.cure in {Cure.SESSION, Cure.KEY}:
+                made, error = self._sign_some(cka_id, scheme, [wanted[len(results)]])
+                results += made
+            if error is not None:
+                is_away = error.cure is Cure.RESTART
+                results += [error] * (len(wanted) - len(results) if is_away else 1)
+        return results
+
+    def _sign_some(
+        self, cka_id: bytes, scheme: SignScheme, wanted: Sequence[bytes]
+    ) -> tuple[list[bytes], TokenError | None]:
+        """Return outputs up to the first failure, and that."""
+        token, made = self._token, list[bytes]()
         try:
             key = self._keys.get(cka_id) or self._find(cka_id)
             if token.functions is None:
-                return _sign_by_binding(key, scheme, data)
-            return token.functions.sign(token.handle, _mechanism(scheme), key.handle, data)
+                made.extend(_sign_by_binding(key, scheme, data) for data in wanted)
+            else:
+                token.functions.sign(token.handle, _mechanism(scheme), key.handle, wanted, made)
         except TokenError as e:
-            return e
+            return made, e
         except CkrError as e:
-            error = TokenError.of_code(e.code, "sign", self._token.device)
+            error = TokenError.of_code(e.code, "sign", token.device)
         except _ODD as e:
-            error = TokenError.of(e, "find key", self._token.device)
+            error = TokenError.of(e, "sign", token.device)
+        else:
+            return made, None
         try:
             # Whatever failed, the operation may still be active: the session signs no more.
             self._keys.clear()
-            self._token.renew()
+            token.renew()
         except TokenError as lost:
-            return lost
-        return error
+            return made, lost
+        return made, error
 
     def _find(self, cka_id: bytes) -> Any:
         wanted = {Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.ID: cka_id}

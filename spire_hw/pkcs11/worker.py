@@ -7,7 +7,8 @@ it. It has one thread, and what the token signed is verified elsewhere.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import Any
 
 from spire_hw.errors import EncodingError, ErrorKind, InvalidInputError
 from spire_hw.pkcs11 import channel
@@ -24,9 +25,6 @@ from spire_hw.pkcs11.wire import (
     encode_results,
     unpack_bytes,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 
 class Service:
@@ -51,10 +49,10 @@ class Service:
             raise TokenError("no token is open", reason="hsm.not_open", operation=kind.name.lower())
         if kind is Kind.SIGN:
             runs = decode_items(body)
-            return encode_results([result for run in runs for result in self._sign(run)])
+            return encode_results(list(chain.from_iterable(map(self._sign, runs))))
         return encode_json(self._control(kind, decode_json(body)))
 
-    def _sign(self, run: SignRun) -> Iterable[bytes | TokenError]:
+    def _sign(self, run: SignRun) -> list[bytes | TokenError]:
         """Have the token sign one run; nothing of it is verified yet."""
         try:
             key = self._keys.get(run.key.spki)
@@ -64,7 +62,7 @@ class Service:
             odd = TokenError(e.message, reason="hsm.odd", operation="sign", kind=e.kind)
             return [odd] * len(run.digests)
         scheme = sign_scheme(key.key_type, run.options)
-        raws: Iterable[bytes | TokenError] = self._strokes.sign(run.key.cka_id, scheme, run.digests)
+        raws: list[bytes | TokenError] = self._strokes.sign(run.key.cka_id, scheme, run.digests)
         return raws
 
     def _control(self, kind: Kind, fields: dict[str, Any]) -> dict[str, Any]:
