@@ -97,6 +97,7 @@ class TokenRig:
             "pin_file": str(self.pin_file),
             "key_identifier_value": "server-1",
             "start_timeout": "30s",
+            "generations_per_day": 0,
             "environment": self.hsm.environment,
         }
         return Body.from_dict({k: v for k, v in {**values, **changes}.items() if v is not None})

@@ -39,6 +39,7 @@ class Disposal:
         """Queue pairs, given as (CKA_ID, label)."""
         for cka_id, label in pairs:
             self._waiting[cka_id] = label
+        self._show()
         if self._waiting:
             self._emptied.clear()
             self._added.set()
@@ -73,6 +74,9 @@ class Disposal:
                         await self._added.wait()
                 self._added.clear()
 
+    def _show(self) -> None:
+        self._pool.metrics.gauge(("hsm", "keys_awaiting_disposal"), len(self._waiting))
+
     async def _destroy(self, cka_id: bytes, label: str) -> ErrorKind | None:
         try:
             await self._pool.ask(
@@ -84,6 +88,7 @@ class Disposal:
             )
             return e.kind
         self._waiting.pop(cka_id, None)
+        self._show()
         if not self._waiting:
             self._emptied.set()
         self._log.info("hsm.key_destroyed", label=label)

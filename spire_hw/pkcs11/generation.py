@@ -16,7 +16,7 @@ from spire_hw.key import KeyType, PublicKey, key_type_of
 from spire_hw.pkcs11.errors import TokenError
 from spire_hw.pkcs11.inventory import Entry, Evidence, read_evidence, read_material
 from spire_hw.pkcs11.keys import EC_PARAMS, PublicMaterial, is_ec, modulus_bits, public_key_of
-from spire_hw.pkcs11.wire import Kind, pack_bytes
+from spire_hw.pkcs11.wire import ID_TAKEN, Kind, pack_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -27,41 +27,61 @@ if TYPE_CHECKING:
     from spire_hw.plugin.keymanager import KeyInfo
 
 _KEPT_S: Final = 300.0
+_IDS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
     """A new pair as the token describes it."""
 
+    cka_id: bytes
     public_key: PublicKey
     evidence: Evidence
 
 
-@dataclass(frozen=True, slots=True)
 class Making:
     """One pair to be generated.
 
-    Attributes:
+    Args:
         pool: the workers.
         key_type: its type.
-        cka_id: its CKA_ID.
+        fresh_id: draws a CKA_ID.
         label: its CKA_LABEL.
+
+    Attributes:
+        cka_id: the CKA_ID drawn last.
     """
 
-    pool: Pool
-    key_type: KeyType
-    cka_id: bytes
-    label: str
+    def __init__(
+        self, pool: Pool, key_type: KeyType, fresh_id: Callable[[], bytes], label: str
+    ) -> None:
+        self.pool = pool
+        self.key_type = key_type
+        self.label = label
+        self.cka_id = fresh_id()
+        self._fresh_id = fresh_id
 
     async def generate(self, disposal: Disposal) -> Made:
         """Generate the pair.
 
         When the token was lost meanwhile or has no room, what waits for disposal is destroyed,
-        then whatever the first try left, and it is tried once more.
+        then whatever the first try left, and it is tried once more. When the CKA_ID is taken, which
+        only the token may know, another one is drawn.
 
         Raises:
-            TokenError: the token refused, or made something else than was asked for.
+            TokenError: the token refused, or made something else than was asked for; UNAVAILABLE
+                when every id that was drawn is taken.
         """
+        for _ in range(_IDS - 1):
+            try:
+                return await self._generate(disposal)
+            except TokenError as e:
+                if e.reason != ID_TAKEN:
+                    raise
+            self.cka_id = self._fresh_id()
+        return await self._generate(disposal)
+
+    async def _generate(self, disposal: Disposal) -> Made:
         try:
             return await self._ask()
         except TokenError as e:
@@ -90,7 +110,7 @@ class Making:
                 operation="generate key pair",
                 device=self.pool.facts.device,
             ) from e
-        return Made(public_key, read_evidence(described))
+        return Made(self.cka_id, public_key, read_evidence(described))
 
     def _public_key(self, material: PublicMaterial | None) -> PublicKey:
         if material is None:

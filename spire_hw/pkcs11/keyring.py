@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.aio.tasks import Tasks
 from spire_hw.errors import InvalidInputError, NotFoundError, SpireHwError
 from spire_hw.key import parse_spki
+from spire_hw.pkcs11.budget import Budget
 from spire_hw.pkcs11.claim import Claim
 from spire_hw.pkcs11.disposal import Disposal
 from spire_hw.pkcs11.errors import TokenError
@@ -29,6 +31,7 @@ from spire_hw.pkcs11.retention import Retention
 from spire_hw.pkcs11.signing import Signing
 from spire_hw.pkcs11.state import Existing
 from spire_hw.pkcs11.stock import Stock
+from spire_hw.pkcs11.testkey import TestKey
 from spire_hw.plugin.custody import Custody
 from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo
 
@@ -70,6 +73,8 @@ class Keyring:
         self._claim = Claim(pool, self._ledger, policy, nonce=instance, clock=clock, log=log)
         self._signing = Signing(pool, self._stock, self.get, clock, log)
         self.disposal = Disposal(pool, log)
+        self.test_key = TestKey(pool, owner, self.disposal, clock=clock, log=log)
+        self._budget = Budget(file.path.with_suffix(".budget.json"), policy.allowance, clock)
         self._retention = Retention(
             pool,
             self._ledger,
@@ -122,6 +127,7 @@ class Keyring:
         replaced = await self._retention.sort_out(inventory)
         self.disposal.add((p.cka_id, p.label) for p in (*replaced, *orphans))
         self._tasks.start("hsm-disposal", self.disposal.run())
+        self._tasks.start("hsm-test-key", self.test_key.run())
         self._tasks.start("hsm-housekeeping", self._house.run())
 
     async def close(self) -> None:
@@ -281,19 +287,22 @@ class Keyring:
         self._claim.check(inventory)
         await self._claim.check_writable(inventory)
         generation = self._next_generation(key_id, inventory)
-        cka_id, label = self._fresh_id(inventory), self._owner.key_label(key_id, generation)
-        making = Making(self._pool, key_type, cka_id, label)
+        label = self._owner.key_label(key_id, generation)
+        await self._budget.take(key_id)
+        making = Making(self._pool, key_type, partial(self._fresh_id, inventory), label)
         try:
             described = await making.generate(self.disposal)
             public_key = described.public_key
             profile = self._pool.facts.profile
             check_evidence(f'generated key "{key_id}"', described.evidence, key_type, profile)
             info = KeyInfo.of(key_id, key_type, public_key)
-            entry = Entry.of(info, cka_id, label, generation)
+            entry = Entry.of(info, making.cka_id, label, generation)
             await self._proving.prove(entry)
             await self._claim.add(inventory, key_id)
-        except BaseException:
-            self.disposal.add([(cka_id, label)])
+        except BaseException as e:
+            self.disposal.add([(making.cka_id, label)])
+            if isinstance(e, TokenError):
+                await self._budget.give_back(key_id)
             raise
         return entry
 

@@ -61,6 +61,11 @@ class Owner:
         """Return the label of the owner's manifest object."""
         return f"{self.prefix}manifest"
 
+    @property
+    def test_label(self) -> str:
+        """Return the label of the owner's test key: no key's, since no key part has a dot."""
+        return f"{self.prefix}.test"
+
     def key_label(self, key_id: str, generation: int) -> str:
         """Return the label of one generation of a key.
 

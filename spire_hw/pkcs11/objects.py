@@ -16,7 +16,7 @@ from pkcs11.exceptions import PKCS11Error
 from spire_hw.errors import ErrorKind
 from spire_hw.pkcs11.errors import Cure, TokenError, ckr_of
 from spire_hw.pkcs11.profile import PRIVATE_TEMPLATE, PUBLIC_TEMPLATE
-from spire_hw.pkcs11.wire import pack_bytes
+from spire_hw.pkcs11.wire import ID_TAKEN, pack_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -38,7 +38,8 @@ _EVIDENCE: Final = {
     "UNWRAP": Attribute.UNWRAP,
     "DERIVE": Attribute.DERIVE,
 }
-_TEMPLATE_REFUSED: Final = frozenset({"TEMPLATE_INCONSISTENT", "ATTRIBUTE_VALUE_INVALID"})
+_VALUE_INVALID: Final = "ATTRIBUTE_VALUE_INVALID"
+_TEMPLATE_REFUSED: Final = frozenset({"TEMPLATE_INCONSISTENT", _VALUE_INVALID})
 # Also how tpm2-pkcs11 answers a template with explicit FALSE usage flags.
 _TEMPLATE_MAYBE: Final = _TEMPLATE_REFUSED | {"GENERAL_ERROR", "ATTRIBUTE_TYPE_INVALID"}
 _MORE_LISTINGS: Final = 4
@@ -118,6 +119,8 @@ class TokenObjects:
             try:
                 public, private = self._generate(key_type, cka_id, label, profile)
             except PKCS11Error as e:
+                if ckr_of(e).name == _VALUE_INVALID and self._is_taken(cka_id, label):
+                    raise self._taken() from e
                 if profile == profile.minimal or ckr_of(e).name not in _TEMPLATE_MAYBE:
                     raise
                 self.destroy(cka_id, label)
@@ -132,6 +135,20 @@ class TokenObjects:
                 self.destroy(cka_id, label)
             raise error from e
         return described
+
+    def _is_taken(self, cka_id: bytes, label: str) -> bool:
+        """Tell whether an object that is none of this pair has its CKA_ID."""
+        found = self._find({Attribute.ID: cka_id})
+        return any(_read(item, Attribute.LABEL) != label for item in found)
+
+    def _taken(self) -> TokenError:
+        return TokenError(
+            f"token refused a CKA_ID: CKR_{_VALUE_INVALID}, another object has it",
+            reason=ID_TAKEN,
+            operation="generate key pair",
+            device=self._token.device,
+            kind=ErrorKind.UNAVAILABLE,
+        )
 
     def _generate_error(self, cause: PKCS11Error) -> TokenError:
         error = TokenError.of(cause, "generate key pair", self._token.device)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from spire_hw.key import KeyType
+from spire_hw.pkcs11.budget import DEFAULT_ALLOWANCE, Allowance
 
 if TYPE_CHECKING:
     from spire_hw.pkcs11.importing import Import
@@ -22,6 +23,7 @@ class Policy:
         accept_weak_keys: key ids whose attributes need not prove where they were made.
         retain_replaced_s: seconds that replaced generations are kept; 0 destroys them at once.
         imports: keys made elsewhere that are used as they are.
+        allowance: how often a key may be made anew.
     """
 
     key_types: frozenset[KeyType] = frozenset(KeyType)
@@ -30,3 +32,4 @@ class Policy:
     accept_weak_keys: frozenset[str] = frozenset()
     retain_replaced_s: float = 0.0
     imports: tuple[Import, ...] = ()
+    allowance: Allowance = DEFAULT_ALLOWANCE

@@ -30,11 +30,13 @@ from spire_hw.pkcs11.wire import (
     encode_items,
     encode_json,
 )
+from spire_hw.telemetry.metrics import NO_METRICS, count_fault
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from spire_hw.log import Logger
+    from spire_hw.telemetry.metrics import Metrics
 
 _DRAIN_S: Final = 5.0
 _ADMIN_WAIT_S: Final = 10.0
@@ -88,9 +90,16 @@ class _Job:
 
 
 class Pool:
-    """Workers logged in to one token."""
+    """Workers logged in to one token.
 
-    def __init__(self, opening: Opening, limits: Limits, log: Logger) -> None:
+    Attributes:
+        metrics: takes what is measured of the token.
+    """
+
+    def __init__(
+        self, opening: Opening, limits: Limits, log: Logger, metrics: Metrics = NO_METRICS
+    ) -> None:
+        self.metrics = metrics
         self._limits = limits
         self._log = log
         turn = asyncio.Lock()
@@ -399,6 +408,8 @@ class Pool:
         if bad is not None and _is_lost(bad):
             if bad.reason not in {"hsm.worker_died", "hsm.worker_hung"}:
                 seat.failed()
+                self._log.error(bad.reason, worker=seat.name, error=bad.message)
+                count_fault(self.metrics, bad.reason)
             self._discard(seat, bad)
         elif bad is not None:
             # A token or worker that made one wrong signature is not asked again as it is; what

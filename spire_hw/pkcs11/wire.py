@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 HEADER: Final = struct.Struct(">IBI")
 MAX_BODY: Final = 4 << 20
 MAX_BATCH: Final = 64
+# Reason of an error: the CKA_ID of a pair that was to be made is another object's.
+ID_TAKEN: Final = "hsm.id_taken"
 _LENGTH: Final = struct.Struct(">I")
 # Lengths of CKA_ID and public key; hash, PSS, salt; number of digests and the length of each.
 _RUN: Final = struct.Struct(">HHBBiBH")

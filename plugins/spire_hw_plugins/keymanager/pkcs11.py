@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 from spire_hw.config.schema import decode, faults
 from spire_hw.errors import ConfigError, NotReadyError
 from spire_hw.files import NoFileError, create_file, read_bounded
+from spire_hw.pkcs11.budget import Allowance
 from spire_hw.pkcs11.keyring import Keyring, info_of
 from spire_hw.pkcs11.labels import Owner
 from spire_hw.pkcs11.place import Pins, opening_of
@@ -87,7 +88,7 @@ class Pkcs11KeyManager:
         owner = await asyncio.to_thread(self._owner, raw)
         guard = self._pins.guard(settings.place)
         opening = await opening_of(settings.place, guard, self._command)
-        pool = Pool(opening, _limits(raw), self._host.log)
+        pool = Pool(opening, _limits(raw), self._host.log, self._host.metrics)
         facts = await pool.start()
         keyring = Keyring(
             pool,
@@ -195,6 +196,7 @@ def _limits(config: Config) -> Limits:
         start_s=config.start_timeout.total_seconds(),
         sign_s=config.sign_timeout.total_seconds(),
         generate_s=config.generate_timeout.total_seconds(),
+        probe_s=config.probe_interval.total_seconds(),
     )
 
 
@@ -206,6 +208,7 @@ def _policy(config: Config, settings: Settings) -> Policy:
         accept_weak_keys=frozenset(config.accept_weak_keys),
         retain_replaced_s=config.retain_replaced.total_seconds(),
         imports=settings.imports,
+        allowance=Allowance(config.generations_per_day, config.generation_burst),
     )
 
 

@@ -42,6 +42,9 @@ class Config(TokenConfig):
         start_timeout: how long the token may be away at start.
         sign_timeout: how long a worker may be silent over a batch of signatures.
         generate_timeout: how long a key generation may take.
+        probe_interval: how long a token that fails is left alone between two tries.
+        generations_per_day: how often one key id may be made anew; 0 lifts the limit.
+        generation_burst: how often one after the other.
         key_types: key types that may be generated; all four when empty.
         accept_token: serial number of a token that may replace the one used so far.
         accept_key_loss: go on although keys are gone; take it out again after one start.
@@ -57,6 +60,9 @@ class Config(TokenConfig):
     start_timeout: GoDuration = parse_duration("30s")
     sign_timeout: GoDuration = parse_duration("10s")
     generate_timeout: GoDuration = parse_duration("2m")
+    probe_interval: Annotated[GoDuration, at_least(timedelta(seconds=1))] = parse_duration("30s")
+    generations_per_day: Annotated[int, Field(ge=0, le=1_000_000)] = 12
+    generation_burst: Annotated[int, Field(ge=1, le=1_000_000)] = 4
     key_types: list[str] = Field(default_factory=list)
     accept_token: str = ""
     accept_key_loss: bool = False
