@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 _DRAIN_S: Final = 5.0
 _ADMIN_WAIT_S: Final = 10.0
 _PROBE_EVERY_S: Final = 1.0
+# Faults of a worker, not of the token it holds.
+_OF_WORKER: Final = frozenset({"hsm.worker_died", "hsm.worker_hung", "hsm.worker_replaced"})
 _NO_SESSION: Final = "hsm.session_count"
 
 
@@ -398,7 +400,7 @@ class Pool:
             results = decode_results(body, len(batch))
         except SpireHwError as e:
             results = [TokenError.of(e, "sign")] * len(batch)
-            self._discard(seat, None)
+            self._discard(seat, _replaced())
         self._conclude(seat, batch, results)
 
     def _conclude(
@@ -406,7 +408,7 @@ class Pool:
     ) -> None:
         bad = next((r for r in results if isinstance(r, TokenError) and _is_fatal(r)), None)
         if bad is not None and _is_lost(bad):
-            if bad.reason not in {"hsm.worker_died", "hsm.worker_hung"}:
+            if bad.reason not in _OF_WORKER:
                 seat.failed()
                 self._log.error(bad.reason, worker=seat.name, error=bad.message)
                 count_fault(self.metrics, bad.reason)
@@ -414,7 +416,7 @@ class Pool:
         elif bad is not None:
             # A token or worker that made one wrong signature is not asked again as it is; what
             # others want of it has nothing to do with that.
-            self._discard(seat, None)
+            self._discard(seat, _replaced())
         elif any(isinstance(r, bytes) for r in results):
             seat.signed()
         for job, result in zip(batch, results, strict=True):
@@ -431,9 +433,19 @@ class Pool:
             return
         _settle(job.future, error)
 
-    def _discard(self, seat: Seat, why: TokenError | None) -> None:
+    def _discard(self, seat: Seat, why: TokenError) -> None:
         if seat.worker is not None and seat.worker.is_alive:
             seat.worker.kill(why)
+
+
+def _replaced() -> TokenError:
+    return TokenError(
+        "hsm worker was replaced",
+        reason="hsm.worker_replaced",
+        operation="run",
+        cure=Cure.RESTART,
+        kind=ErrorKind.UNAVAILABLE,
+    )
 
 
 def _is_lost(error: TokenError) -> bool:

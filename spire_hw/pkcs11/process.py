@@ -49,6 +49,7 @@ class _Waiting:
     future: asyncio.Future[bytes]
     limit_s: float
     what: str
+    since: float
 
 
 class WorkerProcess(asyncio.Protocol):
@@ -124,6 +125,11 @@ class WorkerProcess(asyncio.Protocol):
         """Return how many requests are unanswered."""
         return len(self._waiting)
 
+    @property
+    def waiting_s(self) -> float:
+        """Return how many seconds the oldest request has been unanswered."""
+        return self._loop.time() - self._waiting[0].since if self._waiting else 0.0
+
     def ask(self, kind: Kind, body: bytes, *, limit_s: float, what: str) -> asyncio.Future[bytes]:
         """Send a request; the future gives the body of the answer.
 
@@ -138,7 +144,7 @@ class WorkerProcess(asyncio.Protocol):
             future.set_exception(self._why or self._dead("hsm worker is gone", what))
             return future
         self._number = (self._number + 1) & 0xFFFFFFFF
-        self._waiting.append(_Waiting(self._number, future, limit_s, what))
+        self._waiting.append(_Waiting(self._number, future, limit_s, what, self._loop.time()))
         if len(self._waiting) == 1:
             self._watch_oldest()
         self._transport.write(encode_frame(kind, self._number, body))

@@ -164,8 +164,12 @@ class Seat:
     @property
     def has_room(self) -> bool:
         """Tell whether the worker should be given another batch now."""
-        most = _MAX_DEPTH if self._item_s < _SLOW_S else 1
-        return self.worker is not None and self.worker.is_alive and self.worker.depth < most
+        worker = self.worker
+        if worker is None or not worker.is_alive:
+            return False
+        # A token that has become slow shows it by what it has in hand.
+        is_quick = self._item_s < _SLOW_S and worker.waiting_s < _BATCH_TARGET_S
+        return worker.depth < (_MAX_DEPTH if is_quick else 1)
 
     @property
     def is_broken(self) -> bool:
