@@ -27,6 +27,7 @@ from spire_hw_agent import app as agent_app
 from spire_hw_agent import config as agent_config
 from spire_hw_plugins import builtin
 from spire_hw_plugins.keymanager import disk, pkcs11, tpm_config
+from spire_hw_plugins.keymanager.remote import config as remote_config
 from spire_hw_plugins.nodeattestor.tpm import agent as tpm_agent
 from spire_hw_plugins.nodeattestor.tpm import config as tpm_server
 from spire_hw_plugins.nodeattestor.tpm_devid import agent as devid_agent
@@ -243,6 +244,7 @@ def test_every_key_of_a_policy_and_every_reason_is_documented() -> None:
 def test_every_key_of_every_plugin_is_documented() -> None:
     pages = {
         "keymanager_pkcs11": (pkcs11.Config,),
+        "keymanager_remote": (remote_config.Config,),
         "keymanager_disk": (disk.ServerConfig, disk.AgentConfig),
         "keymanager_tpm": (tpm_config.Config, tpm_config.PcrsConfig),
         "nodeattestor_tpm": (tpm_server.ServerConfig, tpm_agent.Config),
