@@ -431,6 +431,7 @@ class Server:
             log=log,
             poll_s=poll_s,
             full_reload_s=full_s,
+            metrics=self.telemetry.metrics,
         )
         await entries.start()
         self._stack.push_async_callback(entries.close)
@@ -586,6 +587,7 @@ class Server:
             ),
             clock=self.clock,
             log=logs.get_logger("housekeeping"),
+            metrics=self.telemetry.metrics,
         )
         loops: dict[str, Coroutine[Any, Any, None]] = {
             "CA rotation": parts.manager.run(),

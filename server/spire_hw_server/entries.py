@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from spire_hw.aio.watch import Watch
 from spire_hw.spiffeid import SpiffeId, TrustDomain, server_id
+from spire_hw.telemetry.metrics import NO_METRICS, Timed
 from spire_hw_server.datastore.follow import Follower
 from spire_hw_server.datastore.records import ChangeKind, EntryFilter, Node, NodeFilter, Page
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw.selector import Selector, SelectorSet
+    from spire_hw.telemetry.metrics import Metrics
     from spire_hw_server.datastore.interface import Datastore
     from spire_hw_server.datastore.records import Change, Entry
 
@@ -32,6 +34,7 @@ _K = TypeVar("_K")
 _V = TypeVar("_V")
 
 _LOAD_PAGE: Final = 5000
+_RELOAD: Final = ("entry", "cache", "reload")
 _MANY_CHANGES: Final = 256
 _UNDATED: Final = datetime.min.replace(tzinfo=UTC)
 _NOTHING: Final[SelectorSet] = frozenset()
@@ -237,6 +240,7 @@ class EntryCache:
         log: where trouble is reported.
         poll_s: seconds between looks at what other servers changed (`cache_reload_interval`).
         full_reload_s: seconds between complete reloads.
+        metrics: takes those down.
     """
 
     def __init__(
@@ -248,7 +252,9 @@ class EntryCache:
         log: Logger,
         poll_s: float = 5.0,
         full_reload_s: float = 86400.0,
+        metrics: Metrics = NO_METRICS,
     ) -> None:
+        self._metrics = metrics
         self._datastore = datastore
         self._trust_domain = trust_domain
         self._graph = EntryGraph(trust_domain)
@@ -321,6 +327,10 @@ class EntryCache:
 
     async def load(self) -> None:
         """Read everything anew; called by the follower."""
+        with Timed(self._metrics, _RELOAD):
+            await self._load()
+
+    async def _load(self) -> None:
         graph = EntryGraph(self._trust_domain)
         token = ""
         while True:

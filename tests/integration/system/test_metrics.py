@@ -99,6 +99,7 @@ async def test_server_and_agent_tell_what_they_did_under_upstreams_names() -> No
     assert server[f"spire_server_svid_rotate{ok}"] == 1
     ttl = server["spire_server_manager_x509_ca_rotate_ttl{trust_domain_id=sim_example}"]
     assert 86_000 < ttl <= 86_400
+    assert server[f"spire_server_entry_cache_reload{ok}"] == 1
     assert server["spire_server_entry_entries_by_entryid_cache_count{}"] == 1
     assert any(k.startswith("spire_server_started{trust_domain_id=sim_example") for k in server)
     assert server["spire_server_node_attestation{attestor=join_token,status=OK}"] == 1
