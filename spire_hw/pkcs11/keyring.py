@@ -36,6 +36,8 @@ from spire_hw.plugin.custody import Custody
 from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from spire_hw.clock import Clock
     from spire_hw.key import KeyType, SignOptions
     from spire_hw.log import Logger
@@ -50,7 +52,16 @@ _MAX_ID: Final = 255
 
 
 class Keyring:
-    """The KeyManager contract over a pool of workers."""
+    """The KeyManager contract over a pool of workers.
+
+    Args:
+        pool: the workers.
+        owner: whose keys.
+        file: the host's note.
+        policy: what the operator allows.
+        instance: tells this instance from others that use the same server id.
+        key_ids: what keys are called that may be on the token though its manifest does not say so.
+    """
 
     def __init__(
         self,
@@ -62,12 +73,13 @@ class Keyring:
         instance: str,
         clock: Clock,
         log: Logger,
+        key_ids: Iterable[str] = (),
     ) -> None:
         self._pool = pool
         self._owner = owner
         self._policy = policy
         self._log = log
-        self._ledger = Ledger(owner, file)
+        self._ledger = Ledger(owner, file, key_ids)
         self._stock = Stock(pool, self._ledger, policy, log)
         self._proving = Proving(pool, self._ledger, policy, log)
         self._claim = Claim(pool, self._ledger, policy, nonce=instance, clock=clock, log=log)
@@ -228,13 +240,17 @@ class Keyring:
         """
         return await self._retention.adopt_copy(key_id, fingerprint)
 
-    async def drop(self, key_id: str) -> None:
+    async def drop(self, key_id: str, fingerprint: str) -> None:
         """Give up a key that was replaced on another token; it is destroyed, or kept for a while.
+
+        Args:
+            key_id: its id.
+            fingerprint: which instance is meant; another one that is current by now stays.
 
         Raises:
             TokenError: the token failed; the key is still there.
         """
-        await self._retention.drop(key_id)
+        await self._retention.drop(key_id, fingerprint)
 
     async def destroy_retained(self, key_id: str, generation: int) -> None:
         """Destroy a kept generation; see `spire_hw.plugin.keymanager.KeyRetention`."""

@@ -9,7 +9,7 @@ from spire_hw.pkcs11.labels import key_name
 from spire_hw.pkcs11.state import State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from spire_hw.pkcs11.inventory import Entry, Inventory
     from spire_hw.pkcs11.labels import Owner
@@ -25,8 +25,9 @@ class Ledger:
         state: the note as it is on disk.
     """
 
-    def __init__(self, owner: Owner, file: StateFile) -> None:
+    def __init__(self, owner: Owner, file: StateFile, key_ids: Iterable[str] = ()) -> None:
         self.owner = owner
+        self._key_ids = tuple(key_ids)
         self.entries: dict[str, Entry] = {}
         self.state = State(owner)
         self._file = file
@@ -72,6 +73,6 @@ class Ledger:
         ids = {name: name for name in inventory.current if not name.startswith("~")}
         if inventory.manifest is not None:
             ids |= inventory.manifest.keys
-        for key_id in (*self.state.keys, *self.entries):
+        for key_id in (*self._key_ids, *self.state.keys, *self.entries):
             ids[key_name(key_id)] = key_id
         return ids

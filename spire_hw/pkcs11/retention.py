@@ -223,11 +223,11 @@ class Retention:
         self._log.info("hsm.key_copied", key_id=key_id, label=pair.label, fp=fingerprint)
         return True
 
-    async def drop(self, key_id: str) -> None:
+    async def drop(self, key_id: str, fingerprint: str) -> None:
         """Give a key up; see `spire_hw.pkcs11.keyring.Keyring.drop`."""
         async with self.turn:
             old = self._ledger.entries.get(key_id)
-            if old is None or old.is_existing:
+            if old is None or old.is_existing or old.fingerprint != fingerprint:
                 return
             inventory = await self._stock.take()
             self._claim.check(inventory)

@@ -134,6 +134,11 @@ class StateFile:
         name = owner.prefix.strip(":").replace(":", "-")
         self.path = directory / f"pkcs11-{name}.json"
 
+    @property
+    def owner(self) -> Owner:
+        """Return whose keys it tells of."""
+        return self._owner
+
     def load(self) -> State:
         """Return the note; an empty one when there is no file.
 

@@ -76,7 +76,11 @@ class KeyManager(Protocol):
         ...
 
     async def get_public_keys(self) -> list[KeyInfo]:
-        """Return all keys of this host, oldest first; an away device raises, it is never empty."""
+        """Return all keys of this host, oldest first; an away device raises, it is never empty.
+
+        Of several devices each has an order of its own; keys on one that is away are returned as they
+        were seen last, as long as another is there.
+        """
         ...
 
     async def sign_data(self, key_id: str, digest: bytes, options: SignOptions) -> KeySignature:

@@ -9,6 +9,12 @@ Configuration (`plugin_data`), with one of the three ways to name the token:
     pin_file     = "/etc/spire-hw/pin"   # or pin_env, or the URI's pin-source
     key_identifier_file  = "/var/lib/spire-hw/key_id"   # or key_identifier_value
 
+or with several tokens, each with its own settings of the first five lines:
+
+    mode = "same_keys"           # or "spread", where devices cannot share keys
+    token "a" { module_path = ...  token_label = ...  pin_file = ... }
+    token "b" { ... }
+
 Workers inherit the host's environment without `pin_env`; the `environment` block adds to it, for
 modules that are set up that way (SOFTHSM2_CONF, P11_KIT_SERVER_ADDRESS, ...).
 """
@@ -18,6 +24,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import uuid
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -25,8 +34,11 @@ from spire_hw.config.schema import decode, faults
 from spire_hw.errors import ConfigError, NotReadyError
 from spire_hw.files import NoFileError, create_file, read_bounded
 from spire_hw.pkcs11.budget import Allowance
+from spire_hw.pkcs11.cluster import Cluster
 from spire_hw.pkcs11.keyring import Keyring, info_of
 from spire_hw.pkcs11.labels import Owner
+from spire_hw.pkcs11.member import Member, Open
+from spire_hw.pkcs11.notes import Notes
 from spire_hw.pkcs11.place import Pins, opening_of
 from spire_hw.pkcs11.policy import Policy
 from spire_hw.pkcs11.pool import Limits, Pool
@@ -34,14 +46,23 @@ from spire_hw.pkcs11.process import WORKER
 from spire_hw.pkcs11.state import StateFile
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw.plugin.keymanager import DeviceHealth, KeyHealth
-from spire_hw_plugins.keymanager.pkcs11_config import Config, Settings, is_identifier, settings_of
+from spire_hw_plugins.keymanager.pkcs11_config import (
+    Config,
+    Settings,
+    TokenSettings,
+    is_identifier,
+    settings_of,
+)
+from spire_hw_plugins.keymanager.pkcs11_shared import opened, token_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Collection, Sequence
 
     from spire_hw.config.hcl import Body
     from spire_hw.errors import ConfigFault
     from spire_hw.key import KeyType, SignOptions
+    from spire_hw.pkcs11.placement import Mode
+    from spire_hw.pkcs11.reaping import SharedToken
     from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo, KeySignature, RetainedKey
 
 NAME: Final = "pkcs11"
@@ -66,6 +87,7 @@ class Pkcs11KeyManager:
         self._instance = secrets.token_hex(16)
         self._pool: Pool | None = None
         self._keyring: Keyring | None = None
+        self._cluster: Cluster | None = None
         self._pins = Pins()
 
     def validate(self, config: Body) -> list[ConfigFault]:
@@ -86,35 +108,77 @@ class Pkcs11KeyManager:
         if settings is None:
             raise ConfigError(config.file or NAME, found)
         owner = await asyncio.to_thread(self._owner, raw)
-        guard = self._pins.guard(settings.place)
-        opening = await opening_of(settings.place, guard, self._command)
-        pool = Pool(opening, _limits(raw), self._host.log, self._host.metrics)
-        facts = await pool.start()
+        before = (self._keyring, self._pool, self._cluster)
+        if settings.mode is None:
+            file = StateFile(self._host.data_dir, owner)
+            one = await self._open(raw, settings, settings.tokens[0], file)
+            self._keyring, self._pool, self._cluster = one.keyring, one.pool, None
+            self._host.log.info("hsm is open", hsm=one.pool.facts.device)
+        else:
+            cluster = await self._cluster_of(raw, settings, settings.mode, owner)
+            await cluster.open()
+            self._keyring, self._pool, self._cluster = None, None, cluster
+            self._host.log.info("hsms are open", tokens=[t.name for t in settings.tokens])
+        await _close(*before)
+
+    async def _open(
+        self,
+        config: Config,
+        settings: Settings,
+        token: TokenSettings,
+        file: StateFile,
+        key_ids: Collection[str] = (),
+    ) -> Open:
+        guard = self._pins.guard(token.place)
+        opening = await opening_of(token.place, guard, self._command)
+        limits = _limits(config, len(settings.tokens))
+        pool = Pool(opening, limits, self._host.log, self._host.metrics)
+        await pool.start()
         keyring = Keyring(
             pool,
-            owner,
-            StateFile(self._host.data_dir, owner),
-            policy=_policy(raw, settings),
+            file.owner,
+            file,
+            policy=_policy(config, settings, token),
             instance=self._instance,
             clock=self._host.clock,
             log=self._host.log,
+            key_ids=key_ids,
         )
         try:
             await keyring.open()
         except BaseException:
-            await _close(keyring, pool)
+            await _close(keyring, pool, None)
             raise
-        old_keyring, old_pool = self._keyring, self._pool
-        self._keyring, self._pool = keyring, pool
-        self._host.log.info("hsm is open", hsm=facts.device)
-        if old_keyring is not None and old_pool is not None:
-            await _close(old_keyring, old_pool)
+        return Open(pool, keyring)
+
+    async def _cluster_of(
+        self, config: Config, settings: Settings, mode: Mode, owner: Owner
+    ) -> Cluster:
+        notes = Notes(self._host.data_dir, owner)
+        members = []
+        for token in settings.tokens:
+            file = await asyncio.to_thread(notes.of, token.name, token.place.token)
+            opener = partial(self._open, config, settings, token, file)
+            members.append(
+                Member(token.name, owner, file, opener, clock=self._host.clock, log=self._host.log)
+            )
+        names = {token.name for token in settings.tokens}
+        return Cluster(
+            members,
+            mode,
+            lost_after_s=config.lost_after.total_seconds(),
+            single_copies=config.allow_single_copy,
+            floors=await asyncio.to_thread(notes.floors, names),
+            clock=self._host.clock,
+            log=self._host.log,
+        )
 
     async def generate_key(self, key_id: str, key_type: KeyType) -> KeyInfo:
         """Make a key in the token."""
-        if self._keyring is None:
+        keys = self._cluster or self._keyring
+        if keys is None:
             raise NotReadyError("failed to generate key: not configured")
-        return await self._keyring.generate(key_id, key_type)
+        return await keys.generate(key_id, key_type)
 
     async def get_public_key(self, key_id: str) -> KeyInfo:
         """Return one key."""
@@ -134,9 +198,10 @@ class Pkcs11KeyManager:
 
     def key_health(self) -> DeviceHealth:
         """Return how well the keys can be used, as last seen."""
-        if self._keyring is None:
+        keys = self._cluster or self._keyring
+        if keys is None:
             return DeviceHealth(KeyHealth.DOWN, "hsm.not_configured", "not configured")
-        return self._keyring.health()
+        return keys.health()
 
     async def retained_keys(self) -> list[RetainedKey]:
         """Return the replaced keys that are kept, oldest first."""
@@ -150,36 +215,59 @@ class Pkcs11KeyManager:
         """Destroy a replaced key before its time."""
         await self._ready().destroy_retained(key_id, generation)
 
+    @asynccontextmanager
+    async def shared_token(self, config: Body, name: str = "") -> AsyncIterator[SharedToken]:
+        """Open a token for a look at everything on it; no claim is laid to any key."""
+        raw = decode(config, Config)
+        settings, found = settings_of(raw)
+        if settings is None:
+            raise ConfigError(config.file or NAME, found)
+        token = token_of(settings, name)
+        owner = await asyncio.to_thread(self._owner, raw, must_exist=True)
+        async with opened(token, owner, self._pins, self._host, self._command) as shared:
+            yield shared
+
     async def close(self) -> None:
         """Log out and end the workers."""
-        keyring, pool = self._keyring, self._pool
-        self._keyring = self._pool = None
-        if keyring is not None and pool is not None:
-            await _close(keyring, pool)
+        before = (self._keyring, self._pool, self._cluster)
+        self._keyring = self._pool = self._cluster = None
+        await _close(*before)
+
+    def stranded_keys(self) -> dict[str, DeviceHealth]:
+        """Return keys whose tokens are lost, while another of several is there."""
+        return {} if self._cluster is None else self._cluster.stranded_keys()
 
     @property
     def worker_pids(self) -> list[int]:
         """Return the process ids of the workers, for operators' eyes."""
-        return [] if self._pool is None else self._pool.worker_pids
+        holder = self._cluster or self._pool
+        return [] if holder is None else holder.worker_pids
 
-    def _ready(self) -> Keyring:
-        if self._keyring is None:
+    def _ready(self) -> Keyring | Cluster:
+        keys = self._cluster or self._keyring
+        if keys is None:
             raise NotReadyError("not configured")
-        return self._keyring
+        return keys
 
-    def _owner(self, config: Config) -> Owner:
+    def _owner(self, config: Config, *, must_exist: bool = False) -> Owner:
         # Both sides of one machine may share a token: an agent's keys are never a server's.
-        identifier = config.key_identifier_value or self._identifier_from_file(config)
+        identifier = config.key_identifier_value
+        if identifier is None:
+            identifier = self._identifier_from_file(config, must_exist=must_exist)
         side = "" if self._host.side is Side.SERVER else "agent:"
         return Owner(self._host.trust_domain.name, side + identifier)
 
-    def _identifier_from_file(self, config: Config) -> str:
+    def _identifier_from_file(self, config: Config, *, must_exist: bool) -> str:
         named = config.key_identifier_file
         path = Path(named) if named is not None else self._host.data_dir / _IDENTIFIER_FILE
         try:
             content = read_bounded(path, _MAX_IDENTIFIER_FILE_BYTES, "key identifier file")
             identifier = content.decode("ascii").strip()
         except NoFileError:
+            if must_exist:
+                raise NotReadyError(
+                    f"key identifier file {path} is not there yet: start the server once"
+                ) from None
             identifier = str(uuid.uuid4())
             create_file(path, identifier.encode("ascii"), "key identifier file")
         except UnicodeDecodeError as e:
@@ -189,8 +277,8 @@ class Pkcs11KeyManager:
         return identifier
 
 
-def _limits(config: Config) -> Limits:
-    return Limits(
+def _limits(config: Config, tokens: int) -> Limits:
+    limits = Limits(
         workers=config.workers,
         queue=config.queue,
         start_s=config.start_timeout.total_seconds(),
@@ -198,23 +286,29 @@ def _limits(config: Config) -> Limits:
         generate_s=config.generate_timeout.total_seconds(),
         probe_s=config.probe_interval.total_seconds(),
     )
+    # A call that one token keeps waiting has to have time left for the next.
+    return replace(limits, wait_s=limits.wait_s / tokens)
 
 
-def _policy(config: Config, settings: Settings) -> Policy:
+def _policy(config: Config, settings: Settings, token: TokenSettings) -> Policy:
     return Policy(
         key_types=settings.key_types,
-        accept_token=config.accept_token,
-        accept_key_loss=config.accept_key_loss,
+        accept_token=token.accept_token,
+        accept_key_loss=token.accept_key_loss,
         accept_weak_keys=frozenset(config.accept_weak_keys),
         retain_replaced_s=config.retain_replaced.total_seconds(),
-        imports=settings.imports,
+        imports=token.imports,
         allowance=Allowance(config.generations_per_day, config.generation_burst),
     )
 
 
-async def _close(keyring: Keyring, pool: Pool) -> None:
-    await pool.close()
-    await keyring.close()
+async def _close(keyring: Keyring | None, pool: Pool | None, cluster: Cluster | None) -> None:
+    if pool is not None:
+        await pool.close()
+    if keyring is not None:
+        await keyring.close()
+    if cluster is not None:
+        await cluster.close()
 
 
 def build(host: HostInfo, command: Sequence[str] = WORKER) -> Pkcs11KeyManager:

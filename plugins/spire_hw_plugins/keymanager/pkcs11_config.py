@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
 from spire_hw.config.duration import parse_duration
 from spire_hw.config.schema import GoDuration, Model, at_least
-from spire_hw.errors import InvalidInputError
+from spire_hw.errors import ConfigFault, InvalidInputError
 from spire_hw.key import KeyType
 from spire_hw.pkcs11.importing import Import
 from spire_hw.pkcs11.place import Faults, Place, Text, TokenConfig, place_of
-
-if TYPE_CHECKING:
-    from spire_hw.errors import ConfigFault
+from spire_hw.pkcs11.placement import Mode
 
 _MAX_IDENTIFIER: Final = 64
+# What names or is about one token: said once for each when there are several.
+_OF_ONE: Final = (*TokenConfig.model_fields, "accept_token", "accept_key_loss", "imports")
 
 
 class ImportConfig(Model):
@@ -33,10 +33,28 @@ class ImportConfig(Model):
     label: Text | None = None
 
 
+class MemberConfig(TokenConfig):
+    """One of several tokens.
+
+    Attributes:
+        accept_token: as in the plugin_data, for this token.
+        accept_key_loss: likewise.
+        imports: likewise.
+    """
+
+    accept_token: str = ""
+    accept_key_loss: bool = False
+    imports: dict[str, ImportConfig] = Field(default_factory=dict, alias="import")
+
+
 class Config(TokenConfig):
     """The plugin_data; see the module's text.
 
     Attributes:
+        tokens: several tokens by name, in place of the settings that name one.
+        mode: what several tokens are to each other: `same_keys` or `spread`.
+        lost_after: how long one of several may be away before its keys are replaced on another.
+        allow_single_copy: with `same_keys`, make keys that are on one token until they are copied.
         workers: signing worker processes; one more does the slow work.
         queue: signatures that may wait for a worker.
         start_timeout: how long the token may be away at start.
@@ -53,6 +71,10 @@ class Config(TokenConfig):
         imports: keys made elsewhere, by the key id under which they are used.
     """
 
+    tokens: dict[str, MemberConfig] = Field(default_factory=dict, alias="token")
+    mode: Literal["", "same_keys", "spread"] = ""
+    lost_after: Annotated[GoDuration, at_least(timedelta(0))] = parse_duration("30s")
+    allow_single_copy: bool = True
     key_identifier_file: Text | None = None
     key_identifier_value: Text | None = None
     workers: Annotated[int, Field(ge=1, le=32)] = 1
@@ -72,24 +94,43 @@ class Config(TokenConfig):
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """A configuration that holds together.
+class TokenSettings:
+    """One token that holds together.
 
     Attributes:
         place: the token.
-        key_types: types that may be generated.
+        name: what it is called among several, "" for the only one.
+        accept_token: serial number of a token that may replace the one used so far.
+        accept_key_loss: go on although keys are gone.
         imports: keys made elsewhere.
     """
 
     place: Place
-    key_types: frozenset[KeyType]
+    name: str = ""
+    accept_token: str = ""
+    accept_key_loss: bool = False
     imports: tuple[Import, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A configuration that holds together.
+
+    Attributes:
+        tokens: in the order of the configuration; a single one has no name.
+        mode: what several are to each other, None for a single one.
+        key_types: types that may be generated.
+    """
+
+    tokens: tuple[TokenSettings, ...]
+    mode: Mode | None
+    key_types: frozenset[KeyType]
 
 
 def settings_of(config: Config) -> tuple[Settings | None, list[ConfigFault]]:
     """Return the settings, None when there are faults, and the faults."""
     found = Faults(config)
-    place = place_of(config, found)
+    tokens, mode = _tokens_of(config, found)
     if config.key_identifier_file is not None and config.key_identifier_value is not None:
         found.add(
             "key_identifier_value",
@@ -97,10 +138,47 @@ def settings_of(config: Config) -> tuple[Settings | None, list[ConfigFault]]:
         )
     _check_identifier(config, found)
     key_types = _key_types_of(config, found)
+    if found.found:
+        return None, sorted(found.found, key=lambda fault: fault.line)
+    return Settings(tokens, mode, key_types), []
+
+
+def _tokens_of(config: Config, found: Faults) -> tuple[tuple[TokenSettings, ...], Mode | None]:
+    if not config.tokens:
+        if config.mode:
+            found.add("mode", 'mode is for several tokens: token "..." { ... } blocks')
+        one = _token_of(config, found, "")
+        return (() if one is None else (one,)), None
+    for name in _OF_ONE:
+        if config.given(name):
+            key = {"imports": "import"}.get(name, name)
+            found.add(name, f"{key} belongs into the token blocks when there are any")
+    if len(config.tokens) == 1:
+        found.add("tokens", "a single token needs no token block; several need two or more")
+    if not config.mode:
+        found.add(
+            "tokens",
+            "mode is required with several tokens: same_keys when each has the same keys, spread "
+            "when devices cannot share keys",
+        )
+    members = []
+    for name, block in config.tokens.items():
+        if not is_identifier(name) or name.startswith("."):
+            found.add("tokens", f"token name {name!a} must be letters, digits, - _ .")
+        inner = Faults(block)
+        one = _token_of(block, inner, name)
+        found.found += [ConfigFault(f.line, f'token "{name}": {f.message}') for f in inner.found]
+        if one is not None:
+            members.append(one)
+    return tuple(members), Mode(config.mode) if config.mode else None
+
+
+def _token_of(config: Config | MemberConfig, found: Faults, name: str) -> TokenSettings | None:
+    place = place_of(config, found)
     imports = _imports_of(config, found)
-    if found.found or place is None:
-        return None, found.found
-    return Settings(place, key_types, imports), []
+    if place is None:
+        return None
+    return TokenSettings(place, name, config.accept_token, config.accept_key_loss, imports)
 
 
 def _check_identifier(config: Config, found: Faults) -> None:
@@ -119,7 +197,7 @@ def is_identifier(value: str) -> bool:
     )
 
 
-def _imports_of(config: Config, found: Faults) -> tuple[Import, ...]:
+def _imports_of(config: Config | MemberConfig, found: Faults) -> tuple[Import, ...]:
     imports = []
     for key_id, one in config.imports.items():
         where = f'import "{key_id}"'

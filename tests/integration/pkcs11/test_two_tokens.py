@@ -1,0 +1,425 @@
+"""Two real tokens behind one key manager: the loss of one at every moment, and its return.
+
+A token is lost when its directory is renamed, as if the device had been unplugged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import shutil
+from contextlib import AsyncExitStack, suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import pytest_asyncio
+
+from spire_hw.clock import SystemClock
+from spire_hw.config.hcl import Block, Body
+from spire_hw.errors import ConfigError, ErrorKind, SpireHwError
+from spire_hw.key import HashAlgorithm, KeyType, SignOptions, verify_digest
+from spire_hw.log import get_logger
+from spire_hw.pkcs11.errors import TokenError
+from spire_hw.plugin.info import HostInfo, Side
+from spire_hw.plugin.keymanager import KeyFallback, KeyHealth
+from spire_hw.spiffeid import TrustDomain
+from spire_hw_plugins.keymanager import pkcs11
+from spire_hw_sim.softhsm import SoftHsm
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+    from pathlib import Path
+
+pytestmark = [
+    pytest.mark.asyncio,
+    pytest.mark.hsm,
+    pytest.mark.skipif(SoftHsm.find_module() is None, reason="SoftHSM is not installed"),
+]
+SHA256 = SignOptions(HashAlgorithm.SHA256)
+PIN = "4321"
+
+
+class Rig:
+    """Two stores with a token each, and key managers over both."""
+
+    def __init__(self, folder: Path, stack: AsyncExitStack) -> None:
+        self.folder = folder
+        self.stack = stack
+        self.hsm = {name: SoftHsm(folder / name) for name in ("one", "two")}
+        for name, hsm in self.hsm.items():
+            hsm.init_token(name, pin=PIN)
+        self.labels = {name: name for name in self.hsm}
+        self.pin = folder / "pin"
+        self.pin.touch(mode=0o600)
+        self.pin.write_text(PIN)
+
+    def token(self, name: str) -> Body:
+        hsm = self.hsm[name]
+        return Body.from_dict(
+            {
+                "module_path": hsm.module,
+                "token_label": self.labels[name],
+                "pin_file": str(self.pin),
+                "environment": hsm.environment,
+            }
+        )
+
+    def config(self, mode: str, names: tuple[str, ...] = ("one", "two"), **more: Any) -> Body:
+        common = {
+            "mode": mode,
+            "key_identifier_value": "server-1",
+            "start_timeout": "2s",
+            "sign_timeout": "5s",
+            "lost_after": "0s",
+            **more,
+        }
+        tokens = tuple(Block(("token", name), self.token(name), 1) for name in names)
+        return Body((*Body.from_dict(common).items, *tokens))
+
+    def build(self) -> pkcs11.Pkcs11KeyManager:
+        data_dir = self.folder / "data"
+        data_dir.mkdir(mode=0o700, exist_ok=True)
+        made = pkcs11.build(
+            HostInfo(
+                side=Side.SERVER,
+                trust_domain=TrustDomain.parse("example.org"),
+                data_dir=data_dir,
+                log=get_logger("rig"),
+                clock=SystemClock(),
+            )
+        )
+        self.stack.push_async_callback(made.close)
+        return made
+
+    async def start(self, mode: str, **more: Any) -> pkcs11.Pkcs11KeyManager:
+        made = self.build()
+        await made.configure(self.config(mode, **more))
+        return made
+
+    def clone(self) -> None:
+        """Make the second token a copy of the first, as devices with cloning do."""
+        (source,) = self.hsm["one"].token_dir.iterdir()
+        target = self.hsm["two"].token_dir / source.name
+        target.mkdir(mode=0o700, exist_ok=True)
+        # SoftHSM looks at the counter `generation` last, to learn what has changed.
+        for file in sorted(source.iterdir(), key=lambda f: f.name == "generation"):
+            shutil.copy(file, target / file.name)
+
+
+@pytest.fixture
+def pair(rig: Rig) -> Rig:
+    """Return a rig whose second token is a clone of the first, still empty one."""
+    (old,) = rig.hsm["two"].token_dir.iterdir()
+    shutil.rmtree(old)
+    rig.labels["two"] = "one"
+    rig.clone()
+    return rig
+
+
+@pytest_asyncio.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    async with AsyncExitStack() as stack:
+        yield Rig(tmp_path, stack)
+
+
+def digest(text: str = "x") -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+async def signs(manager: pkcs11.Pkcs11KeyManager, key_id: str) -> str:
+    """Have a key sign, verify that, and return the fingerprint."""
+    made = await manager.sign_data(key_id, digest(), SHA256)
+    info = await manager.get_public_key(key_id)
+    verify_digest(info.public_key, digest(), made.signature, SHA256)
+    return made.fingerprint
+
+
+async def eventually(works: Callable[[], Awaitable[bool]]) -> None:
+    """Wait until something holds; device errors on the way do not count."""
+    async with asyncio.timeout(60):
+        while True:
+            with suppress(SpireHwError):
+                if await works():
+                    return
+            await asyncio.sleep(0.05)
+
+
+def holders(manager: pkcs11.Pkcs11KeyManager) -> dict[str, tuple[str, ...]]:
+    assert manager._cluster is not None
+    return {key_id: key.holders for key_id, key in manager._cluster._table().items()}
+
+
+async def test_new_keys_go_to_the_token_that_does_not_sign(rig: Rig) -> None:
+    manager = await rig.start("spread")
+    for key_id in ("x509-CA-A", "x509-CA-B", "x509-CA-A", "JWT-Signer-A", "JWT-Signer-B"):
+        await manager.generate_key(key_id, KeyType.EC_P256)
+    where = holders(manager)
+    assert {where["x509-CA-A"], where["x509-CA-B"]} == {("one",), ("two",)}
+    assert {where["JWT-Signer-A"], where["JWT-Signer-B"]} == {("one",), ("two",)}
+    for key_id in where:
+        await signs(manager, key_id)
+    assert isinstance(manager, KeyFallback)
+    assert manager.stranded_keys() == {}
+    assert manager.key_health().health is KeyHealth.GOOD
+
+
+async def test_a_lost_token_loses_its_own_keys_only(rig: Rig) -> None:
+    manager = await rig.start("spread")
+    await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+    await manager.generate_key("x509-CA-B", KeyType.EC_P256)
+    assert holders(manager) == {"x509-CA-A": ("one",), "x509-CA-B": ("two",)}
+    before = {k.key_id: k.fingerprint for k in await manager.get_public_keys()}
+    rig.hsm["one"].remove()
+    await eventually(lambda: fails(manager, "x509-CA-A"))
+    assert await signs(manager, "x509-CA-B") == before["x509-CA-B"]
+    # It is known and away, not lost: nobody may take the list for the truth about it.
+    assert {k.key_id: k.fingerprint for k in await manager.get_public_keys()} == before
+    assert set(manager.stranded_keys()) == {"x509-CA-A"}
+    assert manager.key_health().health is KeyHealth.DEGRADED
+    made = await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+    assert holders(manager)["x509-CA-A"] == ("two",)
+    assert manager.stranded_keys() == {}
+    rig.hsm["one"].put_back()
+    await eventually(lambda: is_good(manager))
+    # What came back with the token does not count any more, and is destroyed there.
+    assert await signs(manager, "x509-CA-A") == made.fingerprint
+    await eventually(lambda: gone(rig, manager, "one", "x509-CA-A"))
+
+
+async def fails_with(call: Awaitable[Any], words: str) -> bool:
+    """Tell whether a call fails because of the device, which has to be told in these words."""
+    try:
+        await call
+    except TokenError as e:
+        return words in e.message and e.kind in {
+            ErrorKind.UNAVAILABLE,
+            ErrorKind.DEADLINE_EXCEEDED,
+        }
+    return False
+
+
+def fails(manager: pkcs11.Pkcs11KeyManager, key_id: str) -> Awaitable[bool]:
+    words = f'key "{key_id}" is on token one only, which cannot be used now'
+    return fails_with(manager.sign_data(key_id, digest(), SHA256), words)
+
+
+async def is_good(manager: pkcs11.Pkcs11KeyManager) -> bool:
+    return manager.key_health().health is KeyHealth.GOOD
+
+
+async def gone(rig: Rig, manager: pkcs11.Pkcs11KeyManager, name: str, key_id: str) -> bool:
+    assert manager._cluster is not None
+    return key_id not in manager._cluster._members[name].keys
+
+
+async def test_a_token_that_is_away_at_start_is_known_by_its_keys(rig: Rig) -> None:
+    first = await rig.start("spread")
+    await first.generate_key("x509-CA-A", KeyType.EC_P256)
+    await first.generate_key("x509-CA-B", KeyType.EC_P256)
+    before = {k.key_id: k.fingerprint for k in await first.get_public_keys()}
+    await first.close()
+    rig.hsm["one"].remove()
+    manager = await rig.start("spread")
+    assert {k.key_id: k.fingerprint for k in await manager.get_public_keys()} == before
+    assert set(manager.stranded_keys()) == {"x509-CA-A"}
+    assert await fails(manager, "x509-CA-A")
+    assert await signs(manager, "x509-CA-B") == before["x509-CA-B"]
+    made = await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+    await manager.close()
+    # The token comes back while nobody looks: the younger key counts, wherever it is.
+    rig.hsm["one"].put_back()
+    again = await rig.start("spread")
+    assert (await again.get_public_key("x509-CA-A")).fingerprint == made.fingerprint
+    assert await signs(again, "x509-CA-A") == made.fingerprint
+    assert holders(again) == {"x509-CA-A": ("two",), "x509-CA-B": ("two",)}
+
+
+async def test_no_token_at_start_is_an_error_and_no_empty_list(rig: Rig) -> None:
+    first = await rig.start("spread")
+    await first.generate_key("x509-CA-A", KeyType.EC_P256)
+    await first.close()
+    for hsm in rig.hsm.values():
+        hsm.remove()
+    manager = rig.build()
+    with pytest.raises(TokenError, match="no token of several can be opened") as caught:
+        await manager.configure(rig.config("spread"))
+    assert caught.value.kind is ErrorKind.UNAVAILABLE
+    with pytest.raises(SpireHwError, match="not configured"):
+        await manager.get_public_keys()
+
+
+async def test_both_lost_while_running_and_back(rig: Rig) -> None:
+    manager = await rig.start("spread")
+    made = await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+    await manager.generate_key("x509-CA-B", KeyType.EC_P256)
+    for hsm in rig.hsm.values():
+        hsm.remove()
+
+    async def lists() -> bool:
+        await manager.get_public_keys()
+        return False
+
+    await eventually(lambda: fails_with(lists(), "no token can be used"))
+    with pytest.raises(TokenError, match="no token can be used") as caught:
+        await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+    assert caught.value.kind is ErrorKind.UNAVAILABLE
+    # Nothing could be made anywhere else: nothing is stranded, all is to be waited for.
+    assert manager.stranded_keys() == {}
+    assert manager.key_health().health is KeyHealth.DOWN
+    for hsm in rig.hsm.values():
+        hsm.put_back()
+    await eventually(lambda: is_good(manager))
+    assert await signs(manager, "x509-CA-A") == made.fingerprint
+
+
+async def test_a_token_lost_during_generation_leaves_the_work_to_the_other(rig: Rig) -> None:
+    manager = await rig.start("spread")
+    await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+    await manager.generate_key("x509-CA-B", KeyType.EC_P256)
+    # The next CA-A belongs on token one, which leaves in the middle of it.
+    async with asyncio.TaskGroup() as group:
+        generating = group.create_task(manager.generate_key("x509-CA-A", KeyType.RSA_4096))
+        await asyncio.sleep(0)
+        rig.hsm["one"].remove()
+    made = generating.result()
+    assert holders(manager)["x509-CA-A"] == ("two",)
+    rig.hsm["one"].put_back()
+    await eventually(lambda: is_good(manager))
+    assert await signs(manager, "x509-CA-A") == made.fingerprint
+    assert holders(manager)["x509-CA-A"] == ("two",)
+
+
+async def test_a_token_never_seen_has_to_be_there_once(rig: Rig) -> None:
+    rig.hsm["two"].remove()
+    manager = rig.build()
+    with pytest.raises(TokenError, match=r'token "two": .* never open here'):
+        await manager.configure(rig.config("spread"))
+
+
+async def test_a_token_joins_another_and_leaves_again(rig: Rig) -> None:
+    alone = rig.build()
+    single = Body(
+        (
+            *rig.token("one").items,
+            *Body.from_dict({"key_identifier_value": "server-1", "start_timeout": "2s"}).items,
+        )
+    )
+    await alone.configure(single)
+    old = await alone.generate_key("x509-CA-A", KeyType.EC_P256)
+    await alone.close()
+    both = await rig.start("spread")
+    assert await signs(both, "x509-CA-A") == old.fingerprint
+    new = await both.generate_key("x509-CA-B", KeyType.EC_P256)
+    assert holders(both) == {"x509-CA-A": ("one",), "x509-CA-B": ("two",)}
+    for _ in range(2):
+        await both.generate_key("x509-CA-A", KeyType.EC_P256)
+    await both.close()
+    # Known by its note although it is away at the very first start with both.
+    rig.hsm["one"].remove()
+    left = await rig.start("spread")
+    assert await signs(left, "x509-CA-B") == new.fingerprint
+
+
+async def test_the_same_keys_on_each_fail_over_and_come_back(pair: Rig) -> None:
+    manager = await pair.start("same_keys")
+    made = await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+    assert holders(manager) == {"x509-CA-A": ("one",)}
+    health = manager.key_health()
+    assert health.reason == "hsm.single_copy"
+    assert "is on 1 of 2 tokens, two lacks it: copy it" in health.message
+    pair.clone()
+    await eventually(lambda: has_both(manager))
+    assert manager.key_health().health is KeyHealth.GOOD
+    pair.hsm["one"].remove()
+
+    async def steady() -> None:
+        for number in range(50):
+            hashed = digest(str(number))
+            signature = await manager.sign_data("x509-CA-A", hashed, SHA256)
+            verify_digest(made.public_key, hashed, signature.signature, SHA256)
+
+    # Not one call fails while the first token goes: each has time left for the second.
+    await asyncio.gather(*(steady() for _ in range(4)))
+    await eventually(lambda: is_degraded(manager))
+    assert manager.stranded_keys() == {}
+    pair.hsm["one"].put_back()
+    await eventually(lambda: is_good(manager))
+    pair.hsm["two"].remove()
+    await steady()
+
+
+async def has_both(manager: pkcs11.Pkcs11KeyManager) -> bool:
+    return holders(manager)["x509-CA-A"] == ("one", "two")
+
+
+async def is_degraded(manager: pkcs11.Pkcs11KeyManager) -> bool:
+    return manager.key_health().health is KeyHealth.DEGRADED
+
+
+async def test_the_same_keys_at_a_start_without_the_first(pair: Rig) -> None:
+    first = await pair.start("same_keys")
+    made = await first.generate_key("x509-CA-A", KeyType.EC_P256)
+    pair.clone()
+    await eventually(lambda: has_both(first))
+    await first.close()
+    pair.hsm["one"].remove()
+    manager = await pair.start("same_keys")
+    assert await signs(manager, "x509-CA-A") == made.fingerprint
+    new = await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+    pair.hsm["one"].put_back()
+    await eventually(lambda: back(manager, "one"))
+    assert await signs(manager, "x509-CA-A") == new.fingerprint
+
+
+async def back(manager: pkcs11.Pkcs11KeyManager, name: str) -> bool:
+    assert manager._cluster is not None
+    member = manager._cluster._members[name]
+    return member.problem is None and member.opened is not None
+
+
+async def test_single_copies_can_be_forbidden(pair: Rig) -> None:
+    manager = await pair.start("same_keys", allow_single_copy=False)
+    with pytest.raises(TokenError, match="would be on one token of 2 only"):
+        await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+    assert await manager.get_public_keys() == []
+
+
+async def test_replaced_keys_are_kept_and_taken_back_over_tokens(rig: Rig) -> None:
+    manager = await rig.start("spread", retain_replaced="1h")
+    old = await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+    await manager.generate_key("x509-CA-B", KeyType.EC_P256)
+    rig.hsm["one"].remove()
+    await eventually(lambda: fails(manager, "x509-CA-A"))
+    await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+    rig.hsm["one"].put_back()
+    await eventually(lambda: is_kept(manager, old.fingerprint))
+    (kept,) = [k for k in await manager.retained_keys() if k.info.fingerprint == old.fingerprint]
+    assert (await manager.restore_key("x509-CA-A", kept.generation)).fingerprint == old.fingerprint
+    assert await signs(manager, "x509-CA-A") == old.fingerprint
+    assert holders(manager)["x509-CA-A"] == ("one",)
+
+
+async def is_kept(manager: pkcs11.Pkcs11KeyManager, fingerprint: str) -> bool:
+    return any(k.info.fingerprint == fingerprint for k in await manager.retained_keys())
+
+
+async def test_configurations_that_do_not_say_what_is_meant(rig: Rig) -> None:
+    cases = {
+        "mode is required with several tokens": rig.config(""),
+        "a single token needs no token block": rig.config("spread", ("one",)),
+        "accept_key_loss belongs into the token blocks": rig.config("spread", accept_key_loss=True),
+        'token "one": exactly one of pin_file': Body(
+            tuple(
+                Block(i.keys, Body((*i.body.items, *Body.from_dict({"pin_env": "X"}).items)), 1)
+                if isinstance(i, Block) and i.keys == ("token", "one")
+                else i
+                for i in rig.config("spread").items
+            )
+        ),
+    }
+    manager = rig.build()
+    for words, config in cases.items():
+        assert any(words in fault.message for fault in manager.validate(config)), words
+        with pytest.raises(ConfigError):
+            await manager.configure(config)
+    assert manager.validate(rig.config("spread")) == []
