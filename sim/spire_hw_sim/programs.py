@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "spire-hw-server": "spire_hw_server",
     "spire-hw-agent": "spire_hw_agent",
+    "spire-hw-signer": "spire_hw_signer",
 }
 
 

@@ -249,13 +249,13 @@ def check_secret_file(path: Path, what: str) -> list[Finding]:
 
 
 def check_pem_file(what: str, path: Path) -> list[Finding]:
-    """Return whether a file holds certificates that are valid."""
+    """Return whether a file holds certificates that are valid; messages call it `what` and path."""
     remedy = f"put current certificates into {path}"
     try:
-        certificates = parse_file(path, _MAX_PEM, load_pem)
+        certificates = parse_file(path, _MAX_PEM, load_pem, what)
     except SpireHwError as e:
-        return [problem("certificate.unreadable", f"{what}: {e.message}", remedy)]
-    return check_certificates(what, certificates, remedy)
+        return [problem("certificate.unreadable", e.message, remedy)]
+    return check_certificates(f"{what} {path}", certificates, remedy)
 
 
 def check_tpm_device(title: str, data: Body) -> list[Finding]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _USER: Final = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 # Characters that mean something in a configuration file or a unit.
-_SPECIAL: Final = frozenset("\"\\$%'`\n")
+_SPECIAL: Final = frozenset("\"\\$%{}'`\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,9 @@ def check_plain(text: str) -> None:
         InvalidInputError: it holds quotes, dollar signs or characters that do not print.
     """
     if not text.isprintable() or _SPECIAL & set(text):
-        raise InvalidInputError("quotes, $, %, backslashes and control characters cannot be used")
+        raise InvalidInputError(
+            "quotes, braces, $, %, backslashes and control characters cannot be used"
+        )
 
 
 def check_path(text: str) -> None:

@@ -151,7 +151,7 @@ def _check_plugin(
             continue
         path = Path(item.value)
         if item.key in _CERTIFICATE_KEYS:
-            yield from check_pem_file(f"{plugin.prefix}: {path}", path)
+            yield from check_pem_file(f"{plugin.prefix}: {item.key}", path)
         elif item.key in _SECRET_KEYS and path.exists():
             yield from check_secret_file(path, f"{plugin.prefix}: key file")
 

@@ -1,0 +1,112 @@
+"""`doctor` of the signer: configuration, policy, data, TLS files, token, sockets, audit log."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from spire_hw import log
+from spire_hw.cli.checks import (
+    check_clock_against,
+    check_data_dir,
+    check_pem_file,
+    check_port,
+    check_secret_file,
+    check_socket_serves,
+    check_tpm_device,
+)
+from spire_hw.cli.doctor import Request, doctor_command
+from spire_hw.cli.findings import Finding, Level, ok, problem, warning
+from spire_hw.cli.hsmchecks import check_hsm
+from spire_hw.clock import SystemClock
+from spire_hw.errors import ConfigError
+from spire_hw_signer.config import DEFAULT_CONFIG, SignerSettings, load_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_PROGRAM: Final = "spire-hw-signer"
+
+
+def _examine(request: Request) -> Iterator[Finding]:
+    try:
+        settings = load_settings(request.config, expand_env=request.expand_env)
+    except ConfigError as e:
+        yield problem("config.invalid", e.message, "correct the file; nothing else was looked at")
+        return
+    yield from _check_config(settings)
+    yield from _check_data(settings)
+    yield from _check_keys(settings, login=request.login)
+    yield from _check_tls(settings)
+    found = check_socket_serves(settings.admin_socket_path, _PROGRAM)
+    yield from found
+    is_running = all(f.level is Level.OK for f in found)
+    if settings.tls is not None and settings.bind_port:
+        yield from check_port(settings.bind_address, settings.bind_port, is_running=is_running)
+
+
+def _check_config(settings: SignerSettings) -> Iterator[Finding]:
+    from spire_hw_signer import app  # noqa: PLC0415 - loads what the signer is made of
+
+    log.output().level = log.Level.ERROR
+    faults = asyncio.run(app.check_settings(settings))
+    for fault in faults:
+        yield problem("config.invalid", fault.message, "correct the file")
+    for notice in settings.notices:
+        yield warning("config.notice", notice, "change it, or leave it if it is meant")
+    if not faults:
+        yield ok("config", f"{settings.file} and {settings.policy_file} are valid")
+
+
+def _check_data(settings: SignerSettings) -> Iterator[Finding]:
+    yield from check_data_dir(settings.data_dir)
+    directory = settings.audit.directory
+    try:
+        files = sorted(directory.iterdir())
+    except FileNotFoundError:
+        text = f"there is no audit log in {directory}"
+        yield warning(
+            "audit.missing", text, "the first start begins one; else look for the old one"
+        )
+        return
+    except OSError as e:
+        yield problem("audit.unreadable", f"{directory}: {e.strerror}", "run doctor as root")
+        return
+    yield from check_clock_against(files, SystemClock().now())
+    if not os.access(directory, os.W_OK | os.X_OK):
+        text = f"the audit log in {directory} cannot be written: nothing would be signed"
+        yield problem("audit.not_writable", text, "give the directory to the signer's user")
+    else:
+        yield ok(
+            "audit", f"the audit log is in {directory}; `spire-hw-signer log verify` checks it"
+        )
+
+
+def _check_keys(settings: SignerSettings, *, login: bool) -> Iterator[Finding]:
+    keys = settings.keys
+    if keys.name == "pkcs11":
+        try:
+            user = settings.data_dir.stat().st_uid
+        except OSError:
+            user = None
+        yield from check_hsm(keys.prefix, keys.data, user=user, login=login)
+    elif keys.name == "tpm":
+        yield from check_tpm_device(keys.prefix, keys.data)
+    else:
+        text = f"{keys.prefix}: keys are in a file; whoever reads it needs no signer"
+        yield warning("keys.software", text, "use KeyManager pkcs11 or tpm")
+
+
+def _check_tls(settings: SignerSettings) -> Iterator[Finding]:
+    tls = settings.tls
+    if tls is None:
+        return
+    yield from check_pem_file("certificate", tls.cert_file)
+    yield from check_secret_file(tls.key_file, "private key")
+    for path in tls.client_ca_files:
+        yield from check_pem_file("authority of clients", path)
+
+
+doctor = doctor_command("signer", Path(DEFAULT_CONFIG), _examine)

@@ -1,0 +1,157 @@
+"""`init` and `doctor` of the signer: a signer starts with what was written; broken ones are told."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from spire_hw.cli.run import run
+from spire_hw.clock import SystemClock
+from spire_hw_signer.cli.commands import PROGRAM, root
+from spire_hw_sim.pki import dated_pem
+from spire_hw_sim.programs import Program
+from spire_hw_sim.signer import CLIENT_ID, PIN, TOKEN, SignerRig
+from spire_hw_sim.site import free_port
+from spire_hw_sim.softhsm import SoftHsm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [
+    pytest.mark.hsm,
+    pytest.mark.skipif(SoftHsm.find_module() is None, reason="SoftHSM is not installed"),
+]
+
+
+class Site:
+    """Files of a signer that `init` is to make."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rig = SignerRig(folder)
+        assert self.rig.hsm is not None
+        self.hsm = self.rig.hsm
+        (folder / "clients.pem").write_bytes((folder / "ca.pem").read_bytes())
+        (folder / "signer.key").chmod(0o600)
+        self.pin = folder / "own-pin"
+        self.pin.write_text(PIN + "\n")
+        self.pin.chmod(0o600)
+        self.data = folder / "own-data"
+        self.config = folder / "etc" / "signer.conf"
+        self.policy = folder / "etc" / "signer-policy.conf"
+        self.admin = folder / "a.sock"
+        self.port = free_port()
+
+    def arguments(self, *more: str) -> list[str]:
+        """Return the command line of `init`."""
+        return [
+            "init",
+            *("-yes", "-trustDomain", "example.org", "-client", CLIENT_ID, "-unit=false"),
+            *("-module", self.hsm.module, "-tokenLabel", TOKEN, "-pinFile", str(self.pin)),
+            *("-environment", f"SOFTHSM2_CONF={self.hsm.conf}", "-dataDir", str(self.data)),
+            *("-configDir", str(self.config.parent), "-adminSocket", str(self.admin)),
+            *("-certFile", str(self.folder / "signer.pem")),
+            *("-keyFile", str(self.folder / "signer.key")),
+            *("-clientCA", str(self.folder / "clients.pem")),
+            *("-bindAddress", "127.0.0.1", "-bindPort", str(self.port)),
+            *("-healthPort", str(free_port()), *more),
+        ]
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with tempfile.TemporaryDirectory(prefix="hwsig") as folder:
+        yield Site(Path(folder))
+
+
+def doctor(
+    site: Site, capsys: pytest.CaptureFixture[str], *flags: str
+) -> dict[str, dict[str, Any]]:
+    capsys.readouterr()
+    code = run(root, PROGRAM, ["doctor", "-config", str(site.config), "-output", "json", *flags])
+    values = json.loads(capsys.readouterr().out)
+    assert code == (1 if values["problems"] else 6 if values["warnings"] else 0)
+    return {f["check"]: f for f in values["findings"]}
+
+
+def test_a_signer_starts_with_what_init_wrote(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(root, PROGRAM, site.arguments("-pinCredential=false")) == 0
+    assert capsys.readouterr().err == ""
+    assert run(root, PROGRAM, ["validate", "-config", str(site.config)]) == 0
+    assert f'client "{CLIENT_ID}"' in site.policy.read_text()
+    log = site.folder / "log"
+    signer = Program(PROGRAM, ["run", "-config", site.config], log)
+    try:
+        signer.wait_until_healthy("-socketPath", site.admin)
+        found = doctor(site, capsys, "-login")
+    finally:
+        signer.stop()
+    assert {c for c, f in found.items() if f["level"] == "problem"} == set(), log.read_text()
+    for check in ("config", "data_dir", "audit", "hsm.token", "hsm.login", "socket", "port"):
+        assert found[check]["level"] == "ok", found[check]
+
+
+def test_what_is_missing_or_wrong_is_told(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(root, PROGRAM, site.arguments("-pinCredential=false")) == 0
+    site.data.mkdir(mode=0o750)
+    past = SystemClock().now() - timedelta(days=40)
+    (site.folder / "clients.pem").write_text(dated_pem(past, past + timedelta(days=30)))
+    (site.folder / "signer.key").chmod(0o644)
+    site.policy.write_text(site.policy.read_text().replace("max_ca_ttl", "max_ttl"))
+    site.hsm.remove()
+    found = doctor(site, capsys)
+    assert "0750" in found["data_dir.mode"]["message"]
+    assert "expired" in found["certificate.expired"]["message"]
+    assert "0644" in found["secret.mode"]["message"]
+    assert "max_ca_ttl" in found["config.invalid"]["message"]
+    assert found["audit.missing"]["level"] == "warning"
+    assert {"hsm.token_missing", "hsm.module"} & set(found)
+    assert found["socket.missing"]["level"] == "warning"
+
+
+def test_tls_files_that_are_not_there_yet_are_doubts(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (site.folder / "signer.pem").unlink()
+    said = site.arguments("-dryRun", "-output", "json", "-unit", "-unitDir", str(site.folder))
+    assert run(root, PROGRAM, said) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert any("signer.pem" in doubt for doubt in values["doubts"])
+    unit = values["files"][2]["content"]
+    assert "ExecReload=/bin/kill -HUP $MAINPID" in unit
+    assert f"ReadWritePaths=-/var/lib/softhsm -{site.data} -{site.folder}" in unit
+    assert not site.config.exists()
+
+
+def test_a_client_on_this_host_needs_no_tls(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    local = ["-client", "unix:root", "-clientSocket", str(site.folder / "c.sock")]
+    assert run(root, PROGRAM, site.arguments("-pinCredential=false", *local)) == 0
+    capsys.readouterr()
+    assert run(root, PROGRAM, ["validate", "-config", str(site.config)]) == 0
+    assert "tls {" not in site.config.read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["-client", "somebody"], "is no client"),
+        (["-client", "unix:nobody-of-this-name"], "no user"),
+        (["-maxCATTL", "long"], "do not fit together"),
+        (["-adminSocket", "relative"], "absolute path"),
+        (["-name", "a b"], "-name"),
+        (["-server", "{x}"], "-server"),
+    ],
+)
+def test_answers_that_will_not_do_are_refused(
+    site: Site, more: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(root, PROGRAM, site.arguments(*more)) == 2
+    assert words in capsys.readouterr().err
+    assert not site.config.exists()
