@@ -53,7 +53,10 @@ if TYPE_CHECKING:
     from spire_hw_agent.upstream.posture import Standing
 
 _SVIDS = ("lru_cache_svid_map_size",)
+_TOKENS = ("jwt_svid_cache_size",)
+_RECORDS = ("lru_cache_record_map_size",)
 _ENTRIES = ("sync_entries_total",)
+_BUNDLES = ("sync_bundles_total",)
 _ALIVE = ("agent_svid", "alive")
 _STARTING = "the agent is starting: it has not synchronised with the server yet"
 _HEALED = "this node is out of quarantine: the agent has not synchronised with the server yet"
@@ -336,8 +339,11 @@ class Agent:
             return
 
         def measure() -> None:
-            metrics.gauge(_SVIDS, cache.svid_count, {"svid_type": "x509"})
+            metrics.gauge(_SVIDS, cache.svid_count)
+            metrics.gauge(_TOKENS, len(cache.tokens))
+            metrics.gauge(_RECORDS, len(cache.entries))
             metrics.gauge(_ENTRIES, len(cache.entries))
+            metrics.gauge(_BUNDLES, len(cache.bundles()))
             metrics.gauge(_ALIVE, self.identity.is_alive())
 
         telemetry.before_reading(measure)

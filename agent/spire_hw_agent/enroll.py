@@ -144,7 +144,7 @@ class Enroller:
         async def drive(exchange: AgentExchange) -> None:
             await self._attestor.aid_attestation(exchange, svid_key)
 
-        with Timed(self._metrics, _NEW_SVID):
+        with Timed(self._metrics, _NEW_SVID, {"attestor": self._attestor_name}):
             issued, bundle = await self._upstream.attest(self._attestor_name, csr, drive, trusted)
         return await self._accept(issued, bundle, signer)
 
