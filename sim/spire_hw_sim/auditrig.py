@@ -102,7 +102,7 @@ async def write_whole(
 async def until(holds: Callable[[], object]) -> None:
     """Wait until something holds, some seconds at most."""
     async with asyncio.timeout(20):
-        while not holds():
+        while not holds():  # noqa: ASYNC110 - it happens on a disk
             await asyncio.sleep(0.01)
 
 
