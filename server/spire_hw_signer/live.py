@@ -124,14 +124,13 @@ class Live:
                     opened[owner] = await open_owner(
                         owner, self._data_dir, client.retain_replaced, self._opener
                     )
+                elif self._retained[owner] != client.retain_replaced:
+                    await self._owners[owner].retain(client.retain_replaced)
+                    self._retained[owner] = client.retain_replaced
         except BaseException:
             for keys in opened.values():
                 await keys.close()
             raise
-        for owner, keys in self._owners.items():
-            wish = wanted.get(owner)
-            if wish is not None and self._retained[owner] != wish.retain_replaced:
-                await keys.retain(wish.retain_replaced)
         before = "" if self._policy is None else self._policy.hash
         self._audit.note("policy_loaded", {"policy": policy.hash, "before": before})
         for text in describe(policy):

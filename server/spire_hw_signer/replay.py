@@ -11,7 +11,7 @@ from typing import Final, Generic, TypeVar
 
 T = TypeVar("T")
 
-MAX_REMEMBERED: Final = 65_536
+MAX_REMEMBERED: Final = 32_768
 
 
 @dataclass(slots=True)

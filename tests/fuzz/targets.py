@@ -1,4 +1,4 @@
-"""What is fuzzed: every parser of bytes that an attesting node sends, and what they begin with.
+"""What is fuzzed: every parser of bytes that an attesting node, or a signer's client, sends.
 
 A target takes any bytes and returns, or raises one of our own errors. Where a digest or a length
 would keep nearly all inputs out, a second target builds a frame that is right around the bytes.
@@ -36,6 +36,7 @@ from spire_hw_sim.firmware import Boot, Firmware, Measurement
 from spire_hw_sim.imawriter import ImaList, Item
 from spire_hw_sim.softtpm import SoftTpm, make_ak, make_ek, make_svid_key
 from spire_hw_sim.tpmnode import TpmNode, Vendor
+from tests.fuzz import signing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -84,6 +85,9 @@ _EVIDENCE = Evidence(
     boot=boot.facts(eventlog.parse(_BOOTS[1].log()), _BOOTS[1].pcrs(BANK), BANK),
     ima=ima.replay([_LIST.ascii()], None, _BOOTS[0].pcrs(BANK) | {(BANK, 10): _LIST.pcr()}, BANK),
 )
+
+
+_BODIES, _REQUEST = signing.seeds()
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +303,10 @@ TARGETS: Final[dict[str, Target]] = {
         [b'{"certificates":["AAAA"]}', b'{"rsa_signature":{"nonce":"AAAA"}}'],
     ),
     "evidence": Target(document.decode_evidence, [document.encode_evidence(_EVIDENCE)], 8192),
+    "signer_certificate": Target(signing.certificate, _BODIES),
+    "signer_request": Target(signing.request, [_REQUEST]),
+    "signer_token": Target(signing.token, signing.TOKENS),
+    "signer_policy": Target(signing.policy, [signing.POLICY]),
 }
 
 

@@ -26,7 +26,10 @@ def test_nothing_but_our_own_errors(name: str) -> None:
             targets.run(name, seed[: choose.randrange(len(seed))])
 
 
-SOUND = ["boot_log", "boot_events", "inflate", "crl", "cabinet", "signature_list"]
+SOUND = [
+    *("boot_log", "boot_events", "inflate", "crl", "cabinet", "signature_list"),
+    *("signer_certificate", "signer_request", "signer_policy"),
+]
 
 
 @pytest.mark.parametrize("name", SOUND)
