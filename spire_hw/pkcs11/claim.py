@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 from spire_hw.errors import ErrorKind
 from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.pkcs11.fitness import check_writable
-from spire_hw.pkcs11.inventory import Inventory, Manifest
 from spire_hw.pkcs11.labels import APPLICATION, key_name
+from spire_hw.pkcs11.manifest import Manifest
 from spire_hw.pkcs11.wire import Kind, pack_bytes
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw.pkcs11.choice import Choice
+    from spire_hw.pkcs11.inventory import Inventory
     from spire_hw.pkcs11.ledger import Ledger
     from spire_hw.pkcs11.policy import Policy
     from spire_hw.pkcs11.pool import Pool

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.key import KeyType, SignOptions
     from spire_hw.log import Logger
-    from spire_hw.pkcs11.inventory import Entry
+    from spire_hw.pkcs11.entry import Entry
     from spire_hw.pkcs11.member import Member
     from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo, KeySignature, RetainedKey
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 from spire_hw.errors import EncodingError, ErrorKind, NotFoundError, NotReadyError
 from spire_hw.key import SignOptions, default_hash, key_type_of, spki_der
 from spire_hw.pkcs11.errors import Cure, TokenError
-from spire_hw.pkcs11.inventory import read_evidence, read_material
+from spire_hw.pkcs11.evidence import read_evidence
+from spire_hw.pkcs11.inventory import read_material
 from spire_hw.pkcs11.keys import public_key_of
 from spire_hw.pkcs11.place import Place, opening_of
 from spire_hw.pkcs11.pool import Limits, Pool
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from spire_hw.key import PublicKey
     from spire_hw.log import Logger
-    from spire_hw.pkcs11.inventory import Evidence
+    from spire_hw.pkcs11.evidence import Evidence
     from spire_hw.pkcs11.pin import PinGuard
 
 _GONE: Final = "hsm.key_gone"

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 from spire_hw.errors import ErrorKind, InvalidInputError
 from spire_hw.key import KeyType, PublicKey, key_type_of
 from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.inventory import Entry, Evidence, read_evidence, read_material
+from spire_hw.pkcs11.evidence import Evidence, read_evidence
+from spire_hw.pkcs11.inventory import read_material
 from spire_hw.pkcs11.keys import EC_PARAMS, PublicMaterial, is_ec, modulus_bits, public_key_of
 from spire_hw.pkcs11.wire import ID_TAKEN, Kind, pack_bytes
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from spire_hw.aio.tasks import Tasks
     from spire_hw.pkcs11.disposal import Disposal
+    from spire_hw.pkcs11.entry import Entry
     from spire_hw.pkcs11.pool import Pool
     from spire_hw.plugin.keymanager import KeyInfo
 

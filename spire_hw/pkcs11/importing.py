@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 from spire_hw.errors import ErrorKind, InvalidInputError
 from spire_hw.pkcs11 import uri as pkcs11_uri
 from spire_hw.pkcs11.errors import Cure, TokenError
-from spire_hw.pkcs11.inventory import Pair, read_evidence, read_material
+from spire_hw.pkcs11.evidence import read_evidence
+from spire_hw.pkcs11.inventory import Pair, read_material
 from spire_hw.pkcs11.labels import SCHEME
 from spire_hw.pkcs11.wire import unpack_bytes
 

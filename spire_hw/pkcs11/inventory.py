@@ -5,10 +5,7 @@ Values in, values out; nothing here talks to a token.
 
 from __future__ import annotations
 
-import json
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,32 +13,14 @@ from spire_hw.errors import EncodingError, ErrorKind, InvalidInputError
 from spire_hw.key import fingerprint, spki_der
 from spire_hw.pkcs11.choice import Choice, merged
 from spire_hw.pkcs11.errors import Cure, TokenError
-from spire_hw.pkcs11.keys import (
-    MECHANISM_NAMES,
-    PublicMaterial,
-    is_ec,
-    mechanisms_for,
-    public_key_of,
-)
+from spire_hw.pkcs11.evidence import Evidence, read_evidence
+from spire_hw.pkcs11.keys import PublicMaterial, public_key_of
 from spire_hw.pkcs11.labels import Owner, key_name
-from spire_hw.pkcs11.profile import RSA_KEY_GEN, USAGES, Profile
-from spire_hw.pkcs11.wire import SignKey, unpack_bytes
+from spire_hw.pkcs11.manifest import Manifest
+from spire_hw.pkcs11.wire import unpack_bytes
 
 if TYPE_CHECKING:
-    from spire_hw.key import KeyType, PublicKey
-    from spire_hw.plugin.keymanager import KeyInfo
-
-Evidence = Mapping[str, bool | int | None]
-# What a private key has to prove (PKCS #11 v2.40 section 4.9): made here, never readable.
-_REQUIRED: Final = {
-    "TOKEN": True,
-    "LOCAL": True,
-    "SENSITIVE": True,
-    "ALWAYS_SENSITIVE": True,
-    "EXTRACTABLE": False,
-    "NEVER_EXTRACTABLE": True,
-    "SIGN": True,
-}
+    from collections.abc import Iterable, Mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,60 +51,6 @@ class Pair:
     def is_complete(self) -> bool:
         """Tell whether both halves are there."""
         return self.privates > 0 and self.publics > 0
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """The data object that says in full whose keys these are.
-
-    Attributes:
-        owner: trust domain and server id in full.
-        nonce: the running instance that wrote it.
-        keys: key part of the label to key id.
-        time: when it was written, Unix seconds; 0 when it does not say.
-        choices: key ids of which an older generation was taken back.
-    """
-
-    owner: Owner
-    nonce: str
-    keys: Mapping[str, str]
-    time: float = 0.0
-    choices: Mapping[str, Choice] = field(default_factory=dict)
-
-    def encode(self) -> bytes:
-        """Return the object's value."""
-        fields = {
-            "version": 1,
-            "trust_domain": self.owner.trust_domain,
-            "server": self.owner.server,
-            "nonce": self.nonce,
-            "keys": dict(self.keys),
-            "time": self.time,
-            "choices": {key_id: choice.fields() for key_id, choice in self.choices.items()},
-        }
-        return json.dumps(fields, sort_keys=True).encode("utf-8")
-
-    @classmethod
-    def parse(cls, value: bytes) -> Manifest:
-        """Read an object's value.
-
-        Raises:
-            EncodingError: not a manifest.
-        """
-        try:
-            fields = json.loads(value)
-            owner = Owner(str(fields["trust_domain"]), str(fields["server"]))
-            keys = {str(name): str(key_id) for name, key_id in fields["keys"].items()}
-            choices = {
-                str(key_id): Choice.of_fields(choice)
-                for key_id, choice in fields.get("choices", {}).items()
-            }
-            time = float(fields.get("time", 0.0))
-            if not math.isfinite(time):
-                raise ValueError("no time")  # noqa: TRY301 - one answer to all that is odd
-            return cls(owner, str(fields["nonce"]), keys, time, choices)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise EncodingError("key manifest", "does not decode") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,54 +258,6 @@ def read_material(fields: object) -> PublicMaterial | None:
     )
 
 
-def read_evidence(described: Mapping[str, Any]) -> Evidence:
-    """Return the evidence in a worker's description of a private key."""
-    fields = described.get("evidence")
-    if not isinstance(fields, dict):
-        return {}
-    return {
-        str(name): value if isinstance(value, bool | int) else None
-        for name, value in fields.items()
-    }
-
-
-def check_evidence(key: str, evidence: Evidence, key_type: KeyType, profile: Profile) -> None:
-    """Refuse a private key that is not proven to have been made in the token for signing only.
-
-    Args:
-        key: how a message calls it.
-        evidence: what the token says.
-        key_type: its type.
-        profile: may allow what this kind of token permits every key.
-
-    Raises:
-        TokenError: FAILED_PRECONDITION, names the attributes that do not hold.
-    """
-    wrong = [n for n, wanted in _REQUIRED.items() if evidence.get(n) is not wanted]
-    wrong += [n for n in sorted(USAGES - profile.usage_allowed) if evidence.get(n) is True]
-    if evidence.get("KEY_GEN_MECHANISM") not in _made_by(key_type):
-        wrong.append("KEY_GEN_MECHANISM")
-    if wrong:
-        raise _operator("hsm.key_policy", f"{key} violates policy: {', '.join(wrong)}")
-
-
-def _made_by(key_type: KeyType) -> set[int]:
-    return {mechanisms_for(key_type)[0]} if is_ec(key_type) else set(RSA_KEY_GEN.values())
-
-
-def evidence_texts(evidence: Evidence) -> dict[str, str]:
-    """Return evidence for an operator's eyes."""
-    texts = {}
-    for name, value in evidence.items():
-        if value is None:
-            texts[name] = "unknown"
-        elif isinstance(value, bool):
-            texts[name] = "true" if value else "false"
-        else:
-            texts[name] = MECHANISM_NAMES.get(value, f"0x{value:x}")
-    return texts
-
-
 def _operator(reason: str, message: str) -> TokenError:
     return TokenError(
         message,
@@ -389,50 +266,3 @@ def _operator(reason: str, message: str) -> TokenError:
         cure=Cure.OPERATOR,
         kind=ErrorKind.FAILED_PRECONDITION,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A key in use.
-
-    Attributes:
-        key_id: the caller's id.
-        key_type: its type.
-        public_key: its public half.
-        fingerprint: fingerprint of this instance.
-        sign_key: CKA_ID and public key, as workers need them.
-        label: CKA_LABEL on the token.
-        generation: its generation; 0 for a key made elsewhere.
-    """
-
-    key_id: str
-    key_type: KeyType
-    public_key: PublicKey
-    fingerprint: str
-    sign_key: SignKey
-    label: str
-    generation: int
-
-    @property
-    def is_existing(self) -> bool:
-        """Tell whether somebody else made it: it is used, never replaced nor destroyed."""
-        return self.generation == 0
-
-    @classmethod
-    def of(cls, info: KeyInfo, cka_id: bytes, label: str, generation: int) -> Entry:
-        """Build from the contract's view of a key and its place on the token."""
-        sign_key = SignKey(cka_id, spki_der(info.public_key))
-        return cls(
-            info.key_id,
-            info.key_type,
-            info.public_key,
-            info.fingerprint,
-            sign_key,
-            label,
-            generation,
-        )
-
-    @property
-    def cka_id(self) -> bytes:
-        """Return the CKA_ID on the token."""
-        return self.sign_key.cka_id

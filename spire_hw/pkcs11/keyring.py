@@ -18,12 +18,13 @@ from spire_hw.key import parse_spki
 from spire_hw.pkcs11.budget import Budget
 from spire_hw.pkcs11.claim import Claim
 from spire_hw.pkcs11.disposal import Disposal
+from spire_hw.pkcs11.entry import Entry
 from spire_hw.pkcs11.errors import TokenError
+from spire_hw.pkcs11.evidence import check_evidence, evidence_texts
 from spire_hw.pkcs11.fitness import check_mechanisms, check_token, check_type, warn_of_pin
 from spire_hw.pkcs11.generation import Generation, Making
 from spire_hw.pkcs11.health import health_of
 from spire_hw.pkcs11.housekeeping import Housekeeping
-from spire_hw.pkcs11.inventory import Entry, check_evidence, evidence_texts
 from spire_hw.pkcs11.labels import Owner, key_name
 from spire_hw.pkcs11.ledger import Ledger
 from spire_hw.pkcs11.proving import OTHER_TYPE, Proving

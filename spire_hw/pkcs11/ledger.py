@@ -11,7 +11,8 @@ from spire_hw.pkcs11.state import State
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from spire_hw.pkcs11.inventory import Entry, Inventory
+    from spire_hw.pkcs11.entry import Entry
+    from spire_hw.pkcs11.inventory import Inventory
     from spire_hw.pkcs11.labels import Owner
     from spire_hw.pkcs11.state import StateFile
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import ErrorKind, SpireHwError
 from spire_hw.key import SignOptions, default_hash, key_type_of, parse_spki, spki_der
+from spire_hw.pkcs11.entry import Entry
 from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.inventory import Entry
 from spire_hw.pkcs11.placement import Held, Standing
 from spire_hw.plugin.keymanager import DeviceHealth, KeyHealth, KeyInfo
 

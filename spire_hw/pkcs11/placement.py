@@ -18,7 +18,7 @@ from spire_hw.plugin.keymanager import DeviceHealth, KeyHealth
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from spire_hw.pkcs11.inventory import Entry
+    from spire_hw.pkcs11.entry import Entry
 
 _SLOTS: Final = {"-A": "-B", "-B": "-A"}
 _ORDER: Final = {KeyHealth.GOOD: 0, KeyHealth.DEGRADED: 1, KeyHealth.DOWN: 2}

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import ErrorKind, InvalidInputError
 from spire_hw.key import KeyType, PublicKey, SignOptions, default_hash, key_type_of, parse_spki
+from spire_hw.pkcs11.entry import Entry
 from spire_hw.pkcs11.errors import Cure, TokenError
-from spire_hw.pkcs11.inventory import Entry, Pair, check_evidence
+from spire_hw.pkcs11.evidence import check_evidence
 from spire_hw.pkcs11.keys import OtherKeyTypeError, public_key_of
 from spire_hw.pkcs11.wire import SignItem
 from spire_hw.plugin.keymanager import KeyInfo
 
 if TYPE_CHECKING:
     from spire_hw.log import Logger
+    from spire_hw.pkcs11.inventory import Pair
     from spire_hw.pkcs11.ledger import Ledger
     from spire_hw.pkcs11.policy import Policy
     from spire_hw.pkcs11.pool import Pool

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from spire_hw.log import Logger
     from spire_hw.pkcs11.claim import Claim
     from spire_hw.pkcs11.disposal import Disposal
-    from spire_hw.pkcs11.inventory import Entry, Inventory, Pair
+    from spire_hw.pkcs11.entry import Entry
+    from spire_hw.pkcs11.inventory import Inventory, Pair
     from spire_hw.pkcs11.keys import PublicMaterial
     from spire_hw.pkcs11.ledger import Ledger
     from spire_hw.pkcs11.pool import Pool

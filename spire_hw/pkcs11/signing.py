@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.key import SignOptions
     from spire_hw.log import Logger
-    from spire_hw.pkcs11.inventory import Entry
+    from spire_hw.pkcs11.entry import Entry
     from spire_hw.pkcs11.pool import Pool
     from spire_hw.pkcs11.stock import Stock
 

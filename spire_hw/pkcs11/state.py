@@ -22,7 +22,7 @@ from spire_hw.pkcs11.labels import Owner
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from spire_hw.pkcs11.inventory import Entry
+    from spire_hw.pkcs11.entry import Entry
 
 _MAX_BYTES: Final = 4 << 20
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.errors import EncodingError, NotReadyError
-from spire_hw.pkcs11.inventory import Manifest, listed_data, listed_halves
+from spire_hw.pkcs11.inventory import listed_data, listed_halves
 from spire_hw.pkcs11.labels import SCHEME, Owner
+from spire_hw.pkcs11.manifest import Manifest
 from spire_hw.pkcs11.wire import unpack_bytes
 
 if TYPE_CHECKING:
