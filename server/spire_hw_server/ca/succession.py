@@ -8,22 +8,28 @@ at a time.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+import secrets
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from spire_hw.errors import SpireHwError
+from spire_hw.key import SignOptions, default_hash
+from spire_hw.plugin.keymanager import KeyFallback
 from spire_hw.telemetry.metrics import NO_METRICS, Timed
 from spire_hw_server.ca.slots import Record, Slots, Step
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
-    from spire_hw.plugin.keymanager import Keys
+    from spire_hw.plugin.keymanager import DeviceHealth, Keys, ManagedSigner
     from spire_hw.telemetry.metrics import Metrics
     from spire_hw_server.bundles import Bundles
     from spire_hw_server.ca.keeper import JournalKeeper
     from spire_hw_server.ca.line import JwtLine, Line, X509Line
 
 R = TypeVar("R", bound=Record)
+_CHECK: Final = b"spire-hw authority check\0"
 
 
 class Succession:
@@ -63,16 +69,45 @@ class Succession:
     async def advance(self, line: Line[R]) -> None:
         """Take the steps that are due now; save what could not be saved before.
 
+        An authority whose device is lost, while the KeyManager has another one, is left at once.
+
         Raises:
             SpireHwError: a step failed; those before it stay taken.
         """
-        step = line.slots.due(self._clock.now())
+        step = await self._due(line)
         if step in {Step.PREPARE, Step.PREPARE_AND_ACTIVATE}:
             await self.prepare(line)
         elif self._unsaved:
             await self._save()
         if step in {Step.ACTIVATE, Step.PREPARE_AND_ACTIVATE}:
             await self.activate(line)
+
+    async def _due(self, line: Line[R]) -> Step:
+        stranded = self._stranded()
+        step = line.slots.due(self._clock.now())
+        if not stranded:
+            return step
+        active, prepared = line.slots.active, line.slots.prepared
+        if prepared is not None and line.key_id(prepared.slot) in stranded:
+            prepared = None
+        away = stranded.get(line.key_id(active.slot)) if active is not None else None
+        if away is None and step is not Step.ACTIVATE:
+            return step
+        if away is not None:
+            self._log.error("the authority's keys are away", kind=line.name, error=away.message)
+        if prepared is None:
+            return Step.PREPARE_AND_ACTIVATE
+        await self._check_signs(line.signers[prepared.authority_id])
+        return Step.ACTIVATE
+
+    async def _check_signs(self, signer: ManagedSigner) -> None:
+        """Make sure that there is something to move to: the other device may be gone as well."""
+        options = SignOptions(default_hash(signer.public_key))
+        await signer.sign(options.hash.digest(_CHECK + secrets.token_bytes(32)), options)
+
+    def _stranded(self) -> Mapping[str, DeviceHealth]:
+        manager = self._keys.manager
+        return manager.stranded_keys() if isinstance(manager, KeyFallback) else {}
 
     async def prepare(self, line: Line[R]) -> R:
         """Make and publish the next authority, replacing one that waits.
