@@ -238,16 +238,21 @@ async def kill_while_writing(directory: Path, after: int) -> LogHead:
         stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdout is not None
-    line = b""
-    for _ in range(after):
+    heads: list[LogHead] = []
+    while len(heads) < after:
         line = await process.stdout.readline()
+        assert line, "the writer ended by itself"
+        heads += heads_in(line)
     process.kill()
-    rest = await process.stdout.read()
+    heads += heads_in(await process.stdout.read())
     await process.wait()
-    lines = [one for one in (line + rest).splitlines() if one]
-    last = next(one for one in reversed(lines) if len(one.partition(b":")[2]) == 64)
-    seq, _, value = last.partition(b":")
-    return LogHead(int(seq), bytes.fromhex(value.decode()))
+    return heads[-1]
+
+
+def heads_in(output: bytes) -> list[LogHead]:
+    """Return the heads among whole lines; others are the process's log."""
+    words = [line.partition(b":") for line in output.splitlines()]
+    return [LogHead(int(s), bytes.fromhex(h.decode())) for s, _, h in words if len(h) == 64]
 
 
 @pytest.mark.slow
