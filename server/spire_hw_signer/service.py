@@ -334,8 +334,10 @@ class SignerService:
             if any(due):
                 await keys.notes.save()
             seqs = await self._audit.intend([one.intent for one in work])
-            jobs = (self._sign(one, seq, deadline_s) for one, seq in zip(work, seqs, strict=True))
-            self._audit.conclude(await asyncio.gather(*jobs))
+            jobs = [self._sign(one, seq, deadline_s) for one, seq in zip(work, seqs, strict=True)]
+            # One alone needs no task of its own: that is a turn of the loop less for its caller.
+            many = len(jobs) > 1
+            self._audit.conclude(await asyncio.gather(*jobs) if many else [await jobs[0]])
         except SpireHwError as e:
             self._log.error("Nothing was signed", error=e.message, items=len(work))
             for one in work:

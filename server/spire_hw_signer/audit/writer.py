@@ -7,6 +7,7 @@ chain already. While one is being written, those that come gather in the next.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -69,14 +70,15 @@ class Writer:
         self._log = log
         self._again = again
         self._batches: list[Batch] = []
-        self._more = asyncio.Event()
+        self._is_started = self._is_writing = False
         self._flush: asyncio.TimerHandle | None = None
+        self._late: asyncio.TimerHandle | None = None
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="audit log")
         self._tasks = Tasks(self._ended)
 
     def start(self) -> None:
         """Begin to write."""
-        self._tasks.start("audit log", self._run())
+        self._is_started = True
 
     def add(self, file: str, line: bytes, head: LogHead) -> None:
         """Take a line.
@@ -98,7 +100,7 @@ class Writer:
     def write_soon(self) -> None:
         """Write what was added in a moment, unless somebody waits for it first."""
         if self._flush is None and self._batches:
-            self._flush = asyncio.get_running_loop().call_later(_FLUSH_S, self._more.set)
+            self._flush = asyncio.get_running_loop().call_later(_FLUSH_S, self._begin)
 
     async def write(self) -> None:
         """Write what was added; it is on the disk once this returns.
@@ -111,7 +113,7 @@ class Writer:
         batch = self._batches[-1]
         if batch.done is None:
             batch.done = asyncio.get_running_loop().create_future()
-        self._more.set()
+        self._begin()
         reason = await asyncio.shield(batch.done)
         if reason:
             raise self.unavailable(reason)
@@ -128,39 +130,60 @@ class Writer:
         except UnavailableError as e:
             self._log.error("Audit log lacks its last records", error=e.message)
         self.trouble = "it is closed"
-        if self._flush is not None:
-            self._flush.cancel()
+        self._is_started = False
+        for timer in (self._flush, self._late):
+            if timer is not None:
+                timer.cancel()
         await self._tasks.close()
         await asyncio.get_running_loop().run_in_executor(self.thread, self._folder.release)
         self.thread.shutdown(wait=False)
 
-    async def _run(self) -> None:
-        while True:
-            await self._more.wait()
-            self._more.clear()
-            if self._flush is not None:
-                self._flush.cancel()
-                self._flush = None
-            while self._batches:
-                if await self._commit(self._batches[0]):
-                    self._written(self._batches.pop(0))
-                else:
-                    await self._clock.sleep(_RETRY_S)
+    def _begin(self) -> None:
+        """Have the first batch written, unless one is already.
 
-    async def _commit(self, batch: Batch) -> bool:
-        """Write a batch; tell those who wait when that fails or takes too long."""
-        batch.closed = True
-        data = bytes(batch.data)
+        From here to `_wrote` there is one change of threads each way and nothing else: every signature
+        waits for it.
+        """
+        if self._flush is not None:
+            self._flush.cancel()
+            self._flush = None
+        if self._is_writing or not self._is_started or not self._batches:
+            return
+        batch = self._batches[0]
+        batch.closed = self._is_writing = True
         loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(self.thread, self._folder.append, batch.file, data)
-        if not (await asyncio.wait({future}, timeout=_COMMIT_S))[0]:
-            self._fail(f"the disk does not answer within {_COMMIT_S:g} s")
+        late = f"the disk does not answer within {_COMMIT_S:g} s"
+        self._late = loop.call_later(_COMMIT_S, self._fail, late)
+        self.thread.submit(self._write, loop, batch.file, bytes(batch.data))
+
+    def _write(self, loop: asyncio.AbstractEventLoop, file: str, data: bytes) -> None:
+        """Write lines, in the log's thread."""
+        reason = ""
         try:
-            await future
+            self._folder.append(file, data)
         except (OSError, ForeignHandError) as e:
-            self._fail(reason_of(e))
-            return False
-        return True
+            reason = reason_of(e)
+        except Exception as e:  # noqa: BLE001 - it is told, and nothing is signed
+            reason = f"its writer failed: {type(e).__name__}"
+        with contextlib.suppress(RuntimeError):  # the loop is gone, nobody waits
+            loop.call_soon_threadsafe(self._wrote, reason)
+
+    def _wrote(self, reason: str) -> None:
+        """Tell those who wait what became of the first batch, and go on."""
+        if self._late is not None:
+            self._late.cancel()
+        if reason:
+            self._fail(reason)
+            self._tasks.start("audit log", self._again_soon())
+            return
+        self._is_writing = False
+        self._written(self._batches.pop(0))
+        self._begin()
+
+    async def _again_soon(self) -> None:
+        await self._clock.sleep(_RETRY_S)
+        self._is_writing = False
+        self._begin()
 
     def _fail(self, reason: str) -> None:
         if reason != self.trouble:
@@ -181,5 +204,5 @@ class Writer:
             self._again(trouble)
 
     def _ended(self, name: str, error: BaseException) -> None:
-        self._log.error("Audit log writer ended", task=name, exc_info=error)
-        self._fail(f"its writer ended: {type(error).__name__}")
+        self._log.error("Audit log writer failed", task=name, exc_info=error)
+        self._fail(f"its writer failed: {type(error).__name__}")
