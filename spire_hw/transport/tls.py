@@ -176,7 +176,7 @@ def bridge(
 
     async def ask(digest: bytes, algorithm: HashAlgorithm) -> bytes:
         async with asyncio.timeout(timeout_s):
-            return await signer.sign(digest, SignOptions(algorithm))
+            return await signer.sign(digest, SignOptions(algorithm, urgent=True))
 
     def sign(digest: bytes) -> bytes:
         algorithm = _DIGEST_HASH.get(len(digest))

@@ -113,7 +113,7 @@ async def build_csr(
         request = der.encode(der.SET, der.sequence(names))
         attributes = der.encode(_ATTRIBUTES, der.sequence(_EXTENSION_REQUEST, request))
     body = der.sequence(_VERSION, check_name(subject), spki_der(signer.public_key), attributes)
-    return await seal(body, signer, scheme_of(signer.public_key), purpose=Purpose.CSR)
+    return await seal(body, signer, scheme_of(signer.public_key), purpose=Purpose.CSR, urgent=True)
 
 
 def parse_csr(data: bytes, *, check_signature: bool = True) -> Csr:

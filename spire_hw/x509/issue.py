@@ -60,6 +60,7 @@ async def issue_x509_svid(
     serial: int | None = None,
     extra_extensions: Sequence[extension.Extension] = (),
     check_signature: bool | None = None,
+    urgent: bool = False,
 ) -> bytes:
     """Issue the leaf certificate of an SVID.
 
@@ -74,6 +75,7 @@ async def issue_x509_svid(
         serial: None draws a random one of 128 bits.
         extra_extensions: further extensions, such as a CredentialComposer's.
         check_signature: None verifies the new signature unless the key is in this process.
+        urgent: a busy device signs it before others.
 
     Returns:
         The DER certificate.
@@ -110,7 +112,9 @@ async def issue_x509_svid(
         spki,
         extension.extensions(_SVID_CONSTANT, key_id, authority.key_id_part, names, extras),
     )
-    return await seal(body, authority.signer, authority.scheme, check=check_signature)
+    return await seal(
+        body, authority.signer, authority.scheme, check=check_signature, urgent=urgent
+    )
 
 
 async def issue_ca_certificate(
@@ -193,7 +197,7 @@ async def issue_ca_certificate(
             _extras(extra_extensions),
         ),
     )
-    return await seal(body, key, scheme, check=check_signature)
+    return await seal(body, key, scheme, check=check_signature, urgent=True)
 
 
 def _serial(number: int) -> bytes:

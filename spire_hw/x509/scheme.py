@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -60,6 +60,7 @@ async def seal(
     *,
     purpose: Purpose = Purpose.X509,
     check: bool | None = None,
+    urgent: bool = False,
 ) -> bytes:
     """Sign a certificate or request body and return the whole.
 
@@ -70,11 +71,12 @@ async def seal(
         purpose: what the body is, told to signers that judge what they sign.
         check: verify the signature before it leaves; None checks when `needs_check` says so (a
             device, process or host may answer with anything).
+        urgent: a busy device serves it before others, see `SignOptions`.
 
     Raises:
         SpireHwError: the signature does not verify (INTERNAL), or what the signer raises.
     """
-    options = scheme.options
+    options = replace(scheme.options, urgent=True) if urgent else scheme.options
     digest = options.hash.digest(to_be_signed)
     signature = await sign_content(signer, purpose, to_be_signed, digest, options)
     if check or (check is None and needs_check(signer)):

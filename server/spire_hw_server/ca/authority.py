@@ -226,6 +226,7 @@ class Issuer:
                 subject_der=subject_der,
                 serial=serial,
                 extra_extensions=extensions,
+                urgent=role is Role.SERVER,
             )
         except InvalidInputError:
             raise

@@ -27,6 +27,7 @@ from spire_hw.key import (
 from spire_hw.spiffeid import SpiffeId, TrustDomain
 from spire_hw.x509.authority import X509Authority, check_ca_certificate
 from spire_hw.x509.certificate import encode_der, load_certificate, subject_key_id
+from spire_hw.x509.csr import build_csr
 from spire_hw.x509.extension import Extension
 from spire_hw.x509.issue import issue_ca_certificate, issue_x509_svid, random_serial
 from spire_hw.x509.name import (
@@ -337,6 +338,8 @@ class _Device:
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._answers = ec.generate_private_key(ec.SECP256R1()) if lies else self._key
         self.calls = 0
+        self.urgent: list[bool] = []
+        self.verifies = False
 
     @property
     def public_key(self) -> ec.EllipticCurvePublicKey:
@@ -344,6 +347,7 @@ class _Device:
 
     async def sign(self, digest: bytes, options: SignOptions) -> bytes:
         self.calls += 1
+        self.urgent.append(options.urgent)
         return await SoftwareSigner(self._answers).sign(digest, options)
 
 
@@ -357,6 +361,29 @@ async def test_a_wrong_signature_of_a_device_does_not_leave() -> None:
             not_before=NOW,
             not_after=NOW + timedelta(1),
         )
+
+
+@pytest.mark.asyncio
+async def test_a_device_that_verifies_is_taken_at_its_word_unless_told_otherwise() -> None:
+    device = _Device(lies=True)
+    device.verifies = True
+    span = {"not_before": NOW, "not_after": NOW + timedelta(1)}
+    await issue_ca_certificate(None, signer=device, trust_domain=DOMAIN, **span)
+    with pytest.raises(SpireHwError, match="does not verify"):
+        await issue_ca_certificate(
+            None, signer=device, trust_domain=DOMAIN, **span, check_signature=True
+        )
+
+
+@pytest.mark.asyncio
+async def test_certificates_of_authorities_and_requests_are_urgent_leaves_are_not() -> None:
+    device = _Device()
+    root = await issue_ca_certificate(
+        None, signer=device, trust_domain=DOMAIN, not_before=NOW, not_after=NOW + timedelta(1)
+    )
+    await build_csr(device)
+    await _issue(X509Authority(root, device))
+    assert device.urgent == [True, True, False]
 
 
 @pytest.mark.asyncio
