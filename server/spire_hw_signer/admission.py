@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 _QUIET_S: Final = 1.0
 _MAX_SEEN: Final = 4096
 _MAX_WRITTEN: Final = 50  # records of refusals in a second, whoever they are about
-ALARM: Final = ("signer", "alarm")
-REFUSED: Final = ("signer", "refused")
+ALARM: Final = ("alarm",)
+REFUSED: Final = ("refused",)
 
 
 @dataclass(frozen=True, slots=True)

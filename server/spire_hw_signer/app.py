@@ -218,6 +218,7 @@ class Signer:
         audit, found = await self._open_audit()
         log_keys = await self._open_log_keys()
         checkpoints = await self._start_checkpoints(audit, found, log_keys)
+        self._stack.callback(audit.note, "stop", {"name": settings.name})
         revocations = Revocations(settings.data_dir / REVOKED_FILE)
         await revocations.load()
         live = Live(

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from spire_hw_signer.notes import Making
     from spire_hw_signer.steady import SteadyTime
 
-_GENERATED: Final = ("signer", "generate")
+_GENERATED: Final = ("generate_key",)
 _TYPES: Final = {key_type.value: key_type for key_type in KeyType}
 # The device may have made the key all the same.
 _UNKNOWN: Final = frozenset(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from spire_hw_signer.policy import Owner, Policy
     from spire_hw_signer.tlsfiles import TlsFiles
 
-_RELOAD: Final = ("signer", "reload")
+_RELOAD: Final = ("reload",)
 
 
 class Live:

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from spire_hw_signer.steady import SteadyTime
 
 _CALL_RATE: Final = Rate(10, 100)
-_SIGNED: Final = ("signer", "sign")
+_SIGNED: Final = ("sign",)
 _MAX_SALT: Final = 512
 _MAX_REPLAYS: Final = 256
 _HASHES: Final = {algorithm.value: algorithm for algorithm in HashAlgorithm}

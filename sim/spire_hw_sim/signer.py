@@ -103,18 +103,20 @@ class SignerRig:
         name: str = "signer-1",
         policy: str | None = None,
         more: str = "",
+        data: str = "",
         clock: Clock | None = None,
     ) -> None:
         """Write the files.
 
         Args:
             folder: short enough for a socket path.
-            keys: `pkcs11` or `disk`.
+            keys: `pkcs11`, `tpm` or `disk`.
             hsm: a store with a token that is shared with another signer.
             authority: shared with another signer.
             name: of the signer.
             policy: text of the policy file; one client with the usual rights without it.
             more: further keys of the signer section.
+            data: further keys of the KeyManager.
             clock: the signer's time.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +134,7 @@ class SignerRig:
         self.socket = folder / "client.sock"
         self.write_policy(client_policy() if policy is None else policy)
         self._write_tls()
-        self.config_file.write_text(self._config(keys, name, more))
+        self.config_file.write_text(self._config(keys, name, more, data))
         self.signer = self._signer()
         self._running = False
         self._stack = AsyncExitStack()
@@ -293,14 +295,13 @@ class SignerRig:
             )
         )
 
-    def _config(self, keys: str, name: str, more: str) -> str:
+    def _config(self, keys: str, name: str, more: str, data: str) -> str:
         folder = self.folder
-        data = ""
         if self.hsm is not None:
             pin_file = folder / "pin"
             pin_file.write_text(PIN)
             pin_file.chmod(0o600)
-            data = f"""
+            data += f"""
       module_path = "{self.hsm.module}"
       token_label = "{TOKEN}"
       pin_file    = "{pin_file}"

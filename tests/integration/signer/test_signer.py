@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
 import secrets
 import signal
 from datetime import timedelta
@@ -450,3 +452,66 @@ async def test_a_process_reloads_on_sighup(tmp_path: Path) -> None:
         result = await rig.sign("x509-CA-A", digest=DIGEST, channel=channel)
         assert result.refusal.reason == "raw_denied"
     assert await process.end(signal.SIGTERM) == 0
+
+
+async def get(port: int, path: str) -> tuple[int, str]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+    async with asyncio.timeout(TIMEOUT_S):
+        answer = (await reader.read()).decode()
+    writer.close()
+    return int(answer.split()[1]), answer
+
+
+@pytest.mark.asyncio
+async def test_probes_and_metrics_are_answered_over_http(tmp_path: Path) -> None:
+    rig = SignerRig(tmp_path, keys="disk", policy=client_policy(raw="true"))
+    more = """
+health_checks {
+  listener_enabled = true
+  bind_address = "127.0.0.1"
+  bind_port = 0
+}
+telemetry { Prometheus { port = 0 } }
+"""
+    rig.config_file.write_text(rig.config_file.read_text() + more)
+    rig.signer = rig._signer()
+    async with rig:
+        for path in ("/live", "/ready"):
+            assert (await get(rig.signer.health_port, path))[0] == 200
+        await rig.generate("x509-CA-A")
+        await rig.sign("x509-CA-A", digest=DIGEST)
+        await rig.sign("other", digest=DIGEST)
+        status, text = await get(rig.signer.telemetry.port, "/metrics")
+        assert status == 200
+        for line in (
+            'spire_signer_sign{key="x509_CA_A",status="OK"} 1',
+            'spire_signer_refused{reason="key_id"} 1',
+            'spire_signer_alarm{reason="key_id"} 1',
+            'spire_signer_generate_key{result="done"} 1',
+        ):
+            assert without_host(line) in without_host(text), text
+        rig.write_policy("client {")
+        assert not await rig.signer.reload()
+        assert (await get(rig.signer.health_port, "/live"))[0] == 200
+        status, text = await get(rig.signer.health_port, "/ready")
+        assert status == 500
+        assert "signer.files" in text
+
+
+def without_host(text: str) -> str:
+    """Return metrics without the label that differs from machine to machine."""
+    return re.sub(r'host="[^"]*",?', "", text).replace(",}", "}")
+
+
+@pytest.mark.asyncio
+async def test_start_and_stop_stand_in_the_log(tmp_path: Path) -> None:
+    rig = SignerRig(tmp_path, keys="disk")
+    async with rig:
+        await rig.restart()
+    lines = []
+    for path in sorted((tmp_path / "data" / "audit").glob("audit-*.log")):
+        lines += [json.loads(line) for line in path.read_bytes().splitlines()]
+    events = [line["event"] for line in lines if line["kind"] == "note"]
+    assert events.count("start") == events.count("stop") == 2
+    assert events.index("policy_loaded") < events.index("start") < events.index("stop")

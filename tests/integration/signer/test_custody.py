@@ -1,0 +1,131 @@
+"""Where a signer's keys are: a TPM, a token that a server used before, one that two signers share."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING
+
+import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, utils
+
+from spire_hw._pb import hw_signer_pb2
+from spire_hw.clock import SystemClock
+from spire_hw.config.hcl import Body
+from spire_hw.key import KeyType, parse_spki
+from spire_hw.log import get_logger
+from spire_hw.plugin.info import HostInfo, Side
+from spire_hw.spiffeid import TrustDomain
+from spire_hw_plugins.keymanager import pkcs11
+from spire_hw_sim.signer import PIN, TOKEN, SignerRig, client_policy
+from spire_hw_sim.softhsm import SoftHsm
+from spire_hw_sim.swtpm import Swtpm
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DIGEST = bytes(range(32))
+LIST = hw_signer_pb2.GetPublicKeysRequest()
+
+
+def verify(pkix: bytes, signature: bytes) -> None:
+    public = parse_spki(pkix)
+    assert isinstance(public, ec.EllipticCurvePublicKey)
+    public.verify(signature, DIGEST, ec.ECDSA(utils.Prehashed(hashes.SHA256())))
+
+
+@pytest.mark.tpm
+@pytest.mark.asyncio
+async def test_keys_in_a_tpm(tmp_path: Path) -> None:
+    with Swtpm(tmp_path / "swtpm") as swtpm:
+        text = client_policy(raw="true")
+        rig = SignerRig(tmp_path / "s", keys="tpm", data=f'tcti = "{swtpm.tcti}"', policy=text)
+        async with rig:
+            made = await rig.generate("x509-CA-A")
+            signed = await rig.sign("x509-CA-A", digest=DIGEST)
+            verify(made.public_key.pkix_data, signed.signature)
+            await rig.restart()
+            listed = await rig.call("GetPublicKeys", LIST)
+            assert list(listed.public_keys) == [made.public_key]
+            head = await rig.call("GetLogHead", hw_signer_pb2.GetLogHeadRequest())
+            assert parse_spki(head.log_key)
+
+
+async def server_key(hsm: SoftHsm, folder: Path, server: str, key_id: str) -> str:
+    """Have a server make a key in a token by itself; return the key's fingerprint."""
+    pin = folder / "server-pin"
+    pin.write_text(PIN)
+    pin.chmod(0o600)
+    data_dir = folder / "server-data"
+    data_dir.mkdir(mode=0o700)
+    manager = pkcs11.build(
+        HostInfo(
+            side=Side.SERVER,
+            trust_domain=TrustDomain("example.org"),
+            data_dir=data_dir,
+            log=get_logger("test"),
+            clock=SystemClock(),
+        )
+    )
+    await manager.configure(
+        Body.from_dict(
+            {
+                "module_path": hsm.module,
+                "token_label": TOKEN,
+                "pin_file": str(pin),
+                "key_identifier_value": server,
+                "environment": hsm.environment,
+            }
+        )
+    )
+    try:
+        return (await manager.generate_key(key_id, KeyType.EC_P256)).fingerprint
+    finally:
+        await manager.close()
+
+
+@pytest.mark.hsm
+@pytest.mark.asyncio
+async def test_a_server_that_moves_behind_a_signer_keeps_its_keys(tmp_path: Path) -> None:
+    hsm = SoftHsm(tmp_path / "hsm")
+    hsm.init_token(TOKEN, pin=PIN)
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    fingerprint = await server_key(hsm, tmp_path / "one", "s1", "x509-CA-A")
+    other = await server_key(hsm, tmp_path / "other", "s2", "x509-CA-A")
+    text = client_policy(server="s1", raw="true")
+    async with SignerRig(tmp_path / "s", hsm=hsm, policy=text) as rig:
+        listed = await rig.call("GetPublicKeys", LIST)
+        assert [k.fingerprint for k in listed.public_keys] == [fingerprint]
+        assert other != fingerprint
+        signed = await rig.sign("x509-CA-A", digest=DIGEST)
+        assert signed.fingerprint == fingerprint
+
+
+@pytest.mark.hsm
+@pytest.mark.asyncio
+async def test_a_replaced_key_is_kept_for_as_long_as_policy_says(tmp_path: Path) -> None:
+    text = client_policy(raw="true", retain_replaced='"1h"')
+    async with SignerRig(tmp_path, policy=text) as rig:
+        first = (await rig.generate("x509-CA-A")).public_key.fingerprint
+        second = (await rig.generate("x509-CA-A")).public_key.fingerprint
+        (keys,) = rig.signer.live.owners.values()
+        retained = await keys.manager.retained_keys()  # type: ignore[attr-defined]
+        assert [r.info.fingerprint for r in retained] == [first]
+        listed = await rig.call("GetPublicKeys", LIST)
+        assert [k.fingerprint for k in listed.public_keys] == [second]
+
+
+@pytest.mark.hsm
+@pytest.mark.asyncio
+async def test_the_log_key_is_out_of_reach(tmp_path: Path) -> None:
+    text = client_policy(raw="true", keys='["*"]', generate='{ per_key_min_interval = "0s" }')
+    async with SignerRig(tmp_path, policy=text) as rig:
+        head = await rig.call("GetLogHead", hw_signer_pb2.GetLogHeadRequest())
+        assert not (await rig.call("GetPublicKeys", LIST)).public_keys
+        result = await rig.sign("audit-log", digest=DIGEST)
+        assert result.refusal.reason == "no_key"
+        made = await rig.generate("audit-log", request_id=secrets.token_bytes(16))
+        assert made.public_key.pkix_data != head.log_key
+        again = await rig.call("GetLogHead", hw_signer_pb2.GetLogHeadRequest())
+        assert again.log_key == head.log_key
