@@ -6,21 +6,14 @@ Evidence is signed with a key of its own in the same KeyManager, made when it is
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from spire_hw.errors import InvalidInputError, NotFoundError, PluginError, SpireHwError
-from spire_hw.evidence import yubihsm
-from spire_hw.evidence.document import (
-    MAX_NONCE_BYTES,
-    MIN_NONCE_BYTES,
-    Document,
-    KeyReport,
-    challenge,
-    sign,
-)
+from spire_hw.errors import NotFoundError, PluginError, SpireHwError
+from spire_hw.evidence.document import KeyReport
+from spire_hw.evidence.making import Witness, check_nonce, make_evidence
 from spire_hw.key import KeyType, fingerprint, spki_der
-from spire_hw.plugin.custody import Custody, DeviceStatement
+from spire_hw.plugin.custody import Custody
 from spire_hw.plugin.keymanager import KeyEvidence
 
 if TYPE_CHECKING:
@@ -118,37 +111,24 @@ class Custodian:
             AttestationError: the certificates are not about this key.
             PluginError: the KeyManager failed.
         """
-        if not MIN_NONCE_BYTES <= len(nonce) <= MAX_NONCE_BYTES:
-            raise InvalidInputError(
-                f"a nonce has {MIN_NONCE_BYTES} to {MAX_NONCE_BYTES} bytes, not {len(nonce)}"
-            )
+        check_nonce(nonce)
         signer = await self._keys.get(key_id)
         report = self._report(signer, await self._keys.evidence(key_id))
-        statement: DeviceStatement | None
-        if attestation:
-            yubihsm.verify_attestation(attestation, report.spki, ())
-            parts = {f"certificate_{n}": der for n, der in enumerate(attestation)}
-            statement = DeviceStatement(yubihsm.KIND, parts)
-            attested = replace(report.evidence, custody=Custody.HSM_ATTESTED)
-            report = replace(report, evidence=attested)
-        else:
-            wanted = challenge(nonce, str(self._trust_domain), report.spki)
-            statement = await self._keys.statement(key_id, wanted)
-        witness = await self._witness()
-        document = Document(
-            trust_domain=str(self._trust_domain),
-            key=report,
-            signer=self._report(witness, await self._keys.evidence(EVIDENCE_KEY)),
+        made = await make_evidence(
+            self._keys,
+            report,
+            await self._witness(),
             nonce=nonce,
-            made_at=self._clock.now(),
-            statement=statement,
+            attestation=attestation,
+            trust_domain=str(self._trust_domain),
+            now=self._clock.now(),
         )
-        made = await sign(document, witness)
         self._log.info(
             "evidence about a key was given",
             key_id=key_id,
             fp=report.fingerprint,
             custody=report.evidence.custody.value,
+            attested=bool(attestation),
         )
         return made
 
@@ -200,16 +180,17 @@ class Custodian:
         last = None if uses is None else uses.last(info.fingerprint)
         return KeyReport(info.key_id, spki_der(info.public_key), evidence, last)
 
-    async def _witness(self) -> ManagedSigner:
+    async def _witness(self) -> Witness:
         """Return the key that signs evidence; make it when there is none."""
         async with self._making:
             try:
-                return await self._keys.get(EVIDENCE_KEY)
+                signer = await self._keys.get(EVIDENCE_KEY)
             except PluginError as e:
                 if e.kind is not NotFoundError.kind:
                     raise
-            self._log.info("making the key that signs evidence", key_id=EVIDENCE_KEY)
-            return await self._keys.generate(EVIDENCE_KEY, KeyType.EC_P256)
+                self._log.info("making the key that signs evidence", key_id=EVIDENCE_KEY)
+                signer = await self._keys.generate(EVIDENCE_KEY, KeyType.EC_P256)
+        return Witness(signer, self._report(signer, await self._keys.evidence(EVIDENCE_KEY)))
 
     def _roles(self) -> dict[str, Role]:
         """Return the authorities by the fingerprints of their keys."""
