@@ -73,18 +73,27 @@ def start_host(rig: TokenRig, **changes: str) -> tuple[subprocess.Popen[str], li
         "environment": rig.hsm.environment,
         **changes,
     }
-    process = subprocess.Popen(  # noqa: S603
-        [sys.executable, "-c", HOST, str(data), json.dumps(config)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    complaints = rig.folder / "stderr"
+    with complaints.open("w") as errors:
+        process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-c", HOST, str(data), json.dumps(config)],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
     assert process.stdout is not None
     line = ""
     while not line.startswith("["):
         line = process.stdout.readline()
-        assert line, "host did not start"
+        assert line, f"host did not start: {complaints.read_text()}"
     return process, json.loads(line)
+
+
+def until_made(process: subprocess.Popen[str]) -> None:
+    """Return once a host has told of a key."""
+    assert process.stdout is not None
+    while not (line := process.stdout.readline()).startswith("made "):
+        assert line, "host died"
 
 
 def alive_after(pids: list[int], timeout_s: float) -> list[psutil.Process]:
@@ -103,8 +112,10 @@ async def test_faults_60_to_62_kill_at_random_moments_leaves_one_signing_pair(
     rig: TokenRig,
 ) -> None:
     moments = random.Random(7)  # noqa: S311 - moments, not secrets
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
         process, workers = await asyncio.to_thread(start_host, rig)
+        if number == 0:
+            await asyncio.to_thread(until_made, process)
         await asyncio.sleep(moments.uniform(0.005, 0.2))
         process.kill()
         await asyncio.to_thread(process.wait)
