@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
@@ -28,6 +29,7 @@ _MODULES: Final = (
 )
 _PROGRAMS: Final = ("dbus-daemon", "gdbus", "tpm2-abrmd", "tpm2_ptool", "tpm2_dictionarylockout")
 _BUS_NAME: Final = "com.intel.tss2.Tabrmd"
+_START_S: Final = 30.0
 _STOP_S: Final = 5.0
 _BUS: Final = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
@@ -100,12 +102,12 @@ class Tpm2Token:
         config.write_text(_BUS.format(path=self._bus_dir / "bus"))
         self._spawn("dbus-daemon", "--nofork", f"--config-file={config}")
         self._spawn("tpm2-abrmd", "--session", "--allow-root", f"--tcti={self.tpm.tcti}")
-        # gdbus waits for the bus no longer than for the broker: both are retried until they are up.
-        for _ in range(20):
-            if self._run("gdbus", "wait", "--session", "--timeout=1", _BUS_NAME) == 0:
-                break
-        else:
-            raise UnavailableError("tpm2-abrmd does not start")
+        deadline = time.monotonic() + _START_S
+        # gdbus waits for the broker, but not for the bus.
+        while self._run("gdbus", "wait", "--session", "--timeout=5", _BUS_NAME) != 0:
+            if time.monotonic() > deadline:
+                raise UnavailableError("tpm2-abrmd does not start")
+            time.sleep(0.02)
         if not self._store.exists():
             self._make()
 

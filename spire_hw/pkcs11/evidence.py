@@ -28,6 +28,11 @@ _REQUIRED: Final = {
     "SIGN": True,
 }
 
+_USES: Final = (
+    "; the token lets it do more than sign: set the token's profile, or say in profile_overrides "
+    "(usage_allowed) what this kind of token lets every key do"
+)
+
 
 def read_evidence(described: Mapping[str, Any]) -> Evidence:
     """Return the evidence in a worker's description of a private key."""
@@ -57,8 +62,9 @@ def check_evidence(key: str, evidence: Evidence, key_type: KeyType, profile: Pro
     if evidence.get("KEY_GEN_MECHANISM") not in _made_by(key_type):
         wrong.append("KEY_GEN_MECHANISM")
     if wrong:
+        uses = "" if set(wrong) - USAGES else _USES
         raise TokenError(
-            f"{key} violates policy: {', '.join(wrong)}",
+            f"{key} violates policy: {', '.join(wrong)}{uses}",
             reason="hsm.key_policy",
             operation="inventory",
             cure=Cure.OPERATOR,

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from spire_hw.log import Logger
+    from spire_hw.pkcs11.profile import Profile
     from spire_hw.telemetry.metrics import Metrics
 
 _DRAIN_S: Final = 5.0
@@ -165,13 +166,27 @@ class Pool:
             TokenError: what stands against it; nothing is left running.
         """
         try:
-            for seat in (self._admin, *self._seats):
-                self._tasks.start(f"hsm-{seat.name}", seat.run())
-                await self._until_ready(seat, others=seat not in {self._admin, self._seats[0]})
+            await self._begin(self._admin, others=False)
+            self._keep_to(self.facts.profile)
+            for number, seat in enumerate(self._seats):
+                await self._begin(seat, others=number > 0)
         except BaseException:
             await self.close()
             raise
         return self.facts
+
+    def _keep_to(self, profile: Profile) -> None:
+        """Give up workers that this kind of token cannot serve; one that signs stays."""
+        most = max(1, profile.max_workers - 1)
+        if len(self._seats) > most:
+            self._log.warning("hsm.fewer_workers", profile=profile.name, workers=most)
+        for seat in self._seats[most:]:
+            del self._verifying[seat]
+        del self._seats[most:]
+
+    async def _begin(self, seat: Seat, *, others: bool) -> None:
+        self._tasks.start(f"hsm-{seat.name}", seat.run())
+        await self._until_ready(seat, others=others)
 
     async def _until_ready(self, seat: Seat, *, others: bool) -> None:
         """Wait for a seat's first worker; others that sign already make a full token bearable."""

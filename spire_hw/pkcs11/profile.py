@@ -153,9 +153,9 @@ PROFILES: Final = {
         Profile("softhsm", marks=("softhsm",)),
         Profile(
             "tpm2",
-            # Explicit FALSE usage flags are answered with CKR_GENERAL_ERROR, and every key may
-            # decrypt: for an EC key that means key agreement.
-            omit_private=_USAGE,
+            # Some FALSE usage flags are answered with CKR_GENERAL_ERROR, and every key may decrypt:
+            # for an EC key that means key agreement.
+            omit_private=frozenset({"DECRYPT", "SIGN_RECOVER", "COPYABLE"}),
             omit_public=_PUBLIC_USAGE,
             usage_allowed=frozenset({"DECRYPT"}),
             pss_salts="hash",

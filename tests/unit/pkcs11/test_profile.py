@@ -37,7 +37,7 @@ def test_every_profile_asks_for_keys_that_stay_in_the_token(profile: Profile) ->
     [
         ("softhsm", {**SIGN_ONLY, "SIGN_RECOVER": False, "COPYABLE": False}, None),
         ("generic", {**SIGN_ONLY, "SIGN_RECOVER": False}, None),
-        ("tpm2", {}, {"PRIVATE": False}),
+        ("tpm2", {"UNWRAP": False, "DERIVE": False}, {"PRIVATE": False}),
         ("yubihsm2", {**SIGN_ONLY, "SIGN_RECOVER": False, "COPYABLE": False}, None),
         ("smartcard-hsm", SIGN_ONLY, None),
         ("luna", {**SIGN_ONLY, "SIGN_RECOVER": False}, None),
@@ -62,7 +62,7 @@ def test_minimal_adds_nothing_that_the_profile_left_out() -> None:
         assert profile.minimal.public_template.items() <= profile.public_template.items()
         assert profile.minimal.private_template.items() <= profile.private_template.items()
         assert profile.minimal.minimal == profile.minimal
-    assert PROFILES["tpm2"].minimal == PROFILES["tpm2"]
+    assert PROFILES["gcp-kmsp11"].minimal == PROFILES["gcp-kmsp11"]
 
 
 @pytest.mark.parametrize(
