@@ -97,8 +97,9 @@ class RemoteRig:
         return made
 
     def config(self, *addresses: str, **settings: object) -> Body:
-        """Return a configuration for signers at some addresses."""
-        return Body.from_dict(self.files.config(*addresses, **settings))
+        """Return a configuration for signers at some addresses; None takes a setting out."""
+        values = self.files.config(*addresses, **settings)
+        return Body.from_dict({k: v for k, v in values.items() if v is not None})
 
 
 class SignerProcess:

@@ -64,7 +64,7 @@ class Dialer:
         address: str,
         port: int,
         *,
-        server_id: SpiffeId,
+        server_id: SpiffeId | None,
         bundle: Callable[[], Bundle] | None,
         identity: TlsIdentity | None = None,
         on_chain: Callable[[tuple[bytes, ...]], None] | None = None,
@@ -81,9 +81,9 @@ class Dialer:
         Args:
             address: host name or IP address; a name's addresses are tried in random order.
             port: of the server.
-            server_id: who it has to be.
-            bundle: whom to believe, asked at every connection. None is insecure bootstrap: any
-                certificate passes, and `on_chain` is told what was shown.
+            server_id: who it has to be; None when it has no SPIFFE ID, and `on_chain` decides.
+            bundle: whom to believe, asked at every connection. With None any certificate passes,
+                and `on_chain` is told what was shown: it verifies it, or it is insecure bootstrap.
             identity: what we show; a new SVID wants a new dialer, as grpcio shares connections.
             on_chain: called with the DER chain of every handshake; may raise to refuse it.
             alpn: `h2`, or `http/1.1` for a bundle endpoint.

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
 import pytest_asyncio
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from spire_hw._pb import hw_signer_pb2 as pb
 from spire_hw.clock import SystemClock
 from spire_hw.errors import DeniedError, ErrorKind, NotFoundError, NotReadyError, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, generate_private_key, verify_digest
 from spire_hw.plugin.keymanager import KeyHealth
+from spire_hw.transport.tls import TlsIdentity
 from spire_hw_sim.liarsigner import SERVER_ID, LiarSigner, Shelf, write_client
 from spire_hw_sim.pki import Authority, now
 from spire_hw_sim.remoterig import RemoteRig
@@ -158,11 +163,63 @@ async def test_fault_91_wrong_authority_name_or_time_is_unauthenticated(rig: Rem
         signer.identity = identity
         manager = rig.build(word)
         with pytest.raises(SpireHwError) as caught:
-            await manager.configure(rig.config(signer.address, start_timeout="400ms"))
+            await manager.configure(rig.config(signer.address, start_timeout="1s"))
         assert caught.value.kind is ErrorKind.UNAUTHENTICATED, word
         assert word in caught.value.message, caught.value.message
         await manager.close()
     assert signer.request_ids == []
+
+
+def named(
+    authority: Authority,
+    *names: str,
+    end: datetime | None = None,
+    use: x509.ObjectIdentifier = ExtendedKeyUsageOID.SERVER_AUTH,
+) -> TlsIdentity:
+    """Return the identity of a signer whose CA makes no SPIFFE IDs."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([]))
+        .issuer_name(authority.name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now() - timedelta(hours=1))
+        .not_valid_after(end or now() + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(n) for n in names]), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([use]), critical=False)
+        .sign(authority.key, hashes.SHA256())
+    )
+    return TlsIdentity((made.public_bytes(serialization.Encoding.DER),), private_key=key)
+
+
+@pytest.mark.asyncio
+async def test_fault_91_a_signer_known_by_name(rig: RemoteRig) -> None:
+    signer = await rig.signer()
+    settings = {"signer_id": None, "signer_name": "signer.example"}
+    signer.identity = named(rig.authority, "other.example", "Signer.Example")
+    manager = await rig.manager(signer.address, **settings)
+    await manager.generate_key("id", P256)
+    await signs(manager)
+    await manager.close()
+    before = len(signer.request_ids)
+    wrong = {
+        "expected signer.example": named(rig.authority, "evil.example", "x.signer.example"),
+        "unknown authority": named(Authority("infra.example"), "signer.example"),
+        "expired": named(rig.authority, "signer.example", end=now()),
+        "not for servers": named(
+            rig.authority, "signer.example", use=ExtendedKeyUsageOID.CLIENT_AUTH
+        ),
+    }
+    for word, identity in wrong.items():
+        signer.identity = identity
+        again = rig.build(word.replace(" ", "-"))
+        with pytest.raises(SpireHwError) as caught:
+            await again.configure(rig.config(signer.address, **settings, start_timeout="1s"))
+        assert caught.value.kind is ErrorKind.UNAUTHENTICATED, word
+        assert word in caught.value.message, caught.value.message
+        await again.close()
+    assert len(signer.request_ids) == before
 
 
 @pytest.mark.asyncio
@@ -268,7 +325,7 @@ async def test_fault_94_missing_key_is_unavailable(rig: RemoteRig) -> None:
     signer.lies.hidden = {"a", "b"}
     again = rig.build()
     with pytest.raises(SpireHwError) as starting:
-        await again.configure(rig.config(signer.address, start_timeout="300ms"))
+        await again.configure(rig.config(signer.address, start_timeout="1s"))
     assert starting.value.kind is ErrorKind.UNAVAILABLE
     await again.configure(rig.config(signer.address, accept_key_loss=True))
     assert await again.get_public_keys() == []

@@ -16,6 +16,7 @@ from spire_hw.config.duration import parse_duration
 from spire_hw.config.schema import GoDuration, Model, at_least, check
 from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
 from spire_hw.spiffeid import SpiffeId
+from spire_hw.x509.dnsname import check_dns_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +37,8 @@ class Config(Model):
         addresses: `host:port` of each signer, in order of preference; they share a token or clones.
         socket: unix socket of a signer on this host, instead of addresses.
         signer_ca: PEM file of the CA that signers' certificates are signed by.
-        signer_id: SPIFFE ID in signers' certificates.
+        signer_id: SPIFFE ID in signers' certificates; or
+        signer_name: DNS name in them.
         cert: PEM file of our certificate, with its intermediates.
         key: PEM file of its private key.
         timeout: for a signature, retries included.
@@ -56,6 +58,7 @@ class Config(Model):
     socket: _Text | None = None
     signer_ca: _Text | None = None
     signer_id: _Text | None = None
+    signer_name: _Text | None = None
     cert: _Text | None = None
     key: _Text | None = None
     timeout: _Time = parse_duration("10s")
@@ -74,13 +77,15 @@ class TlsFiles:
     """Whom to believe and what to show on the way to a signer.
 
     Attributes:
-        signer_id: who a signer has to be.
+        signer_id: who a signer has to be, None when it is known by name.
+        signer_name: its DNS name, "" when it is known by ID.
         ca: certificates its certificate leads to.
         cert: our chain, leaf first.
         key: the leaf's private key.
     """
 
-    signer_id: SpiffeId
+    signer_id: SpiffeId | None
+    signer_name: str
     ca: Path
     cert: Path
     key: Path
@@ -164,7 +169,8 @@ def read_settings(body: Body) -> Settings:
     tls = None
     if raw.socket is None:
         files = (Path(text or "") for text in (raw.signer_ca, raw.cert, raw.key))
-        tls = TlsFiles(SpiffeId.parse(raw.signer_id or ""), *files)
+        signer_id = None if raw.signer_id is None else SpiffeId.parse(raw.signer_id)
+        tls = TlsFiles(signer_id, raw.signer_name or "", *files)
         addresses = tuple(parse_address(text) for text in raw.addresses)
     else:
         addresses = (Address(socket=raw.socket),)
@@ -203,20 +209,35 @@ def parse_address(text: str) -> Address:
 
 
 def _conflicts(raw: Config) -> Iterator[ConfigFault]:
-    files = {"signer_ca": raw.signer_ca, "signer_id": raw.signer_id}
-    files |= {"cert": raw.cert, "key": raw.key}
+    files = {"signer_ca": raw.signer_ca, "cert": raw.cert, "key": raw.key}
     if raw.socket is not None:
-        yield from _socket_conflicts(raw, files)
+        names = {"signer_id": raw.signer_id, "signer_name": raw.signer_name}
+        yield from _socket_conflicts(raw, files | names)
         return
     yield from _address_conflicts(raw)
     for name, value in files.items():
         if value is None:
             yield ConfigFault(raw.line("addresses"), f"{name} is required with addresses")
-    if raw.signer_id is not None:
-        try:
+    yield from _identity_conflicts(raw)
+
+
+def _identity_conflicts(raw: Config) -> Iterator[ConfigFault]:
+    if (raw.signer_id is None) == (raw.signer_name is None):
+        yield ConfigFault(
+            raw.line("signer_id"), "exactly one of signer_id and signer_name is needed"
+        )
+    try:
+        if raw.signer_id is not None:
             SpiffeId.parse(raw.signer_id)
-        except InvalidInputError as e:
-            yield ConfigFault(raw.line("signer_id"), f"signer_id: {e.message}")
+    except InvalidInputError as e:
+        yield ConfigFault(raw.line("signer_id"), f"signer_id: {e.message}")
+    try:
+        if raw.signer_name is not None:
+            check_dns_name(raw.signer_name)
+    except InvalidInputError as e:
+        yield ConfigFault(raw.line("signer_name"), f"signer_name: {e.message}")
+    if (raw.signer_name or "").startswith("*"):
+        yield ConfigFault(raw.line("signer_name"), "signer_name: a wildcard is no signer's name")
 
 
 def _address_conflicts(raw: Config) -> Iterator[ConfigFault]:

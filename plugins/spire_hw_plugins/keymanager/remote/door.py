@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from google.protobuf.message import Message
 
 from spire_hw.aio.tasks import Tasks
-from spire_hw.bundle.bundle import Bundle, X509Root
-from spire_hw.errors import (
-    ErrorKind,
-    InvalidInputError,
-    SpireHwError,
-    VerificationError,
-)
-from spire_hw.files import parse_file
-from spire_hw.keyfile import load_private_key
+from spire_hw.errors import ErrorKind, SpireHwError, VerificationError
 from spire_hw.rpc.client import Channel, connect, connect_unix
 from spire_hw.rpc.status import from_code
 from spire_hw.transport.dialer import Dialer
-from spire_hw.transport.tls import TlsIdentity
-from spire_hw.x509.certificate import load_certificate, parse_pem, public_key_of
 from spire_hw_plugins.keymanager.remote import wire
+from spire_hw_plugins.keymanager.remote.papers import Papers, check_named, read_papers, stamp_of
 
 if TYPE_CHECKING:
     from datetime import datetime
-    from pathlib import Path
 
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
@@ -39,22 +29,6 @@ M = TypeVar("M", bound=Message)
 _LOOK_S: Final = 1.0  # between two looks at the files
 _RETIRE_S: Final = 30.0  # for calls on a channel whose certificate was replaced
 _CONNECT_S: Final = 5.0
-_MAX_FILE_BYTES: Final = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Papers:
-    """What the files hold.
-
-    Attributes:
-        bundle: whom to believe.
-        identity: what to show.
-        expires_at: when our certificate ends.
-    """
-
-    bundle: Bundle
-    identity: TlsIdentity
-    expires_at: datetime
 
 
 class Door:
@@ -125,7 +99,7 @@ class Door:
             return self._channel
 
     async def _channel_with(self, tls: TlsFiles) -> Channel:
-        stamp = await asyncio.to_thread(_stamp, tls)
+        stamp = await asyncio.to_thread(stamp_of, tls)
         if self._channel is not None and stamp == self._stamp:
             return self._channel
         try:
@@ -145,7 +119,8 @@ class Door:
             self._address.host,
             self._address.port,
             server_id=tls.signer_id,
-            bundle=lambda: papers.bundle,
+            bundle=papers.bundle_for(tls.signer_id),
+            on_chain=partial(self._check_name, papers) if tls.signer_name else None,
             identity=papers.identity,
             least=ssl.TLSVersion.TLSv1_3,
             connect_s=_CONNECT_S,
@@ -155,6 +130,11 @@ class Door:
         )
         self._stamp, self._papers = stamp, papers
         return await connect(dialer, max_response_bytes=wire.MAX_RESPONSE_BYTES)
+
+    def _check_name(self, papers: Papers, chain: tuple[bytes, ...]) -> None:
+        """Refuse a server that is not the named one; the dialer asks before a byte is sent."""
+        if self._tls is not None:
+            check_named(chain, papers.roots, self._tls.signer_name, self._clock.now())
 
     def _explained(self, channel: Channel, error: SpireHwError) -> SpireHwError:
         """Return what is to be said about a call that failed."""
@@ -169,7 +149,7 @@ class Door:
         cause = None if channel.dialer is None else channel.dialer.last_error
         if isinstance(cause, VerificationError):
             return SpireHwError(
-                f"signer {self.name}: {cause.message}; check signer_ca and signer_id",
+                f"signer {self.name}: {cause.message}; check signer_ca and signer_id or signer_name",
                 kind=ErrorKind.UNAUTHENTICATED,
             )
         return _named(self.name, error)
@@ -189,36 +169,3 @@ class Door:
 
 def _named(name: str, error: SpireHwError) -> SpireHwError:
     return from_code(error.kind.value, f"signer {name}: {wire.clean(error.message)}")
-
-
-def read_papers(tls: TlsFiles) -> Papers:
-    """Return what the files hold.
-
-    Raises:
-        NotReadyError: a file cannot be read.
-        InvalidInputError: it is not what it should be, or key and certificate are no pair.
-    """
-    chain = parse_file(tls.cert, _MAX_FILE_BYTES, parse_pem, "cert")
-    roots = parse_file(tls.ca, _MAX_FILE_BYTES, parse_pem, "signer_ca")
-    leaf = load_certificate(chain[0])
-    key = load_private_key(tls.key)
-    if key.public_key() != public_key_of(leaf):
-        raise InvalidInputError(f"key {tls.key} does not belong to the certificate in {tls.cert}")
-    domain = tls.signer_id.trust_domain
-    return Papers(
-        Bundle(domain, tuple(X509Root(root) for root in roots)),
-        TlsIdentity(tuple(chain), private_key=key),
-        leaf.not_valid_after_utc,
-    )
-
-
-def _stamp(tls: TlsFiles) -> tuple[object, ...]:
-    return tuple(_stamp_of(path) for path in tls.paths)
-
-
-def _stamp_of(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns

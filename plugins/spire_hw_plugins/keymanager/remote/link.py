@@ -15,6 +15,7 @@ from spire_hw.errors import (
     UnavailableError,
 )
 from spire_hw.key import fingerprint
+from spire_hw.telemetry.metrics import count_fault
 from spire_hw_plugins.keymanager.remote import wire
 from spire_hw_plugins.keymanager.remote.state import LogNote
 from spire_hw_plugins.keymanager.remote.witness import Witness
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from spire_hw.key import KeyType
     from spire_hw.log import Logger
     from spire_hw.plugin.keymanager import KeyInfo, KeySignature
+    from spire_hw.telemetry.metrics import Metrics
     from spire_hw_plugins.keymanager.remote.door import Door
     from spire_hw_plugins.keymanager.remote.wire import Item, Refused
 
@@ -45,7 +47,14 @@ class Link:
     """
 
     def __init__(
-        self, door: Door, note: LogNote, *, require_witness: bool, clock: Clock, log: Logger
+        self,
+        door: Door,
+        note: LogNote,
+        *,
+        require_witness: bool,
+        clock: Clock,
+        metrics: Metrics,
+        log: Logger,
     ) -> None:
         self.name = door.name
         self.trouble: SpireHwError | None = UnavailableError(
@@ -58,6 +67,7 @@ class Link:
         self._log_key = note.log_key
         self._fault = note.fault
         self._clock = clock
+        self._metrics = metrics
         self._told_seq = self._witness.floor
         self._told_at = float("-inf")
 
@@ -153,6 +163,7 @@ class Link:
         return answer
 
     def _suspect(self, against: str) -> None:
+        count_fault(self._metrics, "signer.log_rewound")
         if not self._fault or self._is_silent_for(_TOLD_EVERY_S):
             self._log.error("signer audit log rewound", alarm="signer.log_rewound", fault=against)
         self._fault = self._fault or against

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from spire_hw.errors import NotReadyError, UnavailableError
 from spire_hw.key import key_type_of, parse_spki, spki_der
 from spire_hw.plugin.keymanager import KeyInfo
+from spire_hw.telemetry.metrics import count_fault
 from spire_hw_plugins.keymanager.remote import wire
 from spire_hw_plugins.keymanager.remote.config import Accepted
 from spire_hw_plugins.keymanager.remote.state import REQUEST_ID_BYTES, Pending, State
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from spire_hw.key import KeyType
     from spire_hw.log import Logger
+    from spire_hw.telemetry.metrics import Metrics
     from spire_hw_plugins.keymanager.remote.state import LogNote, StateFile
 
 
@@ -30,13 +32,20 @@ class Pins:
     """Our keys; changes are on the disk before they are believed."""
 
     def __init__(
-        self, file: StateFile, found: State | None, accepted: Accepted, log: Logger
+        self,
+        file: StateFile,
+        found: State | None,
+        accepted: Accepted,
+        *,
+        metrics: Metrics,
+        log: Logger,
     ) -> None:
         """Begin with what the file holds; None when there is no such file yet."""
         self._file = file
         self._is_new = found is None
         self._state = found or State(file.trust_domain)
         self._accepted = accepted
+        self._metrics = metrics
         self._log = log
         self._keys = {key_id: _info(key_id, spki) for key_id, spki in self._state.keys.items()}
         self._lock = asyncio.Lock()
@@ -140,6 +149,7 @@ class Pins:
             )
             return False
         if known is not None and info.key_id not in self._accepted.changed_keys:
+            count_fault(self._metrics, "signer.key_changed")
             self._log.error(
                 "signer changed a key that this server did not ask to change",
                 alarm="signer.key_changed",

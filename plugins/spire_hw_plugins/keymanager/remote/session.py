@@ -16,6 +16,7 @@ from spire_hw.errors import (
 )
 from spire_hw.key import KeyType, Purpose, SignOptions, verify_digest
 from spire_hw.plugin.keymanager import DeviceHealth, KeyEvidence, KeyHealth, KeySignature
+from spire_hw.telemetry.metrics import count_fault
 from spire_hw_plugins.keymanager.remote import wire
 from spire_hw_plugins.keymanager.remote.batch import MAX_BATCH_BYTES, Batcher
 from spire_hw_plugins.keymanager.remote.door import Door
@@ -51,11 +52,13 @@ class Session:
         self._pins = pins
         self._clock = host.clock
         self._log = host.log
+        self._metrics = host.metrics
         self._signers = Signers(
             [self._link(address) for address in settings.addresses],
             self._check,
             patience_s=settings.timeout_s,
             clock=host.clock,
+            metrics=host.metrics,
             log=host.log,
         )
         self._batcher = Batcher(self._send, host.log)
@@ -72,7 +75,8 @@ class Session:
         """
         file = StateFile(host.data_dir, host.trust_domain.name)
         found = await asyncio.to_thread(file.load)
-        session = cls(settings, Pins(file, found, settings.accepted, host.log), host)
+        pins = Pins(file, found, settings.accepted, metrics=host.metrics, log=host.log)
+        session = cls(settings, pins, host)
         try:
             await session._signers.start(settings.start_timeout_s)
         except BaseException:
@@ -193,7 +197,7 @@ class Session:
             location=f"signer {link.name}",
             attributes={
                 "fingerprint on note": info.fingerprint,
-                "signer id": "" if tls is None else str(tls.signer_id),
+                "signer id": "" if tls is None else str(tls.signer_id or tls.signer_name),
                 "signers": ", ".join(address.name for address in self._settings.addresses),
                 "audit log head": "" if head is None else f"{head.seq} {head.hash.hex()}",
                 "audit log key": link.log_key,
@@ -232,6 +236,7 @@ class Session:
             note,
             require_witness=settings.require_witness,
             clock=self._clock,
+            metrics=self._metrics,
             log=self._log,
         )
 
@@ -270,6 +275,7 @@ class Session:
 
     def _foreign(self, info: KeyInfo, what: str) -> SpireHwError:
         text = wire.clean(what)
+        count_fault(self._metrics, "signer.foreign_key")
         self._log.error(
             "signer returned foreign key",
             alarm="signer.foreign_key",

@@ -14,6 +14,7 @@ from spire_hw.aio.backoff import Backoff
 from spire_hw.aio.tasks import Tasks
 from spire_hw.aio.watch import Watch
 from spire_hw.errors import ErrorKind, SpireHwError, UnavailableError
+from spire_hw.telemetry.metrics import count_fault
 from spire_hw_plugins.keymanager.remote.retry import RetryBudget, jitter_s
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
+    from spire_hw.telemetry.metrics import Metrics
     from spire_hw_plugins.keymanager.remote.link import Link
 
 T = TypeVar("T")
@@ -43,6 +45,7 @@ class Signers:
         *,
         patience_s: float,
         clock: Clock,
+        metrics: Metrics,
         log: Logger,
     ) -> None:
         """Describe the set.
@@ -53,12 +56,14 @@ class Signers:
                 it does not.
             patience_s: how long calls wait for a signer to come back.
             clock: for waiting.
+            metrics: counts how often one cannot be used.
             log: where it is said who is used.
         """
         self.links = tuple(links)
         self._check = check
         self._patience_s = patience_s
         self._clock = clock
+        self._metrics = metrics
         self._log = log
         self._budget = RetryBudget()
         self._current: Link | None = None
@@ -172,6 +177,7 @@ class Signers:
 
     def _lose(self, link: Link, error: SpireHwError) -> None:
         if link.trouble is None or link.trouble.message != error.message:
+            count_fault(self._metrics, "signer.away")
             self._log.warning("signer cannot be used", signer=link.name, reason=error.message)
         link.trouble = error
         if self._current is link:

@@ -51,7 +51,11 @@ def test_socket_needs_no_files() -> None:
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("", ["addresses or socket is required", "signer_ca is required", "signer_id is required"]),
+        ("", ["addresses or socket is required", "signer_ca is required", "exactly one of"]),
+        (GOOD + 'signer_name = "signer.example"', ["exactly one of signer_id and signer_name"]),
+        ('addresses = ["a"] signer_name = "*.example"', ["a wildcard is no signer's name"]),
+        ('addresses = ["a"] signer_name = "a b"', ["signer_name: DNS name"]),
+        ('socket = "/x" signer_name = "a.b"', ["signer_name does not fit a socket"]),
         ('socket = "run/x"', ["socket must be an absolute path"]),
         ('socket = "/x" addresses = ["a"]', ["exclude each other"]),
         ('socket = "/x" cert = "/c"', ["cert does not fit a socket"]),
