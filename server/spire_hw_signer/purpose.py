@@ -121,7 +121,7 @@ def check_certificate(
     trust_domain: TrustDomain,
     rule: X509Rule,
     now: datetime,
-) -> None:
+) -> bool:
     """Check that a certificate may be signed.
 
     Args:
@@ -131,6 +131,9 @@ def check_certificate(
         trust_domain: the client's.
         rule: what the client's keys may sign.
         now: the time, aware.
+
+    Returns:
+        Whether it is that of a CA.
 
     Raises:
         EncodingError: not a TBSCertificate in strict DER.
@@ -165,6 +168,7 @@ def check_certificate(
         _check_end(found.not_after, now, rule.max_svid_ttl)
     if is_ca and dns_names:
         raise VerificationError("CA certificate has DNS names")
+    return is_ca
 
 
 def check_request(body: bytes, *, key: SigningKey, trust_domain: TrustDomain) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw._pb import hw_signer_pb2
@@ -98,6 +98,7 @@ class Work:
     """An item that was let through."""
 
     item: Item
+    options: SignOptions
     rule: KeyRule
     keys: OwnerKeys
     held: HeldKey
@@ -238,7 +239,7 @@ class SignerService:
         found = self._check(caller, keys, item, now)
         if isinstance(found, Denial):
             return self._refuse(caller, message, found)
-        rule, held = found
+        rule, held, options = found
         answer = Answer()
         replay.remember(item.request_id, item.same, now, answer)
         intent = caller.intent(
@@ -250,12 +251,12 @@ class SignerService:
             hash_alg=item.options.hash.name.lower(),
             digest_sha256=hashlib.sha256(item.digest).hexdigest(),
         )
-        work.append(Work(item, rule, keys, held, intent, answer))
+        work.append(Work(item, options, rule, keys, held, intent, answer))
         return answer
 
     def _check(
         self, caller: Caller, keys: OwnerKeys, item: Item, now: float
-    ) -> tuple[KeyRule, HeldKey] | Denial:
+    ) -> tuple[KeyRule, HeldKey, SignOptions] | Denial:
         """Check 3 to 6; what is let through is counted as under way."""
         client, key_id, options = caller.client, item.key_id, item.options
         rule = client.rule(key_id)
@@ -274,14 +275,14 @@ class SignerService:
         if denial is not None:
             return denial
         denial = check_purpose(client, key_id, item.purpose)
-        denial = denial or self._judge(client, keys, held, item)
-        if denial is not None:
+        urgent = denial or self._judge(client, keys, held, item)
+        if isinstance(urgent, Denial):
             self._in_flight.leave(client)
-            return denial
-        return rule, held
+            return urgent
+        return rule, held, replace(options, urgent=True) if urgent else options
 
-    def _judge(self, client: Client, keys: OwnerKeys, held: HeldKey, item: Item) -> Denial | None:
-        """Read what is to be signed and hold it against the policy (6)."""
+    def _judge(self, client: Client, keys: OwnerKeys, held: HeldKey, item: Item) -> Denial | bool:
+        """Read what is to be signed and hold it against the policy (6); tell whether it is urgent."""
         purpose, content, options = item.purpose, item.content, item.options
         domain, now = client.owner.trust_domain, self._clock.now()
         if purpose in {Purpose.X509, Purpose.JWT} and (fault := self._clock_fault()):
@@ -289,7 +290,7 @@ class SignerService:
         key = held.signing
         try:
             if purpose is Purpose.X509 and client.x509 is not None:
-                check_certificate(
+                return check_certificate(
                     content, options, key=key, trust_domain=domain, rule=client.x509, now=now
                 )
             elif purpose is Purpose.CSR:
@@ -301,7 +302,7 @@ class SignerService:
                 keys.kids.check(kid, held.info.fingerprint)
         except (InvalidInputError, VerificationError) as e:
             return Denial(_FAULTS[purpose], explain(e))
-        return None
+        return purpose is Purpose.CSR
 
     def _refuse(self, caller: Caller, item: Any, denial: Denial) -> Answer:
         # What is not a key id has no place in the log's words.
@@ -355,7 +356,7 @@ class SignerService:
         item = one.item
         try:
             async with asyncio.timeout(deadline_s):
-                made = await one.keys.sign(one.held, item.digest, item.options)
+                made = await one.keys.sign(one.held, item.digest, one.options)
         except TimeoutError:
             text = "the device did not sign before the deadline"
             error = SpireHwError(text, kind=ErrorKind.DEADLINE_EXCEEDED)

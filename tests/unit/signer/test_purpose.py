@@ -140,7 +140,9 @@ async def authority() -> X509Authority:
         not_after=NOW + 24 * HOUR,
         signer=SoftwareSigner(CA_KEY),
     )
-    check(body_of(made))
+    assert check_certificate(
+        body_of(made), SHA256, key=KEY, trust_domain=DOMAIN, rule=RULE, now=NOW
+    )
     return X509Authority(made, SoftwareSigner(CA_KEY))
 
 
