@@ -81,37 +81,12 @@ def open_files(pid: int) -> list[str]:
     return [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
 
 
-def libz(otherwise: Path) -> Path:
-    return next(Path("/usr/lib/x86_64-linux-gnu").glob("libz.so.1*"), otherwise)
-
-
 def objects(rig: TokenRig) -> list[str]:
     shown = rig.meddle(
         "for o in find(CLASS=PRIVATE) + find(CLASS=PUBLIC):\n"
         "    print(o[Attribute.CLASS].name, o[Attribute.LABEL])"
     )
     return sorted(shown.splitlines())
-
-
-@pytest.mark.asyncio
-async def test_faults_1_to_4_modules_that_are_none(rig: TokenRig, tmp_path: Path) -> None:
-    text = tmp_path / "text.so"
-    text.write_text("no library")
-    text.chmod(0o600)
-    writable = tmp_path / "writable.so"
-    writable.write_bytes(b"")
-    writable.chmod(0o666)
-    for path, words, kind in (
-        (str(tmp_path / "missing.so"), "not found", ErrorKind.FAILED_PRECONDITION),
-        (str(text), "not a shared library", ErrorKind.FAILED_PRECONDITION),
-        (str(libz(text)), "not a", ErrorKind.FAILED_PRECONDITION),
-        ("libsofthsm2.so", "absolute", ErrorKind.INVALID_ARGUMENT),
-        (str(writable), "writable by others", ErrorKind.INVALID_ARGUMENT),
-        (str(tmp_path), "not a regular file", ErrorKind.INVALID_ARGUMENT),
-    ):
-        with pytest.raises(SpireHwError, match=words) as caught:
-            await rig.start(module_path=path)
-        assert caught.value.kind is kind
 
 
 @pytest.mark.asyncio
@@ -242,13 +217,38 @@ async def test_a_start_that_is_cancelled_leaves_no_process(rig: TokenRig) -> Non
 
 
 @needs_spy
+@pytest.mark.parametrize(
+    ("content", "mode", "words"),
+    [
+        (PIN.encode(), 0o644, "mode 0644"),
+        (PIN.encode(), 0o640, "mode 0640"),
+        (b"", 0o600, "is empty"),
+        (b"\n", 0o600, "is empty"),
+        (b"9" * 300, 0o600, "longer than"),
+        (b"\xff\xfe", 0o600, "not UTF-8"),
+        (b"12\x0034", 0o600, "holds a NUL"),
+        (None, 0o700, "not a regular file"),
+    ],
+)
 @pytest.mark.asyncio
-async def test_fault_20_no_login_with_a_pin_file_that_is_unfit(rig: TokenRig) -> None:
-    rig.pin_file.chmod(0o644)
-    with pytest.raises(SpireHwError, match="mode 0644") as caught:
-        await rig.start(**rig.spied())
+async def test_fault_20_no_login_with_a_pin_file_that_is_unfit(
+    rig: TokenRig, content: bytes | None, mode: int, words: str
+) -> None:
+    manager = await rig.start(**rig.spied())
+    made = await manager.generate_key("a", P256)
+    before = rig.calls("C_Login")
+    rig.pin_file.unlink()
+    if content is None:
+        rig.pin_file.mkdir()
+    else:
+        rig.pin_file.write_bytes(content)
+    rig.pin_file.chmod(mode)
+    with pytest.raises(SpireHwError, match=words) as caught:
+        await manager.configure(rig.config(**rig.spied()))
     assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
-    assert rig.calls("C_Login") == 0
+    assert str(rig.pin_file) in caught.value.message
+    assert rig.calls("C_Login") == before
+    assert (await manager.sign_data("a", DIGEST, SHA256)).fingerprint == made.fingerprint
 
 
 @pytest.mark.asyncio

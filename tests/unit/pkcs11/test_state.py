@@ -1,0 +1,69 @@
+"""The host's note on disk: everything in it comes back, what is damaged is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from spire_hw.errors import ErrorKind
+from spire_hw.pkcs11.choice import Choice
+from spire_hw.pkcs11.errors import TokenError
+from spire_hw.pkcs11.labels import Owner
+from spire_hw.pkcs11.state import Existing, KnownKey, Retained, State, StateFile
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+OWNER = Owner("example.org", "server-1")
+KNOWN = KnownKey(7, b"\0\1", b"spki")
+STATE = State(
+    OWNER,
+    "spire",
+    "1234",
+    keys={"a": KNOWN},
+    halves={"00ff": 1.5},
+    retained={"0002": Retained("a", KnownKey(3, b"\0\2", b"older"), 1000.25)},
+    choices={"a": Choice(3, 7, 2)},
+    existing={"b": Existing("pkcs11:object=b", b"its key")},
+)
+
+
+def test_what_is_noted_comes_back(tmp_path: Path) -> None:
+    file = StateFile(tmp_path, OWNER)
+    assert file.load() == State(OWNER)
+    file.save(STATE)
+    assert file.load() == STATE
+    assert file.path.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 2},
+        {"keys": {"a": {}}},
+        {"retained": [{"key_id": "a"}]},
+        {"retained": 7},
+        {"choices": {"a": {"generation": "x", "over": 1, "revision": 1}}},
+        {"choices": []},
+        {"existing": {"b": {"selector": "s", "public_key": "?"}}},
+    ],
+)
+def test_a_damaged_note_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    file = StateFile(tmp_path, OWNER)
+    file.save(STATE)
+    fields = json.loads(file.path.read_text())
+    file.path.write_text(json.dumps({**fields, **change}))
+    with pytest.raises(TokenError, match="does not decode") as caught:
+        file.load()
+    assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
+
+
+def test_a_note_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    file = StateFile(tmp_path, OWNER)
+    file.save(STATE)
+    fields = json.loads(file.path.read_text())
+    file.path.write_text(json.dumps({**fields, "server": "server-2"}))
+    with pytest.raises(TokenError, match='belongs to server "server-2"'):
+        file.load()
