@@ -28,10 +28,11 @@ _MODULES: Final = (
     "/usr/lib64/pkcs11/libtpm2_pkcs11.so",
 )
 _PROGRAMS: Final = ("dbus-daemon", "gdbus", "tpm2-abrmd", "tpm2_ptool", "tpm2_dictionarylockout")
-_BUS_NAME: Final = "com.intel.tss2.Tabrmd"
+_BUS: Final = "org.freedesktop.DBus"
+_BROKER: Final = "com.intel.tss2.Tabrmd"
 _START_S: Final = 30.0
 _STOP_S: Final = 5.0
-_BUS: Final = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
+_BUS_CONFIG: Final = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
 <busconfig><type>session</type><listen>unix:path={path}</listen><auth>EXTERNAL</auth>
 <policy context="default"><allow send_destination="*"/><allow eavesdrop="true"/>
@@ -99,17 +100,21 @@ class Tpm2Token:
         """Start TPM, bus and broker, and make the token unless there is one."""
         self.tpm.start()
         config = self._bus_dir / "bus.conf"
-        config.write_text(_BUS.format(path=self._bus_dir / "bus"))
+        config.write_text(_BUS_CONFIG.format(path=self._bus_dir / "bus"))
         self._spawn("dbus-daemon", "--nofork", f"--config-file={config}")
+        # The broker ends at once when there is no bus yet.
+        self._until("dbus-daemon", "gdbus", "wait", "--session", "--timeout=5", _BUS)
         self._spawn("tpm2-abrmd", "--session", "--allow-root", f"--tcti={self.tpm.tcti}")
-        deadline = time.monotonic() + _START_S
-        # gdbus waits for the broker, but not for the bus.
-        while self._run("gdbus", "wait", "--session", "--timeout=5", _BUS_NAME) != 0:
-            if time.monotonic() > deadline:
-                raise UnavailableError("tpm2-abrmd does not start")
-            time.sleep(0.02)
+        self._until("tpm2-abrmd", "gdbus", "wait", "--session", "--timeout=5", _BROKER)
         if not self._store.exists():
             self._make()
+
+    def _until(self, what: str, *command: str) -> None:
+        deadline = time.monotonic() + _START_S
+        while self._run(*command) != 0:
+            if time.monotonic() > deadline:
+                raise UnavailableError(f"{what} does not start")
+            time.sleep(0.02)
 
     def reset_lockout(self) -> None:
         """Have the TPM's owner forgive wrong PINs, as an operator does after a lockout."""
