@@ -303,6 +303,7 @@ class Keyring:
         inventory = await self._stock.take()
         self._claim.check(inventory)
         await self._claim.check_writable(inventory)
+        self._ledger.check_name(key_id, inventory)
         generation = self._next_generation(key_id, inventory)
         label = self._owner.key_label(key_id, generation)
         await self._budget.take(key_id)

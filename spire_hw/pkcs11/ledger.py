@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from spire_hw.errors import InvalidInputError
 from spire_hw.pkcs11.labels import key_name
 from spire_hw.pkcs11.state import State
 
@@ -68,6 +69,18 @@ class Ledger:
     def known_ids(self) -> dict[str, bytes]:
         """Return the CKA_IDs of noted keys by the key part of their labels."""
         return {key_name(key_id): known.cka_id for key_id, known in self.state.keys.items()}
+
+    def check_name(self, key_id: str, inventory: Inventory) -> None:
+        """Refuse a key id that looks in labels like one that is in use: both are hashes there.
+
+        Raises:
+            InvalidInputError: it does.
+        """
+        other = self.ids(inventory).get(key_name(key_id), key_id)
+        if other != key_id:
+            raise InvalidInputError(
+                f'key id "{key_id}" cannot be told from "{other}" on the token; choose another'
+            )
 
     def ids(self, inventory: Inventory) -> dict[str, str]:
         """Return key ids by the key part of their labels."""

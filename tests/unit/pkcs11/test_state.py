@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from spire_hw.errors import ErrorKind
+from spire_hw.errors import ErrorKind, InvalidInputError
 from spire_hw.pkcs11.choice import Choice
 from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.labels import Owner
+from spire_hw.pkcs11.inventory import Inventory
+from spire_hw.pkcs11.labels import Owner, key_name
+from spire_hw.pkcs11.ledger import Ledger
+from spire_hw.pkcs11.manifest import Manifest
 from spire_hw.pkcs11.state import Existing, KnownKey, Retained, State, StateFile
 
 if TYPE_CHECKING:
@@ -67,3 +70,13 @@ def test_a_note_of_somebody_else_is_refused(tmp_path: Path) -> None:
     file.path.write_text(json.dumps({**fields, "server": "server-2"}))
     with pytest.raises(TokenError, match='belongs to server "server-2"'):
         file.load()
+
+
+def test_key_ids_that_look_alike_in_labels_are_refused(tmp_path: Path) -> None:
+    ledger = Ledger(OWNER, StateFile(tmp_path, OWNER))
+    taken = Manifest(OWNER, "nonce", {key_name("a rather long key id"): "another long key id"})
+    inventory = Inventory({}, (), (), taken, {})
+    with pytest.raises(InvalidInputError, match="cannot be told from"):
+        ledger.check_name("a rather long key id", inventory)
+    ledger.check_name("yet another long key id", inventory)
+    ledger.check_name("x509-CA-A", inventory)
