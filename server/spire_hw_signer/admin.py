@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from spire_hw.plugin.keymanager import KeyInfo
     from spire_hw.rpc.service import Call, Method
     from spire_hw_signer.actions import Actions
+    from spire_hw_signer.attesting import Attesting
     from spire_hw_signer.audit.chain import LogHead
     from spire_hw_signer.audit.checkpoint import Checkpoints
     from spire_hw_signer.audit.log import AuditLog
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from spire_hw_signer.revocations import Revocations
 
 _ROOT: Final = 0
+_MAX_CERTIFICATES: Final = 4
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["SignerAdmin"]
 
 
@@ -48,6 +50,7 @@ class SignerAdmin:
         *,
         revocations: Revocations,
         actions: Actions,
+        attesting: Attesting,
     ) -> None:
         """Make it.
 
@@ -58,6 +61,7 @@ class SignerAdmin:
             live: policy and keys.
             revocations: who is shut out.
             actions: what can be done.
+            attesting: evidence about keys.
         """
         self._name = name
         self._audit = audit
@@ -65,6 +69,7 @@ class SignerAdmin:
         self._live = live
         self._revocations = revocations
         self._actions = actions
+        self._attesting = attesting
 
     async def get_status(self, request: Any, call: Call) -> Any:
         """Return how the signer is."""
@@ -100,6 +105,16 @@ class SignerAdmin:
         for owner, keys in self._live.owners.items():
             found += await _keys_of(str(owner), keys)
         return pb.ListKeysResponse(keys=found)
+
+    async def attest_key(self, request: Any, call: Call) -> Any:
+        """Return signed evidence of where a key is."""
+        _check_peer(call)
+        if len(request.attestation) > _MAX_CERTIFICATES:
+            raise InvalidInputError(f"an attestation has at most {_MAX_CERTIFICATES} certificates")
+        evidence = await self._attesting.attest(
+            request.key, request.nonce, tuple(request.attestation)
+        )
+        return pb.AttestKeyResponse(evidence=evidence)
 
     async def carry_out(self, request: Any, call: Call) -> Any:
         """Carry out an action."""

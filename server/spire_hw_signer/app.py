@@ -26,6 +26,7 @@ from spire_hw_plugins import builtin
 from spire_hw_signer.actions import Actions
 from spire_hw_signer.admin import SignerAdmin, admin_methods
 from spire_hw_signer.admission import Gate
+from spire_hw_signer.attesting import Attesting
 from spire_hw_signer.audit.checkpoint import Checkpoints
 from spire_hw_signer.audit.log import AuditLog
 from spire_hw_signer.audit.places import FilePlace, SyslogPlace
@@ -252,7 +253,13 @@ class Signer:
             log=logs.get_logger("admin"),
         )
         admin = SignerAdmin(
-            settings.name, audit, checkpoints, live, revocations=revocations, actions=actions
+            settings.name,
+            audit,
+            checkpoints,
+            live,
+            revocations=revocations,
+            actions=actions,
+            attesting=Attesting(live, log_keys, audit, clock=self.clock),
         )
         self._doors = Doors(
             settings,

@@ -76,6 +76,22 @@ class AdminKey(_message.Message):
     retained: bool
     def __init__(self, owner: _Optional[str] = ..., public_key: _Optional[_Union[_hw_signer_pb2.PublicKey, _Mapping]] = ..., generation: _Optional[int] = ..., retained_until: _Optional[int] = ..., retained: bool = ...) -> None: ...
 
+class AttestKeyRequest(_message.Message):
+    __slots__ = ("key", "nonce", "attestation")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    ATTESTATION_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    nonce: bytes
+    attestation: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, key: _Optional[str] = ..., nonce: _Optional[bytes] = ..., attestation: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class AttestKeyResponse(_message.Message):
+    __slots__ = ("evidence",)
+    EVIDENCE_FIELD_NUMBER: _ClassVar[int]
+    evidence: str
+    def __init__(self, evidence: _Optional[str] = ...) -> None: ...
+
 class CarryOutRequest(_message.Message):
     __slots__ = ("order", "direct")
     class Direct(_message.Message):

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from spire_hw._pb import hw_signer_admin_pb2 as pb
 from spire_hw._pb import hw_signer_pb2
+from spire_hw.cli.evidence import answer, evidence_flags
 from spire_hw.cli.flags import GoCommand, GoGroup, flag
 from spire_hw.cli.output import count_of, epoch, relative, table
 from spire_hw.clock import SystemClock
@@ -106,6 +107,29 @@ def _key_rows(one: Any) -> list[tuple[str, str]]:
         until = relative(epoch(one.retained_until), SystemClock().now())
         rows.append(("Replaced", f"is destroyed {until}"))
     return rows
+
+
+@key.command(
+    "attest",
+    examples="""
+    spire-hw-signer key attest example.org/s1/x509-CA-A -out ca.evidence
+    spire-hw-signer key attest -verify ca.evidence -nonce 5a0c...91 -signer 77ab...02
+    """,
+)
+@click.argument("key_id", metavar="[TRUST-DOMAIN/SERVER/KEY]", required=False, default="")
+@evidence_flags
+@admin_flags
+def attest(admin: Admin, key_id: str, **given: Any) -> None:
+    """Return evidence of where a key is, signed by the log key; or check such evidence.
+
+    A TPM's key comes with what the TPM itself signs, other keys with what the device reports.
+    """
+
+    def ask(wanted: str, nonce: bytes, attestation: list[bytes]) -> str:
+        request = pb.AttestKeyRequest(key=wanted, nonce=nonce, attestation=attestation)
+        return str(admin.call(ADMIN, "AttestKey", request).evidence)
+
+    answer(admin.printer, key_id, given, ask)
 
 
 @key.command(

@@ -1,0 +1,92 @@
+"""`spire-hw-signer key attest`: where clients' keys are, under the signature of the log key."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from spire_hw._pb import hw_signer_admin_pb2 as pb
+from spire_hw.cli.run import ExitCode, run
+from spire_hw.rpc.client import connect_unix
+from spire_hw_signer.cli.commands import PROGRAM, root
+from spire_hw_sim.signer import SignerRig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from google.protobuf.message import Message
+
+pytestmark = [pytest.mark.asyncio, pytest.mark.hsm]
+
+NONCE = "00112233445566778899"
+TARGET = "example.org/s1/x509-CA-A"
+
+
+async def command(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    code = await asyncio.to_thread(run, root, PROGRAM, args)
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+async def ask(rig: SignerRig, method: str, request: Message, kind: type[Message]) -> Message:
+    async with connect_unix(rig.admin_socket) as channel:
+        path = f"/spire_hw.signer.v1.SignerAdmin/{method}"
+        return await channel.unary(path, request, kind, timeout_s=30)
+
+
+async def test_a_clients_key_is_attested_by_the_log_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(tmp_path / "evidence")
+    async with SignerRig(tmp_path / "s") as rig:
+        where = ("-socketPath", str(rig.admin_socket))
+        made = await rig.generate("x509-CA-A")
+        status = await ask(rig, "GetStatus", pb.GetStatusRequest(), pb.Status)
+        code, _, err = await command(
+            capsys, "key", "attest", TARGET, "-nonce", NONCE, "-out", file, *where
+        )
+        assert (code, "Evidence written" in err) == (0, True)
+        directory = status.log_directory  # type: ignore[attr-defined]
+        log = (await command(capsys, "log", "show", directory, "-output", "json"))[1]
+    checks = ("key", "attest", "-verify", file, "-nonce", NONCE)
+    code, out, err = await command(capsys, *checks, "-output", "json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["key"]["fingerprint"] == made.public_key.fingerprint
+    assert found["key"]["custody"] == "hsm reported"
+    assert found["key"]["attributes"]["NEVER_EXTRACTABLE"] == "true"
+    assert found["trust_domain"] == "example.org"
+    assert found["signer"]["id"] == "audit-log"
+    assert found["signer"]["spki"] == status.log_key.hex()  # type: ignore[attr-defined]
+    code, _, err = await command(capsys, *checks, "-signer", "0" * 64)
+    assert (code, "[signer_unknown]" in err) == (1, True)
+    assert "key_attested" in log
+
+
+@pytest.mark.parametrize(
+    ("target", "nonce", "status"),
+    [
+        ("example.org/s1/x509-CA-B", NONCE, ExitCode.NOT_FOUND),
+        ("example.org/s2/x509-CA-A", NONCE, ExitCode.NOT_FOUND),
+        ("signer.invalid/signer-1/audit-log", NONCE, ExitCode.NOT_FOUND),
+        ("x" * 100_000, NONCE, ExitCode.NOT_FOUND),
+        (TARGET, "00", ExitCode.USAGE),
+    ],
+)
+async def test_what_there_is_no_evidence_of(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    target: str,
+    nonce: str,
+    status: ExitCode,
+) -> None:
+    async with SignerRig(tmp_path / "s") as rig:
+        await rig.generate("x509-CA-A")
+        where = ("-socketPath", str(rig.admin_socket))
+        code, _, err = await command(capsys, "key", "attest", target, "-nonce", nonce, *where)
+    assert code == status
+    assert "Traceback" not in err
+    assert len(err) < 1000
