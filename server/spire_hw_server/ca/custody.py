@@ -9,12 +9,12 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from spire_hw.errors import NotFoundError, PluginError, SpireHwError
+from spire_hw.errors import DeniedError, NotFoundError, PluginError, SpireHwError
 from spire_hw.evidence.document import KeyReport
 from spire_hw.evidence.making import Witness, check_nonce, make_evidence
 from spire_hw.key import KeyType, fingerprint, spki_der
 from spire_hw.plugin.custody import Custody
-from spire_hw.plugin.keymanager import KeyEvidence
+from spire_hw.plugin.keymanager import KeyEvidence, PurposeKeys
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -188,6 +188,11 @@ class Custodian:
             except PluginError as e:
                 if e.kind is not NotFoundError.kind:
                     raise
+                if isinstance(self._keys.manager, PurposeKeys):
+                    raise DeniedError(
+                        "a signer holds the keys and signs no evidence of its clients'; ask it on "
+                        "its host: spire-hw-signer key attest"
+                    ) from e
                 self._log.info("making the key that signs evidence", key_id=EVIDENCE_KEY)
                 signer = await self._keys.generate(EVIDENCE_KEY, KeyType.EC_P256)
         return Witness(signer, self._report(signer, await self._keys.evidence(EVIDENCE_KEY)))

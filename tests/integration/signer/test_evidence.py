@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from spire_hw._pb import hw_keys_pb2 as keys_pb
 from spire_hw._pb import hw_signer_admin_pb2 as pb
 from spire_hw.cli.run import ExitCode, run
+from spire_hw.errors import DeniedError
 from spire_hw.rpc.client import connect_unix
 from spire_hw_signer.cli.commands import PROGRAM, root
-from spire_hw_sim.signer import SignerRig
+from spire_hw_sim.liarsigner import write_client
+from spire_hw_sim.signer import SignerRig, client_policy
+from spire_hw_sim.world import TRUST_DOMAIN, World
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,3 +94,30 @@ async def test_what_there_is_no_evidence_of(
     assert code == status
     assert "Traceback" not in err
     assert len(err) < 1000
+
+
+async def test_a_server_sends_those_who_ask_to_its_signer(tmp_path: Path) -> None:
+    policy = client_policy(trust_domain=TRUST_DOMAIN, raw="false")
+    async with SignerRig(tmp_path / "s", policy=policy) as rig:
+        files = write_client(rig.authority, tmp_path / "client")
+        plugin = f"""KeyManager "remote" {{ plugin_data {{
+          addresses = ["127.0.0.1:{rig.port}"]
+          signer_ca = "{files.ca}"
+          signer_id = "spiffe://infra.example/signer"
+          cert = "{files.cert}"
+          key = "{files.key}"
+        }} }}"""
+        async with World(server_plugins=plugin) as world:
+            path = "/spire_hw.server.v1.Keys/"
+            request = keys_pb.AttestKeyRequest(id="x509-CA-A", nonce=bytes(16))
+            with pytest.raises(DeniedError, match="spire-hw-signer key attest"):
+                await world.call(path + "AttestKey", request, keys_pb.AttestKeyResponse)
+            listed = await world.call(
+                path + "ListKeys", keys_pb.ListKeysRequest(), keys_pb.ListKeysResponse
+            )
+            assert {key.id for key in listed.keys} == {"x509-CA-A", "JWT-Signer-A"}
+            assert all(f"127.0.0.1:{rig.port}" in key.location for key in listed.keys)
+        # It was not even tried: a refusal there would look like an attack.
+        logged = [p.read_text() for p in (tmp_path / "s" / "data").rglob("audit-*.log")]
+        assert logged
+        assert not any('"refusal"' in text for text in logged)
