@@ -37,6 +37,7 @@ from spire_hw_signer.generating import Generating
 from spire_hw_signer.keys import LOG_KEY_ID, HeldSigner, OwnerKeys, open_owner, own_owner
 from spire_hw_signer.live import Live
 from spire_hw_signer.operators import load_operators
+from spire_hw_signer.policy import Custody
 from spire_hw_signer.policyfile import load_policy
 from spire_hw_signer.revocations import FILE_NAME as REVOKED_FILE
 from spire_hw_signer.revocations import Revocations
@@ -46,7 +47,6 @@ from spire_hw_signer.tlsfiles import TlsFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from datetime import timedelta
     from pathlib import Path
 
     from spire_hw.plugin.info import Builder
@@ -114,7 +114,7 @@ async def check_settings(
     faults: list[ConfigFault] = []
     owner = own_owner(settings.name)
     directory = settings.data_dir
-    config = owner_config(settings.keys, owner, directory, None)
+    config = owner_config(settings.keys, owner, directory, Custody())
     host = _host(owner, directory, clock or SystemClock())
     faults += await check_plugins([config], _table, host, SIGNER_RULES, names=_names)
     try:
@@ -319,7 +319,7 @@ class Signer:
     async def _open_log_keys(self) -> OwnerKeys:
         """Open the signer's own keys; the one that signs checkpoints is made when there is none."""
         owner = own_owner(self.settings.name)
-        keys = await open_owner(owner, self.settings.data_dir, None, self._open_keys)
+        keys = await open_owner(owner, self.settings.data_dir, Custody(), self._open_keys)
         self._stack.push_async_callback(keys.close)
         if keys.find(LOG_KEY_ID) is None:
             held = keys.take(await keys.generate(LOG_KEY_ID, KeyType.EC_P256))
@@ -327,10 +327,8 @@ class Signer:
             self.log.info("log key was made", fingerprint=held.info.fingerprint)
         return keys
 
-    async def _open_keys(
-        self, owner: Owner, directory: Path, retain: timedelta | None
-    ) -> _OpenedKeys:
-        config = owner_config(self.settings.keys, owner, directory, retain)
+    async def _open_keys(self, owner: Owner, directory: Path, custody: Custody) -> _OpenedKeys:
+        config = owner_config(self.settings.keys, owner, directory, custody)
         host = _host(owner, directory, self.clock)
         host = dataclasses.replace(host, metrics=self.telemetry.metrics)
         catalog = await Catalog.load([config], _table, host, SIGNER_RULES, names=_names)
@@ -460,8 +458,8 @@ class _OpenedKeys:
         manager: KeyManager = self._catalog.one(PluginKind.KEY_MANAGER).plugin
         return manager
 
-    async def retain(self, retain: timedelta) -> None:
-        config = owner_config(self._settings.keys, self._owner, self._directory, retain)
+    async def use(self, custody: Custody) -> None:
+        config = owner_config(self._settings.keys, self._owner, self._directory, custody)
         await self._catalog.one(PluginKind.KEY_MANAGER).plugin.configure(config.data)
 
     async def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from pydantic import Field
 
-from spire_hw.config.hcl import Body, Item
+from spire_hw.config.hcl import Block, Body, Item
 from spire_hw.config.host import (
     HealthChecks,
     HealthSettings,
@@ -44,7 +44,7 @@ from spire_hw_signer.tlsfiles import TlsPaths
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from spire_hw_signer.policy import Owner
+    from spire_hw_signer.policy import Custody, Import, Owner
 
 DEFAULT_CONFIG: Final = Path("/etc/spire-hw/signer.conf")
 DEFAULT_ADMIN_SOCKET: Final = Path("/run/spire-hw/signer-admin.sock")
@@ -206,7 +206,7 @@ def build_settings(body: Body, overrides: Mapping[str, Override] | None = None) 
 
 
 def owner_config(
-    keys: PluginConfig, owner: Owner, directory: Path, retain: timedelta | None
+    keys: PluginConfig, owner: Owner, directory: Path, custody: Custody
 ) -> PluginConfig:
     """Return the KeyManager's block for one owner: what tells owners apart is set here.
 
@@ -214,17 +214,31 @@ def owner_config(
         keys: the block of the file.
         owner: whose keys.
         directory: for their state.
-        retain: how long replaced keys are kept, None where nothing says.
+        custody: what policy says of them.
+
+    Raises:
+        ConfigError: this KeyManager takes no keys that it did not make.
     """
-    items: list[Item] = []
+    values: dict[str, object] = {}
     if keys.name == "pkcs11":
-        items.append(Item("key_identifier_value", owner.server))
-        if retain is not None:
-            items.append(Item("retain_replaced", f"{int(retain.total_seconds())}s"))
-    elif keys.name == "disk":
-        items.append(Item("keys_path", str(directory / "keys.json")))
-    data = keys.data
-    return replace(keys, data=Body((*data.items, *items), data.line, data.file))
+        values["key_identifier_value"] = owner.server
+        if custody.retain is not None:
+            values["retain_replaced"] = f"{int(custody.retain.total_seconds())}s"
+    elif custody.imports:
+        message = f'import: KeyManager "{keys.name}" uses its own keys alone'
+        raise ConfigError(f"policy of {owner}", [ConfigFault(0, message)])
+    if keys.name == "disk":
+        values["keys_path"] = str(directory / "keys.json")
+    made = [
+        Block(("import", one.key_id), Body.from_dict(_named(one)), keys.line)
+        for one in custody.imports
+    ]
+    items = (*keys.data.items, *Body.from_dict(values).items, *made)
+    return replace(keys, data=Body(items, keys.data.line, keys.data.file))
+
+
+def _named(one: Import) -> dict[str, object]:
+    return {"uri": one.uri} if one.uri else {"label": one.label}
 
 
 def _key_managers(body: Body) -> tuple[list[PluginConfig], list[ConfigFault]]:
@@ -262,7 +276,7 @@ def _import_faults(body: Body, title: str) -> Iterator[ConfigFault]:
         if isinstance(item, Item):
             continue
         if item.keys[0].lower() == "import":
-            message = f"{title}: a key made elsewhere cannot be every client's; remove import"
+            message = f"{title}: a key made elsewhere is a client's: write import in the policy"
             yield ConfigFault(item.line, message)
         else:
             yield from _import_faults(item.body, title)

@@ -15,12 +15,11 @@ from spire_hw.key import KeyType, SignOptions, spki_der, verify_digest
 from spire_hw.plugin.keymanager import DeviceHealth, KeyHealth, KeyHealthSource
 from spire_hw.spiffeid import TrustDomain
 from spire_hw_signer.notes import FILE_NAME, Notes
-from spire_hw_signer.policy import Owner
+from spire_hw_signer.policy import Custody, Owner
 from spire_hw_signer.policyfile import OWN_TRUST_DOMAIN
 from spire_hw_signer.purpose import KeyIds, SigningKey
 
 if TYPE_CHECKING:
-    from datetime import timedelta
     from pathlib import Path
 
     from spire_hw.key import PublicKey
@@ -38,8 +37,8 @@ class Opened(Protocol):
         """Return it."""
         ...
 
-    async def retain(self, retain: timedelta) -> None:
-        """Have it keep replaced keys for so long from now on."""
+    async def use(self, custody: Custody) -> None:
+        """Have it go by this from now on."""
         ...
 
     async def close(self) -> None:
@@ -50,13 +49,13 @@ class Opened(Protocol):
 class Opener(Protocol):
     """Makes KeyManagers."""
 
-    async def __call__(self, owner: Owner, directory: Path, retain: timedelta | None) -> Opened:
+    async def __call__(self, owner: Owner, directory: Path, custody: Custody) -> Opened:
         """Make the KeyManager of an owner ready.
 
         Args:
             owner: whose keys.
             directory: for their state alone.
-            retain: how long replaced keys are kept, None where nothing says.
+            custody: what policy says of them.
 
         Raises:
             SpireHwError: it cannot be made ready.
@@ -90,6 +89,7 @@ class OwnerKeys:
         self._opened = opened
         self._verifies = bool(getattr(opened.manager, "verifies", False))
         self._held: dict[str, HeldKey] = {}
+        self._changes = 0
 
     @property
     def manager(self) -> KeyManager:
@@ -106,7 +106,12 @@ class OwnerKeys:
         Raises:
             SpireHwError: it is away, or shows fewer than there have to be.
         """
-        infos = await self.manager.get_public_keys()
+        while True:
+            changes = self._changes
+            infos = await self.manager.get_public_keys()
+            if changes == self._changes:
+                break
+            # A key was made while the device was asked: what it answered may be from before.
         self._held = {info.key_id: self._hold(info) for info in infos}
         return list(self._held.values())
 
@@ -123,6 +128,7 @@ class OwnerKeys:
 
     def take(self, info: KeyInfo) -> HeldKey:
         """Use this key for its id from now on."""
+        self._changes += 1
         held = self._held[info.key_id] = self._hold(info)
         return held
 
@@ -142,14 +148,15 @@ class OwnerKeys:
             verify_digest(held.info.public_key, digest, made.signature, options)
         return made
 
-    async def retain(self, retain: timedelta) -> None:
-        """Keep replaced keys for so long from now on.
+    async def use(self, custody: Custody) -> None:
+        """Go by this custody from now on.
 
         Raises:
             SpireHwError: the device does not take it; what was set before stays.
         """
         async with self.changing:
-            await self._opened.retain(retain)
+            await self._opened.use(custody)
+            await self.refresh()
 
     def health(self) -> DeviceHealth:
         """Return how the device was when it was last seen."""
@@ -206,7 +213,7 @@ def owner_directory(data_dir: Path, owner: Owner) -> Path:
 async def open_owner(
     owner: Owner,
     data_dir: Path,
-    retain: timedelta | None,
+    custody: Custody,
     opener: Opener,
 ) -> OwnerKeys:
     """Open the keys of an owner.
@@ -214,7 +221,7 @@ async def open_owner(
     Args:
         owner: whose keys.
         data_dir: of the signer.
-        retain: how long replaced keys are kept, None where nothing says.
+        custody: what policy says of them.
         opener: makes the KeyManager ready, with a directory of its own.
 
     Raises:
@@ -227,7 +234,7 @@ async def open_owner(
         raise UnavailableError(f"directory {directory} cannot be made: {e.strerror}") from e
     notes = Notes(directory / FILE_NAME)
     await notes.load()
-    keys = OwnerKeys(owner, await opener(owner, directory, retain), notes)
+    keys = OwnerKeys(owner, await opener(owner, directory, custody), notes)
     try:
         await keys.refresh()
     except BaseException:

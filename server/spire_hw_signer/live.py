@@ -16,14 +16,13 @@ from spire_hw_signer.policyfile import describe, load_policy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
-    from datetime import timedelta
     from pathlib import Path
 
     from spire_hw.log import Logger
     from spire_hw.telemetry.metrics import Metrics
     from spire_hw_signer.audit.log import AuditLog
     from spire_hw_signer.keys import Opener
-    from spire_hw_signer.policy import Owner, Policy
+    from spire_hw_signer.policy import Custody, Owner, Policy
     from spire_hw_signer.tlsfiles import TlsFiles
 
 _RELOAD: Final = ("reload",)
@@ -52,7 +51,7 @@ class Live:
         self._log = log
         self._policy: Policy | None = None
         self._owners: dict[Owner, OwnerKeys] = {}
-        self._retained: dict[Owner, timedelta] = {}
+        self._custody: dict[Owner, Custody] = {}
         self._changing = asyncio.Lock()
         self._fault = ""
 
@@ -122,11 +121,11 @@ class Live:
             for owner, client in wanted.items():
                 if owner not in self._owners:
                     opened[owner] = await open_owner(
-                        owner, self._data_dir, client.retain_replaced, self._opener
+                        owner, self._data_dir, client.custody, self._opener
                     )
-                elif self._retained[owner] != client.retain_replaced:
-                    await self._owners[owner].retain(client.retain_replaced)
-                    self._retained[owner] = client.retain_replaced
+                elif self._custody[owner] != client.custody:
+                    await self._owners[owner].use(client.custody)
+                    self._custody[owner] = client.custody
         except BaseException:
             for keys in opened.values():
                 await keys.close()
@@ -138,7 +137,7 @@ class Live:
         gone = [keys for owner, keys in self._owners.items() if owner not in wanted]
         kept = {owner: keys for owner, keys in self._owners.items() if owner in wanted}
         self._policy, self._owners = policy, {**kept, **opened}
-        self._retained = {owner: client.retain_replaced for owner, client in wanted.items()}
+        self._custody = {owner: client.custody for owner, client in wanted.items()}
         for keys in gone:
             async with keys.changing:
                 await keys.close()

@@ -221,6 +221,28 @@ class JwtRule:
 
 
 @dataclass(frozen=True, slots=True)
+class Import:
+    """A key that somebody else made on the device, named by one of its URI and its label."""
+
+    key_id: str
+    uri: str = ""
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Custody:
+    """What the KeyManager of an owner is told besides whose keys it holds.
+
+    Attributes:
+        retain: how long replaced keys are kept, None where nothing says.
+        imports: keys it uses without having made them.
+    """
+
+    retain: timedelta | None = None
+    imports: tuple[Import, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class KeyRule:
     """What holds for one key id.
 
@@ -254,7 +276,7 @@ class Client:
         generate: None when keys are not made for it.
         replace: whether keys are replaced.
         active_window: a key that signed within it is not replaced.
-        retain_replaced: how long a replaced key is kept.
+        custody: how long replaced keys are kept, and keys made elsewhere.
         raw: whether bare digests are signed.
         x509: None when certificates are not signed.
         jwt: None when tokens are not signed.
@@ -273,7 +295,7 @@ class Client:
     generate: GenerateRule | None = None
     replace: Replace = Replace.NOT_LAST_SIGNER
     active_window: timedelta = timedelta(minutes=10)
-    retain_replaced: timedelta = timedelta(hours=26)
+    custody: Custody = Custody(timedelta(hours=26))
     raw: bool = False
     x509: X509Rule | None = None
     jwt: JwtRule | None = None

@@ -34,7 +34,9 @@ from spire_hw_signer.policy import (
     MAX_KEY_ID,
     ByKey,
     Client,
+    Custody,
     GenerateRule,
+    Import,
     JwtRule,
     Owner,
     Pattern,
@@ -42,6 +44,8 @@ from spire_hw_signer.policy import (
     Rate,
     Replace,
     X509Rule,
+    fits_any,
+    is_key_id,
 )
 
 if TYPE_CHECKING:
@@ -143,6 +147,13 @@ class GenerateKeys(Model):
     per_day: Annotated[int, Field(ge=1, le=10_000)] = 12
 
 
+class ImportKeys(Model):
+    """`import "..." { }`."""
+
+    uri: Annotated[str, Field(min_length=1)] | None = None
+    label: Annotated[str, Field(min_length=1)] | None = None
+
+
 class X509Keys(Model):
     """`x509 { }`."""
 
@@ -182,6 +193,7 @@ class ClientKeys(Model):
     active_window: _Ttl = timedelta(minutes=10)
     delete: Literal["never"] = "never"
     retain_replaced: _Span = timedelta(hours=26)
+    imports: dict[str, ImportKeys] = Field(default_factory=dict, alias="import")
     raw: bool = False
     x509: X509Keys | None = None
     jwt: JwtKeys | None = None
@@ -276,6 +288,7 @@ class _Reader:
             self._fault(keys.line("types"), "types names no key type")
         if not (keys.raw or keys.x509 or keys.jwt):
             self._fault(keys.line(""), "nothing is signed: set x509, jwt or raw")
+        imports = tuple(self._imports())
         if self.faults:
             return None
         return Client(
@@ -291,12 +304,21 @@ class _Reader:
             generate=_generate_rule(keys.generate),
             replace=Replace(keys.replace),
             active_window=keys.active_window,
-            retain_replaced=keys.retain_replaced,
+            custody=Custody(keys.retain_replaced, imports),
             raw=keys.raw,
             x509=_x509_rule(keys.x509),
             jwt=_jwt_rule(keys.jwt),
             addresses=tuple(keys.addresses),
         )
+
+    def _imports(self) -> Iterator[Import]:
+        for key_id, one in self._keys.imports.items():
+            if not is_key_id(key_id) or not fits_any(self._keys.keys, key_id):
+                self._fault(one.line(""), f"import {key_id[:64]!a} is none of the client's keys")
+            elif (one.uri is None) == (one.label is None):
+                self._fault(one.line(""), f'import "{key_id}" needs one of uri and label')
+            else:
+                yield Import(key_id, one.uri or "", one.label or "")
 
     def _by_key(self, name: str, body: Body, parse: Callable[[object], T]) -> ByKey[T]:
         rows: list[tuple[Pattern, T]] = []

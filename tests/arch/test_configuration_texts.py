@@ -215,6 +215,7 @@ def test_every_key_of_the_signer_and_every_reason_is_documented() -> None:
         signer_policy.PolicyFile,
         signer_policy.ClientKeys,
         signer_policy.GenerateKeys,
+        signer_policy.ImportKeys,
         signer_policy.X509Keys,
         signer_policy.JwtKeys,
     )

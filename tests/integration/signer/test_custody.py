@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 from spire_hw._pb import hw_signer_pb2
 from spire_hw.clock import SystemClock
 from spire_hw.config.hcl import Body
+from spire_hw.errors import SpireHwError
 from spire_hw.key import KeyType, parse_spki
 from spire_hw.log import get_logger
 from spire_hw.plugin.info import HostInfo, Side
@@ -129,3 +133,49 @@ async def test_the_log_key_is_out_of_reach(tmp_path: Path) -> None:
         assert made.public_key.pkix_data != head.log_key
         again = await rig.call("GetLogHead", hw_signer_pb2.GetLogHeadRequest())
         assert again.log_key == head.log_key
+
+
+_CEREMONY = """
+import hashlib, sys, pkcs11
+from pkcs11 import Attribute, KeyType, MechanismFlag
+from pkcs11.util.ec import encode_named_curve_parameters, encode_ec_public_key
+module, token, pin = sys.argv[1:]
+with pkcs11.lib(module).get_token(token_label=token).open(rw=True, user_pin=pin) as session:
+    curve = {Attribute.EC_PARAMS: encode_named_curve_parameters("secp256r1")}
+    public, _ = session.create_domain_parameters(KeyType.EC, curve, local=True).generate_keypair(
+        store=True, label="root of 2026", id=b"r26",
+        capabilities=MechanismFlag.SIGN | MechanismFlag.VERIFY)
+    print(hashlib.sha256(encode_ec_public_key(public)).hexdigest())
+"""
+
+
+def ceremony(hsm: SoftHsm) -> str:
+    """Make a key in a token without any of our code; return its fingerprint."""
+    made = subprocess.run(  # noqa: S603 - this interpreter
+        [sys.executable, "-c", _CEREMONY, hsm.module, TOKEN, PIN],
+        env={**os.environ, **hsm.environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return made.stdout.strip()
+
+
+@pytest.mark.hsm
+@pytest.mark.asyncio
+async def test_a_key_of_a_ceremony_is_used_and_never_made_anew(tmp_path: Path) -> None:
+    hsm = SoftHsm(tmp_path / "hsm")
+    hsm.init_token(TOKEN, pin=PIN)
+    fingerprint = ceremony(hsm)
+    text = client_policy(raw="true").removesuffix("}\n")
+    text += '  import "x509-CA-A" { label = "root of 2026" }\n}\n'
+    async with SignerRig(tmp_path / "s", hsm=hsm, policy=text) as rig:
+        signed = await rig.sign("x509-CA-A", digest=DIGEST)
+        assert signed.fingerprint == fingerprint
+        assert (await rig.generate("x509-CA-A")).refusal.reason == "replace_active"
+        (keys,) = rig.signer.live.owners.values()
+        keys.notes.unused("x509-CA-A")
+        with pytest.raises(SpireHwError, match="audit log tells why"):
+            await rig.generate("x509-CA-A")
+        again = await rig.sign("x509-CA-A", digest=DIGEST)
+        assert again.fingerprint == fingerprint

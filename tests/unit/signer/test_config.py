@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from spire_hw.config import hcl
 from spire_hw.errors import ConfigError, InvalidInputError, NotReadyError, SpireHwError
 from spire_hw.spiffeid import TrustDomain
 from spire_hw_signer.config import build_settings, owner_config
-from spire_hw_signer.policy import Owner
+from spire_hw_signer.policy import Custody, Import, Owner
 from spire_hw_signer.tlsfiles import TlsFiles, TlsPaths
 from spire_hw_sim.pki import HOUR, Authority, now
 
@@ -69,11 +70,11 @@ def test_flags_win_over_the_file() -> None:
         ("plugins {", 'plugins { KeyManager "disk" {} ', "at most 1 KeyManager"),
         ('module_path = "/m"', 'key_identifier_value = "x"', "is set by the signer"),
         ('module_path = "/m"', 'retain_replaced = "1h"', "is set by the signer"),
-        ('module_path = "/m"', 'import "k" { label = "x" }', "cannot be every client's"),
+        ('module_path = "/m"', 'import "k" { label = "x" }', "write import in the policy"),
         (
             'module_path = "/m"',
             'token "a" { import "k" { label = "x" } }',
-            "cannot be every client's",
+            "write import in the policy",
         ),
         ('plugin_data { module_path = "/m" }', 'plugin_cmd = "/x"', "built in"),
         ('plugin_data { module_path = "/m" }', 'plugin_data_file = "/x"', "not plugin_data_file"),
@@ -94,11 +95,11 @@ def test_keys_on_disk_say_that_they_are_for_demonstrations() -> None:
 
 def test_owners_are_told_apart_by_the_signer() -> None:
     keys = build_settings(hcl.parse(LEAST)).keys
-    made = owner_config(keys, OWNER, Path("/o"), timedelta(hours=26))
+    made = owner_config(keys, OWNER, Path("/o"), Custody(timedelta(hours=26)))
     assert made.data.get("key_identifier_value") == "s1"
     assert made.data.get("retain_replaced") == "93600s"
     assert made.data.get("module_path") == "/m"
-    assert owner_config(keys, OWNER, Path("/o"), None).data.get("retain_replaced") is None
+    assert owner_config(keys, OWNER, Path("/o"), Custody()).data.get("retain_replaced") is None
 
 
 class Files:
@@ -164,3 +165,14 @@ def test_a_key_of_another_certificate_is_refused(tmp_path: Path) -> None:
     files.paths.key_file.write_bytes(Files(other).paths.key_file.read_bytes())
     with pytest.raises(InvalidInputError, match="is not the key of cert_file"):
         TlsFiles(files.paths).load()
+
+
+def test_keys_made_elsewhere_are_their_owners_alone() -> None:
+    keys = build_settings(hcl.parse(LEAST)).keys
+    custody = Custody(imports=(Import("k", uri="pkcs11:object=a"), Import("l", label="b")))
+    made = owner_config(keys, OWNER, Path("/o"), custody)
+    found = {b.keys[1]: b.body for b in made.data.labelled("import")}
+    assert (found["k"].get("uri"), found["l"].get("label")) == ("pkcs11:object=a", "b")
+    assert not owner_config(keys, OWNER, Path("/o"), Custody()).data.labelled("import")
+    with pytest.raises(ConfigError, match="uses its own keys alone"):
+        owner_config(replace(keys, name="tpm"), OWNER, Path("/o"), custody)

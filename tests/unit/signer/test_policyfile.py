@@ -10,7 +10,7 @@ import pytest
 
 from spire_hw.errors import ConfigError, InvalidInputError, NotReadyError
 from spire_hw.key import HashAlgorithm, KeyType
-from spire_hw_signer.policy import Rate, Replace
+from spire_hw_signer.policy import Custody, Rate, Replace
 from spire_hw_signer.policyfile import describe, load_policy, parse_identity, parse_policy
 
 SAMPLE = Path(__file__).parents[3] / "server" / "signer-policy.conf"
@@ -47,7 +47,7 @@ def test_the_sample_says_what_it_shows() -> None:
     assert ca.types == {KeyType.EC_P256, KeyType.EC_P384}
     assert ca.hashes == {HashAlgorithm.SHA256, HashAlgorithm.SHA384}
     assert client.replace is Replace.NOT_LAST_SIGNER
-    assert client.retain_replaced == timedelta(hours=26)
+    assert client.custody == Custody(timedelta(hours=26))
     assert client.raw is False
     assert client.generate is not None
     assert client.generate.per_day == 12
@@ -92,6 +92,8 @@ def test_the_hash_is_that_of_what_is_said_not_of_how_it_is_written() -> None:
         ("raw = true", "raw = true x509 {}", "max_ca_ttl"),
         ("raw = true", 'raw = true x509 { max_ca_ttl = "1h" }', "max_svid_ttl"),
         ("raw = true", 'raw = true jwt { max_ttl = "-1h" }', "max_ttl"),
+        ("raw = true", 'raw = true import "other" { label = "x" }', "none of the client's keys"),
+        ("raw = true", 'raw = true import "x509-CA-A" {}', "one of uri and label"),
         ('client "spiffe://infra.example/s1"', 'client "infra.example"', "is no client"),
         ('client "spiffe://infra.example/s1"', "client", "needs a label"),
     ],
