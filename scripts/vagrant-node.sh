@@ -14,7 +14,7 @@ if [ ! -e "$ETC/agent.conf" ]; then
   sed -e "s|\"example.org\"|\"$TRUST_DOMAIN\"|" -e "s|\"spire-server.example.org\"|\"$SERVER\"|" \
     "$HOME_DIR/agent/agent.conf" > "$ETC/agent.conf"
 fi
-install -m 0644 "$HOME_DIR/contrib/systemd/spire-hw-agent.service" /etc/systemd/system/
+install -m 0644 "$HOME_DIR/packaging/systemd/spire-hw-agent.service" /etc/systemd/system/
 cat > /etc/profile.d/spire-hw.sh <<PROFILE
 export SPIRE_HW_SOCKET_PATH=$SOCKET
 export SPIFFE_ENDPOINT_SOCKET=unix://$SOCKET

@@ -26,7 +26,7 @@ if [ ! -e "$ETC/server.conf" ]; then
   sed -e "s|\"example.org\"|\"$TRUST_DOMAIN\"|" "$HOME_DIR/server/server.conf" > "$ETC/server.conf"
 fi
 
-install -m 0644 "$HOME_DIR/contrib/systemd/spire-hw-server.service" /etc/systemd/system/
+install -m 0644 "$HOME_DIR/packaging/systemd/spire-hw-server.service" /etc/systemd/system/
 echo "export SPIRE_HW_SOCKET_PATH=$SOCKET" > /etc/profile.d/spire-hw.sh
 systemctl daemon-reload
 systemctl enable --now spire-hw-server.service

@@ -56,11 +56,13 @@ class Program:
         name: `server` or `signer`.
         title: one line for people.
         reload_signal: what makes it read its files again.
+        shares_runtime: its sockets are in /run/spire-hw itself.
     """
 
     name: str
     title: str
     reload_signal: str
+    shares_runtime: bool = False
 
     @property
     def command(self) -> str:
@@ -200,7 +202,8 @@ def service_of(
     if not given["unit"]:
         return None
     hsm, is_tpm = place.hsm, place.kind == "tpm"
-    usual = (f"/var/lib/spire-hw/{program.name}", f"/run/spire-hw/{program.name}")
+    runtime = "/run/spire-hw" if program.shares_runtime else f"/run/spire-hw/{program.name}"
+    usual = (f"/var/lib/spire-hw/{program.name}", runtime)
     own = [str(p) for p in writable if not any(p.is_relative_to(one) for one in usual)]
     return Service(
         name=program.name,
@@ -214,6 +217,7 @@ def service_of(
         writable=(*(() if hsm is None else hsm.writable), *own),
         pin_file=hsm.pin_file if hsm is not None and given["pin_credential"] else "",
         reload_signal=program.reload_signal,
+        shares_runtime=program.shares_runtime,
         after=() if hsm is None else hsm.after,
     )
 

@@ -28,9 +28,16 @@ SystemCallArchitectures=native
 """
 # A server and a signer look at nothing but their own; an agent looks at its workloads.
 _ALONE: Final = """\
+UMask=0077
 ProtectHome=yes
 ProtectProc=invisible
 PrivateTmp=yes
+PrivateMounts=yes
+PrivateIPC=yes
+RemoveIPC=yes
+KeyringMode=private
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
 CapabilityBoundingSet=
 """
 _AMONG_WORKLOADS: Final = """\
@@ -56,6 +63,7 @@ class Service:
         writable: paths it may write besides its own state, each may be missing.
         pin_file: file with a PIN that systemd hands to it as a credential, "" for none.
         reload_signal: what `systemctl reload` sends.
+        shares_runtime: its sockets are in /run/spire-hw itself.
         after: units to be started before it.
     """
 
@@ -70,6 +78,7 @@ class Service:
     writable: tuple[str, ...] = ()
     pin_file: str = ""
     reload_signal: str = "USR2"
+    shares_runtime: bool = False
     after: tuple[str, ...] = ()
 
     @property
@@ -98,6 +107,11 @@ class Service:
             lines += [f"User={self.user}", f"Group={self.user}"]
         if self.groups:
             lines.append(f"SupplementaryGroups={' '.join(self.groups)}")
+        runtime = [f"RuntimeDirectory=spire-hw/{self.name}", "RuntimeDirectoryMode=0755"]
+        if self.shares_runtime:
+            # Others have their sockets below the same directory.
+            runtime[0] = "RuntimeDirectory=spire-hw"
+            runtime.append("RuntimeDirectoryPreserve=yes")
         lines += [
             f"ExecStartPre={self.program} validate -config {self.config}",
             f"ExecStart={self.program} run -config {self.config}",
@@ -105,8 +119,7 @@ class Service:
             "Restart=on-failure" if self.user else "Restart=always",
             "RestartSec=5s",
             "TimeoutStopSec=30s",
-            f"RuntimeDirectory=spire-hw/{self.name}",
-            "RuntimeDirectoryMode=0755",
+            *runtime,
             f"StateDirectory=spire-hw/{self.name}",
             "StateDirectoryMode=0700",
             "LimitNOFILE=65536",

@@ -101,7 +101,7 @@ def shown_lines() -> Iterator[tuple[str, str]]:
             if kind in {"console", "sh", "shell", "", "text"}:
                 for call in _CALL.findall(text.replace("\\\n", " ")):
                     yield str(file.relative_to(ROOT)), call.strip()
-    for file in [*ROOT.glob("scripts/vagrant-*.sh"), *ROOT.glob("contrib/**/*.service")]:
+    for file in [*ROOT.glob("scripts/vagrant-*.sh"), *ROOT.glob("packaging/**/*.service")]:
         for call in _CALL.findall(file.read_text().replace("\\\n", " ")):
             unquoted = re.split("[\"']", call.replace('"$SOCKET"', "SOCKET"))[0]
             yield str(file.relative_to(ROOT)), unquoted.strip()

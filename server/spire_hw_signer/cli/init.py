@@ -25,13 +25,13 @@ from spire_hw.config.hcl import parse
 from spire_hw.config.host import parse_trust_domain
 from spire_hw.errors import ConfigError, InvalidInputError
 from spire_hw.key import KeyType
-from spire_hw_signer.config import DEFAULT_PORT, build_settings
+from spire_hw_signer.config import DEFAULT_ADMIN_SOCKET, DEFAULT_PORT, build_settings
 from spire_hw_signer.policyfile import parse_identity, parse_policy
 
 if TYPE_CHECKING:
     from spire_hw.cli.plan import Answers, Plan
 
-_SIGNER: Final = Program("signer", "SPIFFE signer (spire-hw)", "HUP")
+_SIGNER: Final = Program("signer", "SPIFFE signer (spire-hw)", "HUP", shares_runtime=True)
 _CONF: Final = """\
 # Written by `spire-hw-signer init`.
 signer {{
@@ -110,7 +110,7 @@ def _check_identity(text: str) -> None:
     examples="""
     spire-hw-signer init
     spire-hw-signer init -trustDomain example.org -client spiffe://infra.example/spire-server-1 -dryRun
-    spire-hw-signer init -trustDomain example.org -client unix:root -clientSocket /run/spire-hw/signer/client.sock -yes
+    spire-hw-signer init -trustDomain example.org -client unix:root -clientSocket /run/spire-hw/signer.sock -yes
     """,
 )
 @flag("trustDomain", "Trust domain of the server that is served.", default="")
@@ -120,7 +120,7 @@ def _check_identity(text: str) -> None:
 @flag("bindAddress", "IP address clients connect to.", default="0.0.0.0")  # noqa: S104 - they are elsewhere
 @flag("bindPort", "Port of clients.", type=click.IntRange(1, 65535), default=DEFAULT_PORT)
 @flag("healthPort", "Port of the probes.", type=click.IntRange(1, 65535), default=8081)
-@flag("adminSocket", "Socket of operators.", default="/run/spire-hw/signer/admin.sock")
+@flag("adminSocket", "Socket of operators.", default=str(DEFAULT_ADMIN_SOCKET))
 @flag("clientSocket", "Socket for a server on this host; TLS is left out then.", default="")
 @flag("certFile", "The signer's certificate, PEM.", default="")
 @flag("keyFile", "Its private key, PEM.", default="")
@@ -228,4 +228,5 @@ def _explain(plan: Plan, given: dict[str, Any], client: str) -> None:
         "replaced keys are kept for 26 hours, so that a server that was taken over cannot destroy them"
     )
     plan.steps.append(f"look through the policy: {given['config_dir']}/signer-policy.conf")
-    plan.steps.append(f"export SPIRE_HW_SOCKET_PATH={given['admin_socket']}, for operators")
+    if given["admin_socket"] != str(DEFAULT_ADMIN_SOCKET):
+        plan.steps.append(f"export SPIRE_HW_SOCKET_PATH={given['admin_socket']}, for operators")

@@ -230,6 +230,6 @@ def test_the_units_beside_the_samples_are_those_that_init_writes() -> None:
         devices=("/dev/tpmrm0", "/dev/tpm0"),
     )
     for service in (server, agent):
-        file = _ROOT / "contrib" / "systemd" / service.unit_name
+        file = _ROOT / "packaging" / "systemd" / service.unit_name
         kept = [line for line in file.read_text().splitlines() if not line.startswith("#")]
         assert "\n".join(kept) + "\n" == service.text()
