@@ -50,6 +50,13 @@ GetFunctionStatus:1 CancelFunction:1 WaitForSlotEvent:3
 FUNCTIONS: Final = {
     f"C_{name}": int(count) for name, _, count in (one.partition(":") for one in _TABLE.split())
 }
+_CUSTOM: Final = """
+import os, sys
+if sys.orig_argv[-2:-1] == ["spire_hw.pkcs11.worker"]:
+    from pathlib import Path
+    from spire_hw_sim import pkcs11faults
+    kept = pkcs11faults.tamper(Path(os.environ["FAULTS_FOLDER"]), os.environ["FAULTS_MODULE"])
+"""
 _WORD: Final = ctypes.sizeof(ctypes.c_ulong)
 _PROT_READ_WRITE: Final = 3
 _UNAVAILABLE: Final = ctypes.c_ulong(-1).value  # CK_UNAVAILABLE_INFORMATION
@@ -111,6 +118,20 @@ class Faults:
         """Return how a worker is started, see `spire_hw.pkcs11.process.Launch`."""
         start = (sys.executable, "-P", "-m", "spire_hw_sim.pkcs11faults")
         return *start, str(self._folder), self._module
+
+    def environment(self) -> dict[str, str]:
+        """Return what workers need in their environment in place of `command`.
+
+        For hosts that are given a configuration and nothing else: Python runs a module of that name
+        first thing.
+        """
+        (self._folder / "sitecustomize.py").write_text(_CUSTOM)
+        path = os.pathsep.join((str(self._folder), *filter(None, [os.environ.get("PYTHONPATH")])))
+        return {
+            "PYTHONPATH": path,
+            "FAULTS_FOLDER": str(self._folder),
+            "FAULTS_MODULE": self._module,
+        }
 
     def set(self, *faults: Fault) -> None:
         """Replace the plan; counts start anew."""

@@ -68,7 +68,9 @@ _COMPARISONS: Final[dict[str, Callable[[float, float], bool]]] = {
 GOALS: Final = (
     Goal("x509_issue_core_vs_openssl", "bench_issue_core.py", "ratio", ">=", 0.55),
     Goal("x509_api_vs_openssl", "bench_server_api.py", "ratio", ">=", 0.25),
-    Goal("softhsm_sign_vs_raw", "bench_pkcs11.py", "ratio", ">=", 0.6),
+    Goal("softhsm_sign_vs_raw", "bench_pkcs11.py", "ratio", ">=", 0.85),
+    Goal("softhsm_two_workers_vs_one", "bench_pkcs11_workers.py", "ratio", ">=", 1.5),
+    Goal("slow_token_other_rpc_p99_ratio", "bench_slow_token.py", "ratio", "<", 1.5),
     Goal("attestations_per_server_cpu_s", "bench_attest.py", "1/s", ">=", 200),
     Goal("ima_10k_ms", "bench_ima.py", "ms", "<", 60),
     Goal("attestation_cpu_ms", "bench_attest_evidence.py", "ms", "<", 4),
