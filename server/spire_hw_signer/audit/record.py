@@ -146,7 +146,7 @@ def parse(line: bytes) -> Record:
 
 def time_text(at: datetime) -> str:
     """Return a time as records have it."""
-    return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return at.astimezone(UTC).isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
 def parse_time(text: str) -> datetime:

@@ -70,7 +70,7 @@ class Writer:
         self._log = log
         self._again = again
         self._batches: list[Batch] = []
-        self._is_started = self._is_writing = False
+        self._is_started = self._is_writing = self._is_due = False
         self._flush: asyncio.TimerHandle | None = None
         self._late: asyncio.TimerHandle | None = None
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="audit log")
@@ -113,7 +113,10 @@ class Writer:
         batch = self._batches[-1]
         if batch.done is None:
             batch.done = asyncio.get_running_loop().create_future()
-        self._begin()
+        if not self._is_writing and not self._is_due:
+            # Others of this turn of the loop come along.
+            self._is_due = True
+            asyncio.get_running_loop().call_soon(self._begin)
         reason = await asyncio.shield(batch.done)
         if reason:
             raise self.unavailable(reason)
@@ -144,6 +147,7 @@ class Writer:
         From here to `_wrote` there is one change of threads each way and nothing else: every signature
         waits for it.
         """
+        self._is_due = False
         if self._flush is not None:
             self._flush.cancel()
             self._flush = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from spire_hw_signer.audit.record import (
     load_canonical,
     parse,
     parse_time,
+    time_text,
 )
 
 TIME = "2026-11-22T08:12:00.000001Z"
@@ -206,6 +208,9 @@ def test_long_texts_are_cut_and_words_are_checked() -> None:
 
 
 def test_times_and_canonical_objects() -> None:
+    for at in (datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, tzinfo=UTC)):
+        assert parse_time(time_text(at)) == at
+    assert time_text(datetime(2026, 11, 22, 8, 12, 0, 1, tzinfo=UTC)) == TIME
     assert parse_time(TIME).microsecond == 1
     for wrong in ("", TIME[:-1], TIME + "\n", TIME.replace("Z", "+00:00")):
         with pytest.raises(EncodingError):
