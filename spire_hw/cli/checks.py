@@ -186,15 +186,17 @@ def check_port(address: str, port: int, *, is_running: bool) -> list[Finding]:
     return [ok("port", f"port {port} is free")]
 
 
-def check_server_reachable(host: str, port: int) -> list[Finding]:
-    """Return whether a TCP connection to a server can be made."""
+def check_reachable(what: str, host: str, port: int) -> list[Finding]:
+    """Return whether a TCP connection can be made to a `server` or `signer`."""
     try:
         with socket.create_connection((host, port), timeout=_ANSWER_S):
-            return [ok("server.reachable", f"{host} port {port} takes connections")]
-    except OSError as e:
-        text = f"{host} port {port} cannot be reached: {e.strerror or e}"
-        remedy = "look at name, port and firewall, and whether it runs"
-        return [problem("server.unreachable", text, remedy)]
+            return [ok(f"{what}.reachable", f"{host} port {port} takes connections")]
+    except (OSError, ValueError, OverflowError) as e:
+        # A name or a port that is none raises what is not an OSError.
+        why = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+        text = f"{host} port {port} cannot be reached: {why}"
+        remedy = f"look at name, port and firewall, and whether the {what} runs"
+        return [problem(f"{what}.unreachable", text, remedy)]
 
 
 def check_certificates(

@@ -11,7 +11,7 @@ from spire_hw.cli.checks import (
     check_certificates,
     check_clock_against,
     check_data_dir,
-    check_server_reachable,
+    check_reachable,
     check_socket_serves,
     check_tpm_device,
 )
@@ -58,7 +58,7 @@ def _examine(request: Request) -> Iterator[Finding]:
     yield from _check_trust(settings)
     is_well = all(f.level is Level.OK for f in running)
     yield from _check_stored(settings, is_running=is_well)
-    yield from check_server_reachable(settings.server_address, settings.server_port)
+    yield from check_reachable("server", settings.server_address, settings.server_port)
 
 
 def _check_config(settings: AgentSettings) -> Iterator[Finding]:

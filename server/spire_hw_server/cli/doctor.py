@@ -17,6 +17,7 @@ from spire_hw.cli.checks import (
     check_data_dir,
     check_pem_file,
     check_port,
+    check_reachable,
     check_secret_file,
     check_socket_serves,
     check_tpm_device,
@@ -25,6 +26,7 @@ from spire_hw.cli.doctor import Request, doctor_command
 from spire_hw.cli.findings import Finding, Level, ok, problem, warning
 from spire_hw.cli.hsmchecks import check_hsm
 from spire_hw.cli.output import Printer
+from spire_hw.cli.socket import check_socket
 from spire_hw.clock import SystemClock
 from spire_hw.config.hcl import Item
 from spire_hw.errors import ConfigError, SpireHwError
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 _PROGRAM: Final = "spire-hw-server"
 _CONFIG: Final = Path("/etc/spire-hw/server.conf")
 _BUNDLE: Final = pb.DESCRIPTOR.services_by_name["Bundle"]
+_SIGNER_PORT: Final = 8445
 _LOCKED_S: Final = 5.0
 _QUICK: Final = 256 << 20  # a larger database is not read through
 _CERTIFICATE_KEYS: Final = ("cert_file_path", "bundle_file_path", "ca_bundle_path")
@@ -143,6 +146,8 @@ def _check_plugin(
         )
     elif plugin.kind is PluginKind.KEY_MANAGER and plugin.name == "tpm":
         yield from check_tpm_device(plugin.prefix, plugin.data)
+    elif plugin.kind is PluginKind.KEY_MANAGER and plugin.name == "remote":
+        yield from _check_signers(plugin)
     elif plugin.kind is PluginKind.KEY_MANAGER and plugin.name in {"disk", "memory"}:
         text = f"{plugin.prefix}: the CA's keys are not in a device"
         yield warning("keys.software", text, "use KeyManager pkcs11 or tpm for a CA that counts")
@@ -154,6 +159,42 @@ def _check_plugin(
             yield from check_pem_file(f"{plugin.prefix}: {item.key}", path)
         elif item.key in _SECRET_KEYS and path.exists():
             yield from check_secret_file(path, f"{plugin.prefix}: key file")
+
+
+def _check_signers(plugin: PluginConfig) -> Iterator[Finding]:
+    """Return what is found on the way to the signers of a KeyManager `remote`."""
+    given = {i.key: i.value for i in plugin.data.items if isinstance(i, Item)}
+    for name in ("signer_ca", "cert"):
+        path = given.get(name)
+        if isinstance(path, str):
+            yield from check_pem_file(f"{plugin.prefix}: {name}", Path(path))
+    key, local = given.get("key"), given.get("socket")
+    if isinstance(key, str):
+        yield from check_secret_file(Path(key), f"{plugin.prefix}: key")
+    if isinstance(local, str):
+        try:
+            check_socket(Path(local), "spire-hw-signer")
+        except SpireHwError as e:
+            yield problem("signer.unreachable", e.message, "start it, or correct socket")
+    addresses = given.get("addresses")
+    found = [
+        finding
+        for address in (addresses if isinstance(addresses, list | tuple) else ())
+        for finding in _check_signer(str(address))
+    ]
+    one_answers = any(f.level is Level.OK for f in found)
+    for finding in found:
+        if finding.level is Level.PROBLEM and one_answers:
+            yield warning(finding.check, finding.message, finding.remedy)
+        else:
+            yield finding
+
+
+def _check_signer(address: str) -> list[Finding]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit():
+        host, port = address, str(_SIGNER_PORT)
+    return check_reachable("signer", host.strip("[]"), int(port))
 
 
 def _check_running(settings: ServerSettings) -> Iterator[Finding]:

@@ -248,6 +248,66 @@ def test_an_authority_above_that_has_expired(doctor: Doctor, site: Site) -> None
     assert "0644" in found["secret.mode"]["message"]
 
 
+def test_several_tokens_are_looked_at_one_by_one(doctor: Doctor, site: Site) -> None:
+    site.hsm.init_token("second", pin=PIN)
+    text = site.config.read_text()
+    start = text.index('  KeyManager "pkcs11"')
+    end = text.index("  # Nodes are let in")
+    blocks = "".join(
+        f"""
+      token "{name}" {{
+        module_path = "{site.hsm.module}"
+        token_label = "{label}"
+        pin_file = "{site.pin}"
+        environment {{ SOFTHSM2_CONF = "{site.hsm.conf}" }}
+      }}"""
+        for name, label in (("one", "spire-ca"), ("two", "second"), ("three", "gone"))
+    )
+    manager = f"""  KeyManager "pkcs11" {{
+    plugin_data {{
+      mode = "spread"{blocks}
+    }}
+  }}
+
+"""
+    site.config.write_text(text[:start] + manager + text[end:])
+    found = doctor()
+    assert found["config"]["level"] == "ok", found
+    assert "token three: the token is not there" in found["hsm.token_missing"]["message"]
+    assert found["hsm.token"]["level"] == "ok"
+
+
+def test_signers_that_cannot_be_reached(doctor: Doctor, site: Site) -> None:
+    now = SystemClock().now()
+    (site.folder / "a.pem").write_text(dated_pem(now, now + timedelta(days=30)))
+    (site.folder / "a.key").write_text("-")
+    (site.folder / "a.key").chmod(0o600)
+    text = site.config.read_text()
+    start = text.index('  KeyManager "pkcs11"')
+    end = text.index("  # Nodes are let in")
+    dead, alive = free_port(), free_port()
+    manager = f"""  KeyManager "remote" {{
+    plugin_data {{
+      addresses = ["127.0.0.1:{dead}", "127.0.0.1:{alive}"]
+      signer_ca = "{site.folder / "a.pem"}"
+      signer_id = "spiffe://infra.example/signer"
+      cert      = "{site.folder / "a.pem"}"
+      key       = "{site.folder / "a.key"}"
+    }}
+  }}
+
+"""
+    site.config.write_text(text[:start] + manager + text[end:])
+    assert doctor()["signer.unreachable"]["level"] == "problem"
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", alive))
+        other.listen()
+        found = doctor()
+        assert str(dead) in found["signer.unreachable"]["message"]
+        assert found["signer.unreachable"]["level"] == "warning"
+        assert found["signer.reachable"]["level"] == "ok"
+
+
 def test_text_says_what_to_do(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     site.pin.chmod(0o640)
     capsys.readouterr()
