@@ -15,11 +15,20 @@ if TYPE_CHECKING:
 _UNCLEAN: Final = re.compile(r"\W+_?", re.ASCII)
 _UNNAMEABLE: Final = re.compile(r"[^a-zA-Z0-9_:]")
 _MAX_CHARS: Final = 200
+_RESERVED: Final = frozenset({"le", "quantile"})
 
 
 def clean(text: str) -> str:
     """Return a label's name or value with everything but letters, digits and _ replaced."""
     return _UNCLEAN.sub("_", text[:_MAX_CHARS])
+
+
+def label_name(text: str) -> str:
+    """Return a label's name as Prometheus takes one from outside: `__` and `quantile` are its own."""
+    name = clean(text)
+    if name.startswith("__") or not name or name[0].isdigit():
+        name = "_" + name.lstrip("_")
+    return f"exported_{name}" if name in _RESERVED else name
 
 
 def family_name(prefix: str, name: Name) -> str:

@@ -15,7 +15,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.telemetry.metrics import NO_LABELS
-from spire_hw.telemetry.naming import clean, family_name
+from spire_hw.telemetry.naming import clean, family_name, label_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +27,7 @@ QUANTILES: Final = (0.5, 0.9, 0.99)
 WINDOW_S: Final = 600.0
 MAX_SERIES: Final = 5000
 _KEPT: Final = 256
+_PARTS: Final = ("_sum", "_count")
 # Counts what found no room; it has its own from the start.
 DROPPED: Final = ("telemetry", "dropped")
 
@@ -115,7 +116,7 @@ class Registry:
             max_series: beyond this nothing new is taken in, only counted as dropped.
         """
         self._selection = selection
-        self._constant = tuple((clean(k), v) for k, v in constant.items())
+        self._constant = tuple((label_name(k), v) for k, v in constant.items())
         self._monotonic = monotonic
         self._max_series = max_series
         self._families: dict[str, _Family] = {}
@@ -193,11 +194,12 @@ class Registry:
         if not selection.takes(name):
             self._routes[kind, name, given] = None
             return None
-        family = self._families.setdefault(family_name(selection.prefix, name), _Family(kind))
-        if family.kind is not kind:
+        flat = family_name(selection.prefix, name)
+        if self._is_taken(flat, kind):
             self._drop()
             return None
-        labels = {clean(k): clean(v) for k, v in given} | dict(self._constant)
+        family = self._families.setdefault(flat, _Family(kind))
+        labels = {label_name(k): clean(v) for k, v in given} | dict(self._constant)
         pairs = tuple(sorted((k, v) for k, v in labels.items() if selection.takes_label(k)))
         if kind is Kind.SUMMARY:
             family.summaries.setdefault(pairs, Summary())
@@ -205,6 +207,22 @@ class Registry:
             family.values.setdefault(pairs, 0.0)
         route = self._routes[kind, name, given] = (family, pairs)
         return route
+
+    def _is_taken(self, name: str, kind: Kind) -> bool:
+        """Tell whether a name is of another kind, or means a part of a distribution."""
+        family = self._families.get(name)
+        if family is not None:
+            return family.kind is not kind
+        if kind is Kind.SUMMARY:
+            return any(name + suffix in self._families for suffix in _PARTS)
+        return any(
+            name.endswith(suffix) and self._is_summary(name.removesuffix(suffix))
+            for suffix in _PARTS
+        )
+
+    def _is_summary(self, name: str) -> bool:
+        family = self._families.get(name)
+        return family is not None and family.kind is Kind.SUMMARY
 
     def _drop(self) -> None:
         if self._dropped is not None:

@@ -129,6 +129,26 @@ def test_one_name_is_of_one_kind() -> None:
     assert found["spire_server_telemetry_dropped", ()] == 1
 
 
+def test_a_part_of_a_distribution_is_no_name_for_something_else() -> None:
+    registry = _registry()
+    registry.sample(("x",), 1)
+    registry.count(("x", "count"))
+    registry.gauge(("y_sum",), 1)
+    registry.sample(("y",), 1)
+    found = _samples(registry)
+    assert found["spire_server_x_count", ()] == 1
+    assert found["spire_server_y_sum", ()] == 1
+    assert found["spire_server_telemetry_dropped", ()] == 2
+
+
+def test_labels_that_are_prometheus_own_get_other_names() -> None:
+    registry = _registry()
+    given = {"__name__": "a", "quantile": "b", "0": "c", "_:": "d"}
+    registry.sample(("x",), 1, given)
+    ((_, pairs),) = [k for k in _samples(registry) if k[0] == "spire_server_x_count"]
+    assert dict(pairs) == {"_name__": "a", "exported_quantile": "b", "_0": "c", "_": "d"}
+
+
 def test_forgotten_series_are_gone_and_can_come_back() -> None:
     registry = _registry()
     registry.gauge(("custody",), 1, {"id": "a"})
