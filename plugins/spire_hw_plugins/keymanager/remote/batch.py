@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.aio.tasks import Tasks
@@ -26,22 +27,45 @@ MAX_WAITING: Final = 1024
 MAX_UNDER_WAY: Final = 8
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """Something to sign.
+
+    Attributes:
+        item: what.
+        told: what became of it.
+        until: when nobody waits for it any more, in the loop's time.
+    """
+
+    item: Item
+    told: asyncio.Future[KeySignature]
+    until: float
+
+
 class Batcher:
     """Collects signatures into batches and hands out what becomes of each."""
 
     def __init__(
         self,
-        send: Callable[[list[Item]], Awaitable[list[KeySignature | Refused]]],
+        send: Callable[[list[Item], float], Awaitable[list[KeySignature | Refused]]],
+        late: Callable[[], SpireHwError],
+        *,
+        timeout_s: float,
         log: Logger,
     ) -> None:
         """Describe it.
 
         Args:
-            send: has a batch signed; an error is that of all its items.
+            send: has a batch signed within some seconds; an error is that of all its items.
+            late: makes the error of what was not sent in time.
+            timeout_s: for each signature, from when it is asked for.
             log: where unexpected errors go.
         """
         self._send = send
-        self._waiting: deque[tuple[Item, asyncio.Future[KeySignature]]] = deque()
+        self._late = late
+        self._timeout_s = timeout_s
+        self._waiting: deque[_Waiting] = deque()
+        self._sweep: asyncio.TimerHandle | None = None
         self._under_way = 0
         self._is_flush_due = False
         self._closed = False
@@ -61,7 +85,7 @@ class Batcher:
             raise LimitError("too many signatures wait for the signer; try again later")
         loop = asyncio.get_running_loop()
         told: asyncio.Future[KeySignature] = loop.create_future()
-        self._waiting.append((item, told))
+        self._waiting.append(_Waiting(item, told, loop.time() + self._timeout_s))
         if not self._is_flush_due:
             self._is_flush_due = True
             loop.call_soon(self._flush)
@@ -70,60 +94,73 @@ class Batcher:
     async def close(self) -> None:
         """Fail what waits and what is under way."""
         self._closed = True
+        if self._sweep is not None:
+            self._sweep.cancel()
         await self._tasks.close()
         while self._waiting:
-            _, told = self._waiting.popleft()
-            if not told.done():
-                told.set_exception(UnavailableError("the key manager was closed"))
+            _fail(self._waiting.popleft(), UnavailableError("the key manager was closed"))
 
     def _flush(self) -> None:
         self._is_flush_due = False
+        loop = asyncio.get_running_loop()
         while self._under_way < MAX_UNDER_WAY and not self._closed:
             batch = self._next()
             if not batch:
                 return
             self._under_way += 1
-            self._tasks.start("sign", self._run(batch))
+            self._tasks.start("sign", self._run(batch, batch[0].until - loop.time()))
+        if self._waiting and self._sweep is None and not self._closed:
+            self._sweep = loop.call_at(self._waiting[0].until, self._drop_late)
 
-    def _next(self) -> list[tuple[Item, asyncio.Future[KeySignature]]]:
+    def _drop_late(self) -> None:
+        """Fail what has waited for its turn until its time was over."""
+        self._sweep = None
+        now = asyncio.get_running_loop().time()
+        while self._waiting and self._waiting[0].until <= now:
+            _fail(self._waiting.popleft(), self._late())
+        self._flush()
+
+    def _next(self) -> list[_Waiting]:
         """Take as many as fit into one request, those that nobody waits for any more left out."""
-        batch: list[tuple[Item, asyncio.Future[KeySignature]]] = []
+        batch: list[_Waiting] = []
         size = 0
         while self._waiting and len(batch) < MAX_ITEMS:
-            item, told = self._waiting[0]
-            if not told.done():
-                size += item.size
+            first = self._waiting[0]
+            if not first.told.done():
+                size += first.item.size
                 if batch and size > MAX_BATCH_BYTES:
                     break
-                batch.append((item, told))
+                batch.append(first)
             self._waiting.popleft()
         return batch
 
-    async def _run(self, batch: list[tuple[Item, asyncio.Future[KeySignature]]]) -> None:
+    async def _run(self, batch: list[_Waiting], left_s: float) -> None:
         try:
-            results = await self._send([item for item, _ in batch])
+            results = await self._send([one.item for one in batch], left_s)
         except SpireHwError as e:
-            for _, told in batch:
-                if not told.done():
-                    told.set_exception(e)
+            for one in batch:
+                _fail(one, e)
         else:
-            for (_, told), result in zip(batch, results, strict=True):
-                _settle(told, result)
+            for one, result in zip(batch, results, strict=True):
+                _settle(one, result)
         finally:
             self._under_way -= 1
-            for _, told in batch:
-                if not told.done():
-                    told.set_exception(UnavailableError("the key manager was closed"))
+            for one in batch:
+                if not one.told.done():
+                    _fail(one, UnavailableError("the key manager was closed"))
             self._flush()
 
     def _failed(self, name: str, error: BaseException) -> None:
         self._log.error("task failed", task=name, exc_info=error)
 
 
-def _settle(told: asyncio.Future[KeySignature], result: KeySignature | Refused) -> None:
-    if told.done():
-        return
+def _settle(one: _Waiting, result: KeySignature | Refused) -> None:
     if isinstance(result, Refused):
-        told.set_exception(result.error)
-    else:
-        told.set_result(result)
+        _fail(one, result.error)
+    elif not one.told.done():
+        one.told.set_result(result)
+
+
+def _fail(one: _Waiting, error: SpireHwError) -> None:
+    if not one.told.done():
+        one.told.set_exception(error)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from google.protobuf.message import Message
 
 from spire_hw.aio.tasks import Tasks
-from spire_hw.errors import ErrorKind, SpireHwError, VerificationError
+from spire_hw.errors import ErrorKind, SpireHwError, UnavailableError, VerificationError
 from spire_hw.rpc.client import Channel, connect, connect_unix
 from spire_hw.rpc.status import from_code
 from spire_hw.transport.dialer import Dialer
@@ -152,7 +152,7 @@ class Door:
                 f"signer {self.name}: {cause.message}; check signer_ca and signer_id or signer_name",
                 kind=ErrorKind.UNAUTHENTICATED,
             )
-        return _named(self.name, error)
+        return _named(self.name, error if cause is None else UnavailableError(cause.message))
 
     def _retire(self, channel: Channel) -> None:
         self._retired.append(channel)

@@ -61,7 +61,7 @@ class Session:
             metrics=host.metrics,
             log=host.log,
         )
-        self._batcher = Batcher(self._send, host.log)
+        self._batcher = Batcher(self._send, self._late, timeout_s=settings.timeout_s, log=host.log)
         self._generating = asyncio.Lock()
         self._tasks = Tasks(self._failed)
 
@@ -169,16 +169,7 @@ class Session:
         item = Item(secrets.token_bytes(REQUEST_ID_BYTES), info.key_id, purpose, content, options)
         if item.size > MAX_BATCH_BYTES:
             raise InvalidInputError(f"{len(content)} bytes are too much for a signer")
-        try:
-            async with asyncio.timeout(self._settings.timeout_s):
-                made = await self._batcher.sign(item)
-        except TimeoutError as e:
-            if self._signers.current is None:
-                raise self._signers.trouble from e
-            raise SpireHwError(
-                f"signer did not sign within {self._settings.timeout_s:g} s",
-                kind=ErrorKind.DEADLINE_EXCEEDED,
-            ) from e
+        made = await self._batcher.sign(item)
         if made.fingerprint != info.fingerprint:
             info = await self._successor(info, made)
         try:
@@ -245,14 +236,22 @@ class Session:
         await link.look_at_log(left_s)
         await self._pins.held(await link.list_keys(left_s), link.name)
 
-    async def _send(self, items: list[Item]) -> list[KeySignature | Refused]:
+    async def _send(self, items: list[Item], left_s: float) -> list[KeySignature | Refused]:
         async def ask(link: Link, left_s: float) -> list[KeySignature | Refused]:
             results = await link.sign(items, left_s)
             if self._signers.has_spare(link) and (away := _all_away(results)):
                 raise away
             return results
 
-        return await self._signers.call(ask, self._settings.timeout_s)
+        return await self._signers.call(ask, left_s)
+
+    def _late(self) -> SpireHwError:
+        if self._signers.current is None:
+            return self._signers.trouble
+        return SpireHwError(
+            f"signers did not come to it within {self._settings.timeout_s:g} s",
+            kind=ErrorKind.DEADLINE_EXCEEDED,
+        )
 
     async def _successor(self, info: KeyInfo, made: KeySignature) -> KeyInfo:
         """Return the key that has signed in place of another, which was to be replaced.

@@ -34,7 +34,8 @@ class Far:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def send(self, items: list[Item]) -> list[KeySignature | Refused]:
+    async def send(self, items: list[Item], left_s: float) -> list[KeySignature | Refused]:
+        assert 0 < left_s <= 30
         self.batches.append(items)
         await self.gate.wait()
         return [self._answer(one) for one in items]
@@ -45,6 +46,15 @@ class Far:
         return KeySignature(one.request_id, "f")
 
 
+def batcher_to(far: Far, timeout_s: float = 30) -> Batcher:
+    return Batcher(
+        far.send,
+        lambda: SpireHwError("too late", kind=ErrorKind.DEADLINE_EXCEEDED),
+        timeout_s=timeout_s,
+        log=get_logger("test"),
+    )
+
+
 @pytest_asyncio.fixture
 async def far() -> Far:
     return Far()
@@ -52,7 +62,7 @@ async def far() -> Far:
 
 @pytest.mark.asyncio
 async def test_one_turn_is_one_batch_and_each_gets_its_own_answer(far: Far) -> None:
-    batcher = Batcher(far.send, get_logger("test"))
+    batcher = batcher_to(far)
     numbers = [n for n in range(40) if n != 13]
     made = await asyncio.gather(*(batcher.sign(item(n)) for n in numbers))
     assert [len(b) for b in far.batches] == [39]
@@ -63,7 +73,7 @@ async def test_one_turn_is_one_batch_and_each_gets_its_own_answer(far: Far) -> N
 
 @pytest.mark.asyncio
 async def test_batches_are_bounded_in_number_and_bytes(far: Far) -> None:
-    batcher = Batcher(far.send, get_logger("test"))
+    batcher = batcher_to(far)
     await asyncio.gather(*(batcher.sign(item(n + 100)) for n in range(150)))
     assert [len(b) for b in far.batches] == [MAX_ITEMS, MAX_ITEMS, 22]
     far.batches.clear()
@@ -74,7 +84,7 @@ async def test_batches_are_bounded_in_number_and_bytes(far: Far) -> None:
 
 @pytest.mark.asyncio
 async def test_few_batches_are_under_way_and_the_rest_waits_together(far: Far) -> None:
-    batcher = Batcher(far.send, get_logger("test"))
+    batcher = batcher_to(far)
     far.gate.clear()
     async with asyncio.TaskGroup() as group:
         for n in range(MAX_UNDER_WAY + 20):
@@ -88,7 +98,7 @@ async def test_few_batches_are_under_way_and_the_rest_waits_together(far: Far) -
 
 @pytest.mark.asyncio
 async def test_who_went_away_is_left_out_and_too_many_are_refused(far: Far) -> None:
-    batcher = Batcher(far.send, get_logger("test"))
+    batcher = batcher_to(far)
     far.gate.clear()
     async with asyncio.TaskGroup() as group:
         for n in range(MAX_UNDER_WAY):
@@ -108,7 +118,7 @@ async def test_who_went_away_is_left_out_and_too_many_are_refused(far: Far) -> N
 
 @pytest.mark.asyncio
 async def test_closing_fails_what_waits_and_what_is_under_way(far: Far) -> None:
-    batcher = Batcher(far.send, get_logger("test"))
+    batcher = batcher_to(far)
     far.gate.clear()
     kinds = []
 
@@ -125,3 +135,25 @@ async def test_closing_fails_what_waits_and_what_is_under_way(far: Far) -> None:
             await asyncio.sleep(0)
         await batcher.close()
     assert kinds == [ErrorKind.UNAVAILABLE] * (MAX_UNDER_WAY + 3)
+
+
+@pytest.mark.asyncio
+async def test_what_does_not_get_its_turn_in_time_is_told_so(far: Far) -> None:
+    batcher = batcher_to(far, timeout_s=0.1)
+    far.gate.clear()
+    async with asyncio.TaskGroup() as group:
+        for n in range(MAX_UNDER_WAY):
+            group.create_task(batcher.sign(item(n + 1000)))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        for n in range(3):
+            group.create_task(expect_late(batcher, n))
+        await asyncio.sleep(0.2)
+        far.gate.set()
+    assert len(far.batches) == MAX_UNDER_WAY
+
+
+async def expect_late(batcher: Batcher, number: int) -> None:
+    with pytest.raises(SpireHwError, match="too late") as caught:
+        await batcher.sign(item(number))
+    assert caught.value.kind is ErrorKind.DEADLINE_EXCEEDED
