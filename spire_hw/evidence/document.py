@@ -144,14 +144,19 @@ def encode_report(report: KeyReport) -> dict[str, Any]:
         "fingerprint": report.fingerprint,
         "spki": report.spki.hex(),
         "custody": evidence.custody.value,
-        "location": evidence.location,
-        "device": evidence.device,
-        "token": evidence.token,
+        "location": _plain(evidence.location),
+        "device": _plain(evidence.device),
+        "token": _plain(evidence.token),
         "generation": evidence.generation,
         "created": _time(evidence.created),
         "last_used": _time(report.last_used),
-        "attributes": dict(evidence.attributes),
+        "attributes": {_plain(k): _plain(v) for k, v in evidence.attributes.items()},
     }
+
+
+def _plain(text: str) -> str:
+    """Return what a device says of itself as readers take it."""
+    return "".join(c if c.isprintable() else "?" for c in text[:_MAX_TEXT])
 
 
 def _time(moment: datetime | None) -> int | None:
