@@ -120,6 +120,8 @@ class Folder:
             NotReadyError: it cannot be opened.
         """
         try:
+            # It was closed already where the file after it was given up.
+            (self.path / name).chmod(0o600)
             self._file = self._open(name, 0)
             self.name, self.size = name, size
             self._torn = os.fstat(self._file).st_size != size

@@ -185,6 +185,8 @@ class Verifier:
             self._find("torn", text, Verdict.HOLDS)
         elif torn:
             self._find("unreadable", torn)
+        elif first and last:
+            self._find("torn", "the file was begun when the signer ended", Verdict.HOLDS)
         elif first:
             self._find("empty", "the file has no record")
         self._before = (name, digest)

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.asyncio
 DIGEST: Final = bytes(range(32))
-KILLS: Final = 12
+KILLS: Final = 8
 ADMIN: Final = "/spire_hw.signer.v1.SignerAdmin/"
 NAMES: Final = ("alice", "bob", "carol")
 FILE: Final = "audit-0000000000000001.log"

@@ -270,11 +270,15 @@ async def test_a_new_file_without_its_first_record_is_given_up(tmp_path: Path) -
     await log.open()
     await sign_some(log, 10)
     await log.close()
+    newest = directory / file_names(directory)[-1]
     for content in (b"", b'{"boot'):
+        newest.chmod(0o400)
         (directory / "audit-0000000000009999.log").write_bytes(content)
+        report = verify(directory)
+        assert (report.verdict.value, {f.code for f in report.findings}) == ("holds", {"torn"})
         again = make_log(directory, max_bytes=4000)
         await again.open()
-        await sign_some(again, 1)
+        assert stat.S_IMODE(newest.stat().st_mode) == 0o600
         await again.close()
         assert verify(directory).verdict.value == "holds"
 
