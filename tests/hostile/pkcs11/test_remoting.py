@@ -93,7 +93,7 @@ async def test_fault_82_no_server_behind_the_socket_at_start(
 ) -> None:
     manager = rig.build()
     with pytest.raises(SpireHwError, match="p11-kit: no slots at unix:path=") as caught:
-        await manager.configure(rig.config(**behind(remote, start_timeout="1s")))
+        await manager.configure(rig.config(**behind(remote, start_timeout="6s")))
     assert caught.value.kind is ErrorKind.UNAVAILABLE
     assert str(remote.socket) in caught.value.message
     assert "not present" not in caught.value.message
@@ -178,7 +178,7 @@ async def test_fault_85_a_tunnel_that_is_cut_and_a_far_end_that_refuses(
     async with tunnel(entrance, remote.socket):
         manager = rig.build()
         with pytest.raises(SpireHwError, match="tunnel") as caught:
-            await manager.configure(rig.config(**{**settings, "start_timeout": "1s"}))
+            await manager.configure(rig.config(**{**settings, "start_timeout": "6s"}))
         assert caught.value.kind is ErrorKind.UNAVAILABLE
         remote.start()
         await manager.configure(rig.config(**settings))

@@ -115,7 +115,7 @@ async def test_fault_18_a_locked_pin_is_not_tried_again(rig: TokenRig, token: Tp
     for wrong in ("1111", "2222", "3333", "4444"):
         rig.write_pin(wrong)
         with pytest.raises(SpireHwError) as caught:
-            await start(rig, token, start_timeout="1s")
+            await start(rig, token, start_timeout="30s")
         assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
         assert wrong not in caught.value.message
     rig.write_pin(PIN)
@@ -123,7 +123,7 @@ async def test_fault_18_a_locked_pin_is_not_tried_again(rig: TokenRig, token: Tp
     place = {"module_path": token.module, "environment": token.environment}
     for _ in range(2):
         with pytest.raises(SpireHwError, match=r"PIN_LOCKED|not be tried again") as caught:
-            await manager.configure(rig.config(**place, start_timeout="1s"))
+            await manager.configure(rig.config(**place, start_timeout="30s"))
         assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
     await manager.close()
     token.reset_lockout()
