@@ -191,8 +191,7 @@ class SignerService:
         work: list[Work] = []
         answers = [self._admit(caller, keys, item, work) for item in items]
         if work:
-            task = self._tasks.spawn("sign", self._carry_out(caller, keys, work, call.deadline_s))
-            await asyncio.shield(task)
+            self._tasks.start("sign", self._carry_out(caller, keys, work, call.deadline_s))
         return hw_signer_pb2.SignResponse(
             results=[await _settled(answer) for answer in answers],
             log_head=head_message(self._audit.head),
@@ -337,8 +336,11 @@ class SignerService:
             seqs = await self._audit.intend([one.intent for one in work])
             jobs = [self._sign(one, seq, deadline_s) for one, seq in zip(work, seqs, strict=True)]
             # One alone needs no task of its own: that is a turn of the loop less for its caller.
-            many = len(jobs) > 1
-            self._audit.conclude(await asyncio.gather(*jobs) if many else [await jobs[0]])
+            outcomes = await asyncio.gather(*jobs) if len(jobs) > 1 else [await jobs[0]]
+            try:
+                await asyncio.sleep(0)  # whoever waits gets the answer first
+            finally:
+                self._audit.conclude(outcomes)
         except SpireHwError as e:
             self._log.error("Nothing was signed", error=e.message, items=len(work))
             for one in work:
