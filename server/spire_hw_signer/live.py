@@ -7,6 +7,7 @@ the audit log before anything is done under it.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import NotReadyError, SpireHwError
@@ -15,7 +16,7 @@ from spire_hw_signer.keys import OwnerKeys, open_owner
 from spire_hw_signer.policyfile import describe, load_policy
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
     from pathlib import Path
 
     from spire_hw.log import Logger
@@ -81,15 +82,20 @@ class Live:
         async with self._changing:
             await self._use(await asyncio.to_thread(load_policy, self._file))
 
-    async def reload(self) -> bool:
-        """Read policy and TLS files again; tell whether all of them are in force now."""
+    async def reload(self, meant: str = "") -> bool:
+        """Read policy and TLS files again; tell whether all of them are in force now.
+
+        Args:
+            meant: hash of the only policy that is taken, "" for any.
+        """
         async with self._changing:
-            faults = [f async for f in self._reload()]
+            faults = [f async for f in self._reload(meant)]
         self._fault = "; ".join(faults)
         return not faults
 
-    async def _reload(self) -> AsyncIterator[str]:
-        steps = {"policy": self._reload_policy, "tls": self._reload_tls}
+    async def _reload(self, meant: str) -> AsyncIterator[str]:
+        steps: dict[str, Callable[[], Awaitable[None]]]
+        steps = {"policy": partial(self._reload_policy, meant), "tls": self._reload_tls}
         for what, step in steps.items():
             try:
                 await step()
@@ -105,8 +111,11 @@ class Live:
             else:
                 self._metrics.count(_RELOAD, labels={"what": what, "result": "done"})
 
-    async def _reload_policy(self) -> None:
-        await self._use(await asyncio.to_thread(load_policy, self._file))
+    async def _reload_policy(self, meant: str) -> None:
+        policy = await asyncio.to_thread(load_policy, self._file)
+        if meant not in {"", policy.hash}:
+            raise NotReadyError(f"{self._file} has policy {policy.hash}, meant is {meant}")
+        await self._use(policy)
 
     async def _reload_tls(self) -> None:
         if self._tls is not None:

@@ -31,6 +31,7 @@ from spire_hw_signer.audit.seal import examine, seal
 from spire_hw_signer.audit.start import BrokenLogError
 from spire_hw_signer.audit.verify import Verdict, Witness
 from spire_hw_signer.orders import Action, Order, SignedOrder
+from spire_hw_signer.policyfile import load_policy
 from spire_hw_sim.auditrig import (
     codes,
     intent,
@@ -573,6 +574,22 @@ async def test_fault_115_one_operator_may_shut_out_but_not_let_in(tmp_path: Path
             await direct(room.rig, Action.CLIENT_UNREVOKE, client)
         await room.submit(room.signed(await room.order(Action.CLIENT_UNREVOKE, client)))
         assert (await room.rig.sign("x509-CA-A", digest=DIGEST)).signature
+
+
+async def test_fault_115_the_policy_that_was_signed_and_no_other(tmp_path: Path) -> None:
+    async with room_of(tmp_path / "r", keys="disk") as room:
+        before = room.rig.signer.live.policy.hash
+        room.rig.write_policy(client_policy(raw="true", max_in_flight="9"))
+        wanted = load_policy(room.rig.policy_file).hash
+        room.rig.write_policy(client_policy(raw="true", max_in_flight="10"))
+        order = await room.order(Action.POLICY_RELOAD, wanted)
+        with pytest.raises(SpireHwError, match="what was in force stays"):
+            await room.submit(room.signed(order))
+        assert room.rig.signer.live.policy.hash == before
+        room.rig.write_policy(client_policy(raw="true", max_in_flight="9"))
+        again = await room.order(Action.POLICY_RELOAD, wanted)
+        assert wanted in (await room.submit(room.signed(again))).message
+        assert room.rig.signer.live.policy.hash == wanted
 
 
 async def test_fault_115_expiries_are_not_judged_by_a_clock_that_jumped(tmp_path: Path) -> None:
