@@ -287,6 +287,7 @@ class Seat:
         if why is not None and why.reason not in _NO_HURRY:
             # The token failed, not the process: the breaker says when it is tried again.
             self.problem = why
+            self._deaths += self._breaker is None
             return
         self._deaths += 1
         if not worker.was_killed:
@@ -348,6 +349,9 @@ class Seat:
                 )
             except TokenError as e:
                 worker.kill(e)
+            else:
+                # What came meanwhile found no room beside the ping.
+                self._changed()
 
 
 def _death_error(how: str) -> TokenError:

@@ -184,6 +184,30 @@ async def test_fault_46_a_device_that_fails_is_tried_by_one_worker_and_seldom(
 
 
 @pytest.mark.asyncio
+async def test_fault_46_listing_a_device_that_fails_logs_in_seldom_too(rig: TokenRig) -> None:
+    manager = await started(rig)
+    traces = Traces(rig, manager)
+    logins = rig.faults.calls("C_Login")
+    rig.faults.set(Fault("C_FindObjectsInit", pid=0, returns=0x30, instead=True))
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    while loop.time() - start < 4:
+        with pytest.raises(SpireHwError) as caught:
+            await manager.get_public_keys()
+        assert caught.value.kind is ErrorKind.UNAVAILABLE
+        await asyncio.sleep(0.01)
+    assert rig.faults.calls("C_Login") - logins <= 6
+    rig.faults.clear()
+    async with asyncio.timeout(60):
+        while True:
+            with suppress(SpireHwError):
+                assert len(await manager.get_public_keys()) == 1
+                break
+            await asyncio.sleep(0.1)
+    await traces.check()
+
+
+@pytest.mark.asyncio
 async def test_fault_47_an_operation_left_active_dies_with_its_session(rig: TokenRig) -> None:
     manager = await started(rig)
     traces = Traces(rig, manager)
@@ -231,6 +255,20 @@ async def test_fault_48_a_slow_token_serves_all_keys_and_what_is_urgent_first(
     assert "queue full (64)" in refused[0].message
     rig.faults.clear()
     await signs(manager, "x509", "jwt")
+
+
+@pytest.mark.slow
+@pytest.mark.asyncio
+async def test_fault_48_what_comes_during_a_ping_of_a_slow_token_is_served_after_it(
+    rig: TokenRig,
+) -> None:
+    manager = await started(rig)
+    rig.faults.set(Fault("C_Sign", sleep_s=0.02), Fault("C_GetSessionInfo", sleep_s=1))
+    pings = rig.faults.calls("C_GetSessionInfo", manager.worker_pids[1])
+    while rig.faults.calls("C_GetSessionInfo", manager.worker_pids[1]) < pings + 1:
+        await signs(manager)
+        await asyncio.sleep(0.2)
+    await signs(manager)
 
 
 @pytest.mark.asyncio
