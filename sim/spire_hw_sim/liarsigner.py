@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from spire_hw._pb import hw_signer_pb2 as pb
 from spire_hw.aio.tasks import Tasks
+from spire_hw.errors import NotReadyError
 from spire_hw.key import (
     HashAlgorithm,
     KeyType,
@@ -101,6 +102,7 @@ class LiarSigner:
         executed: request ids whose signature or key was made.
         asked: a signature was asked for.
         hang: signatures wait for it, unless it is None.
+        makes_no_keys: its device is one that another signer makes keys on.
         dies_after_generation: the next key is its last deed.
         callers: SPIFFE IDs of who asked for signatures, in order.
     """
@@ -127,7 +129,7 @@ class LiarSigner:
         self._tasks = Tasks(self._failed)
         self.hang: asyncio.Event | None = None
         self.asked = asyncio.Event()
-        self.dies_after_generation = False
+        self.dies_after_generation = self.makes_no_keys = False
         self.callers: list[str] = []
 
     @property
@@ -176,6 +178,8 @@ class LiarSigner:
     async def generate_key(self, request: Any, call: Call) -> pb.GenerateKeyResponse:
         """Serve GenerateKey."""
         self.request_ids.append(request.request_id)
+        if self.makes_no_keys:
+            raise NotReadyError("the signer could not do it: record 7 of its audit log tells why")
         made = self._answers.get(request.request_id)
         if made is None:
             made = generate_private_key(KeyType(request.key_type))

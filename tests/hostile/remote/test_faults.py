@@ -578,3 +578,23 @@ async def test_generation_goes_on_at_another_signer_of_the_same_token(rig: Remot
     assert shelf.generations == 1
     assert two.request_ids == []
     assert made.fingerprint == (await manager.get_public_keys())[0].fingerprint
+
+
+@pytest.mark.asyncio
+async def test_keys_are_made_at_the_signer_that_may(rig: RemoteRig) -> None:
+    shelf = Shelf()
+    one, two = await rig.signer(shelf), await rig.signer(shelf)
+    one.makes_no_keys = True
+    manager = await rig.manager(one.address, two.address)
+    await healed(manager)
+    made = await manager.generate_key("id", P256)
+    assert shelf.generations == 1
+    await signs(manager)
+    await healed(manager)
+    before = len(one.batches)
+    await signs(manager)
+    assert len(one.batches) == before + 1
+    two.makes_no_keys = True
+    with pytest.raises(NotReadyError, match="record 7"):
+        await manager.generate_key("id", P256)
+    assert [k.fingerprint for k in await manager.get_public_keys()] == [made.fingerprint]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, Self
 
 from spire_hw.aio.tasks import Tasks
@@ -11,11 +12,18 @@ from spire_hw.errors import (
     ErrorKind,
     InvalidInputError,
     NotFoundError,
+    NotReadyError,
     SpireHwError,
     UnavailableError,
 )
 from spire_hw.key import KeyType, Purpose, SignOptions, verify_digest
-from spire_hw.plugin.keymanager import DeviceHealth, KeyEvidence, KeyHealth, KeySignature
+from spire_hw.plugin.keymanager import (
+    DeviceHealth,
+    KeyEvidence,
+    KeyHealth,
+    KeyInfo,
+    KeySignature,
+)
 from spire_hw.telemetry.metrics import count_fault
 from spire_hw_plugins.keymanager.remote import wire
 from spire_hw_plugins.keymanager.remote.batch import MAX_BATCH_BYTES, Batcher
@@ -28,9 +36,9 @@ from spire_hw_plugins.keymanager.remote.wire import Item, Refused
 
 if TYPE_CHECKING:
     from spire_hw.plugin.info import HostInfo
-    from spire_hw.plugin.keymanager import KeyInfo
     from spire_hw_plugins.keymanager.remote.config import Address, Settings
 
+_Ask = Callable[[Link, float], Awaitable[tuple[KeyInfo | Refused, Link]]]
 _EC_TYPES: Final = {KeyType.EC_P256, KeyType.EC_P384}
 _NOTE_EVERY_S: Final = 10.0
 # After these nobody knows whether a key was made: the same request is asked again.
@@ -122,16 +130,16 @@ class Session:
             pending, is_again = await self._pins.begin(key_id, key_type)
             tries = 1 if is_again else 0
 
-            async def ask(link: Link, left_s: float) -> KeyInfo | Refused:
+            async def ask(link: Link, left_s: float) -> tuple[KeyInfo | Refused, Link]:
                 nonlocal tries
                 tries += 1
                 if tries > 1:
                     for info in await link.list_keys(left_s):
                         if info.key_id == key_id and pending.is_answered_by(info):
-                            return info
-                return await link.generate(pending.request_id, key_id, key_type, left_s)
+                            return info, link
+                return await link.generate(pending.request_id, key_id, key_type, left_s), link
 
-            made = await self._signers.call(ask, self._settings.generate_timeout_s, again=False)
+            made, maker = await self._generated(ask)
             if isinstance(made, Refused):
                 if made.error.kind in _UNSETTLED:
                     await self._pins.renew(key_id)
@@ -139,8 +147,26 @@ class Session:
                     await self._pins.settle(key_id, None)
                 raise made.error
             await self._pins.settle(key_id, made)
-        self._signers.recheck()
+            self._signers.changed_by(maker)
         return made
+
+    async def _generated(self, ask: _Ask) -> tuple[KeyInfo | Refused, Link]:
+        """Ask for a key, and elsewhere when one signer's device makes none.
+
+        Of several signers that use one token's keys, one alone makes new ones.
+        """
+        timeout_s = self._settings.generate_timeout_s
+        try:
+            return await self._signers.call(ask, timeout_s, again=False)
+        except NotReadyError:
+            for link in self._signers.spares():
+                try:
+                    return await ask(link, timeout_s)
+                except SpireHwError as other:
+                    self._log.warning(
+                        "no key was made there", signer=link.name, error=other.message
+                    )
+            raise
 
     async def sign(
         self,

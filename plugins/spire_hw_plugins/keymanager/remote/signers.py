@@ -139,11 +139,19 @@ class Signers:
         """Tell whether another signer could be asked."""
         return any(one.trouble is None for one in self.links if one is not link)
 
-    def recheck(self) -> None:
-        """Ask those that are not in use again whether they hold our keys, which have changed."""
-        for link in self.links:
-            if link is not self._current:
-                self._probe(link, 0)
+    def spares(self) -> list[Link]:
+        """Return those that could be asked besides the one in use."""
+        return [one for one in self.links if one.trouble is None and one is not self._current]
+
+    def changed_by(self, link: Link) -> None:
+        """Use the signer that has made a key; the others first have to be seen to hold it too."""
+        for one in self.links:
+            if one is not link:
+                one.trouble = UnavailableError(
+                    f"signer {one.name} was not asked for the new key yet"
+                )
+                self._probe(one, 0)
+        link.trouble, self._current = None, link
 
     async def close(self) -> None:
         """End all connections."""
