@@ -121,6 +121,8 @@ class Agent:
         """
         settings, clock = self.settings, self._clock
         self._ended = asyncio.get_running_loop().create_future()
+        if self.telemetry.is_read:
+            self._stack.callback(count_log_lines(self.telemetry.metrics))
         storage = Storage(settings.data_dir)
         self._stack.callback(storage.close)
         catalog = await self._plugins()
@@ -349,7 +351,6 @@ class Agent:
         telemetry.before_reading(measure)
         await telemetry.start(identity=upstream.tls_identity, bundles=cache.bundles)
         self._stack.push_async_callback(telemetry.close)
-        self._stack.callback(count_log_lines(metrics))
 
     async def _check_ready(self) -> None:
         self.check_ready()

@@ -290,6 +290,8 @@ class Server:
             self.log.warning(notice)
         self._failure = asyncio.get_running_loop().create_future()
         self._stack.callback(self._failure.cancel)
+        if self.telemetry.is_read:
+            self._stack.callback(count_log_lines(self.telemetry.metrics))
         prepare_data_dir(settings.data_dir, self.log)
         self._stack.callback(lock_data_dir(settings.data_dir))
         await asyncio.to_thread(check_addresses, settings)
@@ -573,7 +575,6 @@ class Server:
             identity=parts.identity.tls_identity, bundles=lambda: bundles.all
         )
         self._stack.push_async_callback(self.telemetry.close)
-        self._stack.callback(count_log_lines(self.telemetry.metrics))
 
     def _start_loops(self, parts: Parts, health: Health) -> None:
         settings = self.settings
