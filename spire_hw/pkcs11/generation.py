@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _KEPT_S: Final = 300.0
 _IDS: Final = 3
+_OWNER_PARTS: Final = 3  # of a label
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,27 @@ class Making:
         await disposal.now()
         place = {"id": pack_bytes(self.cka_id), "label": self.label}
         await self.pool.ask(Kind.DESTROY, place, what="destroy key pair")
-        return await self._ask()
+        try:
+            return await self._ask()
+        except TokenError as e:
+            if e.kind is not ErrorKind.RESOURCE_EXHAUSTED:
+                raise
+            raise await self._full(e) from e
+
+    async def _full(self, cause: TokenError) -> TokenError:
+        listing = await self.pool.ask(Kind.LIST, {"prefix": ""}, what="list objects")
+        labels = [str(o.get("label")) for name in ("halves", "data") for o in listing.get(name, ())]
+        prefix = ":".join(self.label.split(":")[:_OWNER_PARTS]) + ":"
+        ours = sum(label.startswith(prefix) for label in labels)
+        return TokenError(
+            f"token full: {ours} objects of ours, {len(labels) - ours} others "
+            f"({cause.message.partition(';')[0]}); make room on it",
+            reason=cause.reason,
+            operation=cause.operation,
+            device=cause.device,
+            code=cause.code,
+            kind=cause.kind,
+        )
 
     async def _ask(self) -> Made:
         if is_ec(self.key_type):

@@ -9,7 +9,7 @@ import pytest
 
 from spire_hw.errors import SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions
-from spire_hw_sim.pkcs11faults import FUNCTIONS, Fault
+from spire_hw_sim.pkcs11faults import FUNCTIONS, Fault, Faults
 from spire_hw_sim.softhsm import SoftHsm
 from spire_hw_sim.tokenrig import TokenRig
 
@@ -75,3 +75,18 @@ async def test_flags_mechanisms_attributes_and_crashes(tmp_path: Path) -> None:
         await manager.generate_key("a", KeyType.EC_P256)
         rig.faults.set(Fault("C_Sign", crash=signal.SIGSEGV, times=1))
         await manager.sign_data("a", bytes(32), SHA256)
+
+
+@pytest.mark.asyncio
+async def test_workers_of_a_host_that_has_a_configuration_only_fail_as_planned(
+    tmp_path: Path,
+) -> None:
+    async with TokenRig(tmp_path) as rig:
+        faults = Faults(tmp_path / "faults", rig.hsm.module)
+        environment = {**rig.hsm.environment, **faults.environment()}
+        manager = await rig.start(environment=environment)
+        await manager.generate_key("a", KeyType.EC_P256)
+        assert faults.calls("C_Login") == 2
+        faults.set(Fault("C_Sign", times=1, returns=0x21))
+        with pytest.raises(SpireHwError, match="DATA_LEN_RANGE"):
+            await manager.sign_data("a", bytes(32), SHA256)

@@ -86,7 +86,11 @@ async def test_fault_59_a_full_token_makes_room_once_and_then_says_so(
     old = await fingerprint(manager)
     rig.faults.set(Fault("C_GenerateKeyPair", returns=code, instead=True))
     before = rig.faults.calls("C_GenerateKeyPair")
-    assert (await failure(manager)).kind is ErrorKind.RESOURCE_EXHAUSTED
+    rig.meddle("make('somebody else', b'x' * 16)")
+    error = await failure(manager)
+    assert error.kind is ErrorKind.RESOURCE_EXHAUSTED
+    assert "token full: 3 objects of ours, 2 others" in error.message
+    rig.meddle("[o.destroy() for o in find(LABEL='somebody else')]")
     assert rig.faults.calls("C_GenerateKeyPair") == before + 2
     assert await fingerprint(manager) == old
     rig.faults.clear()
