@@ -1,4 +1,4 @@
-"""One token in one worker process: load the module, choose the token, log in, keep a session.
+"""One token in one worker process: log in, keep a session, notice when it is lost.
 
 Runs in the worker only. Two sessions are open: an anchor that holds the login for ever, and a
 working session that is thrown away after any failed operation, because a failure may leave the
@@ -7,57 +7,20 @@ operation active for good.
 
 from __future__ import annotations
 
-import ctypes
-import os
-from dataclasses import dataclass
-from pathlib import Path, PurePath
-from typing import Any, Final
+from pathlib import PurePath
+from typing import Final
 
-import pkcs11
-from pkcs11 import Attribute, ObjectClass, Session, Token, TokenFlag
+from pkcs11 import Attribute, ObjectClass, Session, TokenFlag
 from pkcs11.exceptions import PKCS11Error, SessionCount, SessionReadOnly, TokenWriteProtected
 
 from spire_hw.errors import ErrorKind
 from spire_hw.pkcs11.errors import Cure, TokenError, ckr_of
 from spire_hw.pkcs11.functions import CkrError, Functions
+from spire_hw.pkcs11.slots import TokenChoice, choose, load, serial_of
 
 _CKS_LOGGED_IN: Final = frozenset({1, 3})  # CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS
 _CKR_CRYPTOKI_NOT_INITIALIZED: Final = 0x190
 _TOUCH_BITS: Final = 128
-_LOCAL: Final = (
-    "look at the device or its service, and at the module's own configuration and directories"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenChoice:
-    """Which token; both may be given, one must.
-
-    Attributes:
-        module: resolved path of the module.
-        label: CKA token label without padding, None for any.
-        serial: serial number without padding, None for any.
-        uri_attributes: further text attributes of an RFC 7512 URI that must match.
-        slot_id: slot number of an RFC 7512 URI; a hint where the token is named otherwise.
-    """
-
-    module: str
-    label: str | None
-    serial: str | None
-    uri_attributes: dict[str, str]
-    slot_id: int | None = None
-
-    @property
-    def is_named(self) -> bool:
-        """Tell whether more than a slot number says which token it is."""
-        return self.label is not None or self.serial is not None or bool(self.uri_attributes)
-
-    def describe(self) -> str:
-        """Return the choice in an operator's words."""
-        parts = [f'"{self.label}"'] if self.label is not None else []
-        parts += [f"serial {self.serial}"] if self.serial is not None else []
-        parts += [f"slot-id {self.slot_id}"] if self.slot_id is not None else []
-        return " ".join(["token", *parts])
 
 
 class TokenSession:
@@ -73,9 +36,9 @@ class TokenSession:
 
     def __init__(self, choice: TokenChoice) -> None:
         self._choice = choice
-        self._library = _load(choice.module)
+        self._library = load(choice.module)
         self.functions = _functions_of(choice.module)
-        self.token = _choose(self._library, choice)
+        self.token = choose(self._library, choice)
         self.device = f"{self.token.label}/{serial_of(self.token)}"
         self._anchor: Session | None = None
         self._session: Session | None = None
@@ -261,137 +224,6 @@ class TokenSession:
             return sorted(int(m) for m in self.token.slot.get_mechanisms())
         except PKCS11Error as e:
             raise TokenError.of(e, "list mechanisms", self.device) from e
-
-
-def serial_of(token: Token) -> str:
-    """Return a token's serial number as text, without padding."""
-    return token.serial.decode("ascii", "replace").strip("\0 ")
-
-
-def _load(module: str) -> Any:
-    try:
-        return pkcs11.lib(module)
-    except PKCS11Error as e:
-        text = str(e)
-        named = (
-            ("cannot open shared object", "pkcs11 module not found"),
-            ("C_GetFunctionList", "not a PKCS#11 module"),
-            ("OS exception", "not a shared library that can be loaded"),
-        )
-        reason = next((words for sign, words in named if sign in text), None)
-        if reason is None:
-            raise _uninitialised(module, e) from e
-        raise TokenError(
-            f"{reason}: {module}",
-            reason="hsm.module",
-            operation="load module",
-            cure=Cure.OPERATOR,
-            kind=ErrorKind.FAILED_PRECONDITION,
-        ) from e
-
-
-def _uninitialised(module: str, error: PKCS11Error) -> TokenError:
-    """Tell that a module does not find what it works with; it may do so later."""
-    row = ckr_of(error)
-    remedy = _remote(module) or _LOCAL
-    if row.name == "CRYPTOKI_ALREADY_INITIALIZED":
-        others = ", ".join(_loaded_modules(module)) or "a path that is not known"
-        remedy = f"it was loaded before as {others}: name that one, or what it stands for"
-    return TokenError(
-        f"initialise module failed: CKR_{row.name} from {module}; {remedy}",
-        reason=f"hsm.{row.name.lower()}",
-        operation="initialise module",
-        code=row.value,
-        cure=Cure.RESTART,
-        kind=ErrorKind.UNAVAILABLE if row.kind is ErrorKind.INTERNAL else row.kind,
-    )
-
-
-def _loaded_modules(module: str) -> list[str]:
-    """Return other libraries in this process that show a PKCS#11 function list."""
-    maps = Path("/proc/self/maps").read_text()
-    paths = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if ".so" in line}
-    found = []
-    for path in sorted(paths - {module}):
-        try:
-            ctypes.CDLL(path, os.RTLD_NOLOAD | os.RTLD_LAZY).C_GetFunctionList  # noqa: B018 - is it there?
-        except (OSError, AttributeError):
-            continue
-        found.append(path)
-    return found
-
-
-def _remote(module: str) -> str:
-    """Return what to look at when a module that speaks to another host finds nothing."""
-    if "p11-kit-client" not in PurePath(module).name:
-        return ""
-    return (
-        "look at the far end (p11-kit server with its token) and at the tunnel or socket in between"
-    )
-
-
-def _remote_address() -> str:
-    return os.environ.get("P11_KIT_SERVER_ADDRESS", "the default address")
-
-
-def _choose(library: Any, choice: TokenChoice) -> Token:
-    seen: list[Token] = []
-    for slot in library.get_slots(token_present=True):
-        try:
-            seen.append(slot.get_token())
-        except PKCS11Error:
-            # One broken slot must not hide the others; a token that stays unseen is reported below.
-            continue
-    found = [t for t in seen if t.flags & TokenFlag.TOKEN_INITIALIZED and _matches(t, choice)]
-    if choice.slot_id is not None and (len(found) > 1 or not choice.is_named):
-        # Slots are numbered anew now and then: what a token is called goes first.
-        found = [t for t in found if t.slot.slot_id == choice.slot_id]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        serials = ", ".join(serial_of(t) for t in found)
-        raise TokenError(
-            f"{choice.describe()} is ambiguous: serials {serials}; set token_serial",
-            reason="hsm.token_ambiguous",
-            operation="find token",
-            cure=Cure.OPERATOR,
-            kind=ErrorKind.FAILED_PRECONDITION,
-        )
-    if not seen and (remote := _remote(choice.module)) and not library.get_slots():
-        raise TokenError(
-            f"p11-kit: no slots at {_remote_address()}; {remote}",
-            reason="hsm.no_slots",
-            operation="find token",
-            cure=Cure.RESTART,
-            kind=ErrorKind.UNAVAILABLE,
-        )
-    names = ", ".join(f'"{t.label}"' for t in seen if t.label) or "none"
-    raise TokenError(
-        f"{choice.describe()} not present; tokens seen: {names}. Connect it, or correct which "
-        "token is meant",
-        reason="hsm.token_missing",
-        operation="find token",
-        cure=Cure.RESTART,
-        kind=ErrorKind.UNAVAILABLE,
-    )
-
-
-def _matches(token: Token, choice: TokenChoice) -> bool:
-    slot = token.slot
-    have = {
-        "token": token.label,
-        "serial": serial_of(token),
-        "model": token.model,
-        "manufacturer": token.manufacturer_id,
-        "slot-description": slot.slot_description,
-        "slot-manufacturer": slot.manufacturer_id,
-    }
-    want = dict(choice.uri_attributes)
-    if choice.label is not None:
-        want["token"] = choice.label
-    if choice.serial is not None:
-        want["serial"] = choice.serial
-    return all(have.get(name, "").strip("\0 ") == value.strip() for name, value in want.items())
 
 
 def _close_quietly(session: Session) -> None:

@@ -98,8 +98,9 @@ class Service:
     def _open(self, fields: dict[str, Any]) -> dict[str, Any]:
         try:
             from spire_hw.pkcs11.objects import TokenObjects  # noqa: PLC0415 - its absence is answered in words
+            from spire_hw.pkcs11.slots import TokenChoice, serial_of  # noqa: PLC0415 - its absence is answered in words
             from spire_hw.pkcs11.strokes import Strokes  # noqa: PLC0415 - its absence is answered in words
-            from spire_hw.pkcs11.token import TokenChoice, TokenSession, serial_of  # noqa: PLC0415 - its absence is answered in words
+            from spire_hw.pkcs11.token import TokenSession  # noqa: PLC0415 - likewise
         except ImportError as e:
             raise TokenError(
                 f"python-pkcs11 cannot be loaded ({e.name or 'shared library'}); "
