@@ -80,10 +80,10 @@ class Revocations:
 
 
 def _parse(content: bytes) -> frozenset[str]:
-    found = load_canonical(content.removesuffix(b"\n"), _WHAT)
+    found = load_canonical(content.removesuffix(b"\n"), "content")
     names = found.get("revoked")
     if set(found) != {"revoked"} or not isinstance(names, list):
-        raise EncodingError(_WHAT, "expected the member revoked, a list")
+        raise EncodingError("content", "expected the member revoked, a list")
     if not all(isinstance(name, str) for name in names):
-        raise EncodingError(_WHAT, "expected identities")
+        raise EncodingError("content", "expected identities")
     return frozenset(names)

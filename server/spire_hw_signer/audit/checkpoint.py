@@ -1,9 +1,7 @@
-r"""Checkpoints: the log key, which lives in the device, signs where the log ends, again and again.
+"""Checkpoints: the log key, which lives in the device, signs where the log ends, again and again.
 
 A checkpoint stands in the log and goes to other places, so that whoever changes the log afterwards
-would have to change those too, and the key cannot be had. What is signed is
-`"spire-hw audit checkpoint v1\n"` followed by canonical JSON of `at`, `clock`, `head`, `log` and
-`taken`, hashed with the hash that goes with the key.
+would have to change those too, and the key cannot be had.
 
 A checkpoint also tells whether the clock can be believed: one that has moved by more than five
 minutes against the last checkpoint cannot, until it is right again or an operator says that it is.
@@ -18,15 +16,16 @@ from typing import TYPE_CHECKING, Any, Final
 from spire_hw.aio.alarm import Alarm
 from spire_hw.aio.tasks import Tasks
 from spire_hw.errors import NotReadyError, SpireHwError, VerificationError
-from spire_hw.key import SignOptions, default_hash, fingerprint, spki_der, verify_digest
-from spire_hw_signer.audit.record import Kind, canonical, micro, time_text
+from spire_hw.key import SignOptions, default_hash, fingerprint, spki_der
+from spire_hw_signer.audit.record import Kind, micro, time_text
+from spire_hw_signer.audit.statement import statement_of, verify_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
 
     from spire_hw.clock import Clock
-    from spire_hw.key import PublicKey, Signer
+    from spire_hw.key import Signer
     from spire_hw.log import Logger
     from spire_hw_signer.audit.log import AuditLog
     from spire_hw_signer.audit.places import Place
@@ -36,34 +35,7 @@ if TYPE_CHECKING:
 EVERY_RECORDS: Final = 1000
 EVERY_S: Final = 60.0
 MAX_SKEW_S: Final = 300.0
-_DOMAIN: Final = b"spire-hw audit checkpoint v1\n"
 _SIGN_S: Final = 30.0
-_STATEMENT: Final = ("at", "clock", "head", "log", "taken")
-
-
-def statement_of(body: Mapping[str, Any]) -> bytes:
-    """Return what is signed of a checkpoint record's members."""
-    return _DOMAIN + canonical({name: body[name] for name in _STATEMENT})
-
-
-def verify_checkpoint(body: Mapping[str, Any], key: PublicKey) -> None:
-    """Check the signature of a checkpoint.
-
-    Args:
-        body: members of the record.
-        key: the log key.
-
-    Raises:
-        VerificationError: another key signed it, or its content is not what was signed.
-    """
-    if body["key"] != fingerprint(spki_der(key)):
-        raise VerificationError(f"is signed by another key, {body['key']}")
-    algorithm = default_hash(key)
-    digest = algorithm.digest(statement_of(body))
-    try:
-        verify_digest(key, digest, bytes.fromhex(body["signature"]), SignOptions(algorithm))
-    except SpireHwError as e:
-        raise VerificationError("has a signature that does not hold") from e
 
 
 @dataclass(frozen=True, slots=True)

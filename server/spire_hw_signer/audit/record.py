@@ -188,14 +188,13 @@ def load_canonical(data: bytes, what: str) -> dict[str, Any]:
     Raises:
         EncodingError: anything else.
     """
+    found = _load(data, what)
     try:
-        found = _load(data)
-        if canonical(found) == data:
-            return found
-    except EncodingError as e:
-        raise EncodingError(what, e.message.removeprefix(f"{WHAT}: ")) from e
+        same = canonical(found) == data
     except (ValueError, RecursionError) as e:
         raise EncodingError(what, "cannot be written again") from e
+    if same:
+        return found
     raise EncodingError(what, "is not in canonical JSON: members sorted, no blanks, ASCII")
 
 
@@ -220,38 +219,36 @@ def check_word(text: str, what: str) -> str:
     return text
 
 
-def _load(line: bytes) -> dict[str, Any]:
+def _load(text: bytes, what: str = WHAT) -> dict[str, Any]:
+    def no_number(_text: str) -> NoReturn:
+        raise EncodingError(what, "holds a number that is not whole")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            raise EncodingError(what, "a member appears twice")
+        return made
+
     try:
         members = json.loads(
-            line.decode("ascii"),
-            object_pairs_hook=_unique,
-            parse_float=_no_number,
-            parse_constant=_no_number,
+            text.decode("ascii"),
+            object_pairs_hook=unique,
+            parse_float=no_number,
+            parse_constant=no_number,
         )
     except UnicodeDecodeError as e:
-        raise EncodingError(WHAT, "is not ASCII", e.start) from e
+        raise EncodingError(what, "is not ASCII", e.start) from e
     except json.JSONDecodeError as e:
-        raise EncodingError(WHAT, f"is not JSON: {e.msg}", e.pos) from e
+        raise EncodingError(what, f"is not JSON: {e.msg}", e.pos) from e
     except RecursionError as e:
-        raise EncodingError(WHAT, "is nested too deep") from e
+        raise EncodingError(what, "is nested too deep") from e
     except EncodingError:
         raise
     except ValueError as e:  # more digits than Python reads
-        raise EncodingError(WHAT, "holds a number that is not allowed") from e
+        raise EncodingError(what, "holds a number that is not allowed") from e
     if not isinstance(members, dict):
-        raise EncodingError(WHAT, "is not an object")
+        raise EncodingError(what, "is not an object")
     return members
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise EncodingError(WHAT, "a member appears twice")
-    return made
-
-
-def _no_number(_text: str) -> NoReturn:
-    raise EncodingError(WHAT, "holds a number that is not whole")
 
 
 def _refuse(name: str, reason: str) -> NoReturn:
