@@ -24,21 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!spire_hw/_pb/server_journal.proto\x12\x1aspire_hw.server.journal.v1\"\xda\x01\n\x0bX509CAEntry\x12\x0f\n\x07slot_id\x18\x01 \x01(\t\x12\x11\n\tissued_at\x18\x02 \x01(\x03\x12\x13\n\x0b\x63\x65rtificate\x18\x03 \x01(\x0c\x12\x16\n\x0eupstream_chain\x18\x04 \x03(\x0c\x12\x32\n\x06status\x18\x05 \x01(\x0e\x32\".spire_hw.server.journal.v1.Status\x12\x14\n\x0c\x61uthority_id\x18\x06 \x01(\t\x12\x11\n\tnot_after\x18\x07 \x01(\x03\x12\x1d\n\x15upstream_authority_id\x18\x08 \x01(\t\"\xaf\x01\n\x0bJWTKeyEntry\x12\x0f\n\x07slot_id\x18\x01 \x01(\t\x12\x11\n\tissued_at\x18\x02 \x01(\x03\x12\x11\n\tnot_after\x18\x03 \x01(\x03\x12\x0b\n\x03kid\x18\x04 \x01(\t\x12\x12\n\npublic_key\x18\x05 \x01(\x0c\x12\x32\n\x06status\x18\x06 \x01(\x0e\x32\".spire_hw.server.journal.v1.Status\x12\x14\n\x0c\x61uthority_id\x18\x07 \x01(\t\"\xaf\x01\n\x0bWITKeyEntry\x12\x0f\n\x07slot_id\x18\x01 \x01(\t\x12\x11\n\tissued_at\x18\x02 \x01(\x03\x12\x11\n\tnot_after\x18\x03 \x01(\x03\x12\x0b\n\x03kid\x18\x04 \x01(\t\x12\x12\n\npublic_key\x18\x05 \x01(\x0c\x12\x32\n\x06status\x18\x06 \x01(\x0e\x32\".spire_hw.server.journal.v1.Status\x12\x14\n\x0c\x61uthority_id\x18\x07 \x01(\t\"\xb7\x01\n\x07\x45ntries\x12\x38\n\x07x509CAs\x18\x01 \x03(\x0b\x32\'.spire_hw.server.journal.v1.X509CAEntry\x12\x38\n\x07jwtKeys\x18\x02 \x03(\x0b\x32\'.spire_hw.server.journal.v1.JWTKeyEntry\x12\x38\n\x07witKeys\x18\x03 \x03(\x0b\x32\'.spire_hw.server.journal.v1.WITKeyEntry*8\n\x06Status\x12\x0b\n\x07UNKNOWN\x10\x00\x12\x0c\n\x08PREPARED\x10\x02\x12\n\n\x06\x41\x43TIVE\x10\x03\x12\x07\n\x03OLD\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!spire_hw/_pb/server_journal.proto\x12\x1aspire_hw.server.journal.v1\"\xec\x01\n\x0bX509CAEntry\x12\x0f\n\x07slot_id\x18\x01 \x01(\t\x12\x11\n\tissued_at\x18\x02 \x01(\x03\x12\x13\n\x0b\x63\x65rtificate\x18\x03 \x01(\x0c\x12\x16\n\x0eupstream_chain\x18\x04 \x03(\x0c\x12\x32\n\x06status\x18\x05 \x01(\x0e\x32\".spire_hw.server.journal.v1.Status\x12\x14\n\x0c\x61uthority_id\x18\x06 \x01(\t\x12\x11\n\tnot_after\x18\x07 \x01(\x03\x12\x1d\n\x15upstream_authority_id\x18\x08 \x01(\t\x12\x10\n\x07offline\x18\xe8\x07 \x01(\x08\"\xaf\x01\n\x0bJWTKeyEntry\x12\x0f\n\x07slot_id\x18\x01 \x01(\t\x12\x11\n\tissued_at\x18\x02 \x01(\x03\x12\x11\n\tnot_after\x18\x03 \x01(\x03\x12\x0b\n\x03kid\x18\x04 \x01(\t\x12\x12\n\npublic_key\x18\x05 \x01(\x0c\x12\x32\n\x06status\x18\x06 \x01(\x0e\x32\".spire_hw.server.journal.v1.Status\x12\x14\n\x0c\x61uthority_id\x18\x07 \x01(\t\"\xaf\x01\n\x0bWITKeyEntry\x12\x0f\n\x07slot_id\x18\x01 \x01(\t\x12\x11\n\tissued_at\x18\x02 \x01(\x03\x12\x11\n\tnot_after\x18\x03 \x01(\x03\x12\x0b\n\x03kid\x18\x04 \x01(\t\x12\x12\n\npublic_key\x18\x05 \x01(\x0c\x12\x32\n\x06status\x18\x06 \x01(\x0e\x32\".spire_hw.server.journal.v1.Status\x12\x14\n\x0c\x61uthority_id\x18\x07 \x01(\t\"\xb7\x01\n\x07\x45ntries\x12\x38\n\x07x509CAs\x18\x01 \x03(\x0b\x32\'.spire_hw.server.journal.v1.X509CAEntry\x12\x38\n\x07jwtKeys\x18\x02 \x03(\x0b\x32\'.spire_hw.server.journal.v1.JWTKeyEntry\x12\x38\n\x07witKeys\x18\x03 \x03(\x0b\x32\'.spire_hw.server.journal.v1.WITKeyEntry*8\n\x06Status\x12\x0b\n\x07UNKNOWN\x10\x00\x12\x0c\n\x08PREPARED\x10\x02\x12\n\n\x06\x41\x43TIVE\x10\x03\x12\x07\n\x03OLD\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'spire_hw._pb.server_journal_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STATUS']._serialized_start=828
-  _globals['_STATUS']._serialized_end=884
+  _globals['_STATUS']._serialized_start=846
+  _globals['_STATUS']._serialized_end=902
   _globals['_X509CAENTRY']._serialized_start=66
-  _globals['_X509CAENTRY']._serialized_end=284
-  _globals['_JWTKEYENTRY']._serialized_start=287
-  _globals['_JWTKEYENTRY']._serialized_end=462
-  _globals['_WITKEYENTRY']._serialized_start=465
-  _globals['_WITKEYENTRY']._serialized_end=640
-  _globals['_ENTRIES']._serialized_start=643
-  _globals['_ENTRIES']._serialized_end=826
+  _globals['_X509CAENTRY']._serialized_end=302
+  _globals['_JWTKEYENTRY']._serialized_start=305
+  _globals['_JWTKEYENTRY']._serialized_end=480
+  _globals['_WITKEYENTRY']._serialized_start=483
+  _globals['_WITKEYENTRY']._serialized_end=658
+  _globals['_ENTRIES']._serialized_start=661
+  _globals['_ENTRIES']._serialized_end=844
 # @@protoc_insertion_point(module_scope)

@@ -19,7 +19,7 @@ ACTIVE: Status
 OLD: Status
 
 class X509CAEntry(_message.Message):
-    __slots__ = ("slot_id", "issued_at", "certificate", "upstream_chain", "status", "authority_id", "not_after", "upstream_authority_id")
+    __slots__ = ("slot_id", "issued_at", "certificate", "upstream_chain", "status", "authority_id", "not_after", "upstream_authority_id", "offline")
     SLOT_ID_FIELD_NUMBER: _ClassVar[int]
     ISSUED_AT_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,7 @@ class X509CAEntry(_message.Message):
     AUTHORITY_ID_FIELD_NUMBER: _ClassVar[int]
     NOT_AFTER_FIELD_NUMBER: _ClassVar[int]
     UPSTREAM_AUTHORITY_ID_FIELD_NUMBER: _ClassVar[int]
+    OFFLINE_FIELD_NUMBER: _ClassVar[int]
     slot_id: str
     issued_at: int
     certificate: bytes
@@ -36,7 +37,8 @@ class X509CAEntry(_message.Message):
     authority_id: str
     not_after: int
     upstream_authority_id: str
-    def __init__(self, slot_id: _Optional[str] = ..., issued_at: _Optional[int] = ..., certificate: _Optional[bytes] = ..., upstream_chain: _Optional[_Iterable[bytes]] = ..., status: _Optional[_Union[Status, str]] = ..., authority_id: _Optional[str] = ..., not_after: _Optional[int] = ..., upstream_authority_id: _Optional[str] = ...) -> None: ...
+    offline: bool
+    def __init__(self, slot_id: _Optional[str] = ..., issued_at: _Optional[int] = ..., certificate: _Optional[bytes] = ..., upstream_chain: _Optional[_Iterable[bytes]] = ..., status: _Optional[_Union[Status, str]] = ..., authority_id: _Optional[str] = ..., not_after: _Optional[int] = ..., upstream_authority_id: _Optional[str] = ..., offline: bool = ...) -> None: ...
 
 class JWTKeyEntry(_message.Message):
     __slots__ = ("slot_id", "issued_at", "not_after", "kid", "public_key", "status", "authority_id")

@@ -1,6 +1,6 @@
-"""A key that somebody else made in a token: found, proved to be the one that is meant, signed with.
+"""One key in a token, named by the operator: found and proved to be the one that is meant, or made.
 
-Nothing is made, changed or destroyed on the token. The module runs in worker processes of its own.
+Nothing that is on the token is changed or destroyed. The module runs in worker processes of its own.
 """
 
 from __future__ import annotations
@@ -9,10 +9,20 @@ import secrets
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from spire_hw.errors import EncodingError, ErrorKind, NotFoundError, NotReadyError
+from spire_hw.errors import (
+    AlreadyExistsError,
+    EncodingError,
+    ErrorKind,
+    InvalidInputError,
+    NotFoundError,
+    NotReadyError,
+)
 from spire_hw.key import SignOptions, default_hash, key_type_of, spki_der
+from spire_hw.pkcs11.disposal import Disposal
 from spire_hw.pkcs11.errors import Cure, TokenError
-from spire_hw.pkcs11.evidence import read_evidence
+from spire_hw.pkcs11.evidence import check_evidence, read_evidence
+from spire_hw.pkcs11.fitness import check_type
+from spire_hw.pkcs11.generation import Making
 from spire_hw.pkcs11.inventory import read_material
 from spire_hw.pkcs11.keys import public_key_of
 from spire_hw.pkcs11.place import Place, opening_of
@@ -22,7 +32,7 @@ from spire_hw.pkcs11.wire import Kind, SignItem, SignKey, unpack_bytes
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
-    from spire_hw.key import PublicKey
+    from spire_hw.key import KeyType, PublicKey
     from spire_hw.log import Logger
     from spire_hw.pkcs11.evidence import Evidence
     from spire_hw.pkcs11.pin import PinGuard
@@ -135,6 +145,61 @@ async def open_existing(
     except BaseException:
         await pool.close()
         raise
+    return key
+
+
+async def make_key(place: Place, guard: PinGuard, log: Logger, key_type: KeyType) -> ExistingKey:
+    """Open a token and make a key on it; the caller closes it.
+
+    Args:
+        place: the token, and the label that the key gets.
+        guard: gives the PIN.
+        log: where the workers' fate is told.
+        key_type: its type.
+
+    Raises:
+        InvalidInputError: the module may not be loaded, or no label is given.
+        AlreadyExistsError: there is a key of that label.
+        TokenError: the token failed, or what it made is not what a CA key has to be.
+    """
+    if not place.object_label:
+        raise InvalidInputError("the new key needs a label: object=... in the URI")
+    pool = Pool(await opening_of(place, guard), Limits(), log)
+    await pool.start()
+    try:
+        return await _make(pool, place, place.object_label, key_type, log)
+    except BaseException:
+        await pool.close()
+        raise
+
+
+async def _make(
+    pool: Pool, place: Place, label: str, key_type: KeyType, log: Logger
+) -> ExistingKey:
+    listing = await pool.ask(Kind.LIST, {"prefix": ""}, what="look for the key")
+    halves, facts = _halves(listing), pool.facts
+    if any(h.get("label") == label for h in halves):
+        raise AlreadyExistsError(
+            f'token {facts.device} has a key labelled "{label}": use it, or another label'
+        )
+    taken = {unpack_bytes(h.get("id")) for h in halves}
+    if place.object_id in taken:
+        raise AlreadyExistsError(f"token {facts.device} has a key with that id: use another")
+    check_type(key_type, facts)
+
+    def fresh_id() -> bytes:
+        if place.object_id is not None:
+            return place.object_id
+        cka_id = secrets.token_bytes(facts.profile.id_bytes)
+        return fresh_id() if cka_id in taken else cka_id
+
+    making = Making(pool, key_type, fresh_id, label)
+    made = await making.generate(Disposal(pool, log))
+    check_evidence(f'generated key "{label}"', made.evidence, key_type, facts.profile)
+    key = ExistingKey(pool, label, making.cka_id, made.public_key, made.evidence)
+    # Workers that were there before may not see it.
+    pool.recycle()
+    await _prove(key)
     return key
 
 

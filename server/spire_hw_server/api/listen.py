@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from spire_hw._pb import (
     hw_admin_pb2,
+    hw_ca_pb2,
     hw_devid_pb2,
     hw_keys_pb2,
     hw_policy_pb2,
@@ -69,6 +70,7 @@ def local_methods(
         *bind(server_debug_pb2.DESCRIPTOR.services_by_name["Debug"], services.debug),
         *bind(server_logger_pb2.DESCRIPTOR.services_by_name["Logger"], services.logger),
         *bind(hw_admin_pb2.DESCRIPTOR.services_by_name["Tpm"], services.tpm),
+        *bind(hw_ca_pb2.DESCRIPTOR.services_by_name["Ca"], services.ca),
         *bind(hw_devid_pb2.DESCRIPTOR.services_by_name["DevId"], services.devid),
         *bind(hw_posture_pb2.DESCRIPTOR.services_by_name["PostureAdmin"], services.posture_admin),
         *bind(hw_keys_pb2.DESCRIPTOR.services_by_name["Keys"], services.keys),

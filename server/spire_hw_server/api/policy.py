@@ -124,6 +124,11 @@ _SERVICES: Final[dict[str, dict[str, frozenset[CallerClass]]]] = {
         "Release": _LOCAL,
         "Quarantine": _LOCAL,
     },
+    # Ours: authorities that are signed by hand.
+    "spire_hw.server.v1.Ca": {
+        "RequestAuthority": _LOCAL,
+        "ImportAuthority": _LOCAL,
+    },
     # Ours: where the keys of this server are.
     "spire_hw.server.v1.Keys": {
         "ListKeys": _LOCAL,
@@ -147,6 +152,7 @@ LOCAL_SERVICES: Final = frozenset(
         "spire.api.server.debug.v1.Debug",
         "spire.api.server.logger.v1.Logger",
         "grpc.health.v1.Health",
+        "spire_hw.server.v1.Ca",
         "spire_hw.server.v1.DevId",
         "spire_hw.server.v1.Keys",
         "spire_hw.server.v1.Policy",

@@ -15,6 +15,7 @@ from spire_hw_server.api.agent import AgentService
 from spire_hw_server.api.audit import Audit
 from spire_hw_server.api.authorize import Authorizer
 from spire_hw_server.api.bundle import BundleService
+from spire_hw_server.api.ca import CaService
 from spire_hw_server.api.debug import DebugService
 from spire_hw_server.api.devid import DevIdService
 from spire_hw_server.api.entry import EntryService
@@ -77,6 +78,7 @@ class Services:
     entry: EntryService
     svid: SvidService
     local_authority: LocalAuthorityService
+    ca: CaService
     tpm: TpmService
     devid: DevIdService
     keys: KeysService
@@ -131,6 +133,7 @@ def build_services(parts: Parts, settings: ServerSettings) -> Services:
         local_authority=LocalAuthorityService(
             manager=parts.manager, audit=audit, jwt_enabled=jwt_enabled
         ),
+        ca=CaService(manager=parts.manager, audit=audit),
         tpm=TpmService(store=parts.store, audit=audit),
         devid=DevIdService(store=parts.store, audit=audit, clock=parts.clock),
         keys=KeysService(custodian=parts.custodian, audit=audit),

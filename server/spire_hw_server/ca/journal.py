@@ -29,6 +29,7 @@ class X509Record:
         upstream_chain: DER certificates from this one up to, not including, the root; empty for a
             self-signed authority.
         upstream_authority_id: subject key id of the upstream root, "" for a self-signed one.
+        offline: it was signed by hand, under a root that no UpstreamAuthority reaches.
     """
 
     slot: SlotName
@@ -39,6 +40,7 @@ class X509Record:
     certificate: bytes
     upstream_chain: tuple[bytes, ...] = ()
     upstream_authority_id: str = ""
+    offline: bool = False
 
     def with_status(self, status: Status) -> X509Record:
         """Return the same authority with another status."""
@@ -119,6 +121,7 @@ def encode_journal(journal: Journal) -> bytes:
                 authority_id=r.authority_id,
                 not_after=int(r.not_after.timestamp()),
                 upstream_authority_id=r.upstream_authority_id,
+                offline=r.offline,
             )
             for r in journal.x509
         ],
@@ -159,6 +162,7 @@ def parse_journal(data: bytes) -> Journal:
                 certificate=e.certificate,
                 upstream_chain=tuple(e.upstream_chain),
                 upstream_authority_id=e.upstream_authority_id,
+                offline=e.offline,
             )
             for e in message.x509CAs
         ),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Generic, TypeVar
 from typing_extensions import override
 
 from spire_hw.bundle.bundle import Bundle, JwtAuthority, X509Root
-from spire_hw.errors import InvalidInputError
+from spire_hw.errors import InvalidInputError, NotReadyError
 from spire_hw.key import spki_der
 from spire_hw.x509.certificate import load_certificate, public_key_of
 from spire_hw_server.ca.journal import JwtRecord, X509Record
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from spire_hw.spiffeid import TrustDomain
     from spire_hw.telemetry.metrics import Name
     from spire_hw_server.ca.authority import Issuer
-    from spire_hw_server.ca.upstream import Roots, Upstream
+    from spire_hw_server.ca.minted import MintedCa, Roots
+    from spire_hw_server.ca.upstream import Upstream
 
 _KID_LENGTH: Final = 32
 _KID_LETTERS: Final = string.ascii_letters + string.digits
@@ -56,6 +57,7 @@ class Line(ABC, Generic[R]):
         key_type: type of new keys.
         slots: its authorities.
         signers: the keys of the authorities in the slots, by authority id.
+        requested: fingerprint of the key in the free slot for which a certificate was asked by hand.
     """
 
     name: ClassVar[str]
@@ -81,6 +83,12 @@ class Line(ABC, Generic[R]):
         self._clock = clock
         self.slots: Slots[R] = Slots()
         self.signers: dict[str, ManagedSigner] = {}
+        self.requested = ""
+
+    @property
+    def makes_none(self) -> bool:
+        """Tell whether the next authority is not made here, but signed by hand."""
+        return False
 
     def key_id(self, slot: SlotName) -> str:
         """Return the id of a slot's key in the KeyManager."""
@@ -110,6 +118,14 @@ class Line(ABC, Generic[R]):
     def misfit(self, record: R) -> str | None:
         """Return why an authority is not what the configuration asks for now, None when it is."""
         return None
+
+    def check_makes(self) -> None:
+        """Refuse to have the next authority made here when that is not how it is done.
+
+        Raises:
+            NotReadyError: says what has to be done instead.
+        """
+        return
 
     @abstractmethod
     async def make(self, signer: ManagedSigner, slot: SlotName) -> R:
@@ -164,6 +180,26 @@ class X509Line(Line[X509Record]):
         )
         self._minted_roots: dict[str, Roots] = {}
 
+    @property
+    @override
+    def makes_none(self) -> bool:
+        """Tell whether the root above the active authority is kept offline."""
+        active = self.slots.active
+        return active is not None and active.offline and self._upstream is None
+
+    @override
+    def check_makes(self) -> None:
+        """Refuse to leave a root that is kept offline, which nobody has asked for."""
+        active = self.slots.active
+        if active is None or not self.makes_none:
+            return
+        raise NotReadyError(
+            f"X.509 authority {active.authority_id} was signed under an offline root and ends at "
+            f"{active.not_after.isoformat()}: make a request for the next one (spire-hw-server ca csr), "
+            "have it signed and import it (ca import), or go on with a self-signed one "
+            "(localauthority x509 prepare)"
+        )
+
     @override
     async def make(self, signer: ManagedSigner, slot: SlotName) -> X509Record:
         """Make a CA certificate, or have one signed above."""
@@ -185,16 +221,13 @@ class X509Line(Line[X509Record]):
     ) -> X509Record:
         minted = await upstream.mint(signer, self._ttl)
         self._minted_roots[minted.authority_id] = minted.roots
-        return X509Record(
-            slot=slot,
-            authority_id=minted.authority_id,
-            issued_at=now,
-            not_after=minted.not_after,
-            status=Status.PREPARED,
-            certificate=minted.certificate,
-            upstream_chain=minted.chain,
-            upstream_authority_id=minted.root_id,
-        )
+        return _record_of(minted, slot, now, offline=False)
+
+    def take(self, minted: MintedCa, slot: SlotName) -> X509Record:
+        """Return the record of a CA that was signed by hand."""
+        self._minted_roots[minted.authority_id] = minted.roots
+        now = self._clock.now().replace(microsecond=0)
+        return _record_of(minted, slot, now, offline=True)
 
     @override
     def publication(self, record: X509Record) -> Bundle:
@@ -215,6 +248,8 @@ class X509Line(Line[X509Record]):
     @override
     def misfit(self, record: X509Record) -> str | None:
         """Return why a CA is not what the configuration asks for: who signed it."""
+        if record.offline and self._upstream is None:
+            return None
         if bool(record.upstream_chain) == (self._upstream is not None):
             return None
         if self._upstream is not None:
@@ -229,6 +264,20 @@ class X509Line(Line[X509Record]):
     @override
     def public_key(self, record: X509Record) -> bytes:
         return spki_der(public_key_of(load_certificate(record.certificate)))
+
+
+def _record_of(minted: MintedCa, slot: SlotName, now: datetime, *, offline: bool) -> X509Record:
+    return X509Record(
+        slot=slot,
+        authority_id=minted.authority_id,
+        issued_at=now,
+        not_after=minted.not_after,
+        status=Status.PREPARED,
+        certificate=minted.certificate,
+        upstream_chain=minted.chain,
+        upstream_authority_id=minted.root_id,
+        offline=offline,
+    )
 
 
 class JwtLine(Line[JwtRecord]):

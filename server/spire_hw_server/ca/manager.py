@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from spire_hw.errors import InvalidInputError, SpireHwError, UnavailableError
 from spire_hw.telemetry.metrics import NO_METRICS, Timed
+from spire_hw_server.ca.byhand import ByHand
 from spire_hw_server.ca.keeper import JournalKeeper
 from spire_hw_server.ca.line import JwtLine, Line, X509Line
 from spire_hw_server.ca.restore import Restorer
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from spire_hw.telemetry.metrics import Metrics
     from spire_hw_server.bundles import Bundles
     from spire_hw_server.ca.authority import Issuer
+    from spire_hw_server.ca.byhand import CaRequest
     from spire_hw_server.ca.journal import JwtRecord, X509Record
     from spire_hw_server.ca.mark import AuthorityMark
     from spire_hw_server.datastore.interface import Datastore
@@ -134,6 +136,18 @@ class CaManager:
             log=log,
             metrics=metrics,
         )
+        self._by_hand = ByHand(
+            self._x509,
+            self._succession,
+            keys=keys,
+            issuer=issuer,
+            bundles=bundles,
+            mark=mark,
+            trust_domain=settings.trust_domain,
+            has_upstream=upstream is not None,
+            clock=clock,
+            log=log,
+        )
 
     def _opened(self, authority: Authority) -> Upstream:
         return Upstream(
@@ -152,8 +166,9 @@ class CaManager:
 
     @property
     def has_upstream(self) -> bool:
-        """Tell whether an UpstreamAuthority signs our CA."""
-        return self._upstream is not None
+        """Tell whether our CA hangs from a root above it, by an UpstreamAuthority or by hand."""
+        by_hand = any(record.offline for record in self._x509.slots.records())
+        return self._upstream is not None or by_hand
 
     @property
     def x509_slots(self) -> Slots[X509Record]:
@@ -231,6 +246,7 @@ class CaManager:
         async with self._lock:
             try:
                 if self._is_root_tainted():
+                    self._x509.check_makes()
                     await self._succession.prepare(self._x509)
                     await self._succession.activate(self._x509)
                 await self._succession.advance(self._x509)
@@ -251,6 +267,18 @@ class CaManager:
     async def prepare_jwt(self) -> JwtRecord:
         """Make the next JWT key now, replacing one that waits."""
         return await self._prepare_by_hand(self._jwt)
+
+    async def request_x509(self, *, replace: bool = False) -> CaRequest:
+        """Make the key of the next X.509 authority, to be signed by hand; see `ca.byhand`."""
+        async with self._lock:
+            return await self._by_hand.request(replace=replace)
+
+    async def import_x509(
+        self, chain: tuple[bytes, ...], root: bytes, *, activate: bool = False
+    ) -> X509Record:
+        """Take a CA certificate that was signed by hand; see `ca.byhand`."""
+        async with self._lock:
+            return await self._by_hand.take(chain, root, activate=activate)
 
     async def activate_x509(self, authority_id: str) -> X509Record:
         """Let the prepared X.509 authority sign.
@@ -376,6 +404,7 @@ class CaManager:
         if row is not None:
             self._keeper.take_over(row)
         restorer.fill(self._x509, self._keeper.journal.x509, self._clock.now())
+        await self._by_hand.restore()
         if self._settings.jwt_enabled:
             restorer.fill(self._jwt, self._keeper.journal.jwt, self._clock.now())
 

@@ -17,15 +17,46 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FILE_NAME: Final = "ca-authority.json"
+REQUEST_FILE_NAME: Final = "ca-request.json"
 _FIELD: Final = "x509_authority_ids"
+_KEY_FIELD: Final = "requested_key"
 _MAX_BYTES: Final = 4096
 
 
 class AuthorityMark:
-    """The ids of the authority that signs and of the one before it, on disk."""
+    """The ids of the authority that signs and of the one before it, on disk.
+
+    Beside it, of which key a certificate was asked for by hand.
+    """
 
     def __init__(self, data_dir: Path) -> None:
         self._path = data_dir / FILE_NAME
+        self._request = data_dir / REQUEST_FILE_NAME
+
+    def load_request(self) -> str:
+        """Return the fingerprint of the key that a certificate was asked for, "" for none.
+
+        Raises:
+            InvalidInputError: the file is not what `store_request` wrote.
+            NotReadyError: it cannot be read.
+        """
+        try:
+            data = read_bounded(self._request, _MAX_BYTES, links=False)
+        except NoFileError:
+            return ""
+        try:
+            found = json.loads(data)[_KEY_FIELD]
+        except (ValueError, KeyError, TypeError) as e:
+            raise EncodingError(str(self._request), "is not a record of a CA request") from e
+        return str(found)
+
+    def store_request(self, fingerprint: str) -> None:
+        """Note the key that a certificate is asked for, "" once it is there.
+
+        Raises:
+            NotWrittenError: the file cannot be written.
+        """
+        replace_file(self._request, json.dumps({_KEY_FIELD: fingerprint}).encode() + b"\n")
 
     def exists(self) -> bool:
         """Tell whether this server made a CA before, or began to."""

@@ -15,7 +15,7 @@ from spire_hw.errors import SpireHwError
 from spire_hw.key import SignOptions, default_hash
 from spire_hw.plugin.keymanager import KeyFallback
 from spire_hw.telemetry.metrics import NO_METRICS, Timed
-from spire_hw_server.ca.slots import Record, Slots, Step
+from spire_hw_server.ca.slots import Record, Slots, Step, activation_due
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,6 +65,7 @@ class Succession:
         self._log = log
         self._metrics = metrics
         self._unsaved = False
+        self._warned = ""
 
     async def advance(self, line: Line[R]) -> None:
         """Take the steps that are due now; save what could not be saved before.
@@ -75,12 +76,52 @@ class Succession:
             SpireHwError: a step failed; those before it stay taken.
         """
         step = await self._due(line)
+        if step is Step.PREPARE and self._is_asked_for(line):
+            step = Step.REST
         if step in {Step.PREPARE, Step.PREPARE_AND_ACTIVATE}:
+            line.check_makes()
             await self.prepare(line)
         elif self._unsaved:
             await self._save()
         if step in {Step.ACTIVATE, Step.PREPARE_AND_ACTIVATE}:
             await self.activate(line)
+
+    def _is_asked_for(self, line: Line[R]) -> bool:
+        """Tell whether the next authority is being signed by hand, and may still come in time."""
+        active = line.slots.active
+        if active is None or self._clock.now() >= activation_due(active):
+            return False
+        if line.makes_none:
+            if self._warned != active.authority_id:
+                self._warned = active.authority_id
+                self._log.warning(
+                    "the next authority has to be signed by hand",
+                    kind=line.name,
+                    expiration=active.not_after.isoformat(),
+                    command="spire-hw-server ca csr",
+                )
+            return True
+        return bool(line.requested)
+
+    async def take(self, line: Line[R], record: R, signer: ManagedSigner) -> None:
+        """Publish an authority that was signed by hand, and let it wait for its turn.
+
+        Raises:
+            SpireHwError: the store failed.
+        """
+        await self._bundles.append(line.publication(record))
+        line.slots = line.slots.prepare(record)
+        line.signers[record.authority_id] = signer
+        line.requested = ""
+        self._unsaved = True
+        self._log.info(
+            "authority imported",
+            kind=line.name,
+            slot=record.slot.value,
+            authority_id=record.authority_id,
+            expiration=record.not_after.isoformat(),
+        )
+        await self._save()
 
     async def _due(self, line: Line[R]) -> Step:
         stranded = self._stranded()
@@ -125,6 +166,7 @@ class Succession:
         await self._bundles.append(line.publication(record))
         line.slots = line.slots.prepare(record)
         line.signers[record.authority_id] = signer
+        line.requested = ""
         self._unsaved = True
         self._log.info(
             "authority prepared",

@@ -9,26 +9,20 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from spire_hw.aio.backoff import Backoff
 from spire_hw.aio.tasks import Tasks
-from spire_hw.bundle.bundle import Bundle, JwtAuthority, X509Root
-from spire_hw.errors import ErrorKind, InvalidInputError, PluginError, SpireHwError
-from spire_hw.key import KeyType, generate_private_key, spki_der
+from spire_hw.bundle.bundle import Bundle, JwtAuthority
+from spire_hw.errors import ErrorKind, PluginError, SpireHwError
 from spire_hw.plugin.upstreamauthority import JwtKeyPublisher, LocalBundleSource
-from spire_hw.x509.authority import X509Authority, check_ca_certificate
-from spire_hw.x509.certificate import load_certificate, subject_key_id
-from spire_hw.x509.chain import verify_chain
 from spire_hw.x509.csr import build_csr
-from spire_hw.x509.issue import issue_x509_svid
-from spire_hw_server.ca.profile import BACKDATE
+from spire_hw_server.ca.minted import MintedCa, Roots, check_minted
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
-    from datetime import datetime, timedelta
+    from datetime import timedelta
 
     from spire_hw.clock import Clock
     from spire_hw.key import Signer
@@ -40,32 +34,9 @@ if TYPE_CHECKING:
 _ANSWER_S: Final = 60.0
 _FIRST_WAIT_S: Final = 5.0
 _LONGEST_WAIT_S: Final = 300.0
-_THROW_AWAY: Final = ("for", "upstream", "check", "only")
 
 T = TypeVar("T")
-Roots = tuple[X509Root, ...]
 JwtKeys = tuple[JwtAuthority, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class MintedCa:
-    """A CA certificate that the authority above has signed.
-
-    Attributes:
-        certificate: DER.
-        chain: DER of it and the intermediates above, without the root.
-        roots: the upstream roots.
-        root_id: subject key id of the root it chains to, in hex.
-        authority_id: its own.
-        not_after: its end.
-    """
-
-    certificate: bytes
-    chain: tuple[bytes, ...]
-    roots: Roots
-    root_id: str
-    authority_id: str
-    not_after: datetime
 
 
 class Upstream:
@@ -175,36 +146,12 @@ class Upstream:
 
     async def _checked(self, answer: UpstreamX509Ca, signer: Signer) -> MintedCa:
         try:
-            return await self._minted(answer, signer)
+            return await check_minted(
+                answer.chain, answer.roots, signer, self._trust_domain, self._clock.now()
+            )
         except SpireHwError as e:
             unusable = SpireHwError(f"the CA it signed cannot be used: {e.message}")
             raise PluginError(self._prefix, unusable) from e
-
-    async def _minted(self, answer: UpstreamX509Ca, signer: Signer) -> MintedCa:
-        if not answer.chain:
-            raise InvalidInputError("there is none in its answer")
-        usable = [root.certificate for root in answer.roots if not root.tainted]
-        certificate = load_certificate(answer.chain[0])
-        check_ca_certificate(certificate, self._trust_domain)
-        authority = X509Authority(answer.chain[0], signer, answer.chain)
-        now = self._clock.now()
-        leaf = await issue_x509_svid(
-            authority,
-            spki=spki_der(generate_private_key(KeyType.EC_P256).public_key()),
-            spiffe_id=self._trust_domain.member(*_THROW_AWAY),
-            not_before=now - BACKDATE,
-            not_after=authority.not_after,
-        )
-        above = [load_certificate(der) for der in answer.chain]
-        path = verify_chain(load_certificate(leaf), above, usable, now)
-        return MintedCa(
-            certificate=answer.chain[0],
-            chain=answer.chain,
-            roots=answer.roots,
-            root_id=subject_key_id(path[-1]).hex(),
-            authority_id=authority.authority_id,
-            not_after=authority.not_after,
-        )
 
     async def _follow_roots(self, answers: AsyncGenerator[UpstreamX509Ca, None]) -> None:
         async with aclosing(answers):

@@ -8,6 +8,7 @@ from spire_hw.cli.program import root_group
 from spire_hw_server.cli import (
     agent,
     bundle,
+    ca,
     doctor,
     entry,
     healthcheck,
@@ -47,6 +48,7 @@ for _group in (
     policy.group,
     key.group,
     localauthority.group,
+    ca.group,
     logger.group,
     hsm.group,
     pkcs11_group(PROGRAM),

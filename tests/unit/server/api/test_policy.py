@@ -6,6 +6,7 @@ import pytest
 
 from spire_hw._pb import (
     hw_admin_pb2,
+    hw_ca_pb2,
     hw_devid_pb2,
     hw_keys_pb2,
     hw_policy_pb2,
@@ -30,6 +31,7 @@ from spire_hw_server.api.policy import (
 
 MODULES = [
     hw_admin_pb2,
+    hw_ca_pb2,
     hw_devid_pb2,
     hw_keys_pb2,
     hw_policy_pb2,

@@ -75,6 +75,7 @@ def test_field_numbers_are_upstreams() -> None:
         "authority_id": 6,
         "not_after": 7,
         "upstream_authority_id": 8,
+        "offline": 1000,  # ours, passed over by upstream
     }
     key = pb.JWTKeyEntry.DESCRIPTOR.fields_by_name
     assert {n: f.number for n, f in key.items()} == {
