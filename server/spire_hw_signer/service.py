@@ -292,7 +292,7 @@ class SignerService:
                 return check_certificate(
                     content, options, key=key, trust_domain=domain, rule=client.x509, now=now
                 )
-            elif purpose is Purpose.CSR:
+            if purpose is Purpose.CSR:
                 check_request(content, key=key, trust_domain=domain)
             elif purpose is Purpose.JWT and client.jwt is not None:
                 kid = check_token(
