@@ -119,6 +119,10 @@ class Line(ABC, Generic[R]):
         """Return why an authority is not what the configuration asks for now, None when it is."""
         return None
 
+    def is_by_hand(self, record: R) -> bool:
+        """Tell whether the successor of an authority is signed by hand too."""
+        return False
+
     def check_makes(self) -> None:
         """Refuse to have the next authority made here when that is not how it is done.
 
@@ -185,7 +189,12 @@ class X509Line(Line[X509Record]):
     def makes_none(self) -> bool:
         """Tell whether the root above the active authority is kept offline."""
         active = self.slots.active
-        return active is not None and active.offline and self._upstream is None
+        return active is not None and self.is_by_hand(active)
+
+    @override
+    def is_by_hand(self, record: X509Record) -> bool:
+        """Tell whether the root above an authority is kept offline."""
+        return record.offline and self._upstream is None
 
     @override
     def check_makes(self) -> None:
@@ -248,7 +257,7 @@ class X509Line(Line[X509Record]):
     @override
     def misfit(self, record: X509Record) -> str | None:
         """Return why a CA is not what the configuration asks for: who signed it."""
-        if record.offline and self._upstream is None:
+        if self.is_by_hand(record):
             return None
         if bool(record.upstream_chain) == (self._upstream is not None):
             return None

@@ -116,9 +116,12 @@ class Restorer:
         """Put the records that can be used again into the slots; the active one signs.
 
         Raises:
-            NotReadyError: the key of the active authority is not listed.
+            NotReadyError: the key of the active authority is not listed, or it ended and is not for
+                this server to replace.
         """
         active = Slots.restore(records).active
+        if active is not None and now >= active.not_after and line.is_by_hand(active):
+            self._refuse_ended(line, active)
         if active is not None and now < active.not_after and not line.holds(active, self._listed):
             self._refuse_lost(line, active)
         usable = []
@@ -148,6 +151,23 @@ class Restorer:
         if not line.is_published(record, self._bundles.own):
             return "it is no longer in the trust bundle"
         return line.misfit(record)
+
+    def _refuse_ended(self, line: Line[R], record: R) -> None:
+        """Raise unless leaving an offline root is what the operator wants."""
+        if record.authority_id in self._accept_lost:
+            self._log.warning(
+                "a self-signed authority takes the place of one under an offline root, as configured",
+                kind=line.name,
+                authority_id=record.authority_id,
+            )
+            return
+        raise NotReadyError(
+            f"{line.name} authority {record.authority_id} was signed under an offline root and ended at "
+            f"{record.not_after.isoformat()}; no authority of its own is made in its place. To go on "
+            "with a self-signed one, and to have the next one signed from there (spire-hw-server ca "
+            f'csr), set experimental.accept_lost_authorities = ["{record.authority_id}"] in the server '
+            "section and start again"
+        )
 
     def _refuse_lost(self, line: Line[R], record: R) -> None:
         """Raise unless a new authority in place of a lost one is what the operator wants."""

@@ -176,6 +176,18 @@ async def test_under_an_offline_root_nothing_is_made_by_the_server(world: World)
         await manager.rotate()
 
 
+async def test_a_start_after_its_end_is_no_way_out_either(world: World) -> None:
+    async with world.server() as manager:
+        first = await world.take(manager, timedelta(days=12))
+    await world.clock.advance(timedelta(days=13))
+    with pytest.raises(NotReadyError, match="no authority of its own is made in its place"):
+        async with world.server():
+            pass
+    async with world.server(accept_lost_authorities=frozenset({first})) as manager:
+        assert active_id(manager) != first
+        await world.take(manager, timedelta(days=12))
+
+
 async def test_a_restart_keeps_it_and_leaving_is_a_decision(world: World) -> None:
     async with world.server() as manager:
         first = await world.take(manager, timedelta(days=12))
