@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from spire_hw.pkcs11.pool import Pool
 
 _PROTECTED: Final = frozenset({"hsm.session_read_only", "hsm.token_write_protected"})
+# A write that fails without saying why costs a worker: it is not tried for every caller.
+_LOOK_AGAIN_S: Final = 30.0
 # How SoftHSM says that its store cannot be written to; also how tokens say that they are away.
 _MAYBE_PROTECTED: Final = frozenset({"hsm.general_error", "hsm.function_failed"})
 
@@ -56,6 +58,7 @@ class Claim:
         self._log = log
         self._written: Manifest | None = None
         self._holds_none = False
+        self._look_again = 0.0
         self.refusal: TokenError | None = None
         self.conflict: TokenError | None = None
 
@@ -81,19 +84,16 @@ class Claim:
             kept = {name: key_id for name, key_id in kept.items() if key_id in entries}
         keys = {**kept, **{key_name(k): k for k, e in entries.items() if not e.is_existing}}
         try:
-            await self._put_or_learn(keys, inventory.choices)
+            await self._put(keys, inventory.choices)
         except TokenError as e:
             if e.reason not in _MAYBE_PROTECTED | _PROTECTED:
                 raise
+            if e.reason in _MAYBE_PROTECTED:
+                # A token that is away lists nothing either; one that lists is there, and read-only.
+                prefix = {"prefix": self._ledger.owner.prefix}
+                await self._pool.ask(Kind.LIST, prefix, what="list objects")
+                self._look_again = self._clock.monotonic() + _LOOK_AGAIN_S
             self._refused(e)
-
-    async def _put_or_learn(self, keys: dict[str, str], choices: Mapping[str, Choice]) -> None:
-        try:
-            await self._put(keys, choices)
-        except TokenError as e:
-            if e.reason not in _MAYBE_PROTECTED:
-                raise
-            await self._put(keys, choices)
 
     def _refused(self, error: TokenError) -> None:
         self.refusal = TokenError(
@@ -115,6 +115,8 @@ class Claim:
         """
         if self.refusal is None:
             return
+        if self._clock.monotonic() < self._look_again:
+            raise self.refusal.with_traceback(None)
         self.refusal = None
         await self.stake(inventory)
         if self.refusal is not None:

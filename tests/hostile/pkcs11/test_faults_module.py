@@ -149,7 +149,7 @@ async def test_fault_06_a_module_that_does_not_start_is_tried_again(
     tampered.faults.set(Fault("C_Initialize", returns=code, instead=True))
     manager = tampered.build()
     with pytest.raises(SpireHwError, match="initialise module failed") as caught:
-        await manager.configure(tampered.config(start_timeout="2s"))
+        await manager.configure(tampered.config(start_timeout="6s"))
     assert caught.value.kind is ErrorKind.UNAVAILABLE
     assert tampered.faults.calls("C_Login") == 0
     tampered.faults.set(Fault("C_Initialize", returns=code, instead=True, times=1))

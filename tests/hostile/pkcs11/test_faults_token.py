@@ -202,7 +202,7 @@ async def test_fault_22_the_security_officer_is_logged_in(
     tampered.faults.set(Fault(function, returns=code, instead=True))
     manager = tampered.build()
     with pytest.raises(TokenError, match=r"security officer \(SO\) is logged in") as caught:
-        await manager.configure(tampered.config(start_timeout="1s"))
+        await manager.configure(tampered.config(start_timeout="6s"))
     assert caught.value.kind is ErrorKind.UNAVAILABLE
     # The PIN is not held to have been wrong: once the officer has gone it is sent again by itself.
     async with asyncio.TaskGroup() as group:
