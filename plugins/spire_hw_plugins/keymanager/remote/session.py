@@ -155,17 +155,21 @@ class Session:
 
         Of several signers that use one token's keys, one alone makes new ones.
         """
+        asked: set[Link] = set()
+
+        async def noted(link: Link, left_s: float) -> tuple[KeyInfo | Refused, Link]:
+            asked.add(link)
+            return await ask(link, left_s)
+
         timeout_s = self._settings.generate_timeout_s
         try:
-            return await self._signers.call(ask, timeout_s, again=False)
+            return await self._signers.call(noted, timeout_s, again=False)
         except NotReadyError:
-            for link in self._signers.spares():
+            while link := await self._signers.another(asked, self._settings.timeout_s):
                 try:
-                    return await ask(link, timeout_s)
-                except SpireHwError as other:
-                    self._log.warning(
-                        "no key was made there", signer=link.name, error=other.message
-                    )
+                    return await noted(link, timeout_s)
+                except SpireHwError as e:
+                    self._log.warning("no key was made there", signer=link.name, error=e.message)
             raise
 
     async def sign(

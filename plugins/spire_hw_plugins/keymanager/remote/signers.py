@@ -18,7 +18,7 @@ from spire_hw.telemetry.metrics import count_fault
 from spire_hw_plugins.keymanager.remote.retry import RetryBudget, jitter_s
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Sequence
 
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
@@ -139,9 +139,20 @@ class Signers:
         """Tell whether another signer could be asked."""
         return any(one.trouble is None for one in self.links if one is not link)
 
-    def spares(self) -> list[Link]:
-        """Return those that could be asked besides the one in use."""
-        return [one for one in self.links if one.trouble is None and one is not self._current]
+    async def another(self, asked: Collection[Link], timeout_s: float) -> Link | None:
+        """Wait a while for a signer that was not asked yet; None when there is none."""
+        end = self._clock.monotonic() + timeout_s
+        while any(one not in asked for one in self.links):
+            seen = self._changes.version
+            for one in self.links:
+                if one.trouble is None and one not in asked:
+                    return one
+            try:
+                async with asyncio.timeout(max(0.0, end - self._clock.monotonic())):
+                    await self._changes.wait(seen)
+            except TimeoutError:
+                return None
+        return None
 
     def changed_by(self, link: Link) -> None:
         """Use the signer that has made a key; the others first have to be seen to hold it too."""
