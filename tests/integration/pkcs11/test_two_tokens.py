@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import shutil
+import signal
 from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from spire_hw.plugin.info import HostInfo, Side
 from spire_hw.plugin.keymanager import KeyFallback, KeyHealth
 from spire_hw.spiffeid import TrustDomain
 from spire_hw_plugins.keymanager import pkcs11
+from spire_hw_sim.pkcs11faults import Fault, Faults
 from spire_hw_sim.softhsm import SoftHsm
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ class Rig:
         for name, hsm in self.hsm.items():
             hsm.init_token(name, pin=PIN)
         self.labels = {name: name for name in self.hsm}
+        self.more: dict[str, dict[str, str]] = {}
         self.pin = folder / "pin"
         self.pin.touch(mode=0o600)
         self.pin.write_text(PIN)
@@ -60,7 +63,7 @@ class Rig:
                 "module_path": hsm.module,
                 "token_label": self.labels[name],
                 "pin_file": str(self.pin),
-                "environment": hsm.environment,
+                "environment": {**hsm.environment, **self.more.get(name, {})},
             }
         )
 
@@ -346,6 +349,35 @@ async def test_the_same_keys_on_each_fail_over_and_come_back(pair: Rig) -> None:
     await eventually(lambda: is_good(manager))
     pair.hsm["two"].remove()
     await steady()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("C_Sign", sleep_s=3600.0),
+        Fault("C_Sign", returns=0x30),
+        Fault("C_Sign", signature="flipped"),
+        Fault("C_Sign", crash=signal.SIGSEGV),
+    ],
+    ids=["hangs", "fails", "lies", "crashes"],
+)
+async def test_a_call_that_one_token_does_not_serve_goes_on_to_the_other(
+    pair: Rig, fault: Fault
+) -> None:
+    faults = Faults(pair.folder / "faults", pair.hsm["one"].module)
+    pair.more["one"] = faults.environment()
+    manager = await pair.start("same_keys", sign_timeout="2s")
+    made = await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+    pair.clone()
+    await eventually(lambda: has_both(manager))
+    faults.set(fault)
+    async with asyncio.timeout(30):  # what a caller waits at most
+        assert await signs(manager, "x509-CA-A") == made.fingerprint
+    assert await is_degraded(manager)
+    assert await signs(manager, "x509-CA-A") == made.fingerprint
+    faults.clear()
+    await eventually(lambda: is_good(manager))
+    assert await signs(manager, "x509-CA-A") == made.fingerprint
 
 
 async def has_both(manager: pkcs11.Pkcs11KeyManager) -> bool:
