@@ -274,7 +274,8 @@ class Pool:
             answer = await worker.ask(kind, encode_json(fields), limit_s=limit_s, what=what)
             return decode_json(answer)
         except TokenError as e:
-            if e.cure is Cure.RESTART:
+            # A pair that cannot be destroyed is no reason to keep others from what they want.
+            if e.cure is Cure.RESTART and (kind is not Kind.DESTROY or e.operation == "session"):
                 worker.kill(e)
             raise
 

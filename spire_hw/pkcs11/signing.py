@@ -29,6 +29,7 @@ _UNFIT: Final = {
     "hsm.key_not_permitted": "key no longer permits signing; somebody changed CKA_SIGN",
 }
 _VANISHED_S: Final = 30.0
+_REPLACED: Final = 4  # times a key may be replaced under one signature
 _QUARANTINE_AFTER: Final = 2
 
 
@@ -53,17 +54,19 @@ class Signing:
     async def sign(self, key_id: str, digest: bytes, options: SignOptions) -> KeySignature:
         """Sign a digest; see `spire_hw.plugin.keymanager.KeyManager.sign_data`."""
         entry = self._get(key_id)
-        try:
-            return await self._sign_with(entry, digest, options)
-        except TokenError as e:
-            if e.reason != "hsm.key_gone":
-                raise
+        for _ in range(_REPLACED):
+            try:
+                return await self._sign_with(entry, digest, options)
+            except TokenError as e:
+                if e.reason != "hsm.key_gone":
+                    raise
+            # Replaced while the signature was under way, or invisible to a worker: the fingerprint
+            # of whatever signs now tells the caller which.
             current = self._get(key_id)
             if current is entry:
                 await self._look_for(entry)
-        # Replaced while the signature was under way, or invisible to a worker: the fingerprint of
-        # whatever signs now tells the caller which.
-        return await self._sign_with(current, digest, options)
+            entry = current
+        return await self._sign_with(entry, digest, options)
 
     def unusable(self, entries: Iterable[Entry]) -> list[TokenError]:
         """Return what is wrong with those keys of which it is known that they do not sign."""

@@ -71,6 +71,7 @@ def start_host(rig: TokenRig, **changes: str) -> tuple[subprocess.Popen[str], li
         "pin_file": str(rig.pin_file),
         "key_identifier_value": "server-1",
         "environment": rig.hsm.environment,
+        "generations_per_day": 0,
         **changes,
     }
     complaints = rig.folder / "stderr"
