@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, Self
 from spire_hw.aio.tasks import Tasks
 from spire_hw.clock import SystemClock
 from spire_hw.config.hcl import Body
+from spire_hw.errors import UnavailableError
 from spire_hw.log import get_logger
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw.spiffeid import TrustDomain
@@ -134,6 +135,18 @@ class SignerProcess:
                 stdout=output,
                 stderr=output,
             )
+
+    async def answers(self) -> None:
+        """Return when somebody listens.
+
+        Raises:
+            UnavailableError: nobody does.
+        """
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        except OSError as e:
+            raise UnavailableError(f"nobody listens on {self.address}") from e
+        writer.close()
 
     def kill(self) -> None:
         """End it as a crash does."""
