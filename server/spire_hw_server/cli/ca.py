@@ -123,7 +123,7 @@ def _ceremony_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     cls=GoCommand,
     examples="""
     spire-hw-server ca root -commonName "Example Root 2026" -out root.pem -record root-ceremony \\
-      -key "pkcs11:token=root;object=root-2026?module-path=/usr/lib/hsm.so&pin-source=file:/root/pin"
+      -key "pkcs11:token=root;object=root-2026?module-path=/usr/lib/hsm.so&pin-source=file:/etc/spire-hw/root-pin"
     """,
 )
 @flag("keyType", "Type of the new key.", default="ec-p384")
@@ -177,7 +177,7 @@ def root(
     examples="""
     spire-hw-server ca sign -csr server-ca.csr -cert root.pem -trustDomain example.org \\
       -out server-ca.pem -record ceremony-1 \\
-      -key "pkcs11:token=root;object=root-2026?module-path=/usr/lib/hsm.so&pin-source=file:/root/pin"
+      -key "pkcs11:token=root;object=root-2026?module-path=/usr/lib/hsm.so&pin-source=file:/etc/spire-hw/root-pin"
     """,
 )
 @flag("csr", "File with the server's request.", default="")
