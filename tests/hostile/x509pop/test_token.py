@@ -133,7 +133,7 @@ async def test_a_key_that_is_not_the_certificate_s(machine: Machine) -> None:
     (machine.directory / "node.crt").write_bytes(certificate)
     with pytest.raises(SpireHwError, match="is not the certificate's"):
         await machine.prove(await machine.agent(machine.uri(f"token={TOKEN};object=other")))
-    with pytest.raises(NotFoundError, match="no private key in token .* fits label"):
+    with pytest.raises(NotFoundError, match=r"no private key in token .* fits label"):
         await machine.prove(await machine.agent(machine.uri(f"token={TOKEN};object=mach")))
 
 
