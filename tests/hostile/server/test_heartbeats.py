@@ -136,7 +136,7 @@ BENDS: dict[str, Callable[[HeartbeatAnswer], HeartbeatAnswer]] = {
     "no quotes": lambda a: replace(a, quotes=()),
     "twice": lambda a: replace(a, quotes=a.quotes * 2),
     "log unasked": lambda a: replace(a, boot_log=b"x"),
-    "list unasked": lambda a: replace(a, ima=b"x", ima_from=0),
+    "list unasked": lambda a: replace(a, ima=(b"x",), ima_from=0),
 }
 
 
@@ -444,7 +444,9 @@ WRONG_ANSWERS = {
     "a bank twice": reply(quotes=[QUOTE(values=[values(1), values(2)])]),
     "a strange bank": reply(quotes=[QUOTE(values=[values(1, bank="s" * 17)])]),
     "a large log": reply(boot_log=bytes((1 << 20) + 1)),
-    "a large list": reply(ima=bytes((1 << 20) + 1), ima_from=0),
+    "a large list": reply(ima=[bytes((1 << 20) + 1)], ima_from=0),
+    "a large list in parts": reply(ima=[bytes(1 << 19)] * 3, ima_from=0),
+    "a list in many parts": reply(ima=[b""] * 17, ima_from=0),
     "many quotes": reply(quotes=[QUOTE()] * 9),
     "a large statement": reply(quotes=[QUOTE(attest=bytes(4097))]),
     "many banks": reply(quotes=[QUOTE(values=[values(1, bank=f"b{n}") for n in range(9)])]),
