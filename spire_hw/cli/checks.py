@@ -89,6 +89,15 @@ def check_clock_against(paths: Iterable[Path], now: datetime) -> list[Finding]:
     return []
 
 
+def check_room(directory: Path, name: str) -> list[Finding]:
+    """Return what is wrong with the room below a directory, under `<name>.full`."""
+    free = shutil.disk_usage(directory).free
+    if free >= _LEAST_FREE:
+        return []
+    text = f"{free >> 20} MiB are free below {directory}"
+    return [problem(f"{name}.full", text, "make room on that file system")]
+
+
 def check_data_dir(directory: Path) -> list[Finding]:
     """Return whether a data directory exists, is kept to its owner and has room."""
     try:
@@ -114,10 +123,7 @@ def check_data_dir(directory: Path) -> list[Finding]:
         remedy = "run doctor as the program's user, or give it the directory"
         findings.append(problem("data_dir.not_writable", f"{directory} is not writable", remedy))
     findings += _somebody_elses(directory)
-    free = shutil.disk_usage(directory).free
-    if free < _LEAST_FREE:
-        text = f"{free >> 20} MiB are free below {directory}"
-        findings.append(problem("data_dir.full", text, "make room on that file system"))
+    findings += check_room(directory, "data_dir")
     return findings or [ok("data_dir", f"{directory} is private and writable")]
 
 
@@ -166,6 +172,11 @@ async def _ask_health(path: Path) -> int:
         )
         status: int = answer.status
         return status
+
+
+def is_answering(found: Sequence[Finding]) -> bool:
+    """Tell from what `check_socket_serves` found whether the program runs, well or not."""
+    return any(finding.check in {"socket", "socket.not_serving"} for finding in found)
 
 
 def check_port(address: str, port: int, *, is_running: bool) -> list[Finding]:

@@ -21,6 +21,7 @@ from spire_hw.cli.checks import (
     check_secret_file,
     check_socket_serves,
     check_tpm_device,
+    is_answering,
 )
 from spire_hw.cli.doctor import Request, doctor_command
 from spire_hw.cli.findings import Finding, Level, ok, problem, warning
@@ -200,7 +201,7 @@ def _check_signer(address: str) -> list[Finding]:
 def _check_running(settings: ServerSettings) -> Iterator[Finding]:
     found = check_socket_serves(settings.socket_path, _PROGRAM)
     yield from found
-    is_running = all(f.level is Level.OK for f in found)
+    is_running = is_answering(found)
     if settings.bind_port:
         yield from check_port(settings.bind_address, settings.bind_port, is_running=is_running)
     if is_running:

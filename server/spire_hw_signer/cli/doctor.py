@@ -13,12 +13,14 @@ from spire_hw.cli.checks import (
     check_data_dir,
     check_pem_file,
     check_port,
+    check_room,
     check_secret_file,
     check_socket_serves,
     check_tpm_device,
+    is_answering,
 )
 from spire_hw.cli.doctor import Request, doctor_command
-from spire_hw.cli.findings import Finding, Level, ok, problem, warning
+from spire_hw.cli.findings import Finding, ok, problem, warning
 from spire_hw.cli.hsmchecks import check_hsm
 from spire_hw.clock import SystemClock
 from spire_hw.errors import ConfigError
@@ -42,7 +44,7 @@ def _examine(request: Request) -> Iterator[Finding]:
     yield from _check_tls(settings)
     found = check_socket_serves(settings.admin_socket_path, _PROGRAM)
     yield from found
-    is_running = all(f.level is Level.OK for f in found)
+    is_running = is_answering(found)
     if settings.tls is not None and settings.bind_port:
         yield from check_port(settings.bind_address, settings.bind_port, is_running=is_running)
 
@@ -78,6 +80,8 @@ def _check_data(settings: SignerSettings) -> Iterator[Finding]:
     if not os.access(directory, os.W_OK | os.X_OK):
         text = f"the audit log in {directory} cannot be written: nothing would be signed"
         yield problem("audit.not_writable", text, "give the directory to the signer's user")
+    elif full := check_room(directory, "audit"):
+        yield from full
     else:
         yield ok(
             "audit", f"the audit log is in {directory}; `spire-hw-signer log verify` checks it"
