@@ -198,6 +198,20 @@ def _unseen(views: list[ModuleView], given: HsmFlags, plan: Plan) -> str:
     problems = "; ".join(f"{view.path}: {view.problem}" for view in views if view.problem)
     why = f" ({problems})" if problems else ""
     if not given.module or not (given.token_label or given.token_serial):
+        wanted = " ".join(
+            word
+            for word in (
+                given.token_label and f'labelled "{given.token_label}"',
+                given.token_serial and f"with serial {given.token_serial}",
+            )
+            if word
+        )
+        seen = [f'"{t.label}" serial {t.serial}' for view in views for t in view.tokens]
+        if seen:
+            raise click.UsageError(
+                f"no token {wanted} was found; there is {', '.join(seen)}: name one of these, or "
+                "-module as well for a token that will be there"
+            )
         raise click.UsageError(
             f"no initialised token was found{why}; initialise one with its maker's tool, or name "
             "-module and -tokenLabel of one that will be there"

@@ -121,6 +121,22 @@ def test_files_that_are_there_are_replaced_only_by_force(
     assert 'trust_domain = "example.org"' in config.read_text()
 
 
+def test_a_token_that_is_misspelt_is_told_beside_those_there_are(
+    folder: Path,
+    hsm: SoftHsm,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("spire_hw.cli.hsmchoice.find_modules", lambda: [hsm.module])
+    given = arguments(folder, hsm, "-tokenLabel", "spire-cb", "-dryRun")
+    at = given.index("-module")
+    assert run(root, PROGRAM, given[:at] + given[at + 2 :]) == 2
+    text = capsys.readouterr().err
+    assert 'no token labelled "spire-cb" was found' in text
+    (serial,) = hsm.serials()
+    assert f'there is "spire-ca" serial {serial}' in text
+
+
 def test_doubts_about_token_and_pin_are_told(
     folder: Path, hsm: SoftHsm, capsys: pytest.CaptureFixture[str]
 ) -> None:
