@@ -146,9 +146,11 @@ def relative(then: datetime, now: datetime) -> str:
         words = f"{size // _HOUR} h {size % _HOUR // _MINUTE} min"
     elif size >= _MINUTE:
         words = f"{size // _MINUTE} min"
-    else:
+    elif size:
         words = f"{size} s"
-    words = f"in {words}" if seconds >= 0 else f"{words} ago"
+    else:
+        return f"now ({then.astimezone(UTC):%Y-%m-%d %H:%M} UTC)"
+    words = f"in {words}" if seconds > 0 else f"{words} ago"
     return f"{words} ({then.astimezone(UTC):%Y-%m-%d %H:%M} UTC)"
 
 

@@ -106,7 +106,9 @@ def verify(text: str, expected: Expected, now: datetime) -> Verified:
     proved = [f"the document was signed by key {document.signer.fingerprint}"]
     believed = []
     if expected.signer is None:
-        believed.append("that signing key is the server's: compare it, or name it with -signer")
+        believed.append(
+            "that signing key is the server's or signer's: compare it, or name it with -signer"
+        )
     custody, statement = document.key.evidence.custody, document.statement
     wanted = _NEEDS.get(custody, frozenset())
     try:

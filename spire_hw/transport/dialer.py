@@ -266,7 +266,8 @@ class Dialer:
                     await asyncio.get_running_loop().sock_connect(connection, where)
             except (OSError, TimeoutError) as e:
                 connection.close()
-                reasons.append(f"{where[0]}: {getattr(e, 'strerror', None) or 'no answer'}")
+                why = os.strerror(e.errno) if e.errno else "no answer"
+                reasons.append(f"{where[0]}: {why}")
                 continue
             except BaseException:
                 connection.close()

@@ -118,7 +118,7 @@ class Pkcs11KeyManager:
             cluster = await self._cluster_of(raw, settings, settings.mode, owner)
             await cluster.open()
             self._keyring, self._pool, self._cluster = None, None, cluster
-            self._host.log.info("hsms are open", tokens=[t.name for t in settings.tokens])
+            self._host.log.info("hsms are open", hsms=[t.name for t in settings.tokens])
         await _close(*before)
 
     async def _open(

@@ -186,7 +186,9 @@ def _result(result: pb.SignResult) -> KeySignature | Refused:
 def refused(message: pb.Refusal) -> Refused:
     """Return a refusal; a status of 0 reads as an internal error."""
     reason = clean(message.reason)
-    text = clean(message.message) or "refused"
+    text = clean(message.message).removeprefix(f"{reason}: ") or "refused"
+    if message.retry_after_ms:
+        text = f"{text}; it may work in {message.retry_after_ms / 1000:.0f} s"
     if reason:
         text = f"{text} [{reason}]"
     error = from_code(message.code or 13, f"signer: {text}")

@@ -72,7 +72,10 @@ def test_times() -> None:
         (-176400, "2 d 1 h ago (2026-11-20 04:00 UTC)"),
         (120, "in 2 min (2026-11-22 05:02 UTC)"),
         (5, "in 5 s (2026-11-22 05:00 UTC)"),
+        (-5, "5 s ago (2026-11-22 04:59 UTC)"),
+        (0, "now (2026-11-22 05:00 UTC)"),
+        (0.9, "now (2026-11-22 05:00 UTC)"),
     ],
 )
-def test_relative_times_for_people(seconds: int, words: str) -> None:
+def test_relative_times_for_people(seconds: float, words: str) -> None:
     assert relative(NOW + timedelta(seconds=seconds), NOW) == words
