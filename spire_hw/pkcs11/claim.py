@@ -156,15 +156,21 @@ class Claim:
         if self._written is not None and inventory.manifest is not None:
             await self._put(dict(inventory.manifest.keys), self._ledger.state.choices)
 
+    def is_lost(self, inventory: Inventory) -> bool:
+        """Tell whether another instance was started later: it alone makes keys now."""
+        manifest = inventory.manifest
+        if self._written is None or manifest is None:
+            return False
+        return manifest.nonce != self._nonce
+
     def check(self, inventory: Inventory) -> None:
         """Refuse to go on beside another instance that was started later.
 
         Raises:
             TokenError: FAILED_PRECONDITION.
         """
-        manifest = inventory.manifest
         self.conflict = None
-        if self._written is None or manifest is None or manifest.nonce == self._nonce:
+        if not self.is_lost(inventory):
             return
         self.conflict = TokenError(
             f'server id "{self._ledger.owner.server}" is in use by another instance; '

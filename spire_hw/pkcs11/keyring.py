@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import replace
 from functools import partial
+from operator import methodcaller
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.aio.tasks import Tasks
@@ -186,10 +187,14 @@ class Keyring:
     async def all(self) -> list[Entry]:
         """Return every key after asking the token that they are still there.
 
+        What another instance has made since it took the token over is taken up.
+
         Raises:
             TokenError: the token is away, or shows fewer keys than there have to be.
         """
-        await self._stock.take_full()
+        inventory = await self._stock.take_full()
+        if self._claim.is_lost(inventory):
+            await self._take_up(inventory)
         return list(self._ledger.entries.values())
 
     async def sign(self, key_id: str, digest: bytes, options: SignOptions) -> KeySignature:
@@ -288,6 +293,23 @@ class Keyring:
             # Nobody can have used it here: it is in nobody's way.
             self._log.warning("hsm.key_ignored", key_id=key_id, label=pair.label, error=e.message)
             return None
+
+    async def _take_up(self, inventory: Inventory) -> None:
+        ids = self._ledger.ids(inventory)
+        for name, pair in inventory.current.items():
+            key_id = ids.get(name)
+            known = None if key_id is None else self._ledger.entries.get(key_id)
+            if key_id is None or key_id in inventory.existing:
+                continue
+            if known is not None and known.cka_id == pair.cka_id:
+                continue
+            entry = await self._adopt(key_id, pair)
+            if entry is not None:
+                await self._ledger.save(methodcaller("with_entry", entry))
+                self._ledger.replace(entry)
+                self._log.info(
+                    "hsm.key_taken_up", key_id=key_id, label=pair.label, fp=entry.fingerprint
+                )
 
     async def _import(self, wanted: Import, inventory: Inventory) -> Entry:
         entry = await self._proving.adopt(wanted.key_id, inventory.existing[wanted.key_id])

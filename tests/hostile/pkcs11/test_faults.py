@@ -410,6 +410,24 @@ async def test_fault_38_the_earlier_of_two_instances_stops_generating(rig: Token
 
 
 @pytest.mark.asyncio
+async def test_fault_38_the_earlier_of_two_instances_finds_what_the_later_makes(
+    rig: TokenRig,
+) -> None:
+    first = await rig.start("one")
+    await first.generate_key("a", P256)
+    second = await rig.start("two")
+    made = [await second.generate_key(key_id, P256) for key_id in ("a", "b", "a")]
+    assert second._keyring is not None
+    await second._keyring.disposal.wait_empty()
+    assert {k.key_id: k for k in await first.get_public_keys()} == {k.key_id: k for k in made}
+    for key in made[1:]:
+        assert (await first.sign_data(key.key_id, DIGEST, SHA256)).fingerprint == key.fingerprint
+    await first.close()
+    again = await rig.start("one")
+    assert {k.key_id: k for k in await again.get_public_keys()} == {k.key_id: k for k in made}
+
+
+@pytest.mark.asyncio
 async def test_fault_40_a_key_deleted_behind_our_back(rig: TokenRig) -> None:
     manager = await rig.start()
     for key_id in ("a", "b"):

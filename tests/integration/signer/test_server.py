@@ -182,6 +182,31 @@ async def test_either_side_may_end_and_come_back(folder: Path) -> None:
     assert len(done) == len(set(done))
 
 
+async def test_a_signer_finds_what_another_made_on_their_token(folder: Path) -> None:
+    one = SignerRig(folder / "1", policy=POLICY)
+    two = SignerRig(
+        folder / "2", policy=POLICY, hsm=one.hsm, authority=one.authority, name="signer-2"
+    )
+    signers = SignerProcess(one), SignerProcess(two)
+    files = write_client(one.authority, folder / "client")
+    async with AsyncExitStack() as stack:
+        for signer in signers:
+            stack.callback(signer.stop)
+            signer.start()
+            async with asyncio.timeout(90):
+                await eventually(signer.answers)
+        world = World(server_plugins=plugins(files, *(s.address for s in signers)))
+        await stack.enter_async_context(world)
+        async with running(world) as (_, workload, agent_id):
+            await world.create_entry("/web", parent=agent_id)
+            assert await verified(world, workload, folder) == "/web"
+            assert "GenerateKey" in methods(two)  # it was started last
+            signers[1].kill()
+            await signed(workload, "elsewhere")
+            assert await verified(world, workload, folder) == "/web"
+    assert "Sign.jwt" in methods(one)
+
+
 async def test_one_of_two_signers_of_a_token_dies_under_load(folder: Path) -> None:
     one = SignerRig(folder / "1", policy=POLICY)
     two = SignerRig(
