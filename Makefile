@@ -35,7 +35,7 @@ proto-check: setup ## fail when spire_hw/_pb is not what proto/ says
 	@scripts/proto.sh --check
 
 tests: setup ## the tests alone (ARGS="-k name" narrows them)
-	@$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(PY) -m pytest -n 3 --dist loadgroup $(ARGS)
 
 test-lowest: setup ## the tests with the lowest releases of libraries that pyproject.toml admits
 	@scripts/lowest.sh $(ARGS)
@@ -45,7 +45,7 @@ test-vm: setup ## a virtual machine with real firmware and a TPM attests (needs 
 	@SPIRE_HW_VM_IMAGE=$(CURDIR)/build/vm $(PY) -m pytest tests/vm $(ARGS)
 
 coverage: setup ## tests with line coverage; fails when a room of the security core is below 90 %
-	@$(PY) -m pytest -n 2 --dist loadgroup --cov --cov-report= --cov-report=json:build/coverage.json $(ARGS)
+	@$(PY) -m pytest -n 3 --dist loadgroup --cov --cov-report= --cov-report=json:build/coverage.json $(ARGS)
 	@$(PY) scripts/coverage_floor.py build/coverage.json
 
 interop: setup ## upstream's programs and clients with ours, where they are at hand; writes build/interop.json

@@ -27,4 +27,4 @@ if ! cmp -s build/lowest.txt "$ENV/wanted.txt"; then
   cp build/lowest.txt "$ENV/wanted.txt"
 fi
 "$ENV/bin/python" -m pip list --disable-pip-version-check | grep -i -F -f <(cut -d= -f1 build/lowest.txt)
-exec "$ENV/bin/python" -m pytest -n 2 --dist loadgroup "$@"
+exec "$ENV/bin/python" -m pytest -n 3 --dist loadgroup "$@"

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from hypothesis import HealthCheck, settings
 
+from spire_hw.log import output
 from spire_hw.rpc import engine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _READABLE_BYTES = 12
 
@@ -24,6 +30,13 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     if isinstance(val, bytes | bytearray) and len(val) > _READABLE_BYTES:
         return argname
     return None
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """Undo what a command that ran in this process did to the log's level."""
+    yield
+    output().reset_level()
 
 
 @pytest.fixture(params=[engine.H2, engine.GRPCIO])

@@ -479,6 +479,7 @@ async def test_health_over_http(probed: Server) -> None:
             "server",
             "server.ca",
             "server.ca.rotator",
+            "server.keymanager",
             "catalog.datastore",
         }
         probed.manager._failures = 11

@@ -53,8 +53,8 @@ async def test_a_clients_key_is_attested_by_the_log_key(
             capsys, "key", "attest", TARGET, "-nonce", NONCE, "-out", file, *where
         )
         assert (code, "Evidence written" in err) == (0, True)
-        directory = status.log_directory  # type: ignore[attr-defined]
-        log = (await command(capsys, "log", "show", directory, "-output", "json"))[1]
+    directory = status.log_directory  # type: ignore[attr-defined]
+    log = (await command(capsys, "log", "show", directory, "-output", "json"))[1]
     checks = ("key", "attest", "-verify", file, "-nonce", NONCE)
     code, out, err = await command(capsys, *checks, "-output", "json")
     assert (code, err) == (0, "")
