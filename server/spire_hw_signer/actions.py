@@ -8,12 +8,11 @@ audit log says so before it happens, refusals too, and what came of it afterward
 from __future__ import annotations
 
 import asyncio
-import re
 import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from spire_hw.errors import InvalidInputError, NotFoundError, NotReadyError, SpireHwError
+from spire_hw.errors import NotFoundError, NotReadyError, SpireHwError
 from spire_hw.plugin.keymanager import KeyRetention
 from spire_hw_signer.audit.record import Kind, cut, time_text
 from spire_hw_signer.orders import (
@@ -21,6 +20,7 @@ from spire_hw_signer.orders import (
     Order,
     OrderError,
     SignedOrder,
+    parse_generation,
     parse_order,
     verify_order,
 )
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from spire_hw_signer.orders import Operators
     from spire_hw_signer.revocations import Revocations
 
-_GENERATION: Final = re.compile(
-    r"([^/@]{1,255})/([^/@]{1,64})/([A-Za-z0-9._+-]{1,255})@([0-9]{1,9})", re.ASCII
-)
 _NONCE_BYTES: Final = 16
 
 
@@ -218,13 +215,7 @@ class Actions:
     def _on_key(
         self, target: str, do: Callable[[OwnerKeys, KeyRetention, str, int], Awaitable[str]]
     ) -> Callable[[], Awaitable[str]]:
-        found = _GENERATION.fullmatch(target)
-        if found is None:
-            raise InvalidInputError(
-                f"target {target[:300]!a} is no generation of a key; expected TRUST-DOMAIN/SERVER/"
-                "KEY-ID@GENERATION as `spire-hw-signer key list` shows it"
-            )
-        owner, key_id, generation = f"{found[1]}/{found[2]}", found[3], int(found[4])
+        owner, key_id, generation = parse_generation(target)
         keys = self._owners().get(owner)
         if keys is None:
             known = ", ".join(self._owners()) or "nobody"
@@ -260,7 +251,10 @@ class Actions:
             raise NotReadyError(f"the policy file itself revokes {identity}")
         changed = await self._revocations.change(identity, revoked=revoked)
         what = "revoked" if revoked else "not revoked any more"
-        return f"{identity} is {what}" if changed else f"{identity} was {what} already"
+        message = f"{identity} is {what}" if changed else f"{identity} was {what} already"
+        if identity in self._live.policy.clients:
+            return message
+        return f"{message}; the policy names no such client: look for a misspelling"
 
     async def _reload(self, target: str) -> str:
         before = self._live.policy.hash

@@ -43,6 +43,9 @@ _DOMAIN: Final = b"spire-hw signer order v1\n"
 _NONCE: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _HASH: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _SIGNATURE: Final = re.compile(r"[0-9a-f]{128}", re.ASCII)
+_GENERATION: Final = re.compile(
+    r"([^/@]{1,255})/([^/@]{1,64})/([A-Za-z0-9._+-]{1,255})@([0-9]{1,9})", re.ASCII
+)
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", re.ASCII)
 _MAX_SEQ: Final = 2**63 - 1
 _MAX_SIGNATURES: Final = 64
@@ -149,7 +152,9 @@ class SignedOrder:
         """
         check_name(name)
         if name in self.signatures:
-            raise InvalidInputError(f"{name} has signed this order already")
+            raise InvalidInputError(
+                f"{name} has signed this order already; if that was with a wrong key, make a new one"
+            )
         made = key.sign(self.order.statement())
         return replace(self, signatures={**self.signatures, name: made})
 
@@ -186,6 +191,38 @@ def check_name(name: str) -> str:
             f"operator {name[:64]!a} is no name: 1 to 64 letters, digits, '.', '_', '@' and '-'"
         )
     return name
+
+
+def parse_generation(target: str) -> tuple[str, str, int]:
+    """Return owner, key id and generation of a target.
+
+    Raises:
+        InvalidInputError: it is no generation of a key.
+    """
+    found = _GENERATION.fullmatch(target)
+    if found is None:
+        raise InvalidInputError(
+            f"target {target[:300]!a} is no generation of a key; expected TRUST-DOMAIN/SERVER/"
+            "KEY-ID@GENERATION as `spire-hw-signer key list` shows it"
+        )
+    return f"{found[1]}/{found[2]}", found[3], int(found[4])
+
+
+def check_target(action: Action, target: str) -> None:
+    """Check the form of a target, so that nobody signs what cannot be carried out.
+
+    Raises:
+        InvalidInputError: the action cannot be done to it.
+    """
+    if action in {Action.KEY_RESTORE, Action.KEY_DESTROY}:
+        parse_generation(target)
+    if action is Action.POLICY_RELOAD and target and _HASH.fullmatch(target) is None:
+        raise InvalidInputError(
+            f"target {target[:300]!a} is no policy; expected what `spire-hw-signer policy hash` "
+            "prints, or nothing"
+        )
+    if action in {Action.CLIENT_REVOKE, Action.CLIENT_UNREVOKE} and not target:
+        raise InvalidInputError("a target is required: the client's name in the policy")
 
 
 def parse_order(data: bytes) -> SignedOrder:

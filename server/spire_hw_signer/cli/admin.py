@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -16,10 +17,11 @@ from spire_hw._pb import hw_signer_admin_pb2 as pb
 from spire_hw._pb import hw_signer_pb2
 from spire_hw.cli.evidence import answer, evidence_flags
 from spire_hw.cli.flags import GoCommand, GoGroup, flag
-from spire_hw.cli.output import count_of, epoch, relative, table
+from spire_hw.cli.output import Printer, count_of, epoch, output_flags, relative, table
 from spire_hw.clock import SystemClock
 from spire_hw_signer.cli.connect import admin_flags
 from spire_hw_signer.orders import Action
+from spire_hw_signer.policyfile import load_policy
 
 if TYPE_CHECKING:
     from spire_hw_signer.cli.connect import Admin
@@ -191,6 +193,16 @@ def policy() -> None:
 def reload(admin: Admin, comment: str) -> None:
     """Read policy and TLS files again, as SIGHUP does."""
     _direct(admin, Action.POLICY_RELOAD, "", comment)
+
+
+@policy.command("hash", examples="spire-hw-signer policy hash signer-policy.conf")
+@click.argument("file")
+@output_flags
+def hash_(file: str, output: str, field: str) -> None:
+    """Print what `status`, the audit log and orders call a policy; needs no signer at hand."""
+    value = load_policy(Path(file)).hash
+    printer = Printer(as_json=output == "json", field=field)
+    printer.value({"policy": value}, lambda: click.echo(value))
 
 
 @click.group("clock", cls=GoGroup)

@@ -31,6 +31,7 @@ from spire_hw_signer.orders import (
     Order,
     SignedOrder,
     check_name,
+    check_target,
     parse_order,
 )
 
@@ -106,6 +107,8 @@ def create(
         raise click.UsageError("an action and a file are required: -action ACTION -out FILE")
     if not timedelta() < expires <= MAX_LIFE:
         raise click.UsageError(f"-expires is more than nothing and up to {MAX_LIFE.days * 24}h")
+    wanted = Action.parse(action)
+    check_target(wanted, target)
     if bool(log) != bool(head):
         raise click.UsageError("-log and -head go together")
     if not log:
@@ -114,7 +117,7 @@ def create(
     else:
         at = _parse_head(head)
     order = Order(
-        action=Action.parse(action),
+        action=wanted,
         target=target,
         expires=SystemClock().now() + expires,
         log=log,

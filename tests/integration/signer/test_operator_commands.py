@@ -80,6 +80,10 @@ async def test_status_keys_and_clients(tmp_path: Path, make_shell: Callable[...,
         await at.run("client", "revoke", CLIENT, "-comment", "taken over")
         assert f"Revoked            : {CLIENT}" in await at.run("status")
         assert "was revoked already" in await at.run("client", "revoke", CLIENT)
+        assert "names no such client" not in await at.run("client", "revoke", CLIENT)
+        assert "names no such client" in await at.run("client", "revoke", f"{CLIENT}x")
+        file = str(at.rig.policy_file)
+        assert await at.run("policy", "hash", file) == (await at.json("status"))["policy"] + "\n"
         await at.run("client", "unrevoke", CLIENT)
         assert "the policy is the same" in await at.run("policy", "reload")
         assert "the clock is right" in await at.run("clock", "accept")
@@ -207,6 +211,9 @@ async def test_wrong_usage_is_told(tmp_path: Path, make_shell: Callable[..., She
         (("log", "show", str(tmp_path / "empty"), "-last", "-1"), USAGE),
         (("log", "seal", "-config", str(at.rig.config_file), "-comment", "x"), FAILED),
         (("order", "create", "-out", "o.json"), USAGE),
+        (("order", "create", "-action", "key.destroy", "-target", "x", "-out", "o.json"), USAGE),
+        (("order", "create", "-action", "policy.reload", "-target", "x", "-out", "o.json"), USAGE),
+        (("order", "create", "-action", "client.unrevoke", "-out", "o.json"), USAGE),
         (("order", "create", "-action", "clock.accept", "-log", "0", "-out", "o.json"), USAGE),
         (("order", "sign", "-order", "bad", "-name", "a", "-key", "k", "-yes"), USAGE),
         (("order", "show"), USAGE),
