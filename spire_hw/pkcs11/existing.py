@@ -180,7 +180,7 @@ async def _make(
     halves, facts = _halves(listing), pool.facts
     if any(h.get("label") == label for h in halves):
         raise AlreadyExistsError(
-            f'token {facts.device} has a key labelled "{label}": use it, or another label'
+            f'token {facts.device} has a key labelled "{label}": use it (-existing), or give another label'
         )
     taken = {unpack_bytes(h.get("id")) for h in halves}
     if place.object_id in taken:

@@ -157,6 +157,8 @@ def root(
     ).encode()
     wanted = KeyType.parse(key_type)
     _check_new(out, record)
+    if not existing and not yes:
+        _check_asked()  # a key that is made stays on the token
     limit = None if path_length == _UNLIMITED else path_length
 
     async def work() -> None:
@@ -270,9 +272,13 @@ async def _perform(
     click.echo(text)
 
 
-def _ask() -> None:
+def _check_asked() -> None:
     if not sys.stdin.isatty():
         raise click.UsageError("nobody to ask: look at what is to be signed, then use -yes")
+
+
+def _ask() -> None:
+    _check_asked()
     if not click.confirm("Sign this?", default=False, err=True):
         raise SpireHwError("nothing was signed")
 
