@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import ErrorKind
 from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.pkcs11.fitness import check_writable
+from spire_hw.pkcs11.inventory import read_listing
 from spire_hw.pkcs11.labels import APPLICATION, key_name
 from spire_hw.pkcs11.manifest import Manifest
 from spire_hw.pkcs11.wire import Kind, pack_bytes
@@ -59,6 +61,7 @@ class Claim:
         self._written: Manifest | None = None
         self._holds_none = False
         self._look_again = 0.0
+        self._writing = asyncio.Lock()
         self.refusal: TokenError | None = None
         self.conflict: TokenError | None = None
 
@@ -84,7 +87,8 @@ class Claim:
             kept = {name: key_id for name, key_id in kept.items() if key_id in entries}
         keys = {**kept, **{key_name(k): k for k, e in entries.items() if not e.is_existing}}
         try:
-            await self._put(keys, inventory.choices)
+            async with self._writing:
+                await self._put(keys, inventory.choices)
         except TokenError as e:
             if e.reason not in _MAYBE_PROTECTED | _PROTECTED:
                 raise
@@ -129,32 +133,41 @@ class Claim:
             TokenError: the token failed.
         """
         name = key_name(key_id)
-        keys = {} if inventory.manifest is None else dict(inventory.manifest.keys)
-        if self._written is not None and keys.get(name) != key_id:
-            await self._put({**keys, name: key_id}, inventory.choices)
+        keys = {} if inventory.manifest is None else inventory.manifest.keys
+        if self._written is None or keys.get(name) == key_id:
+            return
+        async with self._writing:
+            now = await self._now()
+            await self._put({**self._named(now), name: key_id}, now.choices)
 
-    async def remove(self, inventory: Inventory, key_id: str) -> None:
+    async def remove(self, key_id: str) -> None:
         """Have the manifest no longer name a key.
 
         Raises:
             TokenError: the token failed.
         """
-        name = key_name(key_id)
-        if self._written is None or inventory.manifest is None:
+        if self._written is None:
             return
-        keys = {n: k for n, k in inventory.manifest.keys.items() if n != name}
-        choices = {k: choice for k, choice in inventory.choices.items() if k != key_id}
-        if len(keys) < len(inventory.manifest.keys):
-            await self._put(keys, choices)
+        name = key_name(key_id)
+        async with self._writing:
+            now = await self._now()
+            before = self._named(now)
+            keys = {n: k for n, k in before.items() if n != name}
+            choices = {k: choice for k, choice in now.choices.items() if k != key_id}
+            if len(keys) < len(before):
+                await self._put(keys, choices)
 
-    async def mark(self, inventory: Inventory) -> None:
+    async def mark(self) -> None:
         """Write down that this instance is alive, and which generations were taken back.
 
         Raises:
             TokenError: the token failed.
         """
-        if self._written is not None and inventory.manifest is not None:
-            await self._put(dict(inventory.manifest.keys), self._ledger.state.choices)
+        if self._written is None:
+            return
+        async with self._writing:
+            now = await self._now()
+            await self._put(self._named(now), self._ledger.state.choices)
 
     def is_lost(self, inventory: Inventory) -> bool:
         """Tell whether another instance was started later: it alone makes keys now."""
@@ -182,6 +195,23 @@ class Claim:
             kind=ErrorKind.FAILED_PRECONDITION,
         )
         raise self.conflict
+
+    async def _now(self) -> Inventory:
+        """Return what the token tells now, which is written over: keys may have been named since.
+
+        Raises:
+            TokenError: the token failed, or another instance was started later.
+        """
+        owner = self._ledger.owner
+        wanted = {"prefix": owner.manifest_label}
+        listing = await self._pool.ask(Kind.LIST, wanted, what="read manifest")
+        found = read_listing(owner, listing, choices=self._ledger.state.choices)
+        self.check(found)
+        return found
+
+    def _named(self, now: Inventory) -> dict[str, str]:
+        manifest = now.manifest or self._written
+        return {} if manifest is None else dict(manifest.keys)
 
     async def _put(self, keys: dict[str, str], choices: Mapping[str, Choice]) -> None:
         if self._holds_none:

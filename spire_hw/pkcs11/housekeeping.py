@@ -75,7 +75,7 @@ class Housekeeping:
             return
         await self._sweep_halves(inventory)
         await self._retention.expire(inventory)
-        await self._claim.mark(inventory)
+        await self._claim.mark()
 
     async def _sweep_halves(self, inventory: Inventory) -> None:
         now = self._clock.now().timestamp()

@@ -338,9 +338,13 @@ class Keyring:
             info = KeyInfo.of(key_id, key_type, public_key)
             entry = Entry.of(info, making.cka_id, label, generation)
             await self._proving.prove(entry)
+            inventory = await self._stock.take()
+            self._claim.check(inventory)
             await self._claim.add(inventory, key_id)
         except BaseException as e:
-            self.disposal.add([(making.cka_id, label)])
+            # Another instance that was started meanwhile may use the new key, as it uses the others.
+            if e is not self._claim.conflict:
+                self.disposal.add([(making.cka_id, label)])
             if isinstance(e, TokenError):
                 await self._budget.give_back(key_id)
             raise

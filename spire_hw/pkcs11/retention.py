@@ -200,7 +200,7 @@ class Retention:
                 "hsm.key_restored", key_id=key_id, label=pair.label, fp=entry.fingerprint
             )
             try:
-                await self._claim.mark(inventory)
+                await self._claim.mark()
             except SpireHwError as e:
                 # The note decides; the copy on the token is written again with the next mark.
                 self._log.warning("hsm.manifest_late", error=e.message)
@@ -233,7 +233,7 @@ class Retention:
             inventory = await self._stock.take()
             self._claim.check(inventory)
             # The manifest first: what it names and the token does not show would be a loss.
-            await self._claim.remove(inventory, key_id)
+            await self._claim.remove(key_id)
             is_kept, now = self._keep_s > 0, self._now
 
             def change(state: State) -> State:

@@ -306,6 +306,37 @@ async def test_fault_38_neither_of_two_instances_destroys_anything(
     await first.sign_data("a", DIGEST, SHA256)
 
 
+async def test_fault_38_who_is_started_while_another_makes_a_key_may_use_it(
+    tampered: TokenRig,
+) -> None:
+    first = await tampered.start("one")
+    await first.generate_key("a", P256)
+    tampered.faults.set(Fault("C_Sign", sleep_s=6.0, times=1, pid=first.worker_pids[1]))
+    making = asyncio.gather(first.generate_key("a", P256), return_exceptions=True)
+    assert first._keyring is not None
+    async with asyncio.timeout(30):
+        while (await first._keyring._stock.take()).top["a"] < 2:  # noqa: ASYNC110 - no event of it
+            await asyncio.sleep(0.05)
+    second = await tampered.start("two")
+    found = await second.get_public_key("a")
+    assert not making.done()
+    (refusal,) = await making
+    assert isinstance(refusal, TokenError)
+    assert refusal.reason == "hsm.owner_conflict"
+    assert first._keyring.disposal.waiting == 0
+    assert (await second.sign_data("a", DIGEST, SHA256)).fingerprint == found.fingerprint
+
+
+async def test_keys_made_at_the_same_time_are_all_named_on_the_token(timed: TokenRig) -> None:
+    manager = await timed.start()
+    names = [f"a long name, number {number}" for number in range(4)]
+    made = await asyncio.gather(*(manager.generate_key(name, P256) for name in names))
+    await manager.close()
+    # Without the note the token alone can tell what a key is called whose label has a hash.
+    again = await timed.start("another")
+    assert {k.key_id: k for k in await again.get_public_keys()} == {k.key_id: k for k in made}
+
+
 def colliding() -> tuple[str, str]:
     """Return two server ids that look alike in labels (30 bits)."""
     seen: dict[str, str] = {}
