@@ -53,16 +53,17 @@ class Housekeeping:
     async def run(self) -> None:
         """Keep house until cancelled."""
         while True:
+            due = None
             try:
-                await self.sweep()
+                if await self.sweep():
+                    due = self._retention.next_s()
             except SpireHwError as e:
                 self._log.warning("hsm.housekeeping_failed", error=e.message)
-            due = self._retention.next_s()
             pause = _EVERY_S if due is None else min(_EVERY_S, max(_LEAST_S, due))
             await self._clock.sleep(pause)
 
-    async def sweep(self) -> None:
-        """Do all of it once.
+    async def sweep(self) -> bool:
+        """Do all of it once; False when nothing was done, because the clock cannot be trusted.
 
         Raises:
             SpireHwError: it could not be done now.
@@ -72,10 +73,11 @@ class Housekeeping:
         jump = abs(self._clock_offset() - self._started)
         if jump > JUMP_S:
             self._log.warning("hsm.clock_jumped", seconds=round(jump), kept="nothing is destroyed")
-            return
+            return False
         await self._sweep_halves(inventory)
         await self._retention.expire(inventory)
         await self._claim.mark()
+        return True
 
     async def _sweep_halves(self, inventory: Inventory) -> None:
         now = self._clock.now().timestamp()

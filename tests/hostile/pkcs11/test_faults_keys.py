@@ -337,6 +337,33 @@ async def test_keys_made_at_the_same_time_are_all_named_on_the_token(timed: Toke
     assert {k.key_id: k for k in await again.get_public_keys()} == {k.key_id: k for k in made}
 
 
+async def test_what_cannot_be_cleared_away_when_its_time_is_up_is_not_tried_all_the_time(
+    timed: TokenRig, clock: SimClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = await timed.start("one", retain_replaced="1h")
+    await first.generate_key("a", P256)
+    await first.generate_key("a", P256)
+    await timed.start("two", retain_replaced="1h")
+    told = 0
+
+    async def refusals(least: int) -> int:
+        nonlocal told
+        async with asyncio.timeout(30):
+            while True:
+                told += "".join(capsys.readouterr()).count("hsm.housekeeping_failed")
+                if told >= least:
+                    return told
+                await asyncio.sleep(0.05)
+
+    for number in (1, 2, 3):
+        await clock.advance(timedelta(minutes=31))
+        before = await refusals(number)
+    for _ in range(5):
+        await clock.advance(timedelta(seconds=2))
+        await asyncio.sleep(0.2)
+    assert await refusals(0) == before
+
+
 def colliding() -> tuple[str, str]:
     """Return two server ids that look alike in labels (30 bits)."""
     seen: dict[str, str] = {}
