@@ -26,6 +26,7 @@ class Disposal:
         self._pool = pool
         self._log = log
         self._waiting: dict[bytes, str] = {}
+        self._turn = asyncio.Lock()
         self._added = asyncio.Event()
         self._emptied = asyncio.Event()
         self._emptied.set()
@@ -78,6 +79,11 @@ class Disposal:
         self._pool.metrics.gauge(("hsm", "keys_awaiting_disposal"), len(self._waiting))
 
     async def _destroy(self, cka_id: bytes, label: str) -> ErrorKind | None:
+        async with self._turn:
+            # Who cannot wait for its turn may have been there first.
+            return await self._ask(cka_id, label) if cka_id in self._waiting else None
+
+    async def _ask(self, cka_id: bytes, label: str) -> ErrorKind | None:
         try:
             await self._pool.ask(
                 Kind.DESTROY, {"id": pack_bytes(cka_id), "label": label}, what="destroy key pair"

@@ -255,6 +255,27 @@ async def test_fault_68_a_key_that_cannot_be_destroyed_waits_and_is_not_forgotte
 
 
 @pytest.mark.asyncio
+async def test_what_waits_is_destroyed_once_by_whoever_comes_first(
+    rig: TokenRig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager = await rig.start()
+    await manager.generate_key("a", P256)
+    marker = rig.folder / "stuck"
+    marker.touch()
+    rig.faults.set(Fault("C_DestroyObject", returns=0x1B, instead=True, while_exists=str(marker)))
+    await manager.generate_key("a", P256)
+    assert manager._keyring is not None
+    disposal = manager._keyring.disposal
+    assert disposal.waiting == 1
+    marker.unlink()
+    capsys.readouterr()
+    await asyncio.gather(*(disposal.now() for _ in range(4)))
+    await settled(manager)
+    assert "".join(capsys.readouterr()).count("hsm.key_destroyed") == 1
+    assert pairs(rig) == generation("a", 2)
+
+
+@pytest.mark.asyncio
 async def test_fault_68_what_a_restart_finds_is_disposed_of_then(rig: TokenRig) -> None:
     manager = await rig.start()
     await manager.generate_key("a", P256)
