@@ -6,6 +6,7 @@ source holds something else nobody in this process may try.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import secrets
@@ -99,9 +100,15 @@ class EnvironmentPin:
 
 
 class PinGuard:
-    """Hands a PIN out unless that very PIN was refused before."""
+    """Hands a PIN out unless that very PIN was refused before.
+
+    Attributes:
+        turn: held from taking the PIN until it is known what the token says to it: nobody else may
+            send one that is about to be refused.
+    """
 
     def __init__(self, source: PinSource) -> None:
+        self.turn = asyncio.Lock()
         self._source = source
         self._salt = secrets.token_bytes(32)
         self._refused: dict[bytes, str] = {}
@@ -149,6 +156,7 @@ class PinGuard:
 
     def inherit(self, older: PinGuard) -> None:
         """Take over what an older guard learnt, so that a new configuration forgets nothing."""
+        self.turn = older.turn
         self._salt = older._salt
         self._refused = older._refused
         self._doubted = older._doubted

@@ -105,7 +105,7 @@ class Pool:
         self.metrics = metrics
         self._limits = limits
         self._log = log
-        turn = asyncio.Lock()
+        turn = opening.guard.turn
         self._changed = asyncio.Event()
         self._breaker = Breaker(limits.probe_s)
         self._admin = Seat("admin", opening, turn, self._on_change, log)

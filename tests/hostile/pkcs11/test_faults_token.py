@@ -118,6 +118,21 @@ async def test_fault_16_a_wrong_pin_is_sent_once_by_all_workers_together(
     await keys_are_intact(tampered, made)
 
 
+async def test_fault_16_a_wrong_pin_is_sent_once_by_all_who_open_the_token_at_a_time(
+    tampered: TokenRig,
+) -> None:
+    made = await one_key(tampered)
+    before = tampered.faults.calls("C_Login")
+    tampered.write_pin("wrong-1234")
+    manager = tampered.build()
+    tries = (manager.configure(tampered.config()) for _ in range(3))
+    for result in await asyncio.gather(*tries, return_exceptions=True):
+        assert isinstance(result, TokenError)
+        assert result.reason in {"hsm.pin_incorrect", "hsm.pin_latched"}
+    assert tampered.faults.calls("C_Login") == before + 1
+    await keys_are_intact(tampered, made)
+
+
 async def test_fault_18_a_locked_pin_is_not_sent_again(tampered: TokenRig) -> None:
     made = await one_key(tampered)
     before = tampered.faults.calls("C_Login")
