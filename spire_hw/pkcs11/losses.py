@@ -17,6 +17,7 @@ from spire_hw.pkcs11.wire import unpack_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from spire_hw.pkcs11.choice import Choice
     from spire_hw.pkcs11.inventory import Inventory, Pair
     from spire_hw.pkcs11.ledger import Ledger
 
@@ -80,7 +81,9 @@ def losses_of(inventory: Inventory, ledger: Ledger) -> Losses:
     older = sorted(
         key_id
         for key_id, known in ledger.state.keys.items()
-        if key_id in shown and shown[key_id].generation < known.generation
+        if key_id in shown
+        and shown[key_id].generation < known.generation
+        and not _is_taken_back(shown[key_id], inventory.choices.get(key_id), known.generation)
     )
     unreadable = sorted(
         {
@@ -91,6 +94,11 @@ def losses_of(inventory: Inventory, ledger: Ledger) -> Losses:
         - {*ledger.state.keys, *in_use}
     )
     return Losses(tuple(missing), tuple(older), tuple(unreadable), len(expected), len(shown))
+
+
+def _is_taken_back(pair: Pair, choice: Choice | None, known: int) -> bool:
+    """Tell whether an operator chose the older one, perhaps by way of another host."""
+    return choice is not None and choice.generation == pair.generation and choice.over >= known
 
 
 def _may_be_current(half: Pair, key_id: str, shown: Mapping[str, Pair]) -> bool:

@@ -163,6 +163,26 @@ async def test_a_host_that_lost_its_note_learns_from_the_token_what_was_restored
 
 
 @pytest.mark.asyncio
+async def test_what_one_host_restored_is_no_loss_to_another(rig: TokenRig) -> None:
+    manager = await rig.start(**KEEP)
+    first = await manager.generate_key("a", P256)
+    await manager.generate_key("a", P256)
+    await manager.close()
+    manager = await rig.start("another-host", **KEEP)
+    await manager.restore_key("a", 1)
+    await manager.close()
+    manager = await rig.start(**KEEP)
+    assert (await manager.get_public_key("a")).fingerprint == first.fingerprint
+    assert [k.fingerprint for k in await manager.get_public_keys()] == [first.fingerprint]
+    await manager.generate_key("a", P256)
+    await manager.close()
+    # A choice that a later generation ended accounts for nothing.
+    rig.meddle(f"[o.destroy() for o in find(LABEL={OWNER.key_label('a', 3)!r})]")
+    with pytest.raises(SpireHwError, match="older generations of a"):
+        await rig.start(**KEEP)
+
+
+@pytest.mark.asyncio
 async def test_a_restored_key_that_vanishes_does_not_bring_the_rejected_one_back(
     rig: TokenRig,
 ) -> None:
