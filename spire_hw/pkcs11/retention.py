@@ -85,6 +85,9 @@ class Retention:
 
     async def _make_current(self, entry: Entry, choice: Choice | None) -> None:
         old, now = self._ledger.entries.get(entry.key_id), self._now
+        if old is not None and old.cka_id == entry.cka_id:
+            # In use already, by way of a listing: what takes nobody's place leaves nothing over.
+            old = None
         is_kept = old is not None and self._keep_s > 0
 
         def change(state: State) -> State:

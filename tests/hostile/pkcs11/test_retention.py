@@ -182,6 +182,22 @@ async def test_what_one_host_restored_is_no_loss_to_another(rig: TokenRig) -> No
         await rig.start(**KEEP)
 
 
+@pytest.mark.parametrize("settings", [{}, KEEP], ids=["destroyed", "kept"])
+@pytest.mark.asyncio
+async def test_a_key_that_takes_its_own_place_stays(
+    rig: TokenRig, settings: dict[str, str]
+) -> None:
+    manager = await rig.start(**settings)
+    made = await manager.generate_key("a", P256)
+    keyring = manager._keyring
+    assert keyring is not None
+    await keyring._retention.replace(keyring.get("a"))
+    await settled(manager)
+    assert await kept(manager) == []
+    assert (await manager.sign_data("a", DIGEST, SHA256)).fingerprint == made.fingerprint
+    assert generations(rig) == ["1"]
+
+
 @pytest.mark.asyncio
 async def test_a_restored_key_that_vanishes_does_not_bring_the_rejected_one_back(
     rig: TokenRig,
