@@ -92,10 +92,10 @@ class Cluster:
             _raise_other(results)
             self._check_opened(new)
             self._table()
+            await self._reconcile()
         except BaseException:
             await self.close()
             raise
-        await self._reconcile()
         for member in self._members.values():
             self._tasks.start(f"hsm-token-{member.name}", self._watch(member))
 
@@ -213,14 +213,15 @@ class Cluster:
     async def restore(self, key_id: str, generation: int) -> KeyInfo:
         """Make a kept generation current again, on the token that has it."""
         async with self._turns.setdefault(key_id, asyncio.Lock()):
-            member = self._keeper(key_id, generation)
+            member = self._keepers(key_id, generation)[0]
             info = await member.keyring().restore(key_id, generation, self._above(key_id) + 1)
             await self._reconcile()
             return info
 
     async def destroy_retained(self, key_id: str, generation: int) -> None:
         """Destroy a kept generation before its time, on every open token that has it."""
-        await self._keeper(key_id, generation).keyring().destroy_retained(key_id, generation)
+        for member in self._keepers(key_id, generation):
+            await member.keyring().destroy_retained(key_id, generation)
 
     def health(self) -> DeviceHealth:
         """Return how well keys can be used, as last seen."""
@@ -298,12 +299,17 @@ class Cluster:
             kind=ErrorKind.FAILED_PRECONDITION,
         )
 
-    def _keeper(self, key_id: str, generation: int) -> Member:
-        for member in self._members.values():
-            kept = () if member.opened is None else member.opened.keyring.retained()
-            if any(k.info.key_id == key_id and k.generation == generation for k in kept):
-                return member
-        raise NotFoundError(f'generation {generation} of key "{key_id}" is not retained')
+    def _keepers(self, key_id: str, generation: int) -> list[Member]:
+        """Return the open tokens that keep a generation; all have the key that the first one has."""
+        found = [
+            (member, kept.info.fingerprint)
+            for member in self._members.values()
+            for kept in (() if member.opened is None else member.opened.keyring.retained())
+            if kept.info.key_id == key_id and kept.generation == generation
+        ]
+        if not found:
+            raise NotFoundError(f'generation {generation} of key "{key_id}" is not retained')
+        return [member for member, fingerprint in found if fingerprint == found[0][1]]
 
     def _stranded(self, key_id: str, key: Current, failure: SpireHwError | None) -> SpireHwError:
         if failure is None:

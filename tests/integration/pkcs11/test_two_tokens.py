@@ -431,6 +431,24 @@ async def test_replaced_keys_are_kept_and_taken_back_over_tokens(rig: Rig) -> No
     assert holders(manager)["x509-CA-A"] == ("one",)
 
 
+async def test_what_is_destroyed_before_its_time_is_so_on_every_token(pair: Rig) -> None:
+    manager = await pair.start("same_keys", retain_replaced="1h")
+    old = await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+    pair.clone()
+    await eventually(lambda: has_both(manager))
+    await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+
+    async def are_kept(count: int) -> bool:
+        fingerprints = [k.info.fingerprint for k in await manager.retained_keys()]
+        return fingerprints == [old.fingerprint] * count
+
+    await eventually(lambda: are_kept(2))
+    await manager.destroy_retained("x509-CA-A", 1)
+    assert await are_kept(0)
+    with pytest.raises(SpireHwError, match="not retained"):
+        await manager.destroy_retained("x509-CA-A", 1)
+
+
 async def is_kept(manager: pkcs11.Pkcs11KeyManager, fingerprint: str) -> bool:
     return any(k.info.fingerprint == fingerprint for k in await manager.retained_keys())
 
