@@ -17,9 +17,17 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from spire_hw._pb import hw_signer_pb2 as pb
 from spire_hw.clock import SystemClock
 from spire_hw.errors import DeniedError, ErrorKind, NotFoundError, NotReadyError, SpireHwError
-from spire_hw.key import HashAlgorithm, KeyType, SignOptions, generate_private_key, verify_digest
+from spire_hw.key import (
+    HashAlgorithm,
+    KeyType,
+    SignOptions,
+    generate_private_key,
+    spki_der,
+    verify_digest,
+)
 from spire_hw.plugin.keymanager import KeyHealth
 from spire_hw.transport.tls import TlsIdentity
+from spire_hw_plugins.keymanager.remote.state import StateFile
 from spire_hw_sim.liarsigner import SERVER_ID, LiarSigner, Shelf, write_client
 from spire_hw_sim.pki import Authority, now
 from spire_hw_sim.remoterig import RemoteRig
@@ -310,6 +318,21 @@ async def test_fault_94_changed_key_needs_the_operator(
     signer.lies.swapped = {}
     with pytest.raises(NotReadyError, match="changed key"):
         await again.get_public_keys()
+
+
+@pytest.mark.asyncio
+async def test_a_configuration_that_is_replaced_takes_back_nothing_on_the_note(
+    rig: RemoteRig,
+) -> None:
+    signer = await rig.signer()
+    manager = await rig.manager(signer.address)
+    await manager.generate_key("id", P256)
+    changed = generate_private_key(P256)
+    signer.lies.swapped = {"id": changed}
+    await manager.configure(rig.config(signer.address, accept_changed_keys=["id"]))
+    found = StateFile(rig.folder / "server", "example.org").load()
+    assert found is not None
+    assert found.keys == {"id": spki_der(changed.public_key())}
 
 
 @pytest.mark.asyncio

@@ -112,9 +112,6 @@ class Door:
                 "files for the signer are not usable, the old ones are", error=e.message
             )
             return self._channel
-        if self._channel is not None:
-            self._retire(self._channel)
-            self._log.info("certificate for the signer was replaced", until=str(papers.expires_at))
         dialer = Dialer(
             self._address.host,
             self._address.port,
@@ -128,8 +125,12 @@ class Door:
             clock=self._clock,
             log=self._log,
         )
+        made = await connect(dialer, max_response_bytes=wire.MAX_RESPONSE_BYTES)
+        if self._channel is not None:
+            self._retire(self._channel)
+            self._log.info("certificate for the signer was replaced", until=str(papers.expires_at))
         self._stamp, self._papers = stamp, papers
-        return await connect(dialer, max_response_bytes=wire.MAX_RESPONSE_BYTES)
+        return made
 
     def _check_name(self, papers: Papers, chain: tuple[bytes, ...]) -> None:
         """Refuse a server that is not the named one; the dialer asks before a byte is sent."""

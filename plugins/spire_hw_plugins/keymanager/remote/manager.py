@@ -63,7 +63,7 @@ class RemoteKeyManager:
         session = await Session.open(read_settings(config), self._host)
         old, self._session = self._session, session
         if old is not None:
-            await old.close()
+            await old.close(is_replaced=True)
 
     async def generate_key(self, key_id: str, key_type: KeyType) -> KeyInfo:
         """Have a signer make a key; asked again after an answer was lost, it is the same one."""

@@ -241,12 +241,17 @@ class Session:
             return DeviceHealth(KeyHealth.DEGRADED, "signer.one_away", trouble.message)
         return DeviceHealth(KeyHealth.GOOD)
 
-    async def close(self) -> None:
-        """End all connections, and put on the note what was seen of the logs."""
+    async def close(self, *, is_replaced: bool = False) -> None:
+        """End all connections, and put on the note what was seen of the logs.
+
+        Args:
+            is_replaced: another session goes on with the note, and knows more than this one.
+        """
         await self._tasks.close()
         await self._batcher.close()
         await self._signers.close()
-        await self._note_logs()
+        if not is_replaced:
+            await self._note_logs()
 
     def _link(self, address: Address) -> Link:
         settings = self._settings
