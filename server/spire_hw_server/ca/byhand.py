@@ -16,11 +16,12 @@ from spire_hw_server.ca.minted import check_imported
 from spire_hw_server.ca.slots import activation_due
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from datetime import datetime
 
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
-    from spire_hw.plugin.keymanager import Keys
+    from spire_hw.plugin.keymanager import Keys, ManagedSigner
     from spire_hw.spiffeid import TrustDomain
     from spire_hw_server.bundles import Bundles
     from spire_hw_server.ca.authority import Issuer
@@ -73,13 +74,20 @@ class ByHand:
         self._clock = clock
         self._log = log
 
-    async def restore(self) -> None:
-        """Remember the request that was made before a restart.
+    async def restore(self, listed: Mapping[str, ManagedSigner]) -> None:
+        """Remember the request that was made before a restart, if its key still waits.
+
+        Args:
+            listed: the KeyManager's keys, by key id.
 
         Raises:
             SpireHwError: its file cannot be read.
         """
-        self._line.requested = await asyncio.to_thread(self._mark.load_request)
+        line, asked = self._line, await asyncio.to_thread(self._mark.load_request)
+        signer, beside = listed.get(line.key_id(line.slots.free_slot)), line.slots.next
+        is_there = signer is not None and signer.info.fingerprint == asked
+        is_used = beside is not None and line.holds(beside, listed)
+        line.requested = asked if is_there and not is_used else ""
 
     async def request(self, *, replace: bool) -> CaRequest:
         """Make the key of the next authority and a request for it.

@@ -392,8 +392,9 @@ class CaManager:
             return await self._succession.activate(line, authority_id)
 
     async def _restore(self) -> None:
+        listed = {s.info.key_id: s for s in await self._keys.list()}
         restorer = Restorer(
-            {s.info.key_id: s for s in await self._keys.list()},
+            listed,
             keys_name=self._keys.name,
             bundles=self._bundles,
             keys_persist=self._settings.keys_persist,
@@ -404,7 +405,7 @@ class CaManager:
         if row is not None:
             self._keeper.take_over(row)
         restorer.fill(self._x509, self._keeper.journal.x509, self._clock.now())
-        await self._by_hand.restore()
+        await self._by_hand.restore(listed)
         if self._settings.jwt_enabled:
             restorer.fill(self._jwt, self._keeper.journal.jwt, self._clock.now())
 

@@ -152,6 +152,18 @@ async def test_what_was_asked_for_is_waited_for_until_it_is_late(world: World) -
             await manager.import_x509((late,), world.root)
 
 
+async def test_a_request_that_came_to_nothing_is_not_waited_for_after_a_restart(
+    world: World,
+) -> None:
+    async with world.server() as manager:
+        await manager.request_x509()
+        made = await manager.prepare_x509()
+        await manager.activate_x509(made.authority_id)
+    async with world.server() as manager:
+        await world.tick(manager, timedelta(hours=12))
+        assert manager.x509_slots.prepared is not None
+
+
 async def test_under_an_offline_root_nothing_is_made_by_the_server(world: World) -> None:
     async with world.server() as manager:
         first = await world.take(manager, timedelta(days=12))
