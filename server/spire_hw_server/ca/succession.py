@@ -12,7 +12,7 @@ import secrets
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from spire_hw.errors import SpireHwError
-from spire_hw.key import SignOptions, default_hash
+from spire_hw.key import SignOptions, default_hash, verify_digest
 from spire_hw.plugin.keymanager import KeyFallback
 from spire_hw.telemetry.metrics import NO_METRICS, Timed
 from spire_hw_server.ca.slots import Record, Slots, Step, activation_due
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from spire_hw_server.bundles import Bundles
     from spire_hw_server.ca.keeper import JournalKeeper
     from spire_hw_server.ca.line import JwtLine, Line, X509Line
+    from spire_hw_server.ca.slots import SlotName
 
 R = TypeVar("R", bound=Record)
 _CHECK: Final = b"spire-hw authority check\0"
@@ -66,6 +67,8 @@ class Succession:
         self._metrics = metrics
         self._unsaved = False
         self._warned = ""
+        # Keys by key id of which no authority could be made: the next try takes them.
+        self._unused: dict[str, ManagedSigner] = {}
 
     async def advance(self, line: Line[R]) -> None:
         """Take the steps that are due now; save what could not be saved before.
@@ -144,7 +147,8 @@ class Succession:
     async def _check_signs(self, signer: ManagedSigner) -> None:
         """Make sure that there is something to move to: the other device may be gone as well."""
         options = SignOptions(default_hash(signer.public_key))
-        await signer.sign(options.hash.digest(_CHECK + secrets.token_bytes(32)), options)
+        digest = options.hash.digest(_CHECK + secrets.token_bytes(32))
+        verify_digest(signer.public_key, digest, await signer.sign(digest, options), options)
 
     def _stranded(self) -> Mapping[str, DeviceHealth]:
         manager = self._keys.manager
@@ -161,8 +165,12 @@ class Succession:
 
     async def _prepare(self, line: Line[R]) -> R:
         slot = line.slots.free_slot
-        signer = await self._keys.generate(line.key_id(slot), line.key_type)
-        record = await line.make(signer, slot)
+        signer = await self._key_for(line, slot)
+        try:
+            record = await line.make(signer, slot)
+        except SpireHwError:
+            self._unused[signer.info.key_id] = signer
+            raise
         await self._bundles.append(line.publication(record))
         line.slots = line.slots.prepare(record)
         line.signers[record.authority_id] = signer
@@ -177,6 +185,20 @@ class Succession:
         )
         await self._save()
         return record
+
+    async def _key_for(self, line: Line[R], slot: SlotName) -> ManagedSigner:
+        """Make a key, unless one waits that nothing was made of: devices allow so many in a day."""
+        key_id = line.key_id(slot)
+        unused = self._unused.pop(key_id, None)
+        if unused is not None:
+            try:
+                found = await self._keys.get(key_id)
+                if found.info.fingerprint == unused.info.fingerprint:
+                    await self._check_signs(found)
+                    return found
+            except SpireHwError as e:
+                self._log.warning("a key that waited is not used", key_id=key_id, error=e.message)
+        return await self._keys.generate(key_id, line.key_type)
 
     async def activate(self, line: Line[R], authority_id: str | None = None) -> R:
         """Let the prepared authority sign.

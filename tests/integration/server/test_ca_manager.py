@@ -496,6 +496,27 @@ async def test_failures_are_counted_until_rotation_works_again(world: World) -> 
 
 
 @pytest.mark.asyncio
+async def test_a_key_of_which_nothing_could_be_made_is_taken_by_the_next_try(world: World) -> None:
+    async def key() -> str:
+        return (await key_fingerprints(world.device))["x509-CA-B"]
+
+    async with world.server(jwt_enabled=False) as manager:
+        await world.clock.advance(timedelta(hours=12))
+        world.device.bad_signatures = True
+        tried = []
+        for _ in range(2):
+            with pytest.raises(SpireHwError, match="verify"):
+                await manager.rotate()
+            tried.append(await key())
+        # One that does not sign is no better the next time.
+        assert tried[0] != tried[1]
+        world.device.bad_signatures = False
+        await manager.rotate()
+        assert prepared_x509(manager) is not None
+        assert await key() == tried[1]
+
+
+@pytest.mark.asyncio
 async def test_nothing_is_issued_past_the_authoritys_end(world: World) -> None:
     async with world.server() as manager:
         await world.clock.advance(timedelta(hours=23, minutes=30))
