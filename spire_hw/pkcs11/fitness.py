@@ -94,7 +94,7 @@ def check_writable(facts: TokenFacts) -> None:
     """
     if not facts.can_write:
         raise TokenError(
-            "token is read-only: keys cannot be generated",
+            "token is read-only: keys cannot be generated; lift its write protection",
             reason="hsm.read_only",
             operation="generate key pair",
             device=facts.device,

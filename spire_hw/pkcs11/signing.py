@@ -82,7 +82,7 @@ class Signing:
         """Return the error that says a key is no longer on the token."""
         return TokenError(
             f'key "{entry.key_id}" ({entry.fingerprint}) vanished from token '
-            f"{self._pool.facts.device}",
+            f"{self._pool.facts.device}; bring it back, or set accept_key_loss to start without it",
             reason="hsm.key_vanished",
             operation="find key",
             device=self._pool.facts.device,
@@ -129,7 +129,8 @@ class Signing:
             return
         if self._bad_signatures.get(entry.cka_id, 0) >= _QUARANTINE_AFTER:
             raise TokenError(
-                f'key "{entry.key_id}" is quarantined: its signatures did not verify',
+                f'key "{entry.key_id}" is quarantined: its signatures did not verify; see to the '
+                "device, then restart or have the configuration read again",
                 reason="hsm.key_quarantined",
                 operation="sign",
                 device=self._pool.facts.device,

@@ -177,7 +177,8 @@ class StateFile:
 
     def _unusable(self, reason: str) -> TokenError:
         return TokenError(
-            f"key manifest {self.path} {reason}",
+            f"key manifest {self.path} {reason}; bring a copy back, or move it away to go by what "
+            "the token shows",
             reason="hsm.state_read",
             operation="read manifest",
             cure=Cure.OPERATOR,

@@ -71,9 +71,10 @@ _MAX_IDENTIFIER_FILE_BYTES: Final = 4096
 
 
 class Pkcs11KeyManager:
-    """The KeyManager contract over one token.
+    """The KeyManager contract over one token, or over several.
 
-    Also offers `KeyEvidenceSource`, `KeyRetention` and `KeyHealthSource`.
+    Also offers `KeyEvidenceSource`, `KeyRetention`, `KeyHealthSource`, `KeyFallback` and
+    `SharedTokenSource`.
 
     Attributes:
         verifies: signatures are verified apart from the process that holds the token's library.
