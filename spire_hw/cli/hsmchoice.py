@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -12,6 +13,7 @@ import click
 from spire_hw.cli.flags import F, flag
 from spire_hw.cli.plan import check_plain
 from spire_hw.errors import InvalidInputError, SpireHwError
+from spire_hw.files import read_bounded
 from spire_hw.pkcs11.pin import FilePin
 from spire_hw.pkcs11.survey import ModuleView, TokenView, find_modules, look_at
 
@@ -34,6 +36,9 @@ _GROUPS: Final = {"softhsm": ("softhsm",), "tpm2": ("tss",)}
 _WRITABLE: Final = {"softhsm": ("/var/lib/softhsm",), "tpm2": ("/etc/tpm2_pkcs11",)}
 _DEVICES: Final = {"tpm2": ("/dev/tpmrm0",)}
 _AFTER: Final = {"smartcard-hsm": ("pcscd.service",)}
+_SOFTHSM_CONF: Final = "SOFTHSM2_CONF"
+_SOFTHSM_TOKENS: Final = re.compile(r"^\s*directories\.tokendir\s*=\s*(\S+)\s*$", re.MULTILINE)
+_MAX_CONF: Final = 64 * 1024
 _ON_THE_BUS: Final = frozenset({"generic", "yubihsm2", "luna", "nshield"})
 
 
@@ -57,6 +62,7 @@ class HsmChoice:
         profile: its profile's name.
         pin_file: where the PIN is kept, on the disk.
         environment: what its module needs in its environment.
+        folder: where SoftHSM keeps its tokens, when its configuration says so; else "".
     """
 
     module: str
@@ -65,6 +71,7 @@ class HsmChoice:
     profile: str
     pin_file: str
     environment: Mapping[str, str] = field(default_factory=dict)
+    folder: str = ""
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -74,7 +81,7 @@ class HsmChoice:
     @property
     def writable(self) -> tuple[str, ...]:
         """Return the paths a service that uses it has to write to."""
-        return _WRITABLE.get(self.profile, ())
+        return (self.folder,) if self.folder else _WRITABLE.get(self.profile, ())
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -148,7 +155,8 @@ def choose_hsm(
         "pinFile", given.pin_file, "File with the token's user PIN", default=str(default_pin)
     )
     _check_pin(pin, plan)
-    choice = HsmChoice(module, label, serial, profile, pin, environment)
+    folder = _token_folder(environment) if profile == "softhsm" else ""
+    choice = HsmChoice(module, label, serial, profile, pin, environment, folder)
     plan.choices.append(
         f'keys are made in token "{label}" and never leave it (profile {profile}); '
         "it is chosen by label and serial number, since slot numbers change"
@@ -165,6 +173,22 @@ def _environment(given: tuple[str, ...]) -> dict[str, str]:
         _plain(value)
         found[name] = value
     return found
+
+
+def _token_folder(environment: Mapping[str, str]) -> str:
+    """Return where SoftHSM keeps its tokens by the configuration that was named, "" for none."""
+    file = environment.get(_SOFTHSM_CONF)
+    if file is None:
+        return ""
+    try:
+        text = read_bounded(Path(file), _MAX_CONF).decode("utf-8", "replace")
+    except SpireHwError:
+        return ""  # the module itself could not be used either, and that is told
+    found = _SOFTHSM_TOKENS.search(text)
+    if found is None:
+        return ""
+    _plain(found[1])
+    return found[1]
 
 
 def _plain(value: str) -> None:

@@ -396,7 +396,7 @@ def _words(error: dict[str, Any]) -> str:  # noqa: PLR0911 - one per kind
     if kind in _EXPECTED:
         return f"{_EXPECTED[kind]}, found {_kind_of(error['input'])}"
     if kind == "literal_error":
-        known = list(_quoted_names(str(context["expected"])))
+        known = [name for name in _quoted_names(str(context["expected"])) if name]
         hint = nearest(error["input"], known) if isinstance(error["input"], str) else ""
         return f"must be one of {', '.join(known)}{hint}"
     if kind in {"value_error", "assertion_error"}:

@@ -126,7 +126,9 @@ def test_tls_files_that_are_not_there_yet_are_doubts(
     assert any("signer.pem" in doubt for doubt in values["doubts"])
     unit = values["files"][2]["content"]
     assert "ExecReload=/bin/kill -HUP $MAINPID" in unit
-    assert f"ReadWritePaths=-/var/lib/softhsm -{site.data} -{site.folder}" in unit
+    tokens = site.hsm.conf.parent / "tokens"
+    assert f"directories.tokendir = {tokens}\n" in site.hsm.conf.read_text()
+    assert f"ReadWritePaths=-{tokens} -{site.data} -{site.folder}" in unit
     assert not site.config.exists()
 
 

@@ -157,6 +157,14 @@ def test_the_nearest_literal_is_named() -> None:
     ]
 
 
+def test_a_literal_that_is_empty_unless_set_is_not_offered() -> None:
+    class Modes(Model):
+        mode: Literal["", "one", "two"] = ""
+
+    (fault,) = faults(parse('mode = "three"'), Modes)
+    assert fault.message == '"mode": must be one of one, two'
+
+
 def test_keys_that_are_not_supported_yet_are_refused_by_name_unless_they_ask_for_nothing() -> None:
     harmless = 'trust_domain = "x" profiling = false names = [] block {}'
     assert messages(harmless) == []
