@@ -29,6 +29,7 @@ _MAX_LENGTH_BYTES: Final = 4
 _MIN_ARCS: Final = 2
 _MAX_FIRST_ARC: Final = 2
 _ARC_STEP: Final = 40
+_MAX_ARC_BITS: Final = 128  # those below 2.25 are UUIDs
 
 
 def _header(tag: int, size: int) -> bytes:
@@ -84,7 +85,7 @@ def dotted(content: bytes) -> str:
     """Return the dotted form of an object identifier's content.
 
     Raises:
-        EncodingError: it is empty, cut off, or not in its shortest form.
+        EncodingError: it is empty, cut off, not in its shortest form, or has a number above 128 bits.
     """
     arcs: list[int] = []
     arc = 0
@@ -93,6 +94,8 @@ def dotted(content: bytes) -> str:
         if fresh and byte == _LONG_FORM:
             raise EncodingError("object identifier", "is not in its shortest form")
         arc = arc << 7 | byte & 0x7F
+        if arc >> _MAX_ARC_BITS:
+            raise EncodingError("object identifier", "has a number above 128 bits")
         fresh = not byte & _LONG_FORM
         if fresh:
             arcs.append(arc)

@@ -42,6 +42,14 @@ def test_malformed_oids_are_refused(dotted: str) -> None:
         der.oid(dotted)
 
 
+def test_numbers_of_an_oid_have_a_bound() -> None:
+    widest = b"\x69" + b"\x83" + b"\xff" * 17 + b"\x7f"  # a UUID below 2.25, all ones
+    assert der.dotted(widest) == f"2.25.{2**128 - 1}"
+    for tail in (b"\x84" + b"\x80" * 17, b"\xff" * 2100):
+        with pytest.raises(EncodingError, match="above 128 bits"):
+            der.dotted(b"\x69" + tail + b"\x00")
+
+
 @pytest.mark.parametrize("size", [0, 1, 127, 128, 255, 256, 2047, 2048, 65_535, 65_536])
 def test_every_length_comes_back(size: int) -> None:
     content = bytes(size)
