@@ -24,6 +24,7 @@ from spire_hw_signer.orders import (
     parse_order,
     verify_order,
 )
+from spire_hw_signer.policyfile import parse_identity
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -200,9 +201,9 @@ class Actions:
             case Action.KEY_DESTROY:
                 return self._on_key(target, self._destroy)
             case Action.CLIENT_REVOKE:
-                return lambda: self._revoke(target, revoked=True)
+                return self._on_client(target, revoked=True)
             case Action.CLIENT_UNREVOKE:
-                return lambda: self._revoke(target, revoked=False)
+                return self._on_client(target, revoked=False)
             case Action.POLICY_RELOAD:
                 return lambda: self._reload(target)
             case Action.CLOCK_ACCEPT:
@@ -245,6 +246,11 @@ class Actions:
         async with keys.changing:
             await manager.destroy_retained(key_id, generation)
         return f"generation {generation} of {key_id} is destroyed"
+
+    def _on_client(self, target: str, *, revoked: bool) -> Callable[[], Awaitable[str]]:
+        # Callers are compared with the one form of a name: another spelling would shut nobody out.
+        identity = parse_identity(target)
+        return lambda: self._revoke(identity, revoked=revoked)
 
     async def _revoke(self, identity: str, *, revoked: bool) -> str:
         if not revoked and identity in self._live.policy.revoked:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from spire_hw import log
+from spire_hw._pb import hw_signer_pb2 as pb
 from spire_hw.cli.run import run
+from spire_hw.errors import ErrorKind, SpireHwError
 from spire_hw.log import LogSettings
 from spire_hw_signer.audit.record import file_name
 from spire_hw_signer.cli.commands import PROGRAM, root
@@ -97,6 +100,26 @@ async def test_status_keys_and_clients(tmp_path: Path, make_shell: Callable[...,
     assert 'comment="taken over"' in shown
     last = await at.json("log", "show", str(audit), "-last", "1")
     assert last["records"][0]["kind"] == "checkpoint"
+
+
+async def test_a_client_is_shut_out_however_its_name_is_written(
+    make_shell: Callable[..., Shell],
+) -> None:
+    at = make_shell()
+    async with at.rig:
+        digest = hashlib.sha256(at.rig.identity.chain_der[0]).hexdigest()
+        as_openssl_has_it = f"sha256:{digest.upper()}"
+        await at.rig.call("GetPublicKeys", pb.GetPublicKeysRequest())
+        await at.run("client", "revoke", as_openssl_has_it)
+        with pytest.raises(SpireHwError) as caught:
+            await at.rig.call("GetPublicKeys", pb.GetPublicKeysRequest())
+        assert caught.value.kind is ErrorKind.UNAUTHENTICATED
+        assert f"Revoked            : sha256:{digest}\n" in await at.run("status")
+        await at.run("client", "unrevoke", as_openssl_has_it)
+        await at.rig.call("GetPublicKeys", pb.GetPublicKeysRequest())
+        for name in ("spire-server-1", "sha256:3f0c", f"{CLIENT}/"):
+            await at.run("client", "revoke", name, code=USAGE)
+        assert "Revoked" not in await at.run("status")
 
 
 async def test_two_of_three_agree(tmp_path: Path, make_shell: Callable[..., Shell]) -> None:
