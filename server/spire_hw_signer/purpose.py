@@ -69,6 +69,7 @@ _EC_TYPES: Final = frozenset({KeyType.EC_P256, KeyType.EC_P384})
 _JWT_EC: Final = {KeyType.EC_P256: "ES256", KeyType.EC_P384: "ES384"}
 _JWT_HEADER: Final = frozenset({"alg", "kid", "typ"})
 _JWT_TYPES: Final = frozenset({"JWT", "JOSE"})
+_REGISTERED: Final = frozenset({"iss", "sub", "aud", "exp", "nbf", "iat", "jti"})
 _MAX_KID: Final = 256
 _MAX_EPOCH: Final = 253_402_300_799  # the last second of year 9999
 
@@ -476,6 +477,10 @@ def _check_header(header: dict[str, Any], key: SigningKey, options: SignOptions)
 def _check_claims(
     claims: dict[str, Any], trust_domain: TrustDomain, rule: JwtRule, now: datetime
 ) -> None:
+    for name in claims:
+        # Go's JSON takes "SUB" for "sub", and the last of them counts.
+        if name not in _REGISTERED and name.casefold() in _REGISTERED:
+            raise VerificationError("a claim has the name of a registered one in other letters")
     subject = claims.get("sub")
     if not isinstance(subject, str):
         raise VerificationError("token has no subject")

@@ -423,6 +423,9 @@ def test_headers_that_are_not_signed(header: object) -> None:
         {"aud": [""]},
         {"aud": [1]},
         {"aud": None},
+        {"SUB": "spiffe://evil.org/web"},
+        {"\u017fub": "spiffe://evil.org/web"},
+        {"Exp": 2**40},
     ],
 )
 def test_claims_that_are_not_signed(change: dict[str, object]) -> None:
