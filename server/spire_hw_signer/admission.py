@@ -1,7 +1,8 @@
 """Who is calling, and what is refused: the first check, and how every refusal is told and written.
 
 Refusals cost an attacker nothing, records cost the signer disk: of those that repeat, one a second
-is written down, with the number of those that were not.
+is written down, with the number of those that were not. Strangers share a bound of their own, so that
+however many they are, nothing that a client tries goes under.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 _QUIET_S: Final = 1.0
 _MAX_SEEN: Final = 4096
-_MAX_WRITTEN: Final = 50  # records of refusals in a second, whoever they are about
+_MAX_WRITTEN: Final = 50  # records in a second of callers that nobody knows
 ALARM: Final = ("alarm",)
 REFUSED: Final = ("refused",)
 
@@ -96,7 +97,7 @@ class Gate:
         self._metrics = metrics
         self._clock = clock
         self._log = log
-        self._seen: dict[tuple[str, str, str], list[float]] = {}
+        self._seen: dict[tuple[str, str], list[float]] = {}
         self._since = 0.0
         self._written = 0
 
@@ -135,12 +136,12 @@ class Gate:
         self._metrics.count(REFUSED, labels={"reason": reason.word})
         if reason.alarms:
             self._metrics.count(ALARM, labels={"reason": reason.word})
-        # A key id that is none of the client's can be any of millions.
-        key_id = intent.key_id if reason.step > Reason.KEY_ID.step else ""
-        unwritten = self._admit((intent.client or intent.peer, key_id, reason.word))
+        # Not by key id: that can be any of millions.
+        who = (intent.client or intent.peer, reason.word)
+        unwritten = self._admit(who, stranger=reason is Reason.UNKNOWN_CLIENT)
         if unwritten is None:
             return
-        self._audit.refuse([Refused(intent, reason.word, reason.step)])
+        self._audit.refuse([Refused(intent, reason.word, reason.step, 1 + unwritten)])
         tell = self._log.error if reason.alarms else self._log.info
         tell(
             "Signer alarm: request refused" if reason.alarms else "Request refused",
@@ -168,7 +169,7 @@ class Gate:
             return Denial(Reason.REVOKED, "the client's certificate is on a revocation list")
         return None
 
-    def _admit(self, key: tuple[str, str, str]) -> int | None:
+    def _admit(self, key: tuple[str, str], *, stranger: bool) -> int | None:
         """Return how many like this were not written, None when this one is not either."""
         now = self._clock.monotonic()
         seen = self._seen.get(key)
@@ -177,9 +178,9 @@ class Gate:
             return None
         if now - self._since >= _QUIET_S:
             self._since, self._written = now, 0
-        if self._written >= _MAX_WRITTEN:
+        if stranger and self._written >= _MAX_WRITTEN:
             return None
-        self._written += 1
+        self._written += stranger
         if seen is None and len(self._seen) >= _MAX_SEEN:
             self._seen = {k: s for k, s in self._seen.items() if now - s[0] < _QUIET_S}
         self._seen[key] = [now, 0]
