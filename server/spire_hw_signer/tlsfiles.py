@@ -49,7 +49,7 @@ class _Loaded:
     identity: TlsIdentity
     pins: Pins
     not_after: datetime
-    revoked: frozenset[tuple[bytes, int]]
+    revoked: frozenset[tuple[x509.Name, int]]
     crls_until: datetime | None
 
 
@@ -113,7 +113,7 @@ class TlsFiles:
         revoked = self._now.revoked
         if not revoked:
             return False
-        return (certificate.issuer.public_bytes(), certificate.serial_number) in revoked
+        return (certificate.issuer, certificate.serial_number) in revoked
 
     def fault(self, now: datetime) -> str:
         """Return what an operator has to do something about, "" for nothing."""
@@ -145,8 +145,9 @@ def _read_crl(
     return crl
 
 
-def _serials(crl: x509.CertificateRevocationList) -> frozenset[tuple[bytes, int]]:
-    issuer = crl.issuer.public_bytes()
+def _serials(crl: x509.CertificateRevocationList) -> frozenset[tuple[x509.Name, int]]:
+    # As a name, not its bytes: the same one can be written with other kinds of text.
+    issuer = crl.issuer
     return frozenset((issuer, entry.serial_number) for entry in crl)
 
 

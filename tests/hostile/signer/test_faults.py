@@ -16,6 +16,7 @@ import pytest_asyncio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.name import _ASN1Type
 
 from spire_hw._pb import hw_signer_pb2
 from spire_hw.clock import SystemClock
@@ -194,19 +195,23 @@ async def test_fault_98_a_certificate_on_a_revocation_list(tmp_path: Path) -> No
     async with rig:
         await rig.call("GetPublicKeys", LIST)
         serial = x509.load_der_x509_certificate(rig.identity.chain_der[0]).serial_number
-        crl_file.write_bytes(crl(rig.authority, serial))
-        assert await rig.signer.reload()
-        assert (await unauthenticated(rig)).kind is ErrorKind.UNAUTHENTICATED
+        # With its issuer's name in another kind of text, too: that is the same name.
+        for printable in (False, True):
+            crl_file.write_bytes(crl(rig.authority, serial, printable=printable))
+            assert await rig.signer.reload()
+            assert (await unauthenticated(rig)).kind is ErrorKind.UNAUTHENTICATED
         crl_file.write_bytes(crl(Authority(INFRA)))
         assert not await rig.signer.reload()
         assert (await unauthenticated(rig)).kind is ErrorKind.UNAUTHENTICATED
 
 
-def crl(authority: Authority, *serials: int) -> bytes:
+def crl(authority: Authority, *serials: int, printable: bool = False) -> bytes:
     now = SystemClock().now()
+    kind = _ASN1Type.PrintableString if printable else None
+    name = x509.Name([x509.NameAttribute(a.oid, a.value, kind) for a in authority.name])
     builder = (
         x509.CertificateRevocationListBuilder()
-        .issuer_name(authority.name)
+        .issuer_name(name)
         .last_update(now - HOUR)
         .next_update(now + HOUR)
     )
