@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.aio.alarm import Alarm
 from spire_hw.aio.tasks import Tasks
-from spire_hw.errors import NotReadyError, SpireHwError, VerificationError
+from spire_hw.errors import NotReadyError, SpireHwError, UnavailableError, VerificationError
 from spire_hw.key import SignOptions, default_hash, fingerprint, spki_der
 from spire_hw_signer.audit.record import Kind, micro, time_text
 from spire_hw_signer.audit.statement import statement_of, verify_checkpoint
@@ -213,6 +213,8 @@ class Checkpoints:
         algorithm = default_hash(self._signer.public_key)
         digest = algorithm.digest(statement_of(body))
         signature = await self._signer.sign(digest, SignOptions(algorithm))
+        if not self._audit.can_vouch(head.seq):
+            raise UnavailableError("the device took too long to sign it: the log has gone on since")
         body |= {"key": self._fingerprint, "signature": signature.hex()}
         self.last = await self._audit.record(Kind.CHECKPOINT, body)
         self._trouble = ""

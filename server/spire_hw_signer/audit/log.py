@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from spire_hw.bootid import read_boot_id
 from spire_hw.errors import InvalidInputError, NotReadyError, UnavailableError
-from spire_hw_signer.audit.chain import OPENED, Chain, LogHead
+from spire_hw_signer.audit.chain import OPENED, RECENT, Chain, LogHead
 from spire_hw_signer.audit.folder import Folder
 from spire_hw_signer.audit.record import (
     Kind,
@@ -362,6 +362,10 @@ class AuditLog:
         if recent is not None or seq > self.head.seq:
             return recent
         return await asyncio.to_thread(find_hash, self._settings.directory, seq)
+
+    def can_vouch(self, seq: int) -> bool:
+        """Tell whether readers can compare a checkpoint for a record, were it written now."""
+        return self._chain.head.seq + 1 - seq < RECENT  # a new file may begin before it
 
     def watch(self, every: int, ring: Callable[[], None]) -> None:
         """Have something called whenever so many records have come since the last checkpoint."""

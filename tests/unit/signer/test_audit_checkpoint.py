@@ -15,12 +15,14 @@ from spire_hw.errors import DeviceError, NotReadyError, UnavailableError, Verifi
 from spire_hw.key import fingerprint
 from spire_hw.log import get_logger
 from spire_hw.syslog import SyslogSettings
+from spire_hw_signer.audit.chain import RECENT
 from spire_hw_signer.audit.checkpoint import EVERY_RECORDS, EVERY_S
 from spire_hw_signer.audit.log import Outcome
 from spire_hw_signer.audit.places import MAX_WAITING, FilePlace, SyslogPlace
 from spire_hw_signer.audit.record import Kind, parse
 from spire_hw_signer.audit.statement import verify_checkpoint
 from spire_hw_sim.auditrig import (
+    codes,
     intent,
     make_checkpoints,
     make_key,
@@ -142,6 +144,40 @@ async def test_a_device_that_is_away_is_told_and_tried_again(tmp_path: Path) -> 
     assert len(checkpoints_of(tmp_path / "audit")) == 2
     await made.close()
     await log.close()
+
+
+async def test_a_device_that_signs_too_late_breaks_no_log(tmp_path: Path) -> None:
+    class Slow(Failing):
+        def __init__(self) -> None:
+            super().__init__()
+            self.asked, self.go = asyncio.Event(), asyncio.Event()
+            self.go.set()
+
+        async def sign(self, digest: bytes, options: SignOptions) -> bytes:
+            self.asked.set()
+            await self.go.wait()
+            return await super().sign(digest, options)
+
+    clock, key = SimClock(), Slow()
+    log = make_log(tmp_path / "audit", clock=clock, boot=BOOT, max_bytes=1 << 26)
+    made = make_checkpoints(log, await log.open(), key, clock=clock)  # type: ignore[arg-type]
+    await made.start()
+    key.asked.clear()
+    key.go.clear()
+    await pass_a_minute(clock)
+    await key.asked.wait()
+    for _ in range(RECENT // 1000 + 1):
+        seqs = await log.intend([intent(n) for n in range(500)])
+        log.conclude([Outcome(seq, "done") for seq in seqs])
+    key.go.set()
+    await until_there_are(tmp_path / "audit", 2)  # not that one, the next
+    await until(lambda: not made.trouble)
+    await made.close()
+    await log.close()
+    assert codes(verify(tmp_path / "audit", key.public_key)) == set()
+    again = make_log(tmp_path / "audit", clock=clock, boot=BOOT)
+    await again.open()
+    await again.close()
 
 
 async def test_a_file_elsewhere_gets_each_and_knows_an_old_log(tmp_path: Path) -> None:
