@@ -65,6 +65,7 @@ class Folder:
         self._lock = -1
         self._file = -1
         self._torn = False  # something after `size` has to be cut off first
+        self._named = True  # the name of the file is on the disk
 
     def hold(self) -> None:
         """Make the directory when it is missing, and be its only writer.
@@ -123,7 +124,7 @@ class Folder:
             # It was closed already where the file after it was given up.
             (self.path / name).chmod(0o600)
             self._file = self._open(name, 0)
-            self.name, self.size = name, size
+            self.name, self.size, self._named = name, size, False
             self._torn = os.fstat(self._file).st_size != size
         except OSError as e:
             raise NotReadyError(f"{self.path / name} cannot be opened: {e.strerror}") from e
@@ -141,6 +142,9 @@ class Folder:
         """
         if name != self.name:
             self._begin(name)
+        if not self._named:
+            sync_directory(self.path)
+            self._named = True
         self._check()
         self._torn = True
         view = memoryview(data)
@@ -155,13 +159,12 @@ class Folder:
     def _begin(self, name: str) -> None:
         made = self._open(name, os.O_CREAT | os.O_EXCL)
         before, self._file = self._file, made
-        self.name, self.size, self._torn = name, 0, False
+        self.name, self.size, self._torn, self._named = name, 0, False, False
         if before >= 0:
             # Nobody writes it any more. On file systems without modes it stays as it is.
             with suppress(OSError):
                 os.fchmod(before, 0o400)
             os.close(before)
-        sync_directory(self.path)
 
     def _check(self) -> None:
         found = os.fstat(self._file)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 import stat
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from spire_hw.errors import InvalidInputError, NotReadyError, UnavailableError
-from spire_hw_signer.audit.folder import file_names
+from spire_hw_signer.audit.folder import Folder, file_names
 from spire_hw_signer.audit.log import LogHead, Outcome, Refused
 from spire_hw_signer.audit.record import Kind, Record, parse
 from spire_hw_signer.audit.start import BrokenLogError
@@ -92,6 +94,26 @@ async def test_files_and_directory_are_the_users_alone(tmp_path: Path) -> None:
     directory.chmod(0o755)
     with pytest.raises(NotReadyError, match="chmod 0700"):
         await make_log(directory).open()
+
+
+async def test_a_file_whose_name_is_not_on_the_disk_takes_nothing(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "audit")
+    folder.hold()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    try:
+        # Room for the file, none for its directory.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))
+        for _ in range(2):
+            with pytest.raises(OSError, match="Too many open files"):
+                folder.append("audit-1.log", b"x\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (folder.path / "audit-1.log").read_bytes() == b""
+    folder.append("audit-1.log", b"x\n")
+    assert (folder.path / "audit-1.log").read_bytes() == b"x\n"
+    folder.release()
 
 
 async def test_one_writer(tmp_path: Path) -> None:
