@@ -272,4 +272,8 @@ class Actions:
     async def _accept_clock(self) -> str:
         self._checkpoints.accept_clock()
         self._anchor()
+        now = self._clock.now().timestamp()
+        for keys in list(self._live.owners.values()):
+            async with keys.changing:
+                await keys.notes.believe(now)
         return f"the clock is right: {time_text(self._clock.now())}"

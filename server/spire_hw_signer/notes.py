@@ -18,6 +18,7 @@ from spire_hw.key import KeyType
 from spire_hw_signer.rates import DAY_S
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
 FILE_NAME: Final = "key-notes.json"
@@ -63,6 +64,7 @@ class Notes:
         self._makings: list[Making] = []
         self._used: dict[str, float] = {}
         self._noted: dict[str, float] = {}
+        self._on_disk: dict[str, float] = {}
         self._saving = asyncio.Lock()
 
     @property
@@ -89,7 +91,7 @@ class Notes:
                 f"{_WHAT} {self._path} are not what was written; budgets and the protection of keys"
                 " in use hang on them: put back a copy, or remove the file to start without"
             ) from e
-        self._makings, self._noted = makings, noted
+        self._makings, self._noted, self._on_disk = makings, noted, dict(noted)
         # It may have signed up to the next note.
         self._used = {key_id: at + USE_GRAIN_S for key_id, at in noted.items()}
 
@@ -139,18 +141,36 @@ class Notes:
         used = self._used.get(key_id)
         return None if used is None else max(0.0, now - used)
 
-    def use(self, key_id: str, now: float) -> bool:
-        """Note that a key signs; tell whether `save` is due before it does."""
-        self._used[key_id] = max(now, self._used.get(key_id, now))
-        if now - self._noted.get(key_id, 0.0) < USE_GRAIN_S:
-            return False
-        self._noted[key_id] = now
-        return True
+    def use(self, key_ids: Collection[str], now: float) -> bool:
+        """Note that keys sign; tell whether `save_uses` is due before they do."""
+        for key_id in key_ids:
+            self._used[key_id] = max(now, self._used.get(key_id, now))
+            if now - self._noted.get(key_id, 0.0) >= USE_GRAIN_S:
+                self._noted[key_id] = now
+        return not self._are_on_disk(key_ids)
+
+    def _are_on_disk(self, key_ids: Collection[str]) -> bool:
+        return all(self._on_disk.get(k) == self._noted.get(k) for k in key_ids)
 
     def unused(self, key_id: str) -> None:
         """Note that the key of an id is a new one, which did not sign yet."""
         self._used.pop(key_id, None)
         self._noted.pop(key_id, None)
+
+    async def believe(self, now: float) -> None:
+        """Take nothing to lie ahead of the time, which an operator says is right.
+
+        What was noted by a clock that was ahead would hold keys to be in use until then.
+
+        Raises:
+            UnavailableError: that cannot be written.
+        """
+        if self.newest <= now and max(self._used.values(), default=now) <= now:
+            return
+        self._makings = [replace(m, at=min(m.at, now)) for m in self._makings]
+        self._used = {key_id: min(at, now) for key_id, at in self._used.items()}
+        self._noted = {key_id: min(at, now) for key_id, at in self._noted.items()}
+        await self.save()
 
     async def save(self) -> None:
         """Write the notes; they are on the disk once this returns.
@@ -159,12 +179,27 @@ class Notes:
             UnavailableError: they cannot be written.
         """
         async with self._saving:
-            content = {"makings": [asdict(m) for m in self._makings], "used": self._noted}
-            data = json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
-            try:
-                await asyncio.to_thread(replace_file, self._path, data, _WHAT)
-            except NotWrittenError as e:
-                raise UnavailableError(f"nothing is signed or made: {e.message}") from e
+            await self._write()
+
+    async def save_uses(self, key_ids: Collection[str]) -> None:
+        """Write the notes, unless somebody else has meanwhile; the uses are on the disk after that.
+
+        Raises:
+            UnavailableError: they cannot be written.
+        """
+        async with self._saving:
+            if not self._are_on_disk(key_ids):
+                await self._write()
+
+    async def _write(self) -> None:
+        noted = dict(self._noted)
+        content = {"makings": [asdict(m) for m in self._makings], "used": noted}
+        data = json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
+        try:
+            await asyncio.to_thread(replace_file, self._path, data, _WHAT)
+        except NotWrittenError as e:
+            raise UnavailableError(f"nothing is signed or made: {e.message}") from e
+        self._on_disk = noted
 
     def _prune(self, now: float) -> None:
         latest = {m.key_id: m for m in self._makings}

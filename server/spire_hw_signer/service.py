@@ -132,9 +132,9 @@ class SignerService:
             audit: the audit log.
             generating: makes keys.
             witness: the last checkpoint, and the DER public key of those who sign it.
-            steady: time for rates and replays.
+            steady: time for when a key was used.
             clock_fault: why the wall clock is not believed, "" while it is.
-            clock: time for ends of certificates.
+            clock: time for ends of certificates, rates and replays.
             tasks: for what outlives a call.
             metrics: takes counts.
             log: where failures of devices are told in full.
@@ -208,7 +208,7 @@ class SignerService:
 
     def _take_turn(self, caller: Caller, method: str) -> None:
         """Bound what is asked of the signer besides signatures (5)."""
-        identity, now = caller.client.identity, self._steady.now()
+        identity, now = caller.client.identity, self._clock.monotonic()
         denial = self._calls.take(identity, method, _CALL_RATE, None, now)
         if denial is not None:
             self._gate.refuse(caller.intent(method), denial)
@@ -227,7 +227,7 @@ class SignerService:
         item = _read(message)
         if isinstance(item, Denial):
             return self._refuse(caller, message, item)
-        replay, now = self._replay(caller), self._steady.now()
+        replay, now = self._replay(caller), self._clock.monotonic()
         try:
             known = replay.find(item.request_id, item.same, now)
         except ReuseError:
@@ -330,9 +330,9 @@ class SignerService:
         """Write down, sign, write down what became of it; every answer is settled at the end."""
         try:
             now = self._steady.now()
-            due = [keys.notes.use(key_id, now) for key_id in {w.intent.key_id for w in work}]
-            if any(due):
-                await keys.notes.save()
+            used = {one.intent.key_id for one in work}
+            if keys.notes.use(used, now):
+                await keys.notes.save_uses(used)
             seqs = await self._audit.intend([one.intent for one in work])
             jobs = [self._sign(one, seq, deadline_s) for one, seq in zip(work, seqs, strict=True)]
             # One alone needs no task of its own: that is a turn of the loop less for its caller.

@@ -1,7 +1,8 @@
 """Time that cannot be turned back or forward while the signer runs.
 
-Intervals, budgets and replays are counted in it. The wall clock is only read at the start; how far
-it has moved away since tells whether ends of certificates can be judged at all.
+Intervals and budgets of keys are counted in it, for they go on over restarts; rates and replays go by
+the monotonic clock itself. The wall clock is only read at the start and when an operator says that it
+is right; how far it has moved away since tells whether ends of certificates can be judged at all.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ from spire_hw_sim.auditrig import (
     write_whole,
 )
 from spire_hw_sim.disks import CannotMountError, fill, read_only, small_disk
-from spire_hw_sim.signer import SignerRig, client_policy
+from spire_hw_sim.signer import CLIENT_ID, SignerRig, client_policy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -425,6 +425,32 @@ async def test_fault_113_over_a_restart_the_last_checkpoint_tells(tmp_path: Path
     assert not status.clock_fault
     await rig.stop()
     assert verify(tmp_path / "s" / "data" / "audit").findings == []
+
+
+async def test_fault_113_a_clock_that_was_ahead_leaves_nothing_behind(tmp_path: Path) -> None:
+    clock = WallClock()
+    clock.ahead = timedelta(hours=20)
+    text = client_policy(raw="true", active_window='"1s"', sign_rate='{ "*" = "100/s burst 2" }')
+    rig = SignerRig(tmp_path / "s", keys="disk", policy=text, clock=clock)
+    now = datetime.now(UTC)  # noqa: TID251 - real certificates
+    rig.identity = rig.authority.identity(
+        CLIENT_ID, start=now - timedelta(hours=1), end=now + timedelta(hours=23)
+    )
+    async with rig:
+        assert not (await rig.generate("x509-CA-A")).refusal.reason
+        assert (await rig.sign("x509-CA-A", digest=bytes(32))).signature
+        clock.ahead = timedelta()
+        await direct(rig, Action.CLOCK_ACCEPT)
+        for _ in range(5):  # rates go on, and the key is not in use for 20 hours
+            await asyncio.sleep(0.02)
+            assert (await rig.sign("x509-CA-A", digest=bytes(32))).signature
+        await asyncio.sleep(1.1)
+        assert not (await rig.generate("x509-CA-A")).refusal.reason
+        await rig.restart()
+        status = await ask(rig, "GetStatus", pb.GetStatusRequest(), pb.Status)
+        assert not status.clock_fault
+        assert not rig.signer._clock_fault()
+        assert not (await rig.generate("x509-CA-A")).refusal.reason
 
 
 # -- 115: orders --------------------------------------------------------------------------------

@@ -54,9 +54,10 @@ async def test_a_key_counts_as_used_up_to_the_next_note(tmp_path: Path) -> None:
     path = tmp_path / "notes.json"
     notes = await reopened(path)
     assert notes.idle_s("k", 1000.0) is None
-    assert notes.use("k", 1000.0)
-    assert not notes.use("k", 1000.0 + USE_GRAIN_S - 1)
-    assert notes.use("k", 1000.0 + USE_GRAIN_S)
+    assert notes.use(["k"], 1000.0)
+    await notes.save_uses(["k"])
+    assert not notes.use(["k"], 1000.0 + USE_GRAIN_S - 1)
+    assert notes.use(["k"], 1000.0 + USE_GRAIN_S)
     await notes.save()
     assert notes.idle_s("k", 1100.0) == 40.0
     again = await reopened(path)
@@ -67,7 +68,7 @@ async def test_a_key_counts_as_used_up_to_the_next_note(tmp_path: Path) -> None:
 @pytest.mark.asyncio
 async def test_a_new_generation_was_not_used(tmp_path: Path) -> None:
     notes = await reopened(tmp_path / "n")
-    notes.use("k", 1000.0)
+    notes.use(["k"], 1000.0)
     notes.unused("k")
     assert notes.idle_s("k", 1001.0) is None
 
@@ -101,3 +102,40 @@ async def test_notes_that_cannot_be_written_stop_the_work(tmp_path: Path) -> Non
     notes.begin("aa", "k", P256, "", 1.0)
     with pytest.raises(UnavailableError, match="nothing is signed or made"):
         await notes.save()
+
+
+@pytest.mark.asyncio
+async def test_a_use_is_due_until_it_is_on_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "gone" / "notes.json"
+    notes = await reopened(path)
+    assert notes.use(["k"], 1000.0)
+    with pytest.raises(UnavailableError, match="nothing is signed or made"):
+        await notes.save_uses(["k"])
+    assert notes.use(["k"], 1001.0)  # not a minute later, at once
+    path.parent.mkdir()
+    assert notes.use(["k", "l"], 1002.0)
+    await notes.save_uses(["k", "l"])
+    assert not notes.use(["k", "l"], 1003.0)
+    written = path.stat().st_ino
+    await notes.save_uses(["k", "l"])  # somebody else has written them: once is enough
+    assert path.stat().st_ino == written
+    again = await reopened(path)
+    assert again.idle_s("k", 1000.0 + USE_GRAIN_S) == 0.0
+    assert not again.use(["k"], 1004.0)
+
+
+@pytest.mark.asyncio
+async def test_what_a_clock_that_was_ahead_noted_lies_in_the_present(tmp_path: Path) -> None:
+    path = tmp_path / "notes.json"
+    notes = await reopened(path)
+    notes.change(notes.begin("aa", "k", P256, "", 900 * DAY_S), fingerprint="f")
+    notes.use(["k"], 900 * DAY_S)
+    await notes.save()
+    for one in (notes, await reopened(path)):
+        await one.believe(1000.0)
+        assert one.idle_s("k", 1007.0) == 7.0
+        assert one.made() == [("k", 1000.0)]
+    assert (await reopened(path)).newest == 1000.0
+    notes.use(["k"], 1100.0)
+    await notes.believe(2000.0)
+    assert notes.idle_s("k", 2000.0) == 900.0
