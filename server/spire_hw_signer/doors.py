@@ -42,7 +42,7 @@ LIMITS: Final = RpcLimits(
     max_connection_age_grace_s=30.0,
     max_connection_idle_s=120.0,
     keepalive_s=60.0,
-    max_calls=1024,
+    max_calls=8192,  # twice what one source of connections can hold: others have room
     max_held_bytes=32 * 1024 * 1024,
 )
 _LOCAL_LIMITS: Final = FrontLimits(max_connections=256, max_per_caller=64, first_byte_s=5.0)

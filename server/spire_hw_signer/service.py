@@ -160,7 +160,11 @@ class SignerService:
         del request
         caller = self._gate.caller(call)
         self._take_turn(caller, "GetPublicKeys")
-        held = await self._keys(caller).refresh()
+        try:
+            held = await self._keys(caller).refresh()
+        except SpireHwError as e:
+            self._log.error("Keys cannot be listed", client=caller.client.identity, error=e.message)
+            raise SpireHwError("the signer could not do it: its log tells why", kind=e.kind) from e
         mine = [one for one in held if caller.client.rule(one.info.key_id) is not None]
         return hw_signer_pb2.GetPublicKeysResponse(
             public_keys=[key_message(one) for one in mine], log_head=head_message(self._audit.head)
@@ -169,6 +173,8 @@ class SignerService:
     async def generate_key(self, request: Any, call: Call) -> Any:
         """Make a key, or the next generation of one."""
         caller = self._gate.caller(call)
+        # What waits for its turn outlives its call: without a bound it would fill the memory.
+        self._take_turn(caller, "GenerateKey")
         made = await self._generating.generate(
             caller, self._keys(caller), request.request_id, request.key_id, request.key_type
         )
@@ -274,7 +280,11 @@ class SignerService:
         if denial is not None:
             return denial
         denial = check_purpose(client, key_id, item.purpose)
-        urgent = denial or self._judge(client, keys, held, item)
+        try:
+            urgent = denial or self._judge(client, keys, held, item)
+        except Exception as e:  # noqa: BLE001 - what cannot be judged is refused as what it is
+            self._log.error("Unexpected error while judging what is to be signed", exc_info=e)
+            urgent = Denial(_FAULTS[item.purpose], "it cannot be read")
         if isinstance(urgent, Denial):
             self._in_flight.leave(client)
             return urgent

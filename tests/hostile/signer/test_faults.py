@@ -24,6 +24,8 @@ from spire_hw.errors import ErrorKind, SpireHwError, UnavailableError
 from spire_hw.jose.text import encode_base64url
 from spire_hw.key import KeyType, spki_der
 from spire_hw.transport.mutual import MUTUAL_LIMITS
+from spire_hw_signer import service
+from spire_hw_signer.doors import LIMITS
 from spire_hw_sim.clock import SimClock
 from spire_hw_sim.pki import Authority
 from spire_hw_sim.signer import (
@@ -370,6 +372,32 @@ async def test_fault_103_flood_of_generations(tmp_path: Path) -> None:
 
 
 @pytest.mark.asyncio
+async def test_fault_103_requests_do_not_pile_up(tmp_path: Path) -> None:
+    rig = SignerRig(tmp_path, keys="disk", clock=SimClock())
+    rig.identity = long_lived(rig.authority)
+    async with rig:
+        keys = next(iter(rig.signer.live.owners.values()))
+        kinds = set()
+        async with keys.changing:  # a device that takes its time; the callers do not wait for it
+            for _ in range(4):
+                calls = [
+                    rig.call(
+                        "GenerateKey",
+                        hw_signer_pb2.GenerateKeyRequest(
+                            request_id=secrets.token_bytes(16), key_id="x509-CA-A", key_type=1
+                        ),
+                        timeout_s=0.5,
+                    )
+                    for _ in range(60)
+                ]
+                answers = await asyncio.gather(*calls, return_exceptions=True)
+                kinds |= {a.kind for a in answers if isinstance(a, SpireHwError)}
+            waiting = [t for t in asyncio.all_tasks() if t.get_name() == "generate key"]
+            assert 0 < len(waiting) <= 100
+        assert ErrorKind.RESOURCE_EXHAUSTED in kinds
+
+
+@pytest.mark.asyncio
 async def test_fault_103_one_key_again_and_again(tmp_path: Path) -> None:
     text = client_policy(raw="true", generate='{ per_key_min_interval = "1h" per_day = 100 }')
     async with SignerRig(tmp_path, keys="disk", policy=text) as rig:
@@ -509,6 +537,12 @@ async def test_fault_106_many_connections_of_one_source(rig: SignerRig) -> None:
             await asyncio.sleep(0.01)
 
 
+def test_fault_106_one_source_leaves_room_for_others() -> None:
+    most = MUTUAL_LIMITS.max_per_caller * LIMITS.max_streams
+    assert LIMITS.max_calls is not None
+    assert LIMITS.max_calls >= 2 * most
+
+
 @pytest.mark.asyncio
 async def test_fault_106_who_says_nothing_is_hung_up_on(rig: SignerRig) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
@@ -614,6 +648,23 @@ async def test_fault_107_tokens_against_policy(rig: SignerRig) -> None:
     result = await rig.sign("JWT-Signer-B", jwt=token("a"))
     assert code(result) == (ErrorKind.PERMISSION_DENIED, "jwt_policy")
     assert (await rig.sign("JWT-Signer-B", jwt=token("b"))).signature
+
+
+@pytest.mark.asyncio
+async def test_fault_107_what_cannot_be_judged_is_refused_and_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_args: object, **_more: object) -> str:
+        raise RuntimeError("a fault of the reader")
+
+    async with SignerRig(tmp_path, keys="disk", policy=client_policy(max_in_flight="1")) as rig:
+        key = (await rig.generate("x509-CA-A")).public_key.pkix_data
+        with monkeypatch.context() as patched:
+            patched.setattr(service, "check_certificate", broken)
+            for _ in range(3):
+                result = await rig.sign("x509-CA-A", x509=body(key))
+                assert code(result) == (ErrorKind.PERMISSION_DENIED, "tbs_policy")
+        assert (await rig.sign("x509-CA-A", x509=body(key))).signature
 
 
 @pytest.mark.asyncio
@@ -735,8 +786,10 @@ async def test_fault_114_a_device_that_fails_behind_the_signer(tmp_path: Path) -
         for secret in (str(tmp_path), "softhsm", "1234", rig.hsm.module):
             assert secret not in result.refusal.message
         assert "audit log tells why" in result.refusal.message
-        with pytest.raises(UnavailableError):
+        with pytest.raises(UnavailableError, match="its log tells why") as caught:
             await rig.call("GetPublicKeys", LIST)
+        for secret in (str(tmp_path), "softhsm", "1234", rig.hsm.module):
+            assert secret not in caught.value.message
         outcome = await written(rig, "outcome", result="failed")
         assert outcome[0]["reason"]
         rig.hsm.put_back()
