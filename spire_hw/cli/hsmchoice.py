@@ -208,14 +208,9 @@ def _matching(views: list[ModuleView], given: HsmFlags) -> list[tuple[str, Token
 
 
 def _pick(found: list[tuple[str, TokenView]], answers: Answers) -> tuple[str, TokenView]:
-    if len(found) == 1:
-        return found[0]
-    options = [
-        (f"{n}", f'"{token.label}" serial {token.serial} in {module}')
-        for n, (module, token) in enumerate(found, 1)
-    ]
-    picked = answers.choice("tokenSerial", "", "Which token holds the keys", options)
-    return found[int(picked) - 1]
+    # One token may be seen through several modules.
+    options = [(token.serial, f'"{token.label}" in {module}') for module, token in found]
+    return found[answers.pick("tokenSerial", "Which token holds the keys", options)]
 
 
 def _unseen(views: list[ModuleView], given: HsmFlags, plan: Plan) -> str:

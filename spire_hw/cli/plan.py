@@ -170,8 +170,21 @@ class Answers:
         Raises:
             UsageError: several would do and nobody says which.
         """
-        if given or len(options) == 1:
-            return given or options[0][0]
+        return given or options[self.pick(flag, question, options)][0]
+
+    def pick(self, flag: str, question: str, options: list[tuple[str, str]]) -> int:
+        """Return the place of one of several values, which need not differ.
+
+        Args:
+            flag: the flag that answers it, with one of the values.
+            question: what a person is asked.
+            options: values and what they mean.
+
+        Raises:
+            UsageError: several would do and nobody says which.
+        """
+        if len(options) == 1:
+            return 0
         if not self._may_ask:
             listed = "; ".join(f"{value} ({words})" for value, words in options)
             raise click.UsageError(f"-{flag} is required ({question}): {listed}")
@@ -180,7 +193,7 @@ class Answers:
         picked: Any = click.prompt(
             question, type=click.IntRange(1, len(options)), default=1, err=True
         )
-        return options[int(picked) - 1][0]
+        return int(picked) - 1
 
     def _check(self, flag: str, answer: str, check: Callable[[str], object]) -> None:
         try:

@@ -148,7 +148,7 @@ def test_doubts_about_token_and_pin_are_told(
     hsm.init_token("spire-ca", pin="4321")
     assert run(root, PROGRAM, arguments(folder, hsm, "-tokenLabel", "spire-ca", "-dryRun")) == 2
     text = capsys.readouterr().err
-    assert all(serial in text for serial in hsm.serials())
+    assert all(f'{serial} ("spire-ca" in {hsm.module})' in text for serial in hsm.serials())
     later = arguments(folder, hsm, "-tokenLabel", "later", "-dryRun", "-output", "json")
     assert run(root, PROGRAM, later) == 0
     assert any("not there yet" in d for d in json.loads(capsys.readouterr().out)["doubts"])
