@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
-from spire_hw.errors import ErrorKind, SpireHwError
+from spire_hw.errors import ErrorKind, SpireHwError, UnavailableError
 from spire_hw.key import KeyType
 from spire_hw_signer.admission import device_error
 from spire_hw_signer.audit.log import Outcome
@@ -25,6 +25,8 @@ from spire_hw_signer.policy import (
 from spire_hw_signer.rates import check_budget
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from spire_hw.aio.tasks import Tasks
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
@@ -66,15 +68,28 @@ class Generating:
         self._log = log
 
     async def generate(
-        self, caller: Caller, keys: OwnerKeys, request_id: bytes, key_id: str, key_type: int
+        self,
+        admit: Callable[[], Caller],
+        keys: OwnerKeys,
+        request_id: bytes,
+        key_id: str,
+        key_type: int,
     ) -> HeldKey | Denial:
         """Make a key, or answer with the one that the same request made.
 
         What was begun is finished, whether or not the caller still waits.
 
+        Args:
+            admit: returns who is calling; asked again when it is its turn, which may be much later.
+            keys: the caller's.
+            request_id: of the request.
+            key_id: which key.
+            key_type: its number on the wire.
+
         Raises:
-            SpireHwError: the audit log or the device cannot be used.
+            SpireHwError: the audit log or the device cannot be used, or the caller is let in no more.
         """
+        caller = admit()
         denial = check_form(request_id, key_id)
         wanted = _TYPES.get(key_type)
         if denial is None and wanted is None:
@@ -86,7 +101,7 @@ class Generating:
             self._refuse(caller, request_id[:16], "", refused)
             return refused
         task = self._tasks.spawn(
-            "generate key", self._in_turn(caller, keys, request_id, key_id, wanted)
+            "generate key", self._in_turn(admit, keys, request_id, key_id, wanted)
         )
         return await asyncio.shield(task)
 
@@ -95,9 +110,17 @@ class Generating:
         self._gate.refuse(intent, denial)
 
     async def _in_turn(
-        self, caller: Caller, keys: OwnerKeys, request_id: bytes, key_id: str, key_type: KeyType
+        self,
+        admit: Callable[[], Caller],
+        keys: OwnerKeys,
+        request_id: bytes,
+        key_id: str,
+        key_type: KeyType,
     ) -> HeldKey | Denial:
         async with keys.changing:
+            caller = admit()
+            if caller.client.owner != keys.owner:
+                raise UnavailableError("the policy has changed meanwhile; ask again")
             made = await self._once(caller, keys, request_id, key_id, key_type)
         if isinstance(made, Denial):
             self._refuse(caller, request_id, key_id, made)

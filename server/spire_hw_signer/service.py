@@ -176,7 +176,11 @@ class SignerService:
         # What waits for its turn outlives its call: without a bound it would fill the memory.
         self._take_turn(caller, "GenerateKey")
         made = await self._generating.generate(
-            caller, self._keys(caller), request.request_id, request.key_id, request.key_type
+            lambda: self._gate.caller(call),
+            self._keys(caller),
+            request.request_id,
+            request.key_id,
+            request.key_type,
         )
         response = hw_signer_pb2.GenerateKeyResponse(log_head=head_message(self._audit.head))
         if isinstance(made, Denial):

@@ -489,6 +489,23 @@ async def test_whoever_is_shut_out_is_shut_out_now(rig: SignerRig) -> None:
     assert caught.value.kind is ErrorKind.UNAUTHENTICATED
 
 
+async def test_whoever_waits_for_a_key_is_shut_out_too(rig: SignerRig) -> None:
+    before = (await rig.generate(CA)).public_key
+    keys = next(k for o, k in rig.signer.live.owners.items() if o.server == "s1")
+    async with keys.changing:  # the device is busy
+        waiting = asyncio.gather(rig.generate("x509-CA-B"))
+        async with asyncio.timeout(20):
+            while all(t.get_name() != "generate key" for t in asyncio.all_tasks()):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        rig.write_policy(f'{POLICY}\nrevoked = ["{CLIENT_ID}"]\n')
+        assert await rig.signer.reload()
+    with pytest.raises(SpireHwError) as caught:
+        await waiting
+    assert caught.value.kind is ErrorKind.UNAUTHENTICATED
+    assert [held.info.fingerprint for held in await keys.refresh()] == [before.fingerprint]
+    assert (CLIENT_ID, "revoked") in await refusals(rig)
+
+
 async def test_many_at_once_stay_within_the_rules(rig: SignerRig) -> None:
     """Good and bad in one batch: each is answered for itself, and only the good are signed."""
     forger = Forger((await rig.generate(CA)).public_key)
