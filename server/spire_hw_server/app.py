@@ -119,6 +119,7 @@ async def run(
         starting = tasks.spawn("start", server.start())
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
+            server.log.info("server stops before it was up")
             return
         await starting
         memory.settle()
@@ -128,6 +129,7 @@ async def run(
         await asyncio.wait({failing, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if failing.done():
             await failing
+        server.log.info("server stops")
     finally:
         await tasks.close()
         await server.close()

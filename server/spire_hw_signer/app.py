@@ -91,6 +91,7 @@ async def run(
         starting = tasks.spawn("start", signer.start())
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
+            signer.log.info("signer stops before it was up")
             return
         await starting
         memory.settle()
@@ -100,6 +101,7 @@ async def run(
         await asyncio.wait({failing, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if failing.done():
             await failing
+        signer.log.info("signer stops")
     finally:
         await tasks.close()
         await signer.close()

@@ -85,6 +85,7 @@ def test_what_is_written_is_valid_and_a_server_starts_with_it(
     assert healthy == 0, "".join(seen)
     assert process.returncode == 0
     assert any("hsm.key_generated" in line for line in seen)
+    assert "server stops" in seen[-1]
 
 
 def test_a_dry_run_shows_everything_and_writes_nothing(

@@ -344,6 +344,8 @@ class Process:
     async def end(self, number: int) -> int:
         assert self.process is not None
         self.process.send_signal(number)
+        if number == signal.SIGTERM:
+            await self.line("signer stops")
         await self.process.communicate()
         assert self.process.returncode is not None
         return self.process.returncode
