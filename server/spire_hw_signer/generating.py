@@ -192,7 +192,7 @@ class Generating:
                 notes.drop(making)
             raise
         began = self._clock.monotonic()
-        outcome = Outcome(seq, "failed", "internal error")
+        outcome: Outcome | None = Outcome(seq, "failed", "internal error")
         try:
             try:
                 await notes.save()
@@ -209,9 +209,13 @@ class Generating:
             outcome = Outcome(seq, "failed", e.message, taken_s)
             self._log.error("Key was not made", key_id=making.key_id, error=e.message, record=seq)
             raise device_error(e, seq) from e
+        except asyncio.CancelledError:
+            outcome = None  # the device may go on: the next start says that nobody knows
+            raise
         finally:
-            self._metrics.count(_GENERATED, labels={"result": outcome.result})
-            self._audit.conclude([outcome])
+            if outcome is not None:
+                self._metrics.count(_GENERATED, labels={"result": outcome.result})
+                self._audit.conclude([outcome])
         return held
 
     async def _ask(
@@ -235,5 +239,10 @@ class Generating:
         notes.change(making, fingerprint=info.fingerprint)
         notes.unused(making.key_id)
         held = keys.take(info)
-        await notes.save()
+        try:
+            await notes.save()
+        except SpireHwError as e:
+            # The key is there, and the audit log has to say so. What the disk has now is a generation
+            # that is taken up again; the key does not sign before the disk has more.
+            self._log.error("Key was made, its notes cannot be written", error=e.message)
         return held

@@ -398,6 +398,50 @@ async def test_fault_103_requests_do_not_pile_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_key_that_was_made_stands_in_the_log_though_notes_fail(
+    rig: SignerRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = next(k for o, k in rig.signer.live.owners.items() if o.server == "s1")
+    make, path = keys.manager.generate_key, keys.notes._path
+
+    async def make_and_lose_the_disk(key_id: str, key_type: KeyType) -> Any:
+        made = await make(key_id, key_type)
+        keys.notes._path = path.parent / "gone" / path.name
+        return made
+
+    monkeypatch.setattr(keys.manager, "generate_key", make_and_lose_the_disk)
+    request_id = secrets.token_bytes(16)
+    made = (await rig.generate("x509-CA-A", request_id=request_id)).public_key
+    (outcome,) = await written(rig, "outcome", result="done")
+    assert outcome["made_fingerprint"] == made.fingerprint
+    assert code(await rig.sign("x509-CA-A", digest=DIGEST))[0] is ErrorKind.UNAVAILABLE
+    keys.notes._path = path
+    assert (await rig.sign("x509-CA-A", digest=DIGEST)).signature
+    assert (await rig.generate("x509-CA-A", request_id=request_id)).public_key == made
+
+
+@pytest.mark.asyncio
+async def test_a_generation_that_a_stop_cuts_off_has_an_unknown_outcome(
+    rig: SignerRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = next(k for o, k in rig.signer.live.owners.items() if o.server == "s1")
+
+    async def hang(_key_id: str, _key_type: KeyType) -> Any:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(keys.manager, "generate_key", hang)
+    request = hw_signer_pb2.GenerateKeyRequest(
+        request_id=secrets.token_bytes(16), key_id="x509-CA-A", key_type=1
+    )
+    with pytest.raises(SpireHwError):
+        await rig.call("GenerateKey", request, timeout_s=0.5)
+    (asked,) = await written(rig, "intent", method="GenerateKey")
+    await rig.restart()
+    (outcome,) = await written(rig, "outcome", intent=asked["seq"])
+    assert outcome["result"] == "unknown"
+
+
+@pytest.mark.asyncio
 async def test_fault_103_one_key_again_and_again(tmp_path: Path) -> None:
     text = client_policy(raw="true", generate='{ per_key_min_interval = "1h" per_day = 100 }')
     async with SignerRig(tmp_path, keys="disk", policy=text) as rig:
