@@ -10,7 +10,6 @@ from __future__ import annotations
 import secrets
 from dataclasses import replace
 from functools import partial
-from operator import methodcaller
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.aio.tasks import Tasks
@@ -192,9 +191,10 @@ class Keyring:
         Raises:
             TokenError: the token is away, or shows fewer keys than there have to be.
         """
-        inventory = await self._stock.take_full()
-        if self._claim.is_lost(inventory):
-            await self._take_up(inventory)
+        async with self._retention.turn:
+            inventory = await self._stock.take_full()
+            if self._claim.is_lost(inventory):
+                await self._take_up(inventory)
         return list(self._ledger.entries.values())
 
     async def sign(self, key_id: str, digest: bytes, options: SignOptions) -> KeySignature:
@@ -295,6 +295,7 @@ class Keyring:
             return None
 
     async def _take_up(self, inventory: Inventory) -> None:
+        """Use what the instance that makes keys has made; not on note, since it may give it up."""
         ids = self._ledger.ids(inventory)
         for name, pair in inventory.current.items():
             key_id = ids.get(name)
@@ -305,7 +306,6 @@ class Keyring:
                 continue
             entry = await self._adopt(key_id, pair)
             if entry is not None:
-                await self._ledger.save(methodcaller("with_entry", entry))
                 self._ledger.replace(entry)
                 self._log.info(
                     "hsm.key_taken_up", key_id=key_id, label=pair.label, fp=entry.fingerprint

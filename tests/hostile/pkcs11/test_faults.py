@@ -428,6 +428,21 @@ async def test_fault_38_the_earlier_of_two_instances_finds_what_the_later_makes(
 
 
 @pytest.mark.asyncio
+async def test_fault_38_what_the_later_instance_gives_up_is_given_up_by_the_earlier(
+    rig: TokenRig,
+) -> None:
+    first = await rig.start("one")
+    made = await first.generate_key("a", P256)
+    second = await rig.start("two", retain_replaced="1h")
+    await second.generate_key("a", P256)
+    assert await first.get_public_keys() != [made]
+    # As when it was not current yet, and whoever wanted it went away.
+    rig.meddle(f"[o.destroy() for o in find(LABEL={OWNER.key_label('a', 2)!r})]")
+    assert await first.get_public_keys() == [made]
+    assert (await first.sign_data("a", DIGEST, SHA256)).fingerprint == made.fingerprint
+
+
+@pytest.mark.asyncio
 async def test_fault_40_a_key_deleted_behind_our_back(rig: TokenRig) -> None:
     manager = await rig.start()
     for key_id in ("a", "b"):
