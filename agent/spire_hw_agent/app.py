@@ -120,6 +120,8 @@ class Agent:
             SpireHwError: configuration, device, or a refusal by the server.
         """
         settings, clock = self.settings, self._clock
+        for notice in settings.notices:
+            self.log.warning(notice)
         self._ended = asyncio.get_running_loop().create_future()
         if self.telemetry.is_read:
             self._stack.callback(count_log_lines(self.telemetry.metrics))

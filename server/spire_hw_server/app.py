@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import signal
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
-from spire_hw import __version__, memory
+from typing_extensions import override
+
+from spire_hw import __version__
 from spire_hw import log as logs
+from spire_hw.aio.program import Program, run_program
 from spire_hw.aio.tasks import Tasks
 from spire_hw.catalog import Catalog, External, Table, check_plugins, plugin_data
 from spire_hw.clock import Clock, SystemClock
+from spire_hw.datadir import lock_data_dir, prepare_data_dir
 from spire_hw.errors import (
     ConfigError,
     ConfigFault,
     InvalidInputError,
     NotReadyError,
-    SpireHwError,
-    UnavailableError,
 )
-from spire_hw.hardening import check_directory, harden
 from spire_hw.pkcs11.reaping import SharedToken, SharedTokenSource
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
 from spire_hw.plugin.keycalls import KeyCalls
@@ -68,7 +68,6 @@ from spire_hw_server.posture.postures import Postures
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
     from datetime import datetime
-    from pathlib import Path
     from typing import Any
 
     from spire_hw.bundle.bundle import Bundle
@@ -80,7 +79,6 @@ if TYPE_CHECKING:
     from spire_hw_server.datastore.interface import Datastore
 
 GRACE_S: Final = 10.0
-LOCK_FILE: Final = "server.lock"
 KEY_USES_FILE: Final = "key-uses.json"
 _UMASK: Final = 0o027
 _FORGETFUL: Final = "memory"
@@ -103,38 +101,9 @@ async def run(
         SpireHwError: it could not start, or a part of it broke down.
     """
     _tighten_umask()
-    harden()
-    memory.limit_arenas()
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    server = Server(settings, clock=clock)
-    tasks = Tasks(on_failure=lambda name, error: None)
-    loop.add_signal_handler(
-        signal.SIGUSR1, lambda: tasks.start("plugin data", server.reconfigure())
+    await run_program(
+        lambda: Server(settings, clock=clock), signal.SIGUSR1, Server.reconfigure, on_ready
     )
-    try:
-        stopping = tasks.spawn("stop signal", stop.wait())
-        starting = tasks.spawn("start", server.start())
-        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            server.log.info("server stops before it was up")
-            return
-        await starting
-        memory.settle()
-        if on_ready is not None:
-            on_ready()
-        failing = tasks.spawn("failure", server.failed())
-        await asyncio.wait({failing, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if failing.done():
-            await failing
-        server.log.info("server stops")
-    finally:
-        await tasks.close()
-        await server.close()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            loop.remove_signal_handler(number)
 
 
 async def check_settings(
@@ -191,7 +160,7 @@ async def shared_token(settings: ServerSettings, name: str) -> AsyncIterator[Sha
         yield token
 
 
-class Server:
+class Server(Program):
     """One server: build it from settings, `start`, `close`."""
 
     def __init__(
@@ -208,12 +177,10 @@ class Server:
             clock: its time.
             table: where plugins are found; the built-in ones by default.
         """
+        super().__init__("server")
         self.settings = settings
         self.clock = clock or SystemClock()
         self._table = table or _table
-        self.log = logs.get_logger("server")
-        self._stack = AsyncExitStack()
-        self._failure: asyncio.Future[None] | None = None
         self._endpoints: Endpoints | None = None
         self._health_listener: HealthListener | None = None
         self._manager: CaManager | None = None
@@ -257,28 +224,6 @@ class Server:
             raise NotReadyError("the server was not started")
         return self._identity
 
-    async def start(self) -> None:
-        """Bring the server up; what was brought up before a failure is taken down again.
-
-        Raises:
-            SpireHwError: a part could not start; the message says which and why.
-        """
-        try:
-            await self._start()
-        except BaseException:
-            await self._stack.aclose()
-            raise
-
-    async def close(self) -> None:
-        """Take the server down; calls in progress have a while to finish."""
-        await self._stack.aclose()
-
-    async def failed(self) -> None:
-        """Wait until a part of the running server breaks down, and raise its error."""
-        if self._failure is None:
-            raise NotReadyError("the server was not started")
-        await asyncio.shield(self._failure)
-
     async def reconfigure(self) -> None:
         """Read the plugins' data files and the policies again; what goes wrong is logged."""
         if self._catalog is not None:
@@ -286,16 +231,15 @@ class Server:
         if self._postures is not None:
             await self._postures.policies.reload()
 
+    @override
     async def _start(self) -> None:
         settings = self.settings
         for notice in settings.notices:
             self.log.warning(notice)
-        self._failure = asyncio.get_running_loop().create_future()
-        self._stack.callback(self._failure.cancel)
         if self.telemetry.is_read:
             self._stack.callback(count_log_lines(self.telemetry.metrics))
         prepare_data_dir(settings.data_dir, self.log)
-        self._stack.callback(lock_data_dir(settings.data_dir))
+        self._stack.callback(lock_data_dir(settings.data_dir, self.name))
         await asyncio.to_thread(check_addresses, settings)
         store = await self._open_store()
         nodes = NodeCache(store, clock=self.clock, log=logs.get_logger("cache"))
@@ -609,11 +553,6 @@ class Server:
         for name, loop in loops.items():
             tasks.start(name, loop)
 
-    def _broke_down(self, name: str, error: BaseException) -> None:
-        self.log.error("a part of the server broke down", part=name, exc_info=error)
-        if self._failure is not None and not self._failure.done():
-            self._failure.set_exception(SpireHwError(f"{name} broke down: {error}"))
-
 
 def _profile(settings: ServerSettings) -> Profile:
     subject = Subject(
@@ -629,49 +568,6 @@ def _profile(settings: ServerSettings) -> Profile:
         jwt_issuer=settings.jwt_issuer,
         ca_subject=subject.encode(),
     )
-
-
-def prepare_data_dir(data_dir: Path, log: logs.Logger) -> None:
-    """Make the data directory, open to its owner alone.
-
-    Raises:
-        UnavailableError: it cannot be made, is no directory, or was made by another user where
-            everybody may make one.
-    """
-    try:
-        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mode = data_dir.stat().st_mode & 0o777
-        remark = check_directory(data_dir)
-    except OSError as e:
-        raise UnavailableError(f"data_dir {data_dir} cannot be used: {e.strerror}") from e
-    if remark is not None:
-        log.warning("data_dir is not safe from other users", remark=remark)
-    if mode & 0o022:
-        log.warning("others may write to data_dir", data_dir=str(data_dir), mode=f"{mode:04o}")
-
-
-def lock_data_dir(data_dir: Path) -> Callable[[], None]:
-    """Make sure that no other server runs on a data directory.
-
-    Returns:
-        What lets go of it.
-
-    Raises:
-        UnavailableError: another process has it, or the lock file cannot be written.
-    """
-    path = data_dir / LOCK_FILE
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError as e:
-        raise UnavailableError(f"cannot open {path}: {e.strerror}") from e
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        os.close(fd)
-        raise UnavailableError(
-            f"another server runs on data_dir {data_dir} (it holds {path}); stop it first"
-        ) from e
-    return lambda: os.close(fd)
 
 
 def _tighten_umask() -> None:

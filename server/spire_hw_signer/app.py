@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import signal
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Final
 
-from spire_hw import __version__, memory
+from typing_extensions import override
+
+from spire_hw import __version__
 from spire_hw import log as logs
+from spire_hw.aio.program import Program, run_program
 from spire_hw.aio.tasks import Tasks
 from spire_hw.catalog import Catalog, check_plugins
 from spire_hw.clock import Clock, SystemClock
+from spire_hw.datadir import lock_data_dir, prepare_data_dir
 from spire_hw.errors import ConfigError, ConfigFault, NotReadyError, SpireHwError, UnavailableError
-from spire_hw.hardening import harden
 from spire_hw.key import KeyType
 from spire_hw.key import fingerprint as fingerprint_of
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
@@ -32,7 +35,6 @@ from spire_hw_signer.audit.log import AuditLog
 from spire_hw_signer.audit.places import FilePlace, SyslogPlace
 from spire_hw_signer.config import SIGNER_RULES, owner_config
 from spire_hw_signer.doors import Doors
-from spire_hw_signer.folder import lock_data_dir, prepare_data_dir, tighten_umask
 from spire_hw_signer.generating import Generating
 from spire_hw_signer.keys import LOG_KEY_ID, HeldSigner, OwnerKeys, open_owner, own_owner
 from spire_hw_signer.live import Live
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from spire_hw_signer.policy import Owner
 
 GRACE_S: Final = 10.0
+_UMASK: Final = 0o077
 
 
 async def run(
@@ -76,37 +79,8 @@ async def run(
     Raises:
         SpireHwError: it could not start, or a part of it broke down.
     """
-    tighten_umask()
-    harden()
-    memory.limit_arenas()
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    signer = Signer(settings, clock=clock)
-    tasks = Tasks(on_failure=lambda name, error: None)
-    loop.add_signal_handler(signal.SIGHUP, lambda: tasks.start("reload", signer.reload()))
-    try:
-        stopping = tasks.spawn("stop signal", stop.wait())
-        starting = tasks.spawn("start", signer.start())
-        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            signer.log.info("signer stops before it was up")
-            return
-        await starting
-        memory.settle()
-        if on_ready is not None:
-            on_ready()
-        failing = tasks.spawn("failure", signer.failed())
-        await asyncio.wait({failing, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if failing.done():
-            await failing
-        signer.log.info("signer stops")
-    finally:
-        await tasks.close()
-        await signer.close()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.remove_signal_handler(number)
+    os.umask(_UMASK)
+    await run_program(lambda: Signer(settings, clock=clock), signal.SIGHUP, Signer.reload, on_ready)
 
 
 async def check_settings(
@@ -134,13 +108,13 @@ async def check_settings(
     return sorted(faults, key=lambda f: f.line)
 
 
-class Signer:
+class Signer(Program):
     """One signer: build it from settings, `start`, `close`."""
 
     def __init__(self, settings: SignerSettings, *, clock: Clock | None = None) -> None:
+        super().__init__("signer")
         self.settings = settings
         self.clock = clock or SystemClock()
-        self.log = logs.get_logger("signer")
         self.telemetry = Telemetry(
             settings.telemetry,
             service="spire_signer",
@@ -149,8 +123,6 @@ class Signer:
             clock=self.clock,
             log=logs.get_logger("telemetry"),
         )
-        self._stack = AsyncExitStack()
-        self._failure: asyncio.Future[None] | None = None
         self._doors: Doors | None = None
         self._live: Live | None = None
         self._audit: AuditLog | None = None
@@ -182,40 +154,17 @@ class Signer:
             raise NotReadyError("the signer was not started")
         return self._audit
 
-    async def start(self) -> None:
-        """Bring the signer up; what was brought up before a failure is taken down again.
-
-        Raises:
-            SpireHwError: a part could not start; the message says which and why.
-        """
-        try:
-            await self._start()
-        except BaseException:
-            await self._stack.aclose()
-            raise
-
-    async def close(self) -> None:
-        """Take the signer down; calls in progress have a while to finish."""
-        await self._stack.aclose()
-
-    async def failed(self) -> None:
-        """Wait until a part of the running signer breaks down, and raise its error."""
-        if self._failure is None:
-            raise NotReadyError("the signer was not started")
-        await asyncio.shield(self._failure)
-
     async def reload(self) -> bool:
         """Read policy and TLS files again; tell whether all of them are in force now."""
         return self._live is not None and await self._live.reload()
 
+    @override
     async def _start(self) -> None:
         settings = self.settings
         for notice in settings.notices:
             self.log.warning(notice)
-        self._failure = asyncio.get_running_loop().create_future()
-        self._stack.callback(self._failure.cancel)
-        prepare_data_dir(settings.data_dir, self.log)
-        self._stack.callback(lock_data_dir(settings.data_dir))
+        prepare_data_dir(settings.data_dir, self.log, strict=True)
+        self._stack.callback(lock_data_dir(settings.data_dir, self.name))
         tls = await self._load_tls()
         operators = await asyncio.to_thread(load_operators, settings.operators)
         audit, found = await self._open_audit()
@@ -437,11 +386,6 @@ class Signer:
     def _call_failed(self, name: str, error: BaseException) -> None:
         if not isinstance(error, SpireHwError):
             self.log.error("Unexpected error", task=name, exc_info=error)
-
-    def _broke_down(self, name: str, error: BaseException) -> None:
-        self.log.error("a part of the signer broke down", part=name, exc_info=error)
-        if self._failure is not None and not self._failure.done():
-            self._failure.set_exception(SpireHwError(f"{name} broke down: {error}"))
 
 
 class _OpenedKeys:

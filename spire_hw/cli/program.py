@@ -1,8 +1,9 @@
-"""What the programs' command trees share: the root group, `healthcheck`, `validate`, settings flags."""
+"""What the programs' command trees share: the root group, `run`, `healthcheck`, `validate`, settings flags."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import click
 from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 
+from spire_hw import log
 from spire_hw.cli.flags import F, GoCommand, GoGroup, flag
 from spire_hw.cli.output import Printer, complain, output_flags, shown
 from spire_hw.cli.run import exit_code
@@ -40,6 +42,36 @@ def root_group(help_text: str, version: str) -> GoGroup:
         help="Print the version and exit.",
     )
     return GoGroup("root", help=help_text, params=[option])
+
+
+# -- run --------------------------------------------------------------------------
+
+
+def run_until_stopped(
+    what: str, settings: log.LogSettings, program: Callable[[], Coroutine[Any, Any, None]]
+) -> None:
+    """Set the log up and run a program until it ends; why it broke down is the log's last line.
+
+    Args:
+        what: `server`, `signer` or `agent`.
+        settings: of the log.
+        program: runs it, until a signal.
+
+    Raises:
+        SpireHwError: it could not start, or broke down.
+    """
+
+    async def serve() -> None:
+        log.output().reopen_on_signal(asyncio.get_running_loop())
+        await program()
+
+    log.configure(settings)
+    try:
+        asyncio.run(serve())
+    except SpireHwError as e:
+        text = f"{what.capitalize()} crashed"
+        log.get_logger(what).error(text, error=e.message)
+        raise
 
 
 # -- healthcheck -----------------------------------------------------------------

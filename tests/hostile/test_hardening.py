@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import pytest
 import structlog
 
+from spire_hw.datadir import prepare_data_dir
 from spire_hw.errors import NotReadyError, UnavailableError
 from spire_hw.hardening import check_directory
 from spire_hw.rpc.server import RpcServer
 from spire_hw.transport.front import FrontLimits, UnixFront
 from spire_hw_agent.storage import Storage
-from spire_hw_server.app import prepare_data_dir
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,10 +15,10 @@ from spire_hw.cli.program import (
     COMMON_SETTINGS,
     Setting,
     overrides,
+    run_until_stopped,
     settings_flags,
     validate_command,
 )
-from spire_hw.errors import SpireHwError
 from spire_hw_agent.config import DEFAULT_CONFIG, load_settings
 
 if TYPE_CHECKING:
@@ -82,20 +82,7 @@ def run(config: str, *, expand_env: bool, **given: Any) -> None:
     from spire_hw_agent import app  # noqa: PLC0415 - commands that only ask need none of it
 
     os.umask(os.umask(0o077) | _UMASK)
-    log.configure(settings.log)
-    logger = log.get_logger("agent")
-    for notice in settings.notices:
-        logger.warning(notice)
-
-    async def serve() -> None:
-        log.output().reopen_on_signal(asyncio.get_running_loop())
-        await app.run(settings)
-
-    try:
-        asyncio.run(serve())
-    except SpireHwError as e:
-        logger.error("Agent crashed", error=e.message)  # noqa: TRY400 - the message says it all
-        raise
+    run_until_stopped("agent", settings.log, lambda: app.run(settings))
 
 
 def _check(

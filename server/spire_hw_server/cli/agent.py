@@ -17,8 +17,6 @@ from spire_hw.errors import SpireHwError
 from spire_hw_server.cli import agentposture
 from spire_hw_server.cli.connect import (
     MATCH_NAMES,
-    Admin,
-    Session,
     admin_flags,
     id_message,
     id_text,
@@ -27,6 +25,7 @@ from spire_hw_server.cli.connect import (
 
 if TYPE_CHECKING:
     from spire_hw._pb.hw_posture_pb2 import NodePosture
+    from spire_hw.cli.admin import Admin, Session
 
 _AGENT: Final = server_agent_pb2.DESCRIPTOR.services_by_name["Agent"]
 _LABEL_WIDTH: Final = 18

@@ -11,12 +11,13 @@ from spire_hw.cli.flags import F, GoCommand, flag
 from spire_hw.cli.output import count_of, rfc3339, shown, table, to_dict
 from spire_hw.errors import ErrorKind, SpireHwError
 from spire_hw.spiffeid import SpiffeId
-from spire_hw_server.cli.connect import Admin, Session, admin_flags, id_text
+from spire_hw_server.cli.connect import admin_flags, id_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from spire_hw._pb import types_pb2
+    from spire_hw.cli.admin import Admin, Session
 
 _POSTURE: Final = pb.DESCRIPTOR.services_by_name["PostureAdmin"]
 _LABEL_WIDTH: Final = 18

@@ -16,10 +16,11 @@ from spire_hw.errors import InvalidInputError, NotReadyError, SpireHwError
 from spire_hw.rpc.convert import bundle_from_pb, bundle_to_pb
 from spire_hw.rpc.status import item_error
 from spire_hw.spiffeid import TrustDomain
-from spire_hw_server.cli.connect import Admin, Session, admin_flags
+from spire_hw_server.cli.connect import admin_flags
 
 if TYPE_CHECKING:
     from spire_hw.bundle.bundle import Bundle
+    from spire_hw.cli.admin import Admin, Session
 
 _BUNDLE: Final = pb.DESCRIPTOR.services_by_name["Bundle"]
 _FORMATS: Final = click.Choice(["pem", "spiffe"])

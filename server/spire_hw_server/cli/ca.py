@@ -26,11 +26,12 @@ from spire_hw.spiffeid import TrustDomain
 from spire_hw.x509.certificate import encode_pem, load_certificate, parse_pem, public_key_of
 from spire_hw.x509.name import Subject
 from spire_hw_server.ca import ceremony
-from spire_hw_server.cli.connect import Admin, admin_flags
+from spire_hw_server.cli.connect import admin_flags
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from spire_hw.cli.admin import Admin
     from spire_hw.pkcs11.existing import ExistingKey
 
 _CA: Final = pb.DESCRIPTOR.services_by_name["Ca"]

@@ -2,76 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final
 
 import click
-from google.protobuf.message_factory import GetMessageClass
 
 from spire_hw._pb import types_pb2
+from spire_hw.cli.admin import Admin
 from spire_hw.cli.flags import F, flag
 from spire_hw.cli.output import Printer, output_flags
-from spire_hw.cli.socket import check_socket, find_socket
+from spire_hw.cli.socket import find_socket
 from spire_hw.errors import InvalidInputError
-from spire_hw.rpc.client import Channel, connect_unix
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId
 from spire_hw_server.config import DEFAULT_SOCKET
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-    from pathlib import Path
-
-    from google.protobuf.descriptor import ServiceDescriptor
-    from google.protobuf.message import Message
-
-T = TypeVar("T")
 TEMPLATE_VARIABLE: Final = "SPIRE_SERVER_PRIVATE_SOCKET_TEMPLATE"
-_TIMEOUT_S: Final = 30.0
 _PROGRAM: Final = "spire-hw-server"
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """An open connection to a server's admin socket."""
-
-    channel: Channel
-
-    async def call(self, service: ServiceDescriptor, method: str, request: Message) -> Any:
-        """Call a unary method and return its response message.
-
-        Raises:
-            SpireHwError: what the server answered, or UNAVAILABLE.
-        """
-        described = service.methods_by_name[method]
-        answer_type = GetMessageClass(described.output_type)
-        path = f"/{service.full_name}/{method}"
-        return await self.channel.unary(path, request, answer_type, timeout_s=_TIMEOUT_S)
-
-
-@dataclass(frozen=True, slots=True)
-class Admin:
-    """What every command that talks to the server gets: where it is, how to answer."""
-
-    socket_path: Path
-    printer: Printer
-
-    def run(self, work: Callable[[Session], Awaitable[T]]) -> T:
-        """Connect, do the work, disconnect."""
-
-        async def connected() -> T:
-            check_socket(self.socket_path, _PROGRAM)
-            async with connect_unix(self.socket_path) as channel:
-                return await work(Session(channel))
-
-        return asyncio.run(connected())
-
-    def call(self, service: ServiceDescriptor, method: str, request: Message) -> Any:
-        """Do one call; see `Session.call`."""
-        return self.run(lambda session: session.call(service, method, request))
 
 
 def admin_flags(command: F) -> F:
@@ -85,7 +33,7 @@ def admin_flags(command: F) -> F:
         path = find_socket(
             socket_path, instance, os.environ, variable=TEMPLATE_VARIABLE, default=DEFAULT_SOCKET
         )
-        return command(Admin(path, printer), *args, **kwargs)
+        return command(Admin(path, printer, _PROGRAM), *args, **kwargs)
 
     wrapped = output_flags(inner)
     wrapped = flag("instance", f"Server instance; replaces %i in {TEMPLATE_VARIABLE}.", default="")(

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from spire_hw import log
 from spire_hw._pb import server_bundle_pb2 as pb
+from spire_hw.cli.admin import Admin
 from spire_hw.cli.checks import (
     check_certificates,
     check_clock_against,
@@ -33,7 +34,6 @@ from spire_hw.config.hcl import Item
 from spire_hw.errors import ConfigError, SpireHwError
 from spire_hw.plugin.info import PluginKind
 from spire_hw.x509.certificate import load_certificate
-from spire_hw_server.cli.connect import Admin
 from spire_hw_server.config import ServerSettings, load_settings
 from spire_hw_server.datastore.config import parse_datastore
 
@@ -210,7 +210,7 @@ def _check_running(settings: ServerSettings) -> Iterator[Finding]:
 
 def _check_bundle(settings: ServerSettings) -> Iterator[Finding]:
     try:
-        answer = Admin(settings.socket_path, Printer()).call(
+        answer = Admin(settings.socket_path, Printer(), _PROGRAM).call(
             _BUNDLE, "GetBundle", pb.GetBundleRequest()
         )
         authorities = [load_certificate(a.asn1) for a in answer.x509_authorities]

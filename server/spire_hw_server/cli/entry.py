@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from google.protobuf import wrappers_pb2
@@ -15,8 +15,6 @@ from spire_hw.errors import ErrorKind
 from spire_hw.spiffeid import SERVER_PATH
 from spire_hw_server.cli.connect import (
     MATCH_NAMES,
-    Admin,
-    Session,
     admin_flags,
     id_message,
     id_text,
@@ -24,6 +22,9 @@ from spire_hw_server.cli.connect import (
     selector_messages,
 )
 from spire_hw_server.cli.entrydata import entry_text, load_entries, read_json, trust_domain_name
+
+if TYPE_CHECKING:
+    from spire_hw.cli.admin import Admin, Session
 
 _ENTRY: Final = server_entry_pb2.DESCRIPTOR.services_by_name["Entry"]
 _PAGE: Final = 500

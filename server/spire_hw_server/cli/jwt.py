@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from spire_hw._pb import server_svid_pb2
 from spire_hw.cli.flags import DURATION, GoGroup, flag
 from spire_hw.cli.output import complain, rfc3339
-from spire_hw_server.cli.connect import Admin, admin_flags, id_message
+from spire_hw_server.cli.connect import admin_flags, id_message
 from spire_hw_server.cli.x509 import is_capped, seconds, write_private
+
+if TYPE_CHECKING:
+    from spire_hw.cli.admin import Admin
 
 _SVID = server_svid_pb2.DESCRIPTOR.services_by_name["SVID"]
 

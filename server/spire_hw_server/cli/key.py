@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -11,7 +11,10 @@ from spire_hw.cli.evidence import answer, evidence_flags
 from spire_hw.cli.flags import GoCommand, GoGroup
 from spire_hw.cli.output import count_of, epoch, relative, table
 from spire_hw.clock import SystemClock
-from spire_hw_server.cli.connect import Admin, admin_flags
+from spire_hw_server.cli.connect import admin_flags
+
+if TYPE_CHECKING:
+    from spire_hw.cli.admin import Admin
 
 _KEYS: Final = pb.DESCRIPTOR.services_by_name["Keys"]
 _WIDTH: Final = 12

@@ -11,10 +11,12 @@ from spire_hw._pb import hw_keys_pb2 as keys_pb
 from spire_hw._pb import server_localauthority_pb2 as pb
 from spire_hw.cli.flags import F, GoCommand, GoGroup, flag
 from spire_hw.cli.output import go_time, shown, to_dict
-from spire_hw_server.cli.connect import Admin, Session, admin_flags
+from spire_hw_server.cli.connect import admin_flags
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from spire_hw.cli.admin import Admin, Session
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["LocalAuthority"]
 _KEYS: Final = keys_pb.DESCRIPTOR.services_by_name["Keys"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -10,7 +10,10 @@ from spire_hw._pb import server_logger_pb2 as pb
 from spire_hw._pb import types_pb2
 from spire_hw.cli.flags import GoGroup, flag
 from spire_hw.log import Level
-from spire_hw_server.cli.connect import Admin, admin_flags
+from spire_hw_server.cli.connect import admin_flags
+
+if TYPE_CHECKING:
+    from spire_hw.cli.admin import Admin
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["Logger"]
 

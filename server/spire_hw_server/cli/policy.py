@@ -16,7 +16,7 @@ from spire_hw.posture.diff import compare, judge_both
 from spire_hw.posture.evaluate import evaluate
 from spire_hw.posture.learn import learn as draft
 from spire_hw_server.cli import policyview
-from spire_hw_server.cli.connect import Admin, Session, admin_flags
+from spire_hw_server.cli.connect import admin_flags
 from spire_hw_server.cli.policysource import POLICY, evidence_flags, find_policy, parse_reference
 from spire_hw_server.posture.policyfiles import read_policy
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from spire_hw.cli.admin import Admin, Session
     from spire_hw_server.cli.policysource import Wanted
 
 # As much as the server takes.

@@ -18,9 +18,9 @@ from spire_hw.posture.policyfile import parse_policy
 from spire_hw_server.posture.policyfiles import SUFFIX, read_policy
 
 if TYPE_CHECKING:
+    from spire_hw.cli.admin import Admin
     from spire_hw.posture.evidence import Evidence
     from spire_hw.posture.policy import Policy
-    from spire_hw_server.cli.connect import Admin
 
 POLICY: Final = hw_policy_pb2.DESCRIPTOR.services_by_name["Policy"]
 _POSTURE: Final = hw_posture_pb2.DESCRIPTOR.services_by_name["PostureAdmin"]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from spire_hw._pb import server_agent_pb2
 from spire_hw.cli.flags import GoGroup, flag
-from spire_hw_server.cli.connect import Admin, admin_flags, id_message
+from spire_hw_server.cli.connect import admin_flags, id_message
+
+if TYPE_CHECKING:
+    from spire_hw.cli.admin import Admin
 
 _AGENT = server_agent_pb2.DESCRIPTOR.services_by_name["Agent"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -13,8 +13,11 @@ from spire_hw.cli.run import batch_code
 from spire_hw.clock import SystemClock
 from spire_hw.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 from spire_hw_server.cli import tpm_ca, tpm_enroll
-from spire_hw_server.cli.connect import Admin, Session, admin_flags
+from spire_hw_server.cli.connect import admin_flags
 from spire_hw_server.cli.eksource import normalise_hash
+
+if TYPE_CHECKING:
+    from spire_hw.cli.admin import Admin, Session
 
 _TPM: Final = hw_admin_pb2.DESCRIPTOR.services_by_name["Tpm"]
 _LABEL_WIDTH: Final = 18

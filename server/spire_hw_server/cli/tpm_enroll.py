@@ -14,11 +14,13 @@ from spire_hw.cli.flags import GoCommand, flag
 from spire_hw.cli.output import count_of, shown
 from spire_hw.cli.run import batch_code
 from spire_hw.errors import InvalidInputError
-from spire_hw_server.cli.connect import Admin, Session, admin_flags
+from spire_hw_server.cli.connect import admin_flags
 from spire_hw_server.cli.eksource import MAX_CSV_BYTES, MAX_NODE_BYTES, Wanted, read_csv, read_node
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from spire_hw.cli.admin import Admin, Session
 
 _TPM: Final = hw_admin_pb2.DESCRIPTOR.services_by_name["Tpm"]
 _OUTCOMES: Final = {

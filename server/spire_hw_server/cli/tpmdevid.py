@@ -17,10 +17,12 @@ from spire_hw.keyfile import load_private_key
 from spire_hw.tpm.devidrequest import DevIdRequest, check_request, parse_request
 from spire_hw.x509.certificate import encode_der, encode_pem, load_pem
 from spire_hw.x509.devid import issue_devid
-from spire_hw_server.cli.connect import Admin, admin_flags
+from spire_hw_server.cli.connect import admin_flags
 
 if TYPE_CHECKING:
     from cryptography import x509
+
+    from spire_hw.cli.admin import Admin
 
 
 _DEVID: Final = hw_devid_pb2.DESCRIPTOR.services_by_name["DevId"]

@@ -18,12 +18,13 @@ from spire_hw.cli.output import complain, epoch, rfc3339
 from spire_hw.clock import SystemClock
 from spire_hw.errors import ErrorKind, SpireHwError
 from spire_hw.files import replace_file
-from spire_hw_server.cli.connect import Admin, Session, admin_flags, id_message, id_text
+from spire_hw_server.cli.connect import admin_flags, id_message, id_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from spire_hw._pb import types_pb2
+    from spire_hw.cli.admin import Admin, Session
 
 _SVID: Final = server_svid_pb2.DESCRIPTOR.services_by_name["SVID"]
 _BUNDLE: Final = server_bundle_pb2.DESCRIPTOR.services_by_name["Bundle"]

@@ -24,7 +24,7 @@ from spire_hw_signer.orders import Action
 from spire_hw_signer.policyfile import load_policy
 
 if TYPE_CHECKING:
-    from spire_hw_signer.cli.connect import Admin
+    from spire_hw.cli.admin import Admin
 
 ADMIN: Final = pb.DESCRIPTOR.services_by_name["SignerAdmin"]
 _WIDTH: Final = 19

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 
 from spire_hw.cli.program import healthcheck_command
-from spire_hw_signer.cli.connect import Admin, admin_flags
+from spire_hw_signer.cli.connect import admin_flags
+
+if TYPE_CHECKING:
+    from spire_hw.cli.admin import Admin
 
 _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 

@@ -36,7 +36,7 @@ from spire_hw_signer.orders import (
 )
 
 if TYPE_CHECKING:
-    from spire_hw_signer.cli.connect import Admin
+    from spire_hw.cli.admin import Admin
 
 _NONCE_BYTES: Final = 16
 _WIDTH: Final = 12

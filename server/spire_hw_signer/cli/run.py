@@ -14,10 +14,10 @@ from spire_hw.cli.program import (
     COMMON_SETTINGS,
     Setting,
     overrides,
+    run_until_stopped,
     settings_flags,
     validate_command,
 )
-from spire_hw.errors import SpireHwError
 from spire_hw_signer.config import DEFAULT_CONFIG, load_settings
 
 if TYPE_CHECKING:
@@ -52,16 +52,7 @@ def run(config: str, *, expand_env: bool, **given: Any) -> None:
 
     settings = load_settings(Path(config), expand_env=expand_env, overrides=overrides(given))
 
-    async def serve() -> None:
-        log.output().reopen_on_signal(asyncio.get_running_loop())
-        await app.run(settings)
-
-    log.configure(settings.log)
-    try:
-        asyncio.run(serve())
-    except SpireHwError as e:
-        log.get_logger("signer").error("Signer crashed", error=e.message)
-        raise
+    run_until_stopped("signer", settings.log, lambda: app.run(settings))
 
 
 def _check(

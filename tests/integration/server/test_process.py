@@ -18,11 +18,12 @@ from spire_hw import log as logs
 from spire_hw._pb import server_entry_pb2
 from spire_hw.config import hcl
 from spire_hw.config.host import HealthSettings
+from spire_hw.datadir import lock_data_dir
 from spire_hw.errors import NotReadyError, PluginError, UnavailableError
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId
 from spire_hw_server import app
-from spire_hw_server.app import LOCK_FILE, Server, check_settings, lock_data_dir
+from spire_hw_server.app import Server, check_settings
 from spire_hw_server.config import build_settings
 from spire_hw_server.datastore.config import parse_datastore
 from spire_hw_server.datastore.records import Entry
@@ -156,8 +157,8 @@ async def test_a_failed_start_leaves_nothing_behind(short_dir: Path) -> None:
         with pytest.raises(UnavailableError, match=str(first.port)):
             await second.start()
         assert not (other / "api.sock").exists()
-        assert [p.name for p in (other / "data").iterdir()] == [LOCK_FILE]
-        lock_data_dir(other / "data")()
+        assert [p.name for p in (other / "data").iterdir()] == ["server.lock"]
+        lock_data_dir(other / "data", "server")()
     finally:
         await first.close()
 
@@ -178,13 +179,13 @@ async def test_addresses_in_use_are_found_before_keys_are_made(short_dir: Path) 
     elsewhere = server_settings(short_dir, more='bind_address = "192.0.2.1" bind_port = 8081')
     with pytest.raises(UnavailableError, match="no such address"):
         await Server(elsewhere).start()
-    assert [p.name for p in (short_dir / "data").iterdir()] == [LOCK_FILE]
+    assert [p.name for p in (short_dir / "data").iterdir()] == ["server.lock"]
 
 
 def test_the_lock_file_is_not_followed_elsewhere(short_dir: Path) -> None:
-    (short_dir / LOCK_FILE).symlink_to(short_dir / "elsewhere")
+    (short_dir / "server.lock").symlink_to(short_dir / "elsewhere")
     with pytest.raises(UnavailableError, match="cannot open"):
-        lock_data_dir(short_dir)
+        lock_data_dir(short_dir, "server")
 
 
 @pytest.mark.asyncio
