@@ -23,7 +23,7 @@ from spire_hw.errors import (
     InvalidInputError,
     NotReadyError,
 )
-from spire_hw.pkcs11.reaping import SharedToken, SharedTokenSource
+from spire_hw.pkcs11.inventory.reaping import SharedToken, SharedTokenSource
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
 from spire_hw.plugin.keycalls import KeyCalls
 from spire_hw.plugin.keymanager import Keys

@@ -14,7 +14,7 @@ from spire_hw.clock import SystemClock
 from spire_hw.key import spki_der
 from spire_hw.log import get_logger
 from spire_hw.pkcs11.existing import ExistingKey, open_existing
-from spire_hw.pkcs11.place import Pins, place_of_uri
+from spire_hw.pkcs11.pool.place import Pins, place_of_uri
 from spire_hw.x509.authority import ParentCa
 from spire_hw.x509.certificate import encode_pem
 from spire_hw.x509.issue import issue_ca_certificate

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from spire_hw.pkcs11 import worker
+from spire_hw.pkcs11.device import worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +52,7 @@ FUNCTIONS: Final = {
 }
 _CUSTOM: Final = """
 import os, sys
-if sys.orig_argv[-2:-1] == ["spire_hw.pkcs11.worker"]:
+if sys.orig_argv[-2:-1] == ["spire_hw.pkcs11.device.worker"]:
     from pathlib import Path
     from spire_hw_sim import pkcs11faults
     kept = pkcs11faults.tamper(Path(os.environ["FAULTS_FOLDER"]), os.environ["FAULTS_MODULE"])
@@ -115,7 +115,7 @@ class Faults:
 
     @property
     def command(self) -> tuple[str, ...]:
-        """Return how a worker is started, see `spire_hw.pkcs11.process.Launch`."""
+        """Return how a worker is started, see `spire_hw.pkcs11.pool.process.Launch`."""
         start = (sys.executable, "-P", "-m", "spire_hw_sim.pkcs11faults")
         return *start, str(self._folder), self._module
 

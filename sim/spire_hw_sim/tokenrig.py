@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Self
 from spire_hw.clock import SystemClock
 from spire_hw.config.hcl import Body
 from spire_hw.log import get_logger
-from spire_hw.pkcs11.process import WORKER
+from spire_hw.pkcs11.pool.process import WORKER
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw.spiffeid import TrustDomain
 from spire_hw_plugins.keymanager import pkcs11

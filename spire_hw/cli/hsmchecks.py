@@ -16,8 +16,8 @@ from spire_hw.cli.findings import Finding, ok, problem, warning
 from spire_hw.config.hcl import Block, Body
 from spire_hw.config.schema import check
 from spire_hw.errors import SpireHwError
-from spire_hw.pkcs11.pin import EnvironmentPin, FilePin, PinGuard
-from spire_hw.pkcs11.place import Faults, Place, TokenConfig, opening_of, place_of
+from spire_hw.pkcs11.pool.pin import EnvironmentPin, FilePin, PinGuard
+from spire_hw.pkcs11.pool.place import Faults, Place, TokenConfig, opening_of, place_of
 from spire_hw.pkcs11.survey import ModuleView, TokenView, look_at
 
 if TYPE_CHECKING:

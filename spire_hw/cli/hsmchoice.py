@@ -14,7 +14,7 @@ from spire_hw.cli.flags import F, flag
 from spire_hw.cli.plan import check_plain
 from spire_hw.errors import InvalidInputError, SpireHwError
 from spire_hw.files import read_bounded
-from spire_hw.pkcs11.pin import FilePin
+from spire_hw.pkcs11.pool.pin import FilePin
 from spire_hw.pkcs11.survey import ModuleView, TokenView, find_modules, look_at
 
 if TYPE_CHECKING:

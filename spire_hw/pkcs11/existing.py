@@ -18,15 +18,15 @@ from spire_hw.errors import (
     NotReadyError,
 )
 from spire_hw.key import SignOptions, default_hash, key_type_of, spki_der
-from spire_hw.pkcs11.disposal import Disposal
 from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.pkcs11.evidence import check_evidence, read_evidence
-from spire_hw.pkcs11.fitness import check_type
-from spire_hw.pkcs11.generation import Making
-from spire_hw.pkcs11.inventory import read_material
+from spire_hw.pkcs11.inventory.inventory import read_material
+from spire_hw.pkcs11.keyring.disposal import Disposal
+from spire_hw.pkcs11.keyring.fitness import check_type
+from spire_hw.pkcs11.keyring.generation import Making
 from spire_hw.pkcs11.keys import public_key_of
-from spire_hw.pkcs11.place import Place, opening_of
-from spire_hw.pkcs11.pool import Limits, Pool
+from spire_hw.pkcs11.pool.place import Place, opening_of
+from spire_hw.pkcs11.pool.pool import Limits, Pool
 from spire_hw.pkcs11.wire import Kind, SignItem, SignKey, unpack_bytes
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from spire_hw.key import KeyType, PublicKey
     from spire_hw.log import Logger
     from spire_hw.pkcs11.evidence import Evidence
-    from spire_hw.pkcs11.pin import PinGuard
+    from spire_hw.pkcs11.pool.pin import PinGuard
 
 _GONE: Final = "hsm.key_gone"
 _CHECK: Final = b"spire-hw key possession check\0"

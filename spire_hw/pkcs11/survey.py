@@ -57,7 +57,7 @@ _NO_TOKENS: Final = ("p11-kit-trust", "p11-kit-proxy", "pkcs11-spy")
 _MAX_MODULE_FILE: Final = 64 << 10
 _MAX_ANSWER: Final = 4 << 20
 _AT_ONCE: Final = 4
-_COMMAND: Final = (sys.executable, "-P", "-m", "spire_hw.pkcs11.surveyor")
+_COMMAND: Final = (sys.executable, "-P", "-m", "spire_hw.pkcs11.device.surveyor")
 
 
 @dataclass(frozen=True, slots=True)

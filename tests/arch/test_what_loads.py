@@ -38,7 +38,7 @@ ALLOWED = {
     "spire_hw.tpm.ekcert": set(),
     "spire_hw.tpm.credential": set(),
     "spire_hw.pkcs11.uri": set(),
-    "spire_hw.pkcs11.pool": set(),
+    "spire_hw.pkcs11.pool.pool": set(),
     "spire_hw.transport.front": set(),
     "spire_hw.transport.dialer": set(),
     "spire_hw_plugins.builtin": set(),

@@ -167,7 +167,7 @@ async def managed_round(manager: pkcs11.Pkcs11KeyManager, key_id: str) -> tuple[
 def verifier_pids() -> list[int]:
     """Return the processes that verify what workers signed."""
     children = psutil.Process().children()
-    return [child.pid for child in children if "spire_hw.pkcs11.verifier" in child.cmdline()]
+    return [child.pid for child in children if "spire_hw.pkcs11.pool.verifier" in child.cmdline()]
 
 
 async def ratio(

@@ -33,17 +33,17 @@ from typing import TYPE_CHECKING, Final
 from spire_hw.config.schema import decode, faults
 from spire_hw.errors import ConfigError, NotReadyError
 from spire_hw.files import NoFileError, create_file, read_bounded
-from spire_hw.pkcs11.budget import Allowance
-from spire_hw.pkcs11.cluster import Cluster
-from spire_hw.pkcs11.keyring import Keyring, info_of
-from spire_hw.pkcs11.labels import Owner
-from spire_hw.pkcs11.member import Member, Open
-from spire_hw.pkcs11.notes import Notes
-from spire_hw.pkcs11.place import Pins, opening_of
-from spire_hw.pkcs11.policy import Policy
-from spire_hw.pkcs11.pool import Limits, Pool
-from spire_hw.pkcs11.process import WORKER
-from spire_hw.pkcs11.state import StateFile
+from spire_hw.pkcs11.cluster.cluster import Cluster
+from spire_hw.pkcs11.cluster.member import Member, Open
+from spire_hw.pkcs11.cluster.notes import Notes
+from spire_hw.pkcs11.inventory.labels import Owner
+from spire_hw.pkcs11.keyring.budget import Allowance
+from spire_hw.pkcs11.keyring.keyring import Keyring, info_of
+from spire_hw.pkcs11.keyring.policy import Policy
+from spire_hw.pkcs11.keyring.state import StateFile
+from spire_hw.pkcs11.pool.place import Pins, opening_of
+from spire_hw.pkcs11.pool.pool import Limits, Pool
+from spire_hw.pkcs11.pool.process import WORKER
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw.plugin.keymanager import DeviceHealth, KeyHealth
 from spire_hw_plugins.keymanager.pkcs11_config import (
@@ -61,8 +61,8 @@ if TYPE_CHECKING:
     from spire_hw.config.hcl import Body
     from spire_hw.errors import ConfigFault
     from spire_hw.key import KeyType, SignOptions
-    from spire_hw.pkcs11.placement import Mode
-    from spire_hw.pkcs11.reaping import SharedToken
+    from spire_hw.pkcs11.cluster.placement import Mode
+    from spire_hw.pkcs11.inventory.reaping import SharedToken
     from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo, KeySignature, RetainedKey
 
 NAME: Final = "pkcs11"
@@ -313,5 +313,5 @@ async def _close(keyring: Keyring | None, pool: Pool | None, cluster: Cluster | 
 
 
 def build(host: HostInfo, command: Sequence[str] = WORKER) -> Pkcs11KeyManager:
-    """Make the plugin; command starts its workers, see `spire_hw.pkcs11.process.Launch`."""
+    """Make the plugin; command starts its workers, see `spire_hw.pkcs11.pool.process.Launch`."""
     return Pkcs11KeyManager(host, command)

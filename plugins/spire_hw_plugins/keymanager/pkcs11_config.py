@@ -12,9 +12,9 @@ from spire_hw.config.duration import parse_duration
 from spire_hw.config.schema import GoDuration, Model, at_least
 from spire_hw.errors import ConfigFault, InvalidInputError
 from spire_hw.key import KeyType
-from spire_hw.pkcs11.importing import Import
-from spire_hw.pkcs11.place import Faults, Place, Text, TokenConfig, place_of
-from spire_hw.pkcs11.placement import Mode
+from spire_hw.pkcs11.cluster.placement import Mode
+from spire_hw.pkcs11.keyring.importing import Import
+from spire_hw.pkcs11.pool.place import Faults, Place, Text, TokenConfig, place_of
 
 _MAX_IDENTIFIER: Final = 64
 # What names or is about one token: said once for each when there are several.

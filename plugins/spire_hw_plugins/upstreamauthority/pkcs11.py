@@ -26,8 +26,8 @@ from spire_hw.errors import ConfigError, NotReadyError, SpireHwError
 from spire_hw.key import spki_der
 from spire_hw.pkcs11.evidence import evidence_texts
 from spire_hw.pkcs11.existing import ExistingKey, open_existing
-from spire_hw.pkcs11.place import Faults, Pins, Place, Text, TokenConfig, place_of
-from spire_hw.pkcs11.pool import Limits
+from spire_hw.pkcs11.pool.place import Faults, Pins, Place, Text, TokenConfig, place_of
+from spire_hw.pkcs11.pool.pool import Limits
 from spire_hw_plugins.upstreamauthority.minting import Certificates, Minter, load_certificates
 
 if TYPE_CHECKING:

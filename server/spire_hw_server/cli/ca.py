@@ -239,7 +239,7 @@ async def _open(
 ) -> ExistingKey:
     """Open the root's key, or make it."""
     from spire_hw.pkcs11.existing import make_key, open_existing  # noqa: PLC0415 - HSM code for two commands alone
-    from spire_hw.pkcs11.place import Pins, place_of_uri  # noqa: PLC0415 - likewise
+    from spire_hw.pkcs11.pool.place import Pins, place_of_uri  # noqa: PLC0415 - likewise
 
     place = place_of_uri(uri)
     guard, log = Pins().guard(place), logs.get_logger("ceremony")

@@ -19,8 +19,8 @@ from spire_hw.errors import SpireHwError
 from spire_hw_server.config import DEFAULT_CONFIG, load_settings
 
 if TYPE_CHECKING:
-    from spire_hw.pkcs11.reaping import SharedToken
-    from spire_hw.pkcs11.tenants import Tenancy, Tenant
+    from spire_hw.pkcs11.inventory.reaping import SharedToken
+    from spire_hw.pkcs11.inventory.tenants import Tenancy, Tenant
     from spire_hw_server.config import ServerSettings
 
 _WIDTH: Final = 14

@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 
 from spire_hw.key import HashAlgorithm, SignOptions
-from spire_hw.pkcs11.labels import Owner
+from spire_hw.pkcs11.inventory.labels import Owner
 from spire_hw_sim.softhsm import SoftHsm
 from spire_hw_sim.tokenrig import TokenRig
 

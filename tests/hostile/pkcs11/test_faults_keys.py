@@ -16,8 +16,8 @@ from spire_hw.errors import ErrorKind, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions
 from spire_hw.log import get_logger
 from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.labels import Owner
-from spire_hw.pkcs11.reaping import SharedToken
+from spire_hw.pkcs11.inventory.labels import Owner
+from spire_hw.pkcs11.inventory.reaping import SharedToken
 from spire_hw.plugin.keymanager import KeyHealth
 from spire_hw_sim.clock import SimClock
 from spire_hw_sim.pkcs11faults import Fault

@@ -14,8 +14,8 @@ import pytest_asyncio
 from spire_hw.errors import ErrorKind, LimitError, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions
 from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.generation import Making
-from spire_hw.pkcs11.labels import Owner
+from spire_hw.pkcs11.inventory.labels import Owner
+from spire_hw.pkcs11.keyring.generation import Making
 from spire_hw_sim.clock import SimClock
 from spire_hw_sim.pkcs11faults import Fault
 from spire_hw_sim.softhsm import SoftHsm

@@ -13,7 +13,7 @@ import pytest
 from spire_hw.errors import ConfigError, ErrorKind, InvalidInputError, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, verify_digest
 from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.process import WORKER as PLAIN
+from spire_hw.pkcs11.pool.process import WORKER as PLAIN
 from spire_hw_sim.pkcs11faults import Fault
 from spire_hw_sim.softhsm import SoftHsm
 

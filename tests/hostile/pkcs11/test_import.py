@@ -9,7 +9,7 @@ import pytest_asyncio
 
 from spire_hw.errors import ConfigError, ErrorKind, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, verify_digest
-from spire_hw.pkcs11.labels import Owner
+from spire_hw.pkcs11.inventory.labels import Owner
 from spire_hw_sim.softhsm import SoftHsm
 from spire_hw_sim.tokenrig import TokenRig
 

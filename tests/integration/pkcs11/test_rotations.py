@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions
-from spire_hw.pkcs11.labels import Owner
+from spire_hw.pkcs11.inventory.labels import Owner
 from spire_hw_sim.clock import SimClock
 from spire_hw_sim.softhsm import SoftHsm
 from spire_hw_sim.tokenrig import TokenRig

@@ -12,7 +12,7 @@ import pytest
 from spire_hw.cli.run import run
 from spire_hw.clock import SystemClock
 from spire_hw.key import KeyType
-from spire_hw.pkcs11.labels import Owner
+from spire_hw.pkcs11.inventory.labels import Owner
 from spire_hw_server.cli.commands import PROGRAM, root
 from spire_hw_sim.clock import SimClock
 from spire_hw_sim.servers import server_config

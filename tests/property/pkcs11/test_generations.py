@@ -7,10 +7,10 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spire_hw.pkcs11.choice import Choice, merged
-from spire_hw.pkcs11.inventory import Inventory, read_listing
-from spire_hw.pkcs11.labels import Owner
-from spire_hw.pkcs11.manifest import Manifest
+from spire_hw.pkcs11.inventory.choice import Choice, merged
+from spire_hw.pkcs11.inventory.inventory import Inventory, read_listing
+from spire_hw.pkcs11.inventory.labels import Owner
+from spire_hw.pkcs11.inventory.manifest import Manifest
 from spire_hw.pkcs11.wire import pack_bytes
 
 OWNER = Owner("example.org", "server-1")

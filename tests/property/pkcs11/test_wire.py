@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from spire_hw.errors import EncodingError
 from spire_hw.key import HashAlgorithm, SignOptions
 from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.inventory import read_listing
-from spire_hw.pkcs11.labels import Owner
-from spire_hw.pkcs11.manifest import Manifest
+from spire_hw.pkcs11.inventory.inventory import read_listing
+from spire_hw.pkcs11.inventory.labels import Owner
+from spire_hw.pkcs11.inventory.manifest import Manifest
 from spire_hw.pkcs11.wire import (
     SignItem,
     SignKey,

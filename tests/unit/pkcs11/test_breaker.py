@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from spire_hw.pkcs11.breaker import Breaker
+from spire_hw.pkcs11.pool.breaker import Breaker
 
 
 async def is_held(breaker: Breaker, name: str) -> bool:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from spire_hw.errors import ErrorKind, LimitError
-from spire_hw.pkcs11.budget import Allowance, Budget
 from spire_hw.pkcs11.errors import TokenError
+from spire_hw.pkcs11.keyring.budget import Allowance, Budget
 from spire_hw_sim.clock import SimClock
 
 if TYPE_CHECKING:

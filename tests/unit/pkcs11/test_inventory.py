@@ -8,10 +8,10 @@ from spire_hw.errors import ErrorKind
 from spire_hw.key import KeyType
 from spire_hw.pkcs11.errors import TokenError
 from spire_hw.pkcs11.evidence import check_evidence
-from spire_hw.pkcs11.inventory import read_listing
+from spire_hw.pkcs11.inventory.inventory import read_listing
+from spire_hw.pkcs11.inventory.labels import Owner
+from spire_hw.pkcs11.inventory.manifest import Manifest
 from spire_hw.pkcs11.keys import CKM_EC_KEY_PAIR_GEN
-from spire_hw.pkcs11.labels import Owner
-from spire_hw.pkcs11.manifest import Manifest
 from spire_hw.pkcs11.profile import PROFILES
 from spire_hw.pkcs11.wire import pack_bytes
 

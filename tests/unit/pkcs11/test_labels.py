@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from spire_hw.errors import InvalidInputError
-from spire_hw.pkcs11.labels import MAX_GENERATION, KeyLabel, Owner, key_name
+from spire_hw.pkcs11.inventory.labels import MAX_GENERATION, KeyLabel, Owner, key_name
 
 OWNER = Owner("example.org", "server-1")
 

@@ -7,7 +7,7 @@ import pytest
 
 from spire_hw.errors import ErrorKind
 from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.pin import EnvironmentPin, FilePin, PinGuard
+from spire_hw.pkcs11.pool.pin import EnvironmentPin, FilePin, PinGuard
 
 if TYPE_CHECKING:
     from pathlib import Path

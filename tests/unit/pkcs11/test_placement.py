@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 
 from spire_hw.key import KeyType, generate_private_key
-from spire_hw.pkcs11.entry import Entry
-from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.placement import (
+from spire_hw.pkcs11.cluster.placement import (
     Held,
     Mode,
     Standing,
@@ -17,6 +15,8 @@ from spire_hw.pkcs11.placement import (
     stranded,
     superseded,
 )
+from spire_hw.pkcs11.errors import TokenError
+from spire_hw.pkcs11.inventory.entry import Entry
 from spire_hw.plugin.keymanager import DeviceHealth, KeyHealth, KeyInfo
 
 GOOD, DEGRADED, DOWN = (DeviceHealth(h) for h in KeyHealth)

@@ -7,11 +7,11 @@ import pytest
 from spire_hw.errors import InvalidInputError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions
 from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.fitness import check_pss, check_type
+from spire_hw.pkcs11.inventory.labels import Owner
+from spire_hw.pkcs11.keyring.fitness import check_pss, check_type
 from spire_hw.pkcs11.keys import CKM_EC_KEY_PAIR_GEN, CKM_ECDSA, CKM_RSA_PKCS, CKM_RSA_PKCS_PSS
-from spire_hw.pkcs11.labels import Owner
+from spire_hw.pkcs11.pool.seat import TokenFacts
 from spire_hw.pkcs11.profile import ESSENTIAL, PROFILES, Profile, ProfileChoice, detect
-from spire_hw.pkcs11.seat import TokenFacts
 
 SIGN_ONLY = {"DECRYPT": False, "UNWRAP": False, "DERIVE": False}
 MECHANISMS = frozenset({0x0, CKM_EC_KEY_PAIR_GEN, CKM_ECDSA, CKM_RSA_PKCS, CKM_RSA_PKCS_PSS})

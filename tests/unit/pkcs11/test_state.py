@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from spire_hw.errors import ErrorKind, InvalidInputError
-from spire_hw.pkcs11.choice import Choice
 from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.inventory import Inventory
-from spire_hw.pkcs11.labels import Owner, key_name
-from spire_hw.pkcs11.ledger import Ledger
-from spire_hw.pkcs11.manifest import Manifest
-from spire_hw.pkcs11.state import Existing, KnownKey, Retained, State, StateFile
+from spire_hw.pkcs11.inventory.choice import Choice
+from spire_hw.pkcs11.inventory.inventory import Inventory
+from spire_hw.pkcs11.inventory.labels import Owner, key_name
+from spire_hw.pkcs11.inventory.manifest import Manifest
+from spire_hw.pkcs11.keyring.ledger import Ledger
+from spire_hw.pkcs11.keyring.state import Existing, KnownKey, Retained, State, StateFile
 
 if TYPE_CHECKING:
     from pathlib import Path

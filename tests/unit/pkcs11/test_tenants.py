@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from spire_hw.errors import NotReadyError
-from spire_hw.pkcs11.labels import Owner
-from spire_hw.pkcs11.manifest import Manifest
-from spire_hw.pkcs11.tenants import Tenancy, Tenant, read_tenancy
+from spire_hw.pkcs11.inventory.labels import Owner
+from spire_hw.pkcs11.inventory.manifest import Manifest
+from spire_hw.pkcs11.inventory.tenants import Tenancy, Tenant, read_tenancy
 from spire_hw.pkcs11.wire import pack_bytes
 
 NOW = 1_800_000_000.0

@@ -24,8 +24,8 @@ from spire_hw.key import (
 )
 from spire_hw.log import get_logger
 from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.process import Launch
-from spire_hw.pkcs11.verifying import Verifying
+from spire_hw.pkcs11.pool.process import Launch
+from spire_hw.pkcs11.pool.verifying import Verifying
 from spire_hw.pkcs11.wire import SignItem, SignKey, decode_results, encode_items, encode_results
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from spire_hw.files import parse_file, replace_file
 from spire_hw.key import KeyType, SoftwareSigner, spki_der
 from spire_hw.keyfile import load_private_key
 from spire_hw.pkcs11.existing import opened
-from spire_hw.pkcs11.place import SCHEME, Pins, place_of_uri
+from spire_hw.pkcs11.pool.place import SCHEME, Pins, place_of_uri
 from spire_hw.plugin.keymanager import Keys
 from spire_hw.x509.certificate import load_certificate, parse_pem, public_key_of
 from spire_hw.x509.csr import build_csr

@@ -1,0 +1,1 @@
+"""The keys of one host on several tokens."""

@@ -1,0 +1,1 @@
+"""The process that holds the vendor's module: one token, one operation at a time."""

@@ -1,0 +1,1 @@
+"""What is on a token, and whose it is: names, the manifest, generations, leftovers."""

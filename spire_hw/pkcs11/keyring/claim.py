@@ -1,0 +1,235 @@
+"""The manifest on the token: which instance uses these keys, since when, how they are called in full."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+from spire_hw.errors import ErrorKind
+from spire_hw.pkcs11.errors import Cure, TokenError
+from spire_hw.pkcs11.inventory.inventory import read_listing
+from spire_hw.pkcs11.inventory.labels import APPLICATION, key_name
+from spire_hw.pkcs11.inventory.manifest import Manifest
+from spire_hw.pkcs11.keyring.fitness import check_writable
+from spire_hw.pkcs11.wire import Kind, pack_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from spire_hw.clock import Clock
+    from spire_hw.log import Logger
+    from spire_hw.pkcs11.inventory.choice import Choice
+    from spire_hw.pkcs11.inventory.inventory import Inventory
+    from spire_hw.pkcs11.keyring.ledger import Ledger
+    from spire_hw.pkcs11.keyring.policy import Policy
+    from spire_hw.pkcs11.pool.pool import Pool
+
+_PROTECTED: Final = frozenset({"hsm.session_read_only", "hsm.token_write_protected"})
+# A write that fails without saying why costs a worker: it is not tried for every caller.
+_LOOK_AGAIN_S: Final = 30.0
+# How SoftHSM says that its store cannot be written to; also how tokens say that they are away.
+_MAYBE_PROTECTED: Final = frozenset({"hsm.general_error", "hsm.function_failed"})
+
+
+class Claim:
+    """One instance's claim on its owner's keys.
+
+    Args:
+        nonce: tells this instance from others that use the same server id.
+
+    Attributes:
+        refusal: why the token takes no writing, None while it does.
+        conflict: that another instance was started later, None while there is none.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        ledger: Ledger,
+        policy: Policy,
+        *,
+        nonce: str,
+        clock: Clock,
+        log: Logger,
+    ) -> None:
+        self._pool = pool
+        self._ledger = ledger
+        self._policy = policy
+        self._nonce = nonce
+        self._clock = clock
+        self._log = log
+        self._written: Manifest | None = None
+        self._holds_none = False
+        self._look_again = 0.0
+        self._writing = asyncio.Lock()
+        self.refusal: TokenError | None = None
+        self.conflict: TokenError | None = None
+
+    async def stake(self, inventory: Inventory) -> None:
+        """Say on the token which instance uses these keys from now on.
+
+        A token that can be read and signs but takes no writing is left as it is.
+
+        Raises:
+            TokenError: the token failed.
+        """
+        if not self._pool.facts.profile.data_objects:
+            self._holds_none = True
+            return
+        try:
+            check_writable(self._pool.facts)
+        except TokenError as e:
+            self._refused(e)
+            return
+        entries = self._ledger.entries
+        kept = {} if inventory.manifest is None else dict(inventory.manifest.keys)
+        if self._policy.accept_key_loss:
+            kept = {name: key_id for name, key_id in kept.items() if key_id in entries}
+        keys = {**kept, **{key_name(k): k for k, e in entries.items() if not e.is_existing}}
+        try:
+            async with self._writing:
+                await self._put(keys, inventory.choices)
+        except TokenError as e:
+            if e.reason not in _MAYBE_PROTECTED | _PROTECTED:
+                raise
+            if e.reason in _MAYBE_PROTECTED:
+                # A token that is away lists nothing either; one that lists is there, and read-only.
+                prefix = {"prefix": self._ledger.owner.prefix}
+                await self._pool.ask(Kind.LIST, prefix, what="list objects")
+                self._look_again = self._clock.monotonic() + _LOOK_AGAIN_S
+            self._refused(e)
+
+    def _refused(self, error: TokenError) -> None:
+        self.refusal = TokenError(
+            f"token {self._pool.facts.device} is read-only: keys cannot be generated, rotation is "
+            "impossible; lift the write protection or give its store back its rights",
+            reason="hsm.read_only",
+            operation="generate key pair",
+            device=self._pool.facts.device,
+            code=error.code,
+            kind=ErrorKind.FAILED_PRECONDITION,
+        )
+        self._log.warning("hsm.read_only", error=self.refusal.message, cause=error.message)
+
+    async def check_writable(self, inventory: Inventory) -> None:
+        """Refuse to generate on a token that takes no writing; look again whether it does now.
+
+        Raises:
+            TokenError: FAILED_PRECONDITION.
+        """
+        if self.refusal is None:
+            return
+        if self._clock.monotonic() < self._look_again:
+            raise self.refusal.with_traceback(None)
+        self.refusal = None
+        await self.stake(inventory)
+        if self.refusal is not None:
+            raise self.refusal
+
+    async def add(self, inventory: Inventory, key_id: str) -> None:
+        """Have the manifest name a key, if it does not.
+
+        Raises:
+            TokenError: the token failed.
+        """
+        name = key_name(key_id)
+        keys = {} if inventory.manifest is None else inventory.manifest.keys
+        if self._written is None or keys.get(name) == key_id:
+            return
+        async with self._writing:
+            now = await self._now()
+            await self._put({**self._named(now), name: key_id}, now.choices)
+
+    async def remove(self, key_id: str) -> None:
+        """Have the manifest no longer name a key.
+
+        Raises:
+            TokenError: the token failed.
+        """
+        if self._written is None:
+            return
+        name = key_name(key_id)
+        async with self._writing:
+            now = await self._now()
+            before = self._named(now)
+            keys = {n: k for n, k in before.items() if n != name}
+            choices = {k: choice for k, choice in now.choices.items() if k != key_id}
+            if len(keys) < len(before):
+                await self._put(keys, choices)
+
+    async def mark(self) -> None:
+        """Write down that this instance is alive, and which generations were taken back.
+
+        Raises:
+            TokenError: the token failed.
+        """
+        if self._written is None:
+            return
+        async with self._writing:
+            now = await self._now()
+            await self._put(self._named(now), self._ledger.state.choices)
+
+    def is_lost(self, inventory: Inventory) -> bool:
+        """Tell whether another instance was started later: it alone makes keys now."""
+        manifest = inventory.manifest
+        if self._written is None or manifest is None:
+            return False
+        return manifest.nonce != self._nonce
+
+    def check(self, inventory: Inventory) -> None:
+        """Refuse to go on beside another instance that was started later.
+
+        Raises:
+            TokenError: FAILED_PRECONDITION.
+        """
+        self.conflict = None
+        if not self.is_lost(inventory):
+            return
+        self.conflict = TokenError(
+            f'server id "{self._ledger.owner.server}" is in use by another instance; '
+            "it was started after this one: stop one of them, or give one an id of its own",
+            reason="hsm.owner_conflict",
+            operation="generate key pair",
+            device=self._pool.facts.device,
+            cure=Cure.OPERATOR,
+            kind=ErrorKind.FAILED_PRECONDITION,
+        )
+        raise self.conflict
+
+    async def _now(self) -> Inventory:
+        """Return what the token tells now, which is written over: keys may have been named since.
+
+        Raises:
+            TokenError: the token failed, or another instance was started later.
+        """
+        owner = self._ledger.owner
+        wanted = {"prefix": owner.manifest_label}
+        listing = await self._pool.ask(Kind.LIST, wanted, what="read manifest")
+        found = read_listing(owner, listing, choices=self._ledger.state.choices)
+        self.check(found)
+        return found
+
+    def _named(self, now: Inventory) -> dict[str, str]:
+        manifest = now.manifest or self._written
+        return {} if manifest is None else dict(manifest.keys)
+
+    async def _put(self, keys: dict[str, str], choices: Mapping[str, Choice]) -> None:
+        if self._holds_none:
+            return
+        owner, now = self._ledger.owner, self._clock.now().timestamp()
+        manifest = Manifest(owner, self._nonce, keys, now, choices)
+        fields = {
+            "label": owner.manifest_label,
+            "application": APPLICATION,
+            "value": pack_bytes(manifest.encode()),
+        }
+        try:
+            await self._pool.ask(Kind.PUT_DATA, fields, what="write manifest")
+        except TokenError as e:
+            if e.cure is Cure.RESTART or e.reason in _PROTECTED or self._written is not None:
+                raise
+            # Some tokens hold no data objects: the host's own note has to do.
+            self._log.warning("hsm.no_manifest_on_token", error=e.message)
+            self._holds_none = True
+            return
+        self._written = manifest
