@@ -6,11 +6,11 @@ for nothing. What is odd without being wrong ends up in `AgentSettings.notices`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Final, Literal
 
@@ -23,10 +23,10 @@ from spire_hw.config.host import (
     LogKeys,
     Override,
     health_settings,
+    load,
     override,
     parse_socket_path,
     parse_trust_domain,
-    read_body,
 )
 from spire_hw.config.schema import GoDuration, Model, at_least, check, parsed
 from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
@@ -34,7 +34,7 @@ from spire_hw.key import KeyType
 from spire_hw.log import LogSettings  # noqa: TC001 - public field types stay real
 from spire_hw.plugin.info import PluginKind
 from spire_hw.plugin.olddir import OldStyle, read_plugin_dir
-from spire_hw.plugin.section import AGENT_RULES, PluginConfig, check_counts, read_plugins
+from spire_hw.plugin.section import AGENT_RULES, PluginConfig, read_section
 from spire_hw.spiffeid import TrustDomain  # noqa: TC001 - likewise
 from spire_hw.telemetry.config import (
     TelemetryKeys,
@@ -190,37 +190,13 @@ class AgentFile(Model):
     telemetry: TelemetryKeys | None = None
 
 
-def load_settings(
-    path: Path,
-    *,
-    expand_env: bool = False,
-    environ: Mapping[str, str] | None = None,
-    overrides: Mapping[str, Override] | None = None,
-) -> AgentSettings:
-    """Read and check a configuration file.
-
-    Args:
-        path: the file, HCL 1 or JSON.
-        expand_env: put environment variables into its text first.
-        environ: the variables; those of the process without it.
-        overrides: keys of `agent {}` given on the command line; they win over the file.
-
-    Raises:
-        ConfigError: with every fault of the file; plugins check their own data later.
-    """
-    body = read_body(
-        path, expand_env=expand_env, environ=os.environ if environ is None else environ
-    )
-    return build_settings(body, overrides or {})
-
-
 def build_settings(body: Body, overrides: Mapping[str, Override] | None = None) -> AgentSettings:
-    """Check what was read; see `load_settings`."""
+    """Check what was read; see `load` for what is given and raised."""
     raw, faults = check(override(body, "agent", overrides or {}), AgentFile)
     old = OldStyle()
     if raw is not None and raw.agent.plugin_dir:
         old = read_plugin_dir(Path(raw.agent.plugin_dir), raw.agent.line("plugin_dir"))
-    plugins, wrong = _plugin_sections(body, old)
+    plugins, _, wrong = read_section(body, old, AGENT_RULES)
     faults += wrong
     token = ""
     if raw is not None:
@@ -240,14 +216,7 @@ def build_settings(body: Body, overrides: Mapping[str, Override] | None = None) 
     return replace(settings, notices=(*old.notices, *notices))
 
 
-def _plugin_sections(body: Body, old: OldStyle) -> tuple[list[PluginConfig], list[ConfigFault]]:
-    blocks = body.blocks("plugins")
-    if old.faults or not (blocks or old.blocks):
-        return [], old.faults or [ConfigFault(0, '"plugins": is required')]
-    items = tuple(i for b in blocks for i in b.body.items)
-    section = Body((*items, *old.blocks), body.line_of("plugins"), body.file)
-    plugins, _, faults = read_plugins(section)
-    return plugins, [*faults, *check_counts(plugins, AGENT_RULES)]
+load_settings: Final = partial(load, build_settings)
 
 
 def _attests_once(plugins: list[PluginConfig]) -> bool:

@@ -6,10 +6,10 @@ for nothing. What is odd without being wrong ends up in `ServerSettings.notices`
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Final
 
@@ -24,11 +24,11 @@ from spire_hw.config.host import (
     Override,
     Port,
     health_settings,
+    load,
     override,
     parse_ip,
     parse_socket_path,
     parse_trust_domain,
-    read_body,
 )
 from spire_hw.config.schema import GoDuration, Model, at_least, check, nearest, parsed
 from spire_hw.errors import ConfigError, ConfigFault
@@ -39,8 +39,7 @@ from spire_hw.plugin.section import (
     SERVER_RULES,
     PluginConfig,
     StoreConfig,
-    check_counts,
-    read_plugins,
+    read_section,
 )
 from spire_hw.spiffeid import SpiffeId, TrustDomain
 from spire_hw.telemetry.config import (
@@ -221,37 +220,13 @@ class ServerFile(Model):
     telemetry: TelemetryKeys | None = None
 
 
-def load_settings(
-    path: Path,
-    *,
-    expand_env: bool = False,
-    environ: Mapping[str, str] | None = None,
-    overrides: Mapping[str, Override] | None = None,
-) -> ServerSettings:
-    """Read and check a configuration file.
-
-    Args:
-        path: the file, HCL 1 or JSON.
-        expand_env: put environment variables into its text first.
-        environ: the variables; those of the process without it.
-        overrides: keys of `server {}` given on the command line; they win over the file.
-
-    Raises:
-        ConfigError: with every fault of the file; plugins check their own data later.
-    """
-    body = read_body(
-        path, expand_env=expand_env, environ=os.environ if environ is None else environ
-    )
-    return build_settings(body, overrides or {})
-
-
 def build_settings(body: Body, overrides: Mapping[str, Override] | None = None) -> ServerSettings:
-    """Check what was read; see `load_settings`."""
+    """Check what was read; see `load` for what is given and raised."""
     raw, faults = check(override(body, "server", overrides or {}), ServerFile)
     old = OldStyle()
     if raw is not None and raw.server.plugin_dir:
         old = read_plugin_dir(Path(raw.server.plugin_dir), raw.server.line("plugin_dir"))
-    plugins, stores, wrong = _plugin_sections(body, old)
+    plugins, stores, wrong = read_section(body, old, SERVER_RULES, with_store=True)
     faults += wrong
     if body.blocks("plugins") or old.blocks:
         faults += _store_faults(stores)
@@ -265,17 +240,7 @@ def build_settings(body: Body, overrides: Mapping[str, Override] | None = None) 
     return replace(settings, notices=notices)
 
 
-def _plugin_sections(
-    body: Body, old: OldStyle
-) -> tuple[list[PluginConfig], list[StoreConfig], list[ConfigFault]]:
-    blocks = body.blocks("plugins")
-    if old.faults or not (blocks or old.blocks):
-        missing = ConfigFault(0, '"plugins": is required')
-        return [], [], old.faults or [missing]
-    items = tuple(i for b in blocks for i in b.body.items)
-    section = Body((*items, *old.blocks), body.line_of("plugins"), body.file)
-    plugins, stores, faults = read_plugins(section, with_store=True)
-    return plugins, stores, [*faults, *check_counts(plugins, SERVER_RULES)]
+load_settings: Final = partial(load, build_settings)
 
 
 def _store_faults(stores: list[StoreConfig]) -> list[ConfigFault]:

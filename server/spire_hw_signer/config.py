@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -18,10 +18,10 @@ from spire_hw.config.host import (
     Override,
     Port,
     health_settings,
+    load,
     override,
     parse_ip,
     parse_socket_path,
-    read_body,
 )
 from spire_hw.config.schema import GoDuration, Model, at_least, check, parsed
 from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
@@ -168,32 +168,8 @@ class SignerSettings:
     file: str = ""
 
 
-def load_settings(
-    path: Path,
-    *,
-    expand_env: bool = False,
-    environ: Mapping[str, str] | None = None,
-    overrides: Mapping[str, Override] | None = None,
-) -> SignerSettings:
-    """Read and check a configuration file.
-
-    Args:
-        path: the file, HCL 1 or JSON.
-        expand_env: put environment variables into its text first.
-        environ: the variables; those of the process without it.
-        overrides: keys of `signer {}` given on the command line; they win over the file.
-
-    Raises:
-        ConfigError: with every fault of the file; the KeyManager checks its own data later.
-    """
-    body = read_body(
-        path, expand_env=expand_env, environ=os.environ if environ is None else environ
-    )
-    return build_settings(body, overrides or {})
-
-
 def build_settings(body: Body, overrides: Mapping[str, Override] | None = None) -> SignerSettings:
-    """Check what was read; see `load_settings`."""
+    """Check what was read; see `load` for what is given and raised."""
     raw, faults = check(override(body, "signer", overrides or {}), SignerFile)
     plugins, wrong = _key_managers(body)
     faults += wrong
@@ -203,6 +179,9 @@ def build_settings(body: Body, overrides: Mapping[str, Override] | None = None) 
         raise ConfigError(body.file or "configuration", sorted(faults, key=lambda f: f.line))
     settings = _build(raw, plugins[0], body.file)
     return replace(settings, notices=(*_notices(settings), *telemetry_notices(raw.telemetry)))
+
+
+load_settings: Final = partial(load, build_settings)
 
 
 def owner_config(

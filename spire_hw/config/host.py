@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping  # noqa: TC003 - as in the models
+import os
+from collections.abc import Callable, Mapping  # noqa: TC003 - as in the models
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, TypeVar
 
 from pydantic import Field
 
@@ -22,6 +23,7 @@ _MAX_SOCKET_PATH_BYTES: Final = 107  # struct sockaddr_un keeps one for the end
 Port = Annotated[int, Field(ge=0, le=65535)]
 # A command line flag's value for a key of the file.
 Override = str | int | bool
+_Settings = TypeVar("_Settings")
 
 
 def _parse_format(text: str) -> Format:
@@ -69,6 +71,32 @@ class HealthSettings:
     bind_port: int
     live_path: str
     ready_path: str
+
+
+def load(
+    build: Callable[[Body, Mapping[str, Override]], _Settings],
+    path: Path,
+    *,
+    expand_env: bool = False,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Override] | None = None,
+) -> _Settings:
+    """Read and check a configuration file.
+
+    Args:
+        build: checks what was read.
+        path: the file, HCL 1 or JSON.
+        expand_env: put environment variables into its text first.
+        environ: the variables; those of the process without it.
+        overrides: keys of the program's section given on the command line; they win over the file.
+
+    Raises:
+        ConfigError: with every fault of the file; plugins check their own data later.
+    """
+    body = read_body(
+        path, expand_env=expand_env, environ=os.environ if environ is None else environ
+    )
+    return build(body, overrides or {})
 
 
 def read_body(path: Path, *, expand_env: bool, environ: Mapping[str, str]) -> Body:

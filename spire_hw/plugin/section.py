@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 from pydantic import AfterValidator, Field
 
@@ -21,6 +21,9 @@ from spire_hw.config.hcl import Body
 from spire_hw.config.schema import Model, check, nearest
 from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
 from spire_hw.plugin.info import PluginKind
+
+if TYPE_CHECKING:
+    from spire_hw.plugin.olddir import OldStyle
 
 _SHA256_HEX: Final = re.compile(r"[0-9a-fA-F]{64}")
 _JOIN_TOKEN: Final = (PluginKind.NODE_ATTESTOR, "join_token")
@@ -157,6 +160,26 @@ def read_plugins(
             elif made is not None:
                 stores.append(made)
     return plugins, stores, faults
+
+
+def read_section(
+    body: Body, old: OldStyle, rules: Rules, *, with_store: bool = False
+) -> tuple[list[PluginConfig], list[StoreConfig], list[ConfigFault]]:
+    """Return what the `plugins` sections of a file and its `plugin_dir` hold, and all faults.
+
+    Args:
+        body: the whole file.
+        old: what the `plugin_dir` holds.
+        rules: the host's, on kinds and numbers.
+        with_store: the host has a data store.
+    """
+    blocks = body.blocks("plugins")
+    if old.faults or not (blocks or old.blocks):
+        return [], [], old.faults or [ConfigFault(0, '"plugins": is required')]
+    items = tuple(i for b in blocks for i in b.body.items)
+    section = Body((*items, *old.blocks), body.line_of("plugins"), body.file)
+    plugins, stores, faults = read_plugins(section, with_store=with_store)
+    return plugins, stores, [*faults, *check_counts(plugins, rules)]
 
 
 def _read_block(
