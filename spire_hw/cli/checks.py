@@ -48,6 +48,22 @@ _TPM: Final = Path("/dev/tpmrm0")
 _SOON: Final = 0.15  # of a certificate's life that is left
 
 
+def check_config(faults: Sequence[str], notices: Sequence[str], valid: str) -> list[Finding]:
+    """Return what is found about a configuration that could be read.
+
+    Args:
+        faults: what is wrong all the same.
+        notices: what is odd.
+        valid: what to say when nothing is wrong.
+    """
+    found = [problem("config.invalid", fault, "correct the file") for fault in faults]
+    found += [
+        warning("config.notice", notice, "change it, or leave it if it is meant")
+        for notice in notices
+    ]
+    return found if faults else [*found, ok("config", valid)]
+
+
 def check_versions() -> list[Finding]:
     """Return what runs here."""
     running = (

@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
 from spire_hw.cli.checks import check_time, check_versions
-from spire_hw.cli.findings import Finding, Level
+from spire_hw.cli.findings import Finding, Level, problem
 from spire_hw.cli.flags import GoCommand, flag
 from spire_hw.cli.output import Printer, count_of, output_flags, shown
 from spire_hw.cli.run import ExitCode
+from spire_hw.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
+
+S = TypeVar("S")
+S_contra = TypeVar("S_contra", contravariant=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What the operator asked for.
+class Examine(Protocol[S_contra]):
+    """Makes all checks of a program."""
 
-    Attributes:
-        config: the configuration file.
-        expand_env: put environment variables into its text first.
-        login: log in to tokens, once.
-    """
-
-    config: Path
-    expand_env: bool
-    login: bool
+    def __call__(self, settings: S_contra, *, login: bool) -> Iterable[Finding]:
+        """Return what is found; `login` allows to log in to tokens, once."""
+        ...
 
 
 def doctor_command(
-    what: str, default: Path, examine: Callable[[Request], Iterable[Finding]]
+    what: str, default: Path, load: Callable[..., S], examine: Examine[S]
 ) -> click.Command:
     """Return `doctor`.
 
     Args:
         what: `server`, `agent` or `signer`.
         default: its configuration file.
+        load: `spire_hw.config.host.load` for its settings.
         examine: makes all checks.
     """
 
@@ -57,7 +54,13 @@ def doctor_command(
         field: str,
     ) -> None:
         findings = [*check_versions(), *check_time()]
-        findings += examine(Request(type(default)(config), expand_env, login))
+        try:
+            settings = load(Path(config), expand_env=expand_env)
+        except ConfigError as e:
+            remedy = "correct the file; nothing else was looked at"
+            findings.append(problem("config.invalid", e.message, remedy))
+        else:
+            findings += examine(settings, login=login)
         printer = Printer(as_json=output == "json", field=field)
         printer.value(_values(findings), lambda: _show(findings, verbose=verbose))
         ctx.exit(_code(findings))

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import click
 from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
@@ -190,17 +190,37 @@ def overrides(given: Mapping[str, Any]) -> dict[str, Override]:
     return {key: value for key, value in given.items() if value is not None}
 
 
-# Takes the file, -expandEnv and overrides; returns faults and notices, or raises ConfigError.
-CheckConfig = Callable[[Path, bool, "dict[str, Override]"], tuple[list[ConfigFault], Sequence[str]]]
+class Settings(Protocol):
+    """What commands know of a program's settings."""
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Return what the operator should hear."""
+        ...
 
 
-def validate_command(what: str, flags: Decorate, check: CheckConfig) -> click.Command:
+S = TypeVar("S", bound=Settings)
+
+
+def run_check(check: Coroutine[Any, Any, list[ConfigFault]]) -> list[ConfigFault]:
+    """Return what a check of settings finds; its log lines stay away from the command's answer."""
+    log.output().level = log.Level.ERROR
+    return asyncio.run(check)
+
+
+def validate_command(
+    what: str,
+    flags: Decorate,
+    load: Callable[..., S],
+    find_faults: Callable[[S], list[ConfigFault]],
+) -> click.Command:
     """Return `validate`.
 
     Args:
-        what: `server` or `agent`.
+        what: `server`, `signer` or `agent`.
         flags: from `settings_flags`.
-        check: checks a configuration without starting anything.
+        load: `spire_hw.config.host.load` for its settings.
+        find_faults: finds what loading did not, without starting anything.
     """
 
     @click.pass_context
@@ -217,7 +237,8 @@ def validate_command(what: str, flags: Decorate, check: CheckConfig) -> click.Co
         printer = Printer(as_json=output == "json", field=field)
         notices: Sequence[str] = ()
         try:
-            faults, notices = check(Path(config), expand_env, overrides(given))
+            settings = load(Path(config), expand_env=expand_env, overrides=overrides(given))
+            notices, faults = settings.notices, find_faults(settings)
         except ConfigError as e:
             faults = e.faults
         values = {

@@ -6,23 +6,24 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from spire_hw import log
 from spire_hw.cli.checks import (
     check_certificates,
     check_clock_against,
+    check_config,
     check_data_dir,
     check_reachable,
     check_socket_serves,
     check_tpm_device,
 )
-from spire_hw.cli.doctor import Request, doctor_command
+from spire_hw.cli.doctor import doctor_command
 from spire_hw.cli.findings import Finding, Level, ok, problem, warning
 from spire_hw.cli.hsmchecks import check_hsm
 from spire_hw.clock import SystemClock
 from spire_hw.config.hcl import Item
-from spire_hw.errors import ConfigError, SpireHwError
+from spire_hw.errors import SpireHwError
 from spire_hw.plugin.info import PluginKind
 from spire_hw.x509.certificate import load_certificate
+from spire_hw_agent.cli.run import find_faults
 from spire_hw_agent.config import AgentSettings, load_settings
 from spire_hw_agent.storage import peek
 from spire_hw_agent.trust import read_bundle_file
@@ -42,37 +43,19 @@ _FETCH: Final = (
 )
 
 
-def _examine(request: Request) -> Iterator[Finding]:
-    try:
-        settings = load_settings(request.config, expand_env=request.expand_env)
-    except ConfigError as e:
-        yield problem("config.invalid", e.message, "correct the file; nothing else was looked at")
-        return
-    yield from _check_config(settings)
+def _examine(settings: AgentSettings, *, login: bool) -> Iterator[Finding]:
+    faults = [f"{settings.file} line {f.line}: {f.message}" for f in find_faults(settings)]
+    yield from check_config(faults, settings.notices, f"{settings.file} is valid")
     yield from check_data_dir(settings.data_dir)
     for plugin in settings.plugins:
         if plugin.enabled and not plugin.cmd:
-            yield from _check_plugin(plugin, login=request.login)
+            yield from _check_plugin(plugin, login=login)
     running = list(_check_running(settings))
     yield from running
     yield from _check_trust(settings)
     is_well = all(f.level is Level.OK for f in running)
     yield from _check_stored(settings, is_running=is_well)
     yield from check_reachable("server", settings.server_address, settings.server_port)
-
-
-def _check_config(settings: AgentSettings) -> Iterator[Finding]:
-    from spire_hw_agent import app  # noqa: PLC0415 - loads what the agent is made of
-
-    log.output().level = log.Level.ERROR
-    faults = asyncio.run(app.check(settings))
-    for fault in faults:
-        text = f"{settings.file} line {fault.line}: {fault.message}"
-        yield problem("config.invalid", text, "correct the file")
-    for notice in settings.notices:
-        yield warning("config.notice", notice, "change it, or leave it if it is meant")
-    if not faults:
-        yield ok("config", f"{settings.file} is valid")
 
 
 def _check_plugin(plugin: PluginConfig, *, login: bool) -> Iterator[Finding]:
@@ -163,4 +146,4 @@ def _check_stored(settings: AgentSettings, *, is_running: bool) -> Iterator[Find
             yield finding
 
 
-doctor = doctor_command("agent", _CONFIG, _examine)
+doctor = doctor_command("agent", _CONFIG, load_settings, _examine)

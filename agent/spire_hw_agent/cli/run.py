@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from spire_hw import log
 from spire_hw.cli.flags import GoCommand
 from spire_hw.cli.program import (
     COMMON_SETTINGS,
     Setting,
     overrides,
+    run_check,
     run_until_stopped,
     settings_flags,
     validate_command,
@@ -22,8 +21,8 @@ from spire_hw.cli.program import (
 from spire_hw_agent.config import DEFAULT_CONFIG, load_settings
 
 if TYPE_CHECKING:
-    from spire_hw.config.host import Override
     from spire_hw.errors import ConfigFault
+    from spire_hw_agent.config import AgentSettings
 
 _UMASK: Final = 0o027
 _FLAGS: Final = settings_flags(
@@ -85,14 +84,11 @@ def run(config: str, *, expand_env: bool, **given: Any) -> None:
     run_until_stopped("agent", settings.log, lambda: app.run(settings))
 
 
-def _check(
-    config: Path, expand_env: bool, given: dict[str, Override]
-) -> tuple[list[ConfigFault], tuple[str, ...]]:
-    settings = load_settings(config, expand_env=expand_env, overrides=given)
+def find_faults(settings: AgentSettings) -> list[ConfigFault]:
+    """Return what is wrong with settings although they could be loaded."""
     from spire_hw_agent import app  # noqa: PLC0415 - loads what the agent is made of
 
-    log.output().level = log.Level.ERROR
-    return asyncio.run(app.check(settings)), settings.notices
+    return run_check(app.check(settings))
 
 
-validate = validate_command("agent", _FLAGS, _check)
+validate = validate_command("agent", _FLAGS, load_settings, find_faults)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
-from spire_hw import log
 from spire_hw._pb import server_bundle_pb2 as pb
 from spire_hw.cli.admin import Admin
 from spire_hw.cli.checks import (
     check_certificates,
     check_clock_against,
+    check_config,
     check_data_dir,
     check_pem_file,
     check_port,
@@ -24,7 +23,7 @@ from spire_hw.cli.checks import (
     check_tpm_device,
     is_answering,
 )
-from spire_hw.cli.doctor import Request, doctor_command
+from spire_hw.cli.doctor import doctor_command
 from spire_hw.cli.findings import Finding, Level, ok, problem, warning
 from spire_hw.cli.hsmchecks import check_hsm
 from spire_hw.cli.output import Printer
@@ -34,6 +33,7 @@ from spire_hw.config.hcl import Item
 from spire_hw.errors import ConfigError, SpireHwError
 from spire_hw.plugin.info import PluginKind
 from spire_hw.x509.certificate import load_certificate
+from spire_hw_server.cli.run import find_faults
 from spire_hw_server.config import ServerSettings, load_settings
 from spire_hw_server.datastore.config import parse_datastore
 
@@ -52,35 +52,17 @@ _CERTIFICATE_KEYS: Final = ("cert_file_path", "bundle_file_path", "ca_bundle_pat
 _SECRET_KEYS: Final = ("key_file_path", "keys_path")
 
 
-def _examine(request: Request) -> Iterator[Finding]:
-    try:
-        settings = load_settings(request.config, expand_env=request.expand_env)
-    except ConfigError as e:
-        yield problem("config.invalid", e.message, "correct the file; nothing else was looked at")
-        return
-    yield from _check_config(settings)
+def _examine(settings: ServerSettings, *, login: bool) -> Iterator[Finding]:
+    faults = [f"{settings.file} line {f.line}: {f.message}" for f in find_faults(settings)]
+    yield from check_config(faults, settings.notices, f"{settings.file} is valid")
     yield from check_data_dir(settings.data_dir)
     if settings.data_dir.is_dir():
         yield from check_clock_against(_files(settings.data_dir), SystemClock().now())
     yield from _check_database(settings)
     for plugin in settings.plugins:
         if plugin.enabled and not plugin.cmd:
-            yield from _check_plugin(plugin, settings, login=request.login)
+            yield from _check_plugin(plugin, settings, login=login)
     yield from _check_running(settings)
-
-
-def _check_config(settings: ServerSettings) -> Iterator[Finding]:
-    from spire_hw_server import app  # noqa: PLC0415 - loads what the server is made of
-
-    log.output().level = log.Level.ERROR
-    faults = asyncio.run(app.check_settings(settings))
-    for fault in faults:
-        text = f"{settings.file} line {fault.line}: {fault.message}"
-        yield problem("config.invalid", text, "correct the file")
-    for notice in settings.notices:
-        yield warning("config.notice", notice, "change it, or leave it if it is meant")
-    if not faults:
-        yield ok("config", f"{settings.file} is valid")
 
 
 def _files(directory: Path) -> list[Path]:
@@ -223,4 +205,4 @@ def _check_bundle(settings: ServerSettings) -> Iterator[Finding]:
         yield warning("bundle.no_jwt_key", "the bundle holds no JWT key", "look into the log")
 
 
-doctor = doctor_command("server", _CONFIG, _examine)
+doctor = doctor_command("server", _CONFIG, load_settings, _examine)

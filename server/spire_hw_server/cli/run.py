@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from spire_hw import log
 from spire_hw.cli.flags import GoCommand
 from spire_hw.cli.program import (
     COMMON_SETTINGS,
     Setting,
     overrides,
+    run_check,
     run_until_stopped,
     settings_flags,
     validate_command,
@@ -21,8 +20,8 @@ from spire_hw.cli.program import (
 from spire_hw_server.config import DEFAULT_CONFIG, load_settings
 
 if TYPE_CHECKING:
-    from spire_hw.config.host import Override
     from spire_hw.errors import ConfigFault
+    from spire_hw_server.config import ServerSettings
 
 _FLAGS: Final = settings_flags(
     (
@@ -53,14 +52,11 @@ def run(config: str, *, expand_env: bool, **given: Any) -> None:
     run_until_stopped("server", settings.log, lambda: app.run(settings))
 
 
-def _check(
-    config: Path, expand_env: bool, given: dict[str, Override]
-) -> tuple[list[ConfigFault], tuple[str, ...]]:
-    settings = load_settings(config, expand_env=expand_env, overrides=given)
+def find_faults(settings: ServerSettings) -> list[ConfigFault]:
+    """Return what is wrong with settings although they could be loaded."""
     from spire_hw_server import app  # noqa: PLC0415 - loads what the server is made of
 
-    log.output().level = log.Level.ERROR
-    return asyncio.run(app.check_settings(settings)), settings.notices
+    return run_check(app.check_settings(settings))
 
 
-validate = validate_command("server", _FLAGS, _check)
+validate = validate_command("server", _FLAGS, load_settings, find_faults)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from spire_hw import log
 from spire_hw.cli.checks import (
     check_clock_against,
+    check_config,
     check_data_dir,
     check_pem_file,
     check_port,
@@ -19,11 +18,11 @@ from spire_hw.cli.checks import (
     check_tpm_device,
     is_answering,
 )
-from spire_hw.cli.doctor import Request, doctor_command
+from spire_hw.cli.doctor import doctor_command
 from spire_hw.cli.findings import Finding, ok, problem, warning
 from spire_hw.cli.hsmchecks import check_hsm
 from spire_hw.clock import SystemClock
-from spire_hw.errors import ConfigError
+from spire_hw_signer.cli.run import find_faults
 from spire_hw_signer.config import DEFAULT_CONFIG, SignerSettings, load_settings
 
 if TYPE_CHECKING:
@@ -32,34 +31,18 @@ if TYPE_CHECKING:
 _PROGRAM: Final = "spire-hw-signer"
 
 
-def _examine(request: Request) -> Iterator[Finding]:
-    try:
-        settings = load_settings(request.config, expand_env=request.expand_env)
-    except ConfigError as e:
-        yield problem("config.invalid", e.message, "correct the file; nothing else was looked at")
-        return
-    yield from _check_config(settings)
+def _examine(settings: SignerSettings, *, login: bool) -> Iterator[Finding]:
+    faults = [fault.message for fault in find_faults(settings)]
+    valid = f"{settings.file} and {settings.policy_file} are valid"
+    yield from check_config(faults, settings.notices, valid)
     yield from _check_data(settings)
-    yield from _check_keys(settings, login=request.login)
+    yield from _check_keys(settings, login=login)
     yield from _check_tls(settings)
     found = check_socket_serves(settings.admin_socket_path, _PROGRAM)
     yield from found
     is_running = is_answering(found)
     if settings.tls is not None and settings.bind_port:
         yield from check_port(settings.bind_address, settings.bind_port, is_running=is_running)
-
-
-def _check_config(settings: SignerSettings) -> Iterator[Finding]:
-    from spire_hw_signer import app  # noqa: PLC0415 - loads what the signer is made of
-
-    log.output().level = log.Level.ERROR
-    faults = asyncio.run(app.check_settings(settings))
-    for fault in faults:
-        yield problem("config.invalid", fault.message, "correct the file")
-    for notice in settings.notices:
-        yield warning("config.notice", notice, "change it, or leave it if it is meant")
-    if not faults:
-        yield ok("config", f"{settings.file} and {settings.policy_file} are valid")
 
 
 def _check_data(settings: SignerSettings) -> Iterator[Finding]:
@@ -113,4 +96,4 @@ def _check_tls(settings: SignerSettings) -> Iterator[Finding]:
         yield from check_pem_file("authority of clients", path)
 
 
-doctor = doctor_command("signer", Path(DEFAULT_CONFIG), _examine)
+doctor = doctor_command("signer", Path(DEFAULT_CONFIG), load_settings, _examine)
