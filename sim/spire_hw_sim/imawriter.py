@@ -11,6 +11,7 @@ import struct
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
+from spire_hw.posture.evidence import AppendedSignature, ImaEntry
 from spire_hw.tpm import wire
 
 if TYPE_CHECKING:
@@ -28,9 +29,11 @@ class Item:
     Attributes:
         path: of the file, or name of the buffer.
         digest: of its content.
-        template: `ima`, `ima-ng`, `ima-sig` or `ima-buf`.
-        algorithm: of the digest.
+        template: one of the kernel's, without those of EVM.
+        algorithm: of the digest; `verity:sha256` for fs-verity's, with the templates that tell.
         extra: signature or buffer.
+        content: SHA-256 of the content without the appended signature, for `ima-modsig`.
+        appended: PKCS#7 message of that signature.
         violation: the kernel could not vouch for it: listed as zeros, extended as ones.
     """
 
@@ -39,14 +42,28 @@ class Item:
     template: str = "ima-ng"
     algorithm: str = "sha256"
     extra: bytes = b""
+    content: bytes = b""
+    appended: bytes = b""
     violation: bool = False
 
     def body(self) -> bytes:
         """Return the template data."""
         if self.template == "ima":
             return self.digest + self.path.ljust(256, b"\x00")
-        out = _field(f"{self.algorithm}:\0".encode() + self.digest) + _field(self.path + b"\x00")
-        return out if self.template == "ima-ng" else out + _field(self.extra)
+        out = _field(f"{self._kind()}:\0".encode() + self.digest) + _field(self.path + b"\x00")
+        return out + b"".join(map(_field, self._further()))
+
+    def _kind(self) -> str:
+        typed = self.template.endswith("v2") and not self.algorithm.startswith("verity:")
+        return f"ima:{self.algorithm}" if typed else self.algorithm
+
+    def _further(self) -> tuple[bytes, ...]:
+        if self.template in {"ima-ng", "ima-ngv2"}:
+            return ()
+        if self.template == "ima-modsig":
+            content = b"sha256:\0" + self.content if self.content else b""
+            return self.extra, content, self.appended
+        return (self.extra,)
 
     def template_hash(self, bank: str = "sha1") -> bytes:
         """Return the column of the list."""
@@ -67,9 +84,20 @@ class Item:
         head = b"%d %b %b " % (PCR, self.template_hash(bank).hex().encode(), self.template.encode())
         if self.template == "ima":
             return head + self.digest.hex().encode() + b" " + self.path
-        named = f"{self.algorithm}:{self.digest.hex()}".encode()
-        tail = b"" if self.template == "ima-ng" else b" " + self.extra.hex().encode()
-        return head + named + b" " + self.path + tail
+        named = f"{self._kind()}:{self.digest.hex()}".encode()
+        columns = [field.hex() for field in self._further()]
+        if self.template == "ima-modsig" and self.content:
+            columns[1] = f"sha256:{self.content.hex()}"
+        return b" ".join([head + named, self.path, *(text.encode() for text in columns)])
+
+    def entry(self) -> ImaEntry:
+        """Return what a reader makes of it."""
+        signature = self.extra if "sig" in self.template else b""
+        appended = None
+        if self.appended:
+            appended = AppendedSignature("sha256", self.content, self.appended)
+        named = self.path, self.algorithm, self.digest, self.template
+        return ImaEntry(*named, signature, appended)
 
     def record(self) -> bytes:
         """Return it in the binary form."""

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.errors import EncodingError, ErrorKind, Finding
 from spire_hw.posture.evidence import (
+    VERITY,
+    AppendedSignature,
     BootFacts,
     BootImage,
     Counters,
@@ -304,11 +306,25 @@ def _ima_in(members: Members) -> ImaFacts:
 
 
 def encode_entries(entries: Iterable[ImaEntry]) -> list[list[str]]:
-    """Return entries as lists of path, algorithm, digest, template, signature."""
+    """Return entries as lists of path, algorithm, digest, template, signature.
+
+    Where a signature is appended to the file, its algorithm, digest and message follow.
+    """
     return [
-        [_path_out(path), algorithm, digest.hex(), template, signature.hex()]
-        for path, algorithm, digest, template, signature in entries
+        [
+            _path_out(path),
+            algorithm,
+            digest.hex(),
+            template,
+            signature.hex(),
+            *(() if appended is None else _appended_out(appended)),
+        ]
+        for path, algorithm, digest, template, signature, appended in entries
     ]
+
+
+def _appended_out(appended: AppendedSignature) -> tuple[str, str, str]:
+    return appended.algorithm, appended.digest.hex(), appended.signature.hex()
 
 
 def decode_entries(entries: list[Any]) -> tuple[ImaEntry, ...]:
@@ -329,16 +345,28 @@ def decode_entries(entries: list[Any]) -> tuple[ImaEntry, ...]:
 
 def _entry_in(entry: Any, words: set[str]) -> ImaEntry:
     """Return one entry; words that were checked before need not be again."""
-    path, algorithm, digest, template, signature = entry
-    raw, signed = bytes.fromhex(digest), bytes.fromhex(signature)
-    if raw.hex() != digest or signed.hex() != signature:
-        raise ValueError("not lower-case hexadecimal")
-    for word in (algorithm, template):
+    path, algorithm, digest, template, signature, *more = entry
+    for word in (algorithm.removeprefix(VERITY), template):
         if word not in words:
             if _WORD.fullmatch(word) is None:
                 raise ValueError("not a name")
             words.add(word)
-    return ImaEntry(_path_in(path), algorithm, raw, template, signed)
+    appended = None
+    if more:
+        name, of_content, message = more
+        if _WORD.fullmatch(name) is None:
+            raise ValueError("not a name")
+        appended = AppendedSignature(name, _octets(of_content), _octets(message))
+    return ImaEntry(
+        _path_in(path), algorithm, _octets(digest), template, _octets(signature), appended
+    )
+
+
+def _octets(text: str) -> bytes:
+    raw = bytes.fromhex(text)
+    if raw.hex() != text:
+        raise ValueError("not lower-case hexadecimal")
+    return raw
 
 
 def _path_out(path: bytes) -> str:

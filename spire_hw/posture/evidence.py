@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from datetime import datetime
 
     from spire_hw.errors import Finding
+
+# In front of the algorithm of an fs-verity digest.
+VERITY: Final = "verity:"
 
 # (bank, PCR number) to value.
 PcrValues = Mapping[tuple[str, int], bytes]
@@ -134,15 +137,31 @@ class BootFacts:
     workarounds: tuple[str, ...] = ()
 
 
+class AppendedSignature(NamedTuple):
+    """A signature at the end of a file, as kernel modules have it.
+
+    Attributes:
+        algorithm: of the digest, such as `sha256`.
+        digest: of the content in front of the signature.
+        signature: DER of the PKCS#7 message.
+    """
+
+    algorithm: str
+    digest: bytes
+    signature: bytes
+
+
 class ImaEntry(NamedTuple):
     """One file (or buffer) the kernel measured; there are ten thousand of them in a list.
 
     Attributes:
         path: as the kernel wrote it; any bytes but NUL, blanks as `_`.
-        algorithm: of the digest, such as `sha256`.
+        algorithm: of the digest, such as `sha256`; `verity:sha256` for fs-verity's digest, which is
+            not that of the content alone.
         digest: of the file's content.
-        template: `ima`, `ima-ng`, `ima-sig` or `ima-buf`.
+        template: `ima`, `ima-ng`, `ima-sig`, `ima-ngv2`, `ima-sigv2`, `ima-modsig` or `ima-buf`.
         signature: the file's signature as the kernel listed it, b"" without one.
+        appended: the signature inside the file, None without one.
     """
 
     path: bytes
@@ -150,6 +169,7 @@ class ImaEntry(NamedTuple):
     digest: bytes
     template: str
     signature: bytes = b""
+    appended: AppendedSignature | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,13 +54,14 @@ def _check_files(sheet: Sheet, rules: ImaRules, entries: tuple[ImaEntry, ...], p
     excluded = signed = 0
     for entry in entries:
         path, algorithm, digest = entry[0], entry[1], entry[2]
-        if digest in files.get(path, ()) and algorithm in algorithms:
-            continue
-        if digest in rules.anywhere and algorithm in algorithms:
+        is_listed = digest in files.get(path, ()) or digest in rules.anywhere
+        if is_listed and algorithm in algorithms:
             continue
         if is_excluded(rules, path):
             excluded += 1
-        elif rules.keyring and algorithm in algorithms and is_signed(entry, rules.keyring):
+        elif (path, digest) in others:
+            continue  # no signature makes up for the one before
+        elif rules.keyring and is_signed(entry, rules.keyring, algorithms):
             signed += 1
         else:
             others[path, digest] = entry
@@ -90,6 +91,6 @@ def _about(entry: ImaEntry, rules: ImaRules) -> str:
         return f"{name} (a digest of this kind does not count)"
     if entry.path in rules.files:
         return f"{name} (its content is another one)"
-    if entry.signature and rules.keyring:
+    if (entry.signature or entry.appended) and rules.keyring:
         return f"{name} (its signature is not by a key of the policy)"
     return name

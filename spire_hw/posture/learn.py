@@ -10,7 +10,7 @@ from spire_hw.posture import digestlist
 from spire_hw.posture.bootcheck import sbat_level
 from spire_hw.posture.evaluate import evaluate
 from spire_hw.posture.firmware import tpm_version_text
-from spire_hw.posture.policy import BANK_BYTES, ek_selectors
+from spire_hw.posture.policy import FILE_DIGEST_BYTES, ek_selectors
 from spire_hw.posture.policyfile import file_block, parse_policy
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def _write_ima(draft: _Draft, lists: Sequence[ImaFacts]) -> None:
     if any(f.start or f.state.count > len(f.entries) + f.violations + 1 for f in lists):
         raise InvalidInputError("an IMA list is not here from its start, with all its entries")
     kinds = {entry.algorithm for entry in entries} or {"sha256"}
-    if unknown := sorted(kinds - set(BANK_BYTES)):
+    if unknown := sorted(kinds - set(FILE_DIGEST_BYTES)):
         raise InvalidInputError(f"IMA lists hold digests no policy allows: {', '.join(unknown)}")
     draft.add("", '# Exclude what changes all the time, such as exclude = ["/var/log/", "/tmp/"].')
     draft.open("ima")

@@ -34,6 +34,8 @@ IMA_PCR: Final = 10
 PCR_COUNT: Final = 24
 # Banks and the size of their values.
 BANK_BYTES: Final = {"sha1": 20, "sha256": 32, "sha384": 48, "sha512": 64}
+# The same for digests of files; fs-verity has two.
+FILE_DIGEST_BYTES: Final = {**BANK_BYTES, "verity:sha256": 32, "verity:sha512": 64}
 
 
 def ima_start(bank: str) -> ImaState:
@@ -188,7 +190,7 @@ class ImaRules:
         anywhere: digests that may be found at any path.
         exclude: paths that are not looked at.
         keyring: keys whose signatures on files count.
-        algorithms: digests that count, such as `sha256`.
+        algorithms: digests that count, such as `sha256`, of `FILE_DIGEST_BYTES`.
         violations: how many measurements may be marked as unreliable.
         padded_sha1: old kernels, which extend SHA-1 into every bank, are accepted.
     """

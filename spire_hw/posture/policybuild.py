@@ -13,6 +13,7 @@ from spire_hw.posture.firmware import parse_tpm_version
 from spire_hw.posture.patterns import Patterns
 from spire_hw.posture.policy import (
     BANK_BYTES,
+    FILE_DIGEST_BYTES,
     IMA_PCR,
     PCR_COUNT,
     BootRules,
@@ -211,7 +212,7 @@ class Builder:
         return {name: values for name, values in found.items() if values is not None}
 
     def _ima(self, keys: ImaKeys) -> ImaRules:
-        sizes = {BANK_BYTES[name] for name in keys.algorithms}
+        sizes = {FILE_DIGEST_BYTES[name] for name in keys.algorithms}
         if not keys.algorithms:
             self._fault(keys, "algorithms", "names nothing")
         files: dict[bytes, set[bytes]] = {}

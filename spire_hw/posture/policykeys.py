@@ -18,6 +18,7 @@ _MAX_VERSION: Final = 2**31 - 1
 
 _Pcr = Annotated[int, Field(ge=0, lt=PCR_COUNT)]
 _Bank = Literal["sha1", "sha256", "sha384", "sha512"]
+_FileDigest = Literal["sha1", "sha256", "sha384", "sha512", "verity:sha256", "verity:sha512"]
 _Action = Literal["accept", "refuse", "quarantine", "ban"]
 
 
@@ -120,7 +121,7 @@ class ImaKeys(Model):
     any_path: bool = False
     exclude: list[str] = Field(default_factory=list)
     keyring: list[str] | None = None
-    algorithms: list[_Bank] = ["sha256", "sha384", "sha512"]  # noqa: RUF012 - pydantic copies it
+    algorithms: list[_FileDigest] = ["sha256", "sha384", "sha512"]  # noqa: RUF012 - pydantic copies it
     violations: Annotated[int, Field(ge=0)] = 0
     allow_padded_sha1: bool = False
 

@@ -2,8 +2,12 @@
 
 A key id alone proves nothing, it can be copied onto any file; so the signature is verified.
 
-Source: struct signature_v2_hdr of the kernel's security/integrity/integrity.h; key ids as evmctl
-and the kernel make them, the last 4 bytes of the subject key identifier.
+Version 2 signs the digest of the content. Version 3 signs what kind of digest it is as well, and
+is the only one for fs-verity's: such a digest is that of a descriptor, which a file could hold as
+its content. A signature at the end of the file is over the content in front of it.
+
+Source: struct signature_v2_hdr and struct ima_file_id of the kernel's security/integrity/integrity.h;
+key ids as evmctl and the kernel make them, the last 4 bytes of the subject key identifier.
 """
 
 from __future__ import annotations
@@ -19,18 +23,21 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
 
-from spire_hw.errors import InvalidInputError
+from spire_hw.errors import EncodingError, InvalidInputError
+from spire_hw.posture.appended import parse_appended
+from spire_hw.posture.evidence import VERITY
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
-    from spire_hw.posture.evidence import ImaEntry
+    from spire_hw.posture.evidence import AppendedSignature, ImaEntry
 
 _HEADER: Final = struct.Struct(">BBB4sH")
 _DIGSIG: Final = 3
-_VERSION: Final = 2
+_VERITY_DIGSIG: Final = 6
+_OF_DIGEST, _OF_FILE_ID = 2, 3
 _KEY_ID_BYTES: Final = 4
 _MIN_RSA_BITS: Final = 2048
 _MAX_SIGNATURE: Final = 1024
@@ -41,6 +48,7 @@ _HASHES: Final[dict[int, tuple[str, hashes.HashAlgorithm]]] = {
     5: ("sha384", hashes.SHA384()),
     6: ("sha512", hashes.SHA512()),
 }
+_NUMBERS: Final = {name: number for number, (name, _) in _HASHES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,22 +102,60 @@ def load_keys(pem: bytes) -> list[FileKey]:
     return found
 
 
-def is_signed(entry: ImaEntry, keyring: Iterable[FileKey]) -> bool:
-    """Tell whether a key of the keyring signed an entry's digest."""
+def is_signed(entry: ImaEntry, keyring: Iterable[FileKey], algorithms: Collection[str]) -> bool:
+    """Tell whether a key of the keyring signed an entry's file.
+
+    Args:
+        entry: with its signatures.
+        keyring: whose count.
+        algorithms: kinds of digests that count.
+    """
+    if entry.algorithm in algorithms and _has_signature(entry, keyring):
+        return True
+    appended = entry.appended
+    return (
+        appended is not None
+        and appended.algorithm in algorithms
+        and _has_appended(appended, keyring)
+    )
+
+
+def _has_signature(entry: ImaEntry, keyring: Iterable[FileKey]) -> bool:
     raw = entry.signature
     if len(raw) <= _HEADER.size:
         return False
     kind, version, number, key_id, size = _HEADER.unpack_from(raw)
     name, algorithm = _HASHES.get(number, ("", None))
     signature = raw[_HEADER.size :]
-    if kind != _DIGSIG or version != _VERSION or algorithm is None or size != len(signature):
+    if algorithm is None or size != len(signature) or size > _MAX_SIGNATURE:
         return False
-    if size > _MAX_SIGNATURE or name != entry.algorithm:
+    is_verity = entry.algorithm.startswith(VERITY)
+    if name != entry.algorithm.removeprefix(VERITY) or len(entry.digest) != algorithm.digest_size:
         return False
-    if len(entry.digest) != algorithm.digest_size:
+    digest = entry.digest
+    if (kind, version) == (_VERITY_DIGSIG if is_verity else _DIGSIG, _OF_FILE_ID):
+        digest = hashlib.new(name, bytes((kind, number)) + digest).digest()
+    elif is_verity or (kind, version) != (_DIGSIG, _OF_DIGEST):
         return False
     return any(
-        key.key_id == key_id and _is_signed(key, number, entry.digest, signature) for key in keyring
+        key.key_id == key_id and _is_signed(key, number, digest, signature) for key in keyring
+    )
+
+
+def _has_appended(appended: AppendedSignature, keyring: Iterable[FileKey]) -> bool:
+    """Tell whether a key signed the content; such signatures name keys in too many ways."""
+    number = _NUMBERS.get(appended.algorithm)
+    if number is None or len(appended.digest) != _HASHES[number][1].digest_size:
+        return False
+    try:
+        signers = parse_appended(appended.signature)
+    except EncodingError:
+        return False
+    return any(
+        signer.algorithm == appended.algorithm
+        and len(signer.signature) <= _MAX_SIGNATURE
+        and any(_is_signed(key, number, appended.digest, signer.signature) for key in keyring)
+        for signer in signers
     )
 
 

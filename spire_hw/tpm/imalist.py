@@ -10,15 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from binascii import hexlify, unhexlify
+from binascii import hexlify
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from spire_hw.errors import AttestationError, Finding, InvalidInputError, LimitError
-from spire_hw.posture.evidence import ImaEntry
 from spire_hw.tpm import wire
+from spire_hw.tpm.imatemplate import (
+    SHA1_BYTES,
+    TEMPLATES,
+    from_hex,
+    old_entry,
+    read_columns,
+    read_data,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from spire_hw.posture.evidence import ImaEntry
 
 PCR: Final = 10
 MAX_BYTES: Final = 8 * 1024 * 1024
@@ -26,59 +35,8 @@ PART_BYTES: Final = 1024 * 1024
 MAX_ENTRIES: Final = 100_000
 MAX_LINE: Final = 8192
 
-_NAME_BYTES: Final = 256
-_SHA1_BYTES: Final = 20
-
-
-class _Algorithm(NamedTuple):
-    """A hash the kernel can measure files with.
-
-    Attributes:
-        name: as the kernel writes it.
-        size: bytes of a digest.
-        head: what a template puts before a digest: the length of both, and the name.
-    """
-
-    name: str
-    size: int
-    head: bytes
-
-
-_SIZES: Final = {
-    "md5": 16,
-    "sha1": 20,
-    "rmd160": 20,
-    "sha224": 28,
-    "sha256": 32,
-    "sha384": 48,
-    "sha512": 64,
-    "wp256": 32,
-    "wp384": 48,
-    "wp512": 64,
-    "sm3": 32,
-    "sm3-256": 32,
-    "streebog256": 32,
-    "streebog512": 64,
-    "sha3-256": 32,
-    "sha3-384": 48,
-    "sha3-512": 64,
-}
-_ALGORITHMS: Final = {
-    name.encode(): _Algorithm(
-        name, size, struct.pack("<I", len(name) + 2 + size) + name.encode() + b":\x00"
-    )
-    for name, size in _SIZES.items()
-}
-# Templates: number of columns, and the name.
-_TEMPLATES: Final = {
-    b"ima-ng": (5, "ima-ng"),
-    b"ima-sig": (6, "ima-sig"),
-    b"ima-buf": (6, "ima-buf"),
-    b"ima": (5, "ima"),
-}
-_WITH_TAIL: Final = 6
-# The latter takes half the time of ImaEntry().
-_join, _make = b"".join, tuple.__new__
+# Takes half the time of Record().
+_make = tuple.__new__
 _COLUMN_BANKS: Final = {size: name for name, size in wire.HASHES.values()}
 _RECORD: Final = struct.Struct("<I20sI")
 _U32: Final = struct.Struct("<I")
@@ -120,7 +78,7 @@ def read(data: bytes, before: int, bank: str) -> Iterator[Record]:
         raise LimitError(f"ima: part larger than {PART_BYTES} bytes")
     new: Callable[[bytes], _Digest] = getattr(hashlib, bank)
     size = wire.HASHES[wire.BANKS[bank]][1]
-    violation = _make(Record, (b"\xff" * size, b"\xff" * _SHA1_BYTES, None))
+    violation = _make(Record, (b"\xff" * size, b"\xff" * SHA1_BYTES, None))
     if data[:1] == bytes((PCR,)):
         return _read_binary(data, before, new, violation)
     return _read_ascii(data, before, new, violation)
@@ -148,33 +106,11 @@ def _read_line(line: bytes) -> tuple[ImaEntry, bytes, bytes]:
     Raises:
         ValueError: malformed; a LookupError says the same.
     """
-    fields = line.split(b" ")
-    columns, kind = _TEMPLATES[fields[2]]
-    tail = fields.pop() if columns == _WITH_TAIL else b""
-    pcr, column, _, named, path = fields
-    if pcr != b"10" or not path:
-        raise ValueError("another PCR, or no name")
-    if kind == "ima":
-        return (*_old_entry(_unhex(named), path), column)
-    name, _, text = named.partition(b":")
-    algorithm, size, head = _ALGORITHMS[name]
-    digest = unhexlify(text)
-    if len(digest) != size or hexlify(digest) != text:  # the latter: upper case
-        raise ValueError("wrong digest")
-    body = _join((head, digest, (len(path) + 1).to_bytes(4, "little"), path, b"\x00"))
-    if columns != _WITH_TAIL:
-        return _make(ImaEntry, (path, algorithm, digest, kind, b"")), body, column
-    extra = _unhex(tail)
-    body += len(extra).to_bytes(4, "little") + extra
-    signature = extra if kind == "ima-sig" else b""
-    return _make(ImaEntry, (path, algorithm, digest, kind, signature)), body, column
-
-
-def _unhex(text: bytes) -> bytes:
-    data = unhexlify(text)
-    if hexlify(data) != text:
-        raise ValueError("not lower-case hex")
-    return data
+    pcr, column, name, *columns = line.split(b" ")
+    if pcr != b"10":
+        raise ValueError("another PCR")
+    entry, body = read_columns(TEMPLATES[name], columns)
+    return entry, body, column
 
 
 def _lines(data: bytes, before: int) -> list[bytes]:
@@ -210,7 +146,7 @@ def _check_text(data: bytes, number: int) -> None:
 def _is_violation(column: bytes, body: bytes, number: int) -> bool:
     """Judge a template hash that is not the SHA-1 of its data: a violation, or another bank's."""
     try:
-        hash_ = _unhex(column)
+        hash_ = from_hex(column)
         bank = _COLUMN_BANKS[len(hash_)]
     except (LookupError, ValueError) as e:
         raise _malformed(number) from e
@@ -250,8 +186,8 @@ def _read_record(data: bytes, at: int) -> tuple[ImaEntry, bytes, bytes, int]:
     """
     pcr, column, length = _RECORD.unpack_from(data, at)
     at += _RECORD.size + length
-    kind = _TEMPLATES[data[at - length : at]][1]
-    if kind == "ima":
+    template = TEMPLATES[data[at - length : at]]
+    if template.is_old:
         entry, body, at = _old_record(data, at)
     else:
         (size,) = _U32.unpack_from(data, at)
@@ -259,7 +195,7 @@ def _read_record(data: bytes, at: int) -> tuple[ImaEntry, bytes, bytes, int]:
             raise LimitError(f"ima: line longer than {MAX_LINE} bytes")
         at += 4 + size
         body = data[at - size : at]
-        entry = _fields(body, kind)
+        entry = read_data(template, body)
     if pcr != PCR or at > len(data):
         raise ValueError("another PCR, or cut")
     if not entry.path.isascii():
@@ -269,39 +205,10 @@ def _read_record(data: bytes, at: int) -> tuple[ImaEntry, bytes, bytes, int]:
 
 def _old_record(data: bytes, at: int) -> tuple[ImaEntry, bytes, int]:
     """Read the data of the `ima` template, which alone has no length in front."""
-    (length,) = _U32.unpack_from(data, at + _SHA1_BYTES)
-    digest = data[at : at + _SHA1_BYTES]
-    at += _SHA1_BYTES + 4
-    return (*_old_entry(digest, data[at : at + length]), at + length)
-
-
-def _old_entry(digest: bytes, path: bytes) -> tuple[ImaEntry, bytes]:
-    if len(digest) != _SHA1_BYTES or not 0 < len(path) < _NAME_BYTES or b"\x00" in path:
-        raise ValueError("not an entry of the old template")
-    return ImaEntry(path, "sha1", digest, "ima"), digest + path.ljust(_NAME_BYTES, b"\x00")
-
-
-def _fields(body: bytes, kind: str) -> ImaEntry:
-    """Read the fields of a template; they are hashed as they stand."""
-    (size,) = _U32.unpack_from(body)
-    at = 4 + size
-    name, mark, digest = body[4:at].partition(b":\x00")
-    algorithm = _ALGORITHMS[name]
-    (size,) = _U32.unpack_from(body, at)
-    at += 4 + size
-    path = body[at - size : at]
-    # One zero byte, at its end.
-    if not mark or len(digest) != algorithm.size or size < 2 or path.find(b"\x00") != size - 1:  # noqa: PLR2004
-        raise ValueError("wrong digest or name")
-    signature = b""
-    if kind != "ima-ng":
-        (size,) = _U32.unpack_from(body, at)
-        at += 4 + size
-        if kind == "ima-sig":
-            signature = body[at - size : at]
-    if at != len(body):
-        raise ValueError("bytes are left or missing")
-    return ImaEntry(path[:-1], algorithm.name, digest, kind, signature)
+    (length,) = _U32.unpack_from(data, at + SHA1_BYTES)
+    digest = data[at : at + SHA1_BYTES]
+    at += SHA1_BYTES + 4
+    return (*old_entry(digest, data[at : at + length]), at + length)
 
 
 def _malformed(number: int) -> InvalidInputError:

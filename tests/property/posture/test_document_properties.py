@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from spire_hw.errors import EncodingError, ErrorKind, Finding
 from spire_hw.posture.document import decode_evidence, encode_evidence
 from spire_hw.posture.evidence import (
+    AppendedSignature,
     BootFacts,
     BootImage,
     Counters,
@@ -60,10 +61,11 @@ boots = st.builds(
 entries = st.builds(
     ImaEntry,
     st.binary(max_size=30) | texts.map(str.encode),
-    st.sampled_from(["sha1", "sha256", "sha3-256"]),
+    st.sampled_from(["sha1", "sha256", "sha3-256", "verity:sha512"]),
     octets,
-    st.sampled_from(["ima", "ima-ng", "ima-sig", "ima-buf"]),
+    st.sampled_from(["ima", "ima-ng", "ima-sigv2", "ima-modsig", "ima-buf"]),
     octets,
+    st.none() | st.builds(AppendedSignature, st.sampled_from(["sha1", "sha256"]), octets, octets),
 )
 imas = st.builds(
     ImaFacts,

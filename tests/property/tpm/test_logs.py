@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spire_hw.errors import SpireHwError
-from spire_hw.posture.evidence import BootFacts, ImaEntry, ImaFacts
 from spire_hw.tpm import boot, eventlog, ima, secureboot
 from spire_hw.tpm.boot import BootRules
 from spire_hw.tpm.inflate import inflate
@@ -20,6 +19,7 @@ from spire_hw_sim.firmware import PROFILES, Boot, Firmware, Measurement
 from spire_hw_sim.imawriter import ImaList, Item
 
 if TYPE_CHECKING:
+    from spire_hw.posture.evidence import BootFacts, ImaEntry, ImaFacts
     from spire_hw.tpm.eventlog import Log
 
 BANK = "sha256"
@@ -187,7 +187,27 @@ items = st.one_of(
     st.builds(Item, paths, digests, st.just("ima-ng")),
     st.builds(Item, paths, digests, st.just("ima-ng"), violation=st.just(True)),
     st.builds(
-        Item, paths, digests, st.sampled_from(["ima-sig", "ima-buf"]), extra=st.binary(max_size=90)
+        Item,
+        paths,
+        digests,
+        st.sampled_from(["ima-sig", "ima-sigv2", "ima-modsig", "ima-buf"]),
+        extra=st.binary(max_size=90),
+    ),
+    st.builds(
+        Item,
+        paths,
+        digests,
+        st.sampled_from(["ima-ngv2", "ima-sigv2"]),
+        st.just("verity:sha256"),
+    ),
+    st.builds(
+        Item,
+        paths,
+        digests,
+        st.just("ima-modsig"),
+        extra=st.binary(max_size=20),
+        content=digests,
+        appended=st.binary(min_size=1, max_size=90),
     ),
     st.builds(
         Item,
@@ -205,13 +225,7 @@ def _pcrs(listed: ImaList, bank: str = BANK) -> dict[tuple[str, int], bytes]:
 
 
 def _entries(made: ImaList) -> tuple[ImaEntry, ...]:
-    return tuple(
-        ImaEntry(
-            i.path, i.algorithm, i.digest, i.template, i.extra if i.template == "ima-sig" else b""
-        )
-        for i in made.items[1:]
-        if not i.violation
-    )
+    return tuple(item.entry() for item in made.items[1:] if not item.violation)
 
 
 @quick

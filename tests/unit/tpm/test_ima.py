@@ -25,13 +25,19 @@ ITEMS = (
     Item("/usr/bin/ü".encode(), hashlib.md5(b"x").digest(), algorithm="md5"),  # noqa: S324
     Item(b"/v", bytes(32), violation=True),
     Item(b"/usr/bin/" + b"x" * 4000, DIGEST),
+    Item(b"/usr/bin/e", DIGEST, "ima-ngv2"),
+    Item(b"/usr/bin/f", DIGEST, "ima-ngv2", "verity:sha256"),
+    Item(b"/usr/bin/g", DIGEST, "ima-sigv2", extra=b"\x03\x02" + bytes(70)),
+    Item(b"/usr/bin/h", 2 * DIGEST, "ima-sigv2", "verity:sha512", extra=b"\x06\x03" + bytes(70)),
+    Item(b"/usr/bin/i", DIGEST, "ima-sigv2"),
+    Item(b"/v", bytes(32), "ima-ngv2", violation=True),
+    Item(b"/lib/a.ko", DIGEST, "ima-modsig", content=DIGEST[::-1], appended=b"\x30\x82" * 99),
+    Item(b"/lib/b.ko", DIGEST, "ima-modsig", extra=b"\x03\x02" + bytes(70)),
+    Item(b"/v.ko", bytes(32), "ima-modsig", violation=True),
 )
 LIST = ImaList.start(BOOT.values("sha256")).measure(*ITEMS)
-ENTRIES = tuple(
-    ImaEntry(i.path, i.algorithm, i.digest, i.template, i.extra if "sig" in i.template else b"")
-    for i in ITEMS
-    if not i.violation
-)
+ENTRIES = tuple(item.entry() for item in ITEMS if not item.violation)
+COUNT = 1 + len(ITEMS)
 
 
 def _replay(
@@ -46,8 +52,8 @@ def test_all_templates_in_both_forms(bank: str) -> None:
     for data in forms:
         facts = _replay(data, LIST, bank)
         assert facts.entries == ENTRIES
-        assert (facts.start, facts.violations, facts.padded_sha1) == (0, 1, False)
-        assert (facts.state.count, facts.state.pcr) == (10, LIST.pcr(bank))
+        assert (facts.start, facts.violations, facts.padded_sha1) == (0, 3, False)
+        assert (facts.state.count, facts.state.pcr) == (COUNT, LIST.pcr(bank))
     assert len({_replay(data, LIST, bank).state for data in forms}) == 1
 
 
@@ -59,7 +65,7 @@ def test_a_list_longer_than_what_was_quoted() -> None:
         rest = longer.ascii(facts.state.count)
         more = _replay(rest, longer, start=facts.state)
         assert [e.path for e in more.entries] == [b"/later/%d" % n for n in range(3)]
-        assert (more.start, more.state.count) == (10, 13)
+        assert (more.start, more.state.count) == (COUNT, COUNT + 3)
 
 
 @pytest.mark.parametrize("form", ["ascii", "binary"])
@@ -90,11 +96,11 @@ def test_a_state_without_entries_is_the_beginning() -> None:
 def test_nothing_new() -> None:
     state = _replay(LIST.ascii(), LIST).state
     facts = _replay(b"", LIST, start=state)
-    assert (facts.start, facts.entries, facts.violations) == (10, (), 0)
+    assert (facts.start, facts.entries, facts.violations) == (COUNT, (), 0)
     assert (facts.state.count, facts.state.pcr) == (state.count, state.pcr)
     # Entries that came after the quote are left for the next time.
     later = LIST.files(3, prefix="/later/")
-    assert _replay(later.ascii(10), LIST, start=state).entries == ()
+    assert _replay(later.ascii(COUNT), LIST, start=state).entries == ()
 
 
 def test_the_running_digest_follows_the_entries() -> None:
@@ -105,7 +111,10 @@ def test_the_running_digest_follows_the_entries() -> None:
     assert state.sha256 == hashlib.sha256(bytes(32) + joined).digest()
 
 
-@pytest.mark.parametrize("template", ["ima-ng", "ima-sig"])
+TEMPLATES = ["ima-ng", "ima-sig", "ima-ngv2", "ima-sigv2", "ima-modsig"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_the_aggregate_has_the_lists_template(template: str) -> None:
     listed = ImaList.start(BOOT.values("sha256"), template=template).files(4, template)
     assert _replay(listed.ascii(), listed).state.count == 5

@@ -14,23 +14,11 @@ from cryptography.x509.oid import NameOID
 from spire_hw.posture.evaluate import evaluate
 from spire_hw.posture.signature import load_keys
 from spire_hw.posture.verdict import Action
+from tests.unit.spire_hw.posture.listings import KEYS, LIST, Key, failed, listing, pem
 from tests.unit.spire_hw.posture.samples import FILES, IMA, digest, good, measured, policy
 
 if TYPE_CHECKING:
     from spire_hw.posture.evidence import ImaEntry
-    from spire_hw.posture.policy import Policy
-
-LIST = b"".join(entry.digest.hex().encode() + b"  " + entry.path + b"\n" for entry in FILES)
-
-
-def listing(more: str = "", files: dict[str, bytes] | None = None) -> Policy:
-    return policy(f'ima {{ allow = ["@list"]\n{more} }}', files={"list": LIST, **(files or {})})
-
-
-def failed(made: Policy, *more: ImaEntry, **changes: object) -> list[tuple[str, str]]:
-    ima = replace(IMA, entries=(*FILES, *more), **changes)  # type: ignore[arg-type]
-    verdict = evaluate(made, good(ima=ima))
-    return [(check.code, check.message) for check in verdict.checks if not check.holds]
 
 
 def test_listed_files_hold_whatever_their_names() -> None:
@@ -91,19 +79,6 @@ def test_violations_and_old_kernels() -> None:
     assert failed(listing(), padded_sha1=True) == [("ima_padded_sha1", message)]
     assert failed(listing("allow_padded_sha1 = true"), padded_sha1=True) == []
     assert listing("allow_padded_sha1 = true").request().tolerate == {"padded_sha1"}
-
-
-Key = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
-KEYS: dict[str, Key] = {
-    "rsa": rsa.generate_private_key(public_exponent=65537, key_size=2048),
-    "ec": ec.generate_private_key(ec.SECP256R1()),
-}
-
-
-def pem(key: Key) -> bytes:
-    return key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
 
 
 def signed(key: Key, entry: ImaEntry, key_id: bytes | None = None) -> ImaEntry:
