@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.errors import InvalidInputError, VerificationError
 from spire_hw.jose.text import decode_base64url, parse_json_object
-from spire_hw.key import HashAlgorithm, KeyType, SignOptions, parse_spki
+from spire_hw.key import KeyType, SignOptions, parse_spki
 from spire_hw.spiffeid import SpiffeId, TrustDomain
 from spire_hw.x509 import der
 from spire_hw.x509.name import check_name, decode_name
+from spire_hw.x509.scheme import algorithm_identifier
 
 if TYPE_CHECKING:
     from spire_hw_signer.policy import JwtRule, X509Rule
@@ -54,17 +55,6 @@ _TLS_USES: Final = frozenset({der.oid("1.3.6.1.5.5.7.3.1")[2:], der.oid("1.3.6.1
 # Bits of a KeyUsage's first byte, from the left: digitalSignature 0, keyCertSign 5, cRLSign 6.
 _DIGITAL_SIGNATURE, _KEY_CERT_SIGN, _CRL_SIGN = 0x80, 0x04, 0x02
 
-_NULL: Final = b"\x05\x00"
-_ECDSA: Final = {
-    HashAlgorithm.SHA256: der.sequence(der.oid("1.2.840.10045.4.3.2")),
-    HashAlgorithm.SHA384: der.sequence(der.oid("1.2.840.10045.4.3.3")),
-    HashAlgorithm.SHA512: der.sequence(der.oid("1.2.840.10045.4.3.4")),
-}
-_RSA: Final = {
-    HashAlgorithm.SHA256: der.sequence(der.oid("1.2.840.113549.1.1.11"), _NULL),
-    HashAlgorithm.SHA384: der.sequence(der.oid("1.2.840.113549.1.1.12"), _NULL),
-    HashAlgorithm.SHA512: der.sequence(der.oid("1.2.840.113549.1.1.13"), _NULL),
-}
 _EC_TYPES: Final = frozenset({KeyType.EC_P256, KeyType.EC_P384})
 _JWT_EC: Final = {KeyType.EC_P256: "ES256", KeyType.EC_P384: "ES384"}
 _JWT_HEADER: Final = frozenset({"alg", "kid", "typ"})
@@ -257,7 +247,7 @@ def _bounded(content: bytes) -> bytes:
 def _algorithm(key: SigningKey, options: SignOptions) -> bytes:
     if options.pss:
         raise VerificationError("certificates are not signed with RSA-PSS")
-    return (_ECDSA if key.key_type in _EC_TYPES else _RSA)[options.hash]
+    return algorithm_identifier(options.hash, ecdsa=key.key_type in _EC_TYPES)
 
 
 # -- certificates ------------------------------------------------------------------------------

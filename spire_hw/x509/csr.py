@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from spire_hw.errors import EncodingError, InvalidInputError, VerificationError
 from spire_hw.key import (
     EC_SPKI_HEADS,
+    HashAlgorithm,
     PublicKey,
     Purpose,
     Signer,
@@ -32,7 +33,7 @@ from spire_hw.x509 import der
 from spire_hw.x509.dnsname import check_dns_names
 from spire_hw.x509.extension import subject_alternative_name
 from spire_hw.x509.name import SVID_SUBJECT, check_name
-from spire_hw.x509.scheme import scheme_of, seal
+from spire_hw.x509.scheme import algorithm_identifier, scheme_of, seal
 
 if TYPE_CHECKING:
     from spire_hw.spiffeid import SpiffeId
@@ -55,9 +56,7 @@ _CURVES: Final = {
 }
 _UNCOMPRESSED: Final = 4
 _ECDSA: Final[dict[bytes, ec.EllipticCurveSignatureAlgorithm]] = {
-    der.sequence(der.oid("1.2.840.10045.4.3.2")): ec.ECDSA(hashes.SHA256()),
-    der.sequence(der.oid("1.2.840.10045.4.3.3")): ec.ECDSA(hashes.SHA384()),
-    der.sequence(der.oid("1.2.840.10045.4.3.4")): ec.ECDSA(hashes.SHA512()),
+    algorithm_identifier(h, ecdsa=True): ec.ECDSA(h.instance) for h in HashAlgorithm
 }
 _HASHES: Final = (hashes.SHA256, hashes.SHA384, hashes.SHA512)
 

@@ -33,6 +33,14 @@ _RSA: Final = {
 }
 
 
+def algorithm_identifier(hash_algorithm: HashAlgorithm, *, ecdsa: bool) -> bytes:
+    """Return the DER AlgorithmIdentifier of ECDSA, or RSA PKCS#1 v1.5, over a hash.
+
+    Spec: RFC 5758 section 3.2; RFC 4055 section 5.
+    """
+    return (_ECDSA if ecdsa else _RSA)[hash_algorithm]
+
+
 @dataclass(frozen=True, slots=True)
 class SignatureScheme:
     """What a key signs certificates with.
@@ -49,8 +57,8 @@ class SignatureScheme:
 def scheme_of(public_key: PublicKey) -> SignatureScheme:
     """Return the scheme of a key: ECDSA with the curve's hash, RSA PKCS#1 v1.5 with SHA-256."""
     chosen = default_hash(public_key)
-    table = _ECDSA if isinstance(public_key, ec.EllipticCurvePublicKey) else _RSA
-    return SignatureScheme(SignOptions(chosen), table[chosen])
+    is_ec = isinstance(public_key, ec.EllipticCurvePublicKey)
+    return SignatureScheme(SignOptions(chosen), algorithm_identifier(chosen, ecdsa=is_ec))
 
 
 async def seal(
