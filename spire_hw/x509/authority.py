@@ -50,6 +50,26 @@ class Issuing(Protocol):
         ...
 
 
+def _load(certificate: bytes, signer: Signer) -> x509.Certificate:
+    loaded = load_certificate(certificate)
+    if spki_der(public_key_of(loaded)) != spki_der(signer.public_key):
+        raise InvalidInputError("the CA certificate is not about the signer's key")
+    return loaded
+
+
+def _parts(certificate: x509.Certificate, key_id: bytes) -> dict[str, object]:
+    """Return the fields that every authority prepares."""
+    scheme, subject = scheme_of(public_key_of(certificate)), certificate.subject.public_bytes()
+    return {
+        "subject_der": subject,
+        "not_before": certificate.not_valid_before_utc,
+        "not_after": certificate.not_valid_after_utc,
+        "scheme": scheme,
+        "issuer_part": scheme.algorithm + subject,
+        "key_id_part": extension.authority_key_id(key_id),
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class ParentCa:
     """A CA above those of trust domains: it issues their CA certificates and no SVIDs.
@@ -80,21 +100,9 @@ class ParentCa:
     key_id_part: bytes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        certificate = load_certificate(self.certificate)
-        key = public_key_of(certificate)
-        if spki_der(key) != spki_der(self.signer.public_key):
-            raise InvalidInputError("the CA certificate is not about the signer's key")
+        certificate = _load(self.certificate, self.signer)
         check_parent_certificate(certificate)
-        scheme, subject = scheme_of(key), certificate.subject.public_bytes()
-        prepared = {
-            "subject_der": subject,
-            "not_before": certificate.not_valid_before_utc,
-            "not_after": certificate.not_valid_after_utc,
-            "scheme": scheme,
-            "issuer_part": scheme.algorithm + subject,
-            "key_id_part": extension.authority_key_id(subject_key_id(certificate)),
-        }
-        for name, value in prepared.items():
+        for name, value in _parts(certificate, subject_key_id(certificate)).items():
             object.__setattr__(self, name, value)
 
 
@@ -165,22 +173,12 @@ class X509Authority:
     key_id_part: bytes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        certificate = load_certificate(self.certificate)
-        key = public_key_of(certificate)
-        if spki_der(key) != spki_der(self.signer.public_key):
-            raise InvalidInputError("the CA certificate is not about the signer's key")
-        scheme = scheme_of(key)
-        subject = certificate.subject.public_bytes()
+        certificate = _load(self.certificate, self.signer)
         key_id = subject_key_id(certificate)
         prepared = {
+            **_parts(certificate, key_id),
             "trust_domain": check_ca_certificate(certificate),
-            "subject_der": subject,
             "subject_key_id": key_id,
-            "not_before": certificate.not_valid_before_utc,
-            "not_after": certificate.not_valid_after_utc,
-            "scheme": scheme,
-            "issuer_part": scheme.algorithm + subject,
-            "key_id_part": extension.authority_key_id(key_id),
         }
         for name, value in prepared.items():
             object.__setattr__(self, name, value)
