@@ -20,6 +20,7 @@ from spire_hw.x509.certificate import encode_der, load_certificate, parse_pem, p
 from spire_hw.x509.chain import verify_chain
 from spire_hw.x509.csr import Csr, parse_csr
 from spire_hw.x509.issue import issue_ca_certificate, issue_x509_svid
+from spire_hw.x509.name import CA_SUBJECT
 
 if TYPE_CHECKING:
     from cryptography import x509
@@ -129,15 +130,8 @@ class Minter:
             SpireHwError: the signer failed.
         """
         nobody = SoftwareSigner(generate_private_key(KeyType.EC_P256))
-        parent = self._parent(certificates, signer)
         now = self._clock.now()
-        made = await issue_ca_certificate(
-            parent,
-            trust_domain=self._trust_domain,
-            not_before=now - _BACKDATE,
-            not_after=now + _CHECK_TTL,
-            spki=spki_der(nobody.public_key),
-        )
+        made = await self._issue(certificates, signer, spki_der(nobody.public_key), _CHECK_TTL)
         chain = (made, *certificates.between)
         leaf = await issue_x509_svid(
             X509Authority(made, nobody, chain),
@@ -166,20 +160,19 @@ class Minter:
             SpireHwError: the signer failed.
         """
         request = read_request(csr, self._trust_domain)
-        parent = self._parent(certificates, signer)
-        now = self._clock.now()
-        made = await issue_ca_certificate(
-            parent,
-            trust_domain=self._trust_domain,
-            not_before=now - _BACKDATE,
-            not_after=now + (ttl if ttl > timedelta(0) else _DEFAULT_TTL),
-            spki=request.spki,
-            subject_der=request.subject,
-        )
+        lifetime = ttl if ttl > timedelta(0) else _DEFAULT_TTL
+        made = await self._issue(certificates, signer, request.spki, lifetime, request.subject)
         roots = tuple(X509Root(der) for der in certificates.roots)
         return UpstreamX509Ca((made, *certificates.between), roots)
 
-    def _parent(self, certificates: Certificates, signer: Signer) -> ParentCa:
+    async def _issue(
+        self,
+        certificates: Certificates,
+        signer: Signer,
+        spki: bytes,
+        ttl: timedelta,
+        subject_der: bytes = CA_SUBJECT,
+    ) -> bytes:
         parent = ParentCa(certificates.issuing, signer)
         now = self._clock.now()
         if now >= parent.not_after:
@@ -187,4 +180,11 @@ class Minter:
                 f"the authority above ended at {parent.not_after.isoformat()}: have its certificate "
                 "renewed and put it into cert_file_path"
             )
-        return parent
+        return await issue_ca_certificate(
+            parent,
+            trust_domain=self._trust_domain,
+            not_before=now - _BACKDATE,
+            not_after=now + ttl,
+            spki=spki,
+            subject_der=subject_der,
+        )
