@@ -112,19 +112,25 @@ class Succession:
         Raises:
             SpireHwError: the store failed.
         """
+        await self._publish(line, record, signer, "authority imported")
+
+    async def _publish(self, line: Line[R], record: R, signer: ManagedSigner, event: str) -> None:
         await self._bundles.append(line.publication(record))
         line.slots = line.slots.prepare(record)
         line.signers[record.authority_id] = signer
         line.requested = ""
         self._unsaved = True
+        self._tell(event, line, record)
+        await self._save()
+
+    def _tell(self, event: str, line: Line[R], record: R) -> None:
         self._log.info(
-            "authority imported",
+            event,
             kind=line.name,
             slot=record.slot.value,
             authority_id=record.authority_id,
             expiration=record.not_after.isoformat(),
         )
-        await self._save()
 
     async def _due(self, line: Line[R]) -> Step:
         stranded = self._stranded()
@@ -171,19 +177,7 @@ class Succession:
         except SpireHwError:
             self._unused[signer.info.key_id] = signer
             raise
-        await self._bundles.append(line.publication(record))
-        line.slots = line.slots.prepare(record)
-        line.signers[record.authority_id] = signer
-        line.requested = ""
-        self._unsaved = True
-        self._log.info(
-            "authority prepared",
-            kind=line.name,
-            slot=slot.value,
-            authority_id=record.authority_id,
-            expiration=record.not_after.isoformat(),
-        )
-        await self._save()
+        await self._publish(line, record, signer, "authority prepared")
         return record
 
     async def _key_for(self, line: Line[R], slot: SlotName) -> ManagedSigner:
@@ -225,13 +219,7 @@ class Succession:
         line.adopt(record, line.signers[record.authority_id])
         line.signers = {r.authority_id: line.signers[r.authority_id] for r in line.slots.records()}
         self._metrics.count(line.activate_metric)
-        self._log.info(
-            "authority activated",
-            kind=line.name,
-            slot=record.slot.value,
-            authority_id=record.authority_id,
-            expiration=record.not_after.isoformat(),
-        )
+        self._tell("authority activated", line, record)
         return record
 
     async def forget_old(self, line: Line[R]) -> None:
