@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, Final
 from spire_hw import __version__
 from spire_hw._pb import hw_signer_admin_pb2 as pb
 from spire_hw._pb import hw_signer_pb2
-from spire_hw.errors import DeniedError, InvalidInputError
+from spire_hw.errors import DeniedError, InvalidInputError, SpireHwError
 from spire_hw.key import spki_der
-from spire_hw.plugin.keymanager import KeyRetention
+from spire_hw.plugin.keymanager import KeyRetention, Keys
 from spire_hw.rpc.service import bind
 from spire_hw.transport.peer import UnixPeer
 from spire_hw_signer.admission import describe
+from spire_hw_signer.attesting import NAME
 from spire_hw_signer.orders import Action
+from spire_hw_signer.telling import custody_message
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from spire_hw_signer.audit.chain import LogHead
     from spire_hw_signer.audit.checkpoint import Checkpoints
     from spire_hw_signer.audit.log import AuditLog
-    from spire_hw_signer.keys import OwnerKeys
+    from spire_hw_signer.keys import HeldKey, OwnerKeys
     from spire_hw_signer.live import Live
     from spire_hw_signer.revocations import Revocations
 
@@ -150,10 +152,7 @@ def _check_peer(call: Call) -> str:
 
 
 async def _keys_of(owner: str, keys: OwnerKeys) -> list[pb.AdminKey]:
-    found = [
-        pb.AdminKey(owner=owner, public_key=_key(held.info), generation=held.generation)
-        for held in await keys.refresh()
-    ]
+    found = [await _current(owner, keys, held) for held in await keys.refresh()]
     if isinstance(keys.manager, KeyRetention):
         found += [
             pb.AdminKey(
@@ -166,6 +165,17 @@ async def _keys_of(owner: str, keys: OwnerKeys) -> list[pb.AdminKey]:
             for kept in await keys.manager.retained_keys()
         ]
     return found
+
+
+async def _current(owner: str, keys: OwnerKeys, held: HeldKey) -> pb.AdminKey:
+    one = pb.AdminKey(owner=owner, public_key=_key(held.info), generation=held.generation)
+    try:
+        evidence = await Keys(keys.manager, NAME).evidence(held.info.key_id)
+    except SpireHwError as e:
+        one.trouble = e.message
+    else:
+        one.custody.CopyFrom(custody_message(evidence))
+    return one
 
 
 def _key(info: KeyInfo) -> Any:

@@ -43,8 +43,9 @@ from spire_hw_signer.policy import Custody
 from spire_hw_signer.policyfile import load_policy
 from spire_hw_signer.revocations import FILE_NAME as REVOKED_FILE
 from spire_hw_signer.revocations import Revocations
-from spire_hw_signer.service import SignerService
+from spire_hw_signer.service import SignerService, signer_methods
 from spire_hw_signer.steady import SteadyTime
+from spire_hw_signer.telling import CustodyService, custody_methods
 from spire_hw_signer.tlsfiles import TlsFiles
 
 if TYPE_CHECKING:
@@ -203,6 +204,15 @@ class Signer(Program):
             clock=self.clock,
             log=logs.get_logger("admin"),
         )
+        attesting = Attesting(live, log_keys, audit, clock=self.clock)
+        told = CustodyService(
+            gate,
+            lambda: live.owners,
+            attesting,
+            audit,
+            clock=self.clock,
+            log=logs.get_logger("signer"),
+        )
         admin = SignerAdmin(
             settings.name,
             audit,
@@ -210,11 +220,11 @@ class Signer(Program):
             live,
             revocations=revocations,
             actions=actions,
-            attesting=Attesting(live, log_keys, audit, clock=self.clock),
+            attesting=attesting,
         )
         self._doors = Doors(
             settings,
-            service,
+            [*signer_methods(service), *custody_methods(told)],
             gate,
             tls,
             admin=admin_methods(admin),

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.plugin.keymanager import KeyInfo
     from spire_hw_signer.audit.log import AuditLog
-    from spire_hw_signer.keys import OwnerKeys
+    from spire_hw_signer.keys import HeldKey, OwnerKeys
     from spire_hw_signer.live import Live
 
-_NAME: Final = "signer"
+NAME: Final = "signer"
 
 
 class Attesting:
@@ -61,8 +61,30 @@ class Attesting:
         held = keys.find(key_id)
         if held is None:
             raise NotFoundError(f'there is no key "{target[:400]}"')
-        self._audit.note("key_attested", {"key": target, "fingerprint": held.info.fingerprint})
-        face = Keys(keys.manager, _NAME)
+        return await self.attest_held(keys, held, nonce, attestation)
+
+    async def attest_held(
+        self,
+        keys: OwnerKeys,
+        held: HeldKey,
+        nonce: bytes,
+        attestation: Sequence[bytes],
+        *,
+        by: str = "",
+    ) -> str:
+        """Return signed evidence about a key that was found; errors as in `attest`.
+
+        Args:
+            keys: whose key it is.
+            held: the key.
+            nonce: the requester's.
+            attestation: certificates the device gave out another way, that of the key first.
+            by: the client that asked, "" for an operator.
+        """
+        key = f"{keys.owner}/{held.info.key_id}"
+        noted = {"key": key, "fingerprint": held.info.fingerprint}
+        self._audit.note("key_attested", {**noted, "client": by} if by else noted)
+        face = Keys(keys.manager, NAME)
         witness = HeldSigner(self._log_keys, LOG_KEY_ID)
         own = self._log_keys.find(LOG_KEY_ID)
         if own is None:
@@ -70,7 +92,7 @@ class Attesting:
         return await make_evidence(
             face,
             await _report(face, held.info),
-            Witness(witness, await _report(Keys(self._log_keys.manager, _NAME), own.info)),
+            Witness(witness, await _report(Keys(self._log_keys.manager, NAME), own.info)),
             nonce=nonce,
             attestation=attestation,
             trust_domain=keys.owner.trust_domain.name,

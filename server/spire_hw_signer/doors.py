@@ -13,7 +13,6 @@ from spire_hw.rpc.measure import Measure
 from spire_hw.rpc.server import RpcLimits, RpcServer
 from spire_hw.transport.front import FrontLimits, UnixFront
 from spire_hw.transport.mutual import MutualFront
-from spire_hw_signer.service import signer_methods
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from spire_hw.telemetry.metrics import Metrics
     from spire_hw_signer.admission import Gate
     from spire_hw_signer.config import SignerSettings
-    from spire_hw_signer.service import SignerService
     from spire_hw_signer.tlsfiles import TlsFiles
 
 MAX_MESSAGE_BYTES: Final = 64 * 1024
@@ -54,7 +52,7 @@ class Doors:
     def __init__(
         self,
         settings: SignerSettings,
-        service: SignerService,
+        clients: Sequence[Method],
         gate: Gate,
         tls: TlsFiles | None,
         *,
@@ -68,7 +66,7 @@ class Doors:
 
         Args:
             settings: where they are.
-            service: what clients call.
+            clients: what clients call besides the health service.
             gate: told of callers that did not prove themselves.
             tls: of the TCP door.
             admin: what operators call besides the health service.
@@ -79,7 +77,6 @@ class Doors:
         """
         around: list[Interceptor | Guard] = [RequestId(), Measure(metrics)]
         healthy = health_methods(is_healthy, clock)
-        methods = [*signer_methods(service), *healthy]
         self._front: MutualFront | None = None
         self._servers = [RpcServer([*admin, *healthy], around, log, show_internal=True)]
         self._servers[0].add_front(
@@ -91,7 +88,7 @@ class Doors:
                 log=log,
             )
         )
-        clients = RpcServer(methods, around, log, limits=LIMITS)
+        for_clients = RpcServer([*clients, *healthy], around, log, limits=LIMITS)
         if settings.socket_path is not None:
             front = UnixFront(
                 settings.socket_path,
@@ -100,7 +97,7 @@ class Doors:
                 limits=_LOCAL_LIMITS,
                 log=log,
             )
-            clients.add_front(front)
+            for_clients.add_front(front)
         if tls is not None:
             self._front = MutualFront(
                 settings.bind_address,
@@ -111,8 +108,8 @@ class Doors:
                 clock=clock,
                 log=log,
             )
-            clients.add_front(self._front)
-        self._servers.append(clients)
+            for_clients.add_front(self._front)
+        self._servers.append(for_clients)
 
     @property
     def port(self) -> int:

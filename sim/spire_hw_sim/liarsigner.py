@@ -12,18 +12,23 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from spire_hw._pb import hw_signer_pb2 as pb
 from spire_hw.aio.tasks import Tasks
-from spire_hw.errors import NotReadyError
+from spire_hw.clock import SystemClock
+from spire_hw.errors import NotFoundError, NotReadyError
+from spire_hw.evidence.document import Document, KeyReport, sign
 from spire_hw.key import (
     HashAlgorithm,
     KeyType,
     PrivateKey,
     SignOptions,
+    SoftwareSigner,
     fingerprint,
     generate_private_key,
     sign_digest,
     spki_der,
 )
 from spire_hw.log import get_logger
+from spire_hw.plugin.custody import Custody
+from spire_hw.plugin.keymanager import KeyEvidence
 from spire_hw.rpc.server import RpcServer
 from spire_hw.rpc.service import bind
 from spire_hw.transport.mutual import MutualFront, Pins
@@ -31,12 +36,14 @@ from spire_hw.x509.certificate import encode_pem
 from spire_hw_sim.pki import Authority
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from datetime import datetime
     from pathlib import Path
 
     from spire_hw.rpc.service import Call
     from spire_hw.transport.tls import TlsIdentity
 
+_CUSTODY: Final = pb.DESCRIPTOR.services_by_name["Custody"]
 DOMAIN: Final = "infra.example"
 SIGNER_ID: Final = f"spiffe://{DOMAIN}/signer"
 SERVER_ID: Final = f"spiffe://{DOMAIN}/spire-server-1"
@@ -61,6 +68,9 @@ class Lies:
         rewind: records that its head is behind.
         fork: heads have another hash than they should.
         log_key: another key that signs its checkpoints.
+        custody: where it says that keys are.
+        custody_of: fingerprint it says that of, in place of the key's.
+        evidence: changes a document before it is signed with the log key.
     """
 
     foreign_key: bool = False
@@ -75,6 +85,16 @@ class Lies:
     rewind: int = 0
     fork: bool = False
     log_key: PrivateKey | None = None
+    custody: pb.KeyCustody = field(
+        default_factory=lambda: pb.KeyCustody(
+            custody="hsm reported",
+            location="a drawer",
+            token="the liar's",  # noqa: S106 - a label
+            attributes={"LOCAL": "true"},
+        )
+    )
+    custody_of: str = ""
+    evidence: Callable[[Document], Document] = field(default=lambda document: document)
 
 
 class Shelf:
@@ -139,7 +159,7 @@ class LiarSigner:
 
     async def start(self) -> None:
         """Listen; on the same port as before."""
-        server = RpcServer(bind(_SERVICE, self), log=get_logger("liar"))
+        server = RpcServer([*bind(_SERVICE, self), *bind(_CUSTODY, self)], log=get_logger("liar"))
         front = MutualFront(
             "127.0.0.1",
             self.port,
@@ -221,6 +241,37 @@ class LiarSigner:
         return pb.GetLogHeadResponse(
             log_head=self._written(b"head"), log_key=spki_der(key.public_key())
         )
+
+    async def get_key_custody(self, request: Any, call: Call) -> pb.GetKeyCustodyResponse:
+        """Serve GetKeyCustody."""
+        return pb.GetKeyCustodyResponse(
+            fingerprint=self.lies.custody_of or self._report(request.key_id).fingerprint,
+            custody=self.lies.custody,
+            log_head=self._written(b"custody"),
+        )
+
+    async def attest_own_key(self, request: Any, call: Call) -> pb.AttestOwnKeyResponse:
+        """Serve AttestOwnKey."""
+        signing = self.lies.log_key or self._log_key
+        where = KeyEvidence("a drawer", {}, custody=Custody.HSM_REPORTED)
+        document = Document(
+            trust_domain="example.org",
+            key=self._report(request.key_id),
+            signer=KeyReport("audit-log", spki_der(signing.public_key()), where),
+            nonce=request.nonce,
+            made_at=SystemClock().now(),
+        )
+        return pb.AttestOwnKeyResponse(
+            evidence=await sign(self.lies.evidence(document), SoftwareSigner(signing)),
+            log_head=self._written(b"attest"),
+        )
+
+    def _report(self, key_id: str) -> KeyReport:
+        key = self.shelf.keys.get(key_id)
+        if key is None:
+            raise NotFoundError("no such key")
+        where = KeyEvidence("a drawer", {}, custody=Custody.HSM_REPORTED)
+        return KeyReport(key_id, spki_der(key.public_key()), where)
 
     def _signed(self, item: Any) -> pb.SignResult:
         if self.lies.refusal is not None:

@@ -63,18 +63,22 @@ class ListKeysResponse(_message.Message):
     def __init__(self, keys: _Optional[_Iterable[_Union[AdminKey, _Mapping]]] = ...) -> None: ...
 
 class AdminKey(_message.Message):
-    __slots__ = ("owner", "public_key", "generation", "retained_until", "retained")
+    __slots__ = ("owner", "public_key", "generation", "retained_until", "retained", "custody", "trouble")
     OWNER_FIELD_NUMBER: _ClassVar[int]
     PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     RETAINED_UNTIL_FIELD_NUMBER: _ClassVar[int]
     RETAINED_FIELD_NUMBER: _ClassVar[int]
+    CUSTODY_FIELD_NUMBER: _ClassVar[int]
+    TROUBLE_FIELD_NUMBER: _ClassVar[int]
     owner: str
     public_key: _hw_signer_pb2.PublicKey
     generation: int
     retained_until: int
     retained: bool
-    def __init__(self, owner: _Optional[str] = ..., public_key: _Optional[_Union[_hw_signer_pb2.PublicKey, _Mapping]] = ..., generation: _Optional[int] = ..., retained_until: _Optional[int] = ..., retained: bool = ...) -> None: ...
+    custody: _hw_signer_pb2.KeyCustody
+    trouble: str
+    def __init__(self, owner: _Optional[str] = ..., public_key: _Optional[_Union[_hw_signer_pb2.PublicKey, _Mapping]] = ..., generation: _Optional[int] = ..., retained_until: _Optional[int] = ..., retained: bool = ..., custody: _Optional[_Union[_hw_signer_pb2.KeyCustody, _Mapping]] = ..., trouble: _Optional[str] = ...) -> None: ...
 
 class AttestKeyRequest(_message.Message):
     __slots__ = ("key", "nonce", "attestation")

@@ -146,3 +146,60 @@ class GetLogHeadResponse(_message.Message):
     checkpoint: bytes
     log_key: bytes
     def __init__(self, log_head: _Optional[_Union[LogHead, _Mapping]] = ..., checkpoint: _Optional[bytes] = ..., log_key: _Optional[bytes] = ...) -> None: ...
+
+class KeyCustody(_message.Message):
+    __slots__ = ("custody", "location", "device", "token", "generation", "created_at", "attributes")
+    class AttributesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    CUSTODY_FIELD_NUMBER: _ClassVar[int]
+    LOCATION_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    custody: str
+    location: str
+    device: str
+    token: str
+    generation: int
+    created_at: int
+    attributes: _containers.ScalarMap[str, str]
+    def __init__(self, custody: _Optional[str] = ..., location: _Optional[str] = ..., device: _Optional[str] = ..., token: _Optional[str] = ..., generation: _Optional[int] = ..., created_at: _Optional[int] = ..., attributes: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class GetKeyCustodyRequest(_message.Message):
+    __slots__ = ("key_id",)
+    KEY_ID_FIELD_NUMBER: _ClassVar[int]
+    key_id: str
+    def __init__(self, key_id: _Optional[str] = ...) -> None: ...
+
+class GetKeyCustodyResponse(_message.Message):
+    __slots__ = ("fingerprint", "custody", "log_head")
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    CUSTODY_FIELD_NUMBER: _ClassVar[int]
+    LOG_HEAD_FIELD_NUMBER: _ClassVar[int]
+    fingerprint: str
+    custody: KeyCustody
+    log_head: LogHead
+    def __init__(self, fingerprint: _Optional[str] = ..., custody: _Optional[_Union[KeyCustody, _Mapping]] = ..., log_head: _Optional[_Union[LogHead, _Mapping]] = ...) -> None: ...
+
+class AttestOwnKeyRequest(_message.Message):
+    __slots__ = ("key_id", "nonce")
+    KEY_ID_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    key_id: str
+    nonce: bytes
+    def __init__(self, key_id: _Optional[str] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+
+class AttestOwnKeyResponse(_message.Message):
+    __slots__ = ("evidence", "log_head")
+    EVIDENCE_FIELD_NUMBER: _ClassVar[int]
+    LOG_HEAD_FIELD_NUMBER: _ClassVar[int]
+    evidence: str
+    log_head: LogHead
+    def __init__(self, evidence: _Optional[str] = ..., log_head: _Optional[_Union[LogHead, _Mapping]] = ...) -> None: ...

@@ -37,6 +37,7 @@ WORDS: Final = {
     Custody.HSM_REPORTED: "the device's word, read back by this process",
     Custody.TPM_CERTIFIED: "the TPM's statement, signed by its attestation key",
     Custody.SOFTWARE: "nobody's word: the key is in software",
+    Custody.SIGNER_STATED: "the word of a signer on another host, which did not sign it",
     Custody.UNKNOWN: "nobody's word: the KeyManager does not say where the key is",
 }
 

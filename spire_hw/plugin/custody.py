@@ -1,6 +1,6 @@
 """In whose custody a private key is, and what the device itself says about that.
 
-Four kinds, named for what stands behind them. A device's signed statement is passed on as it is:
+Named for what stands behind it. A device's signed statement is passed on as it is:
 who wants to believe it checks it (`spire_hw.evidence`).
 """
 
@@ -18,6 +18,7 @@ class Custody(Enum):
     HSM_REPORTED = "hsm reported"  # the HSM, in attributes that this process read back
     TPM_CERTIFIED = "tpm certified"  # the TPM, in a statement its attestation key signs when asked
     SOFTWARE = "software"  # nobody: the key is in the memory of a process
+    SIGNER_STATED = "signer stated"  # a signer on another host, of what its device reports
     UNKNOWN = "unknown"  # the KeyManager does not say
 
 
@@ -48,5 +49,23 @@ class KeyStatementSource(Protocol):
         Raises:
             NotFoundError: no such key.
             DeviceError: the device refused.
+        """
+        ...
+
+
+@runtime_checkable
+class KeyAttestor(Protocol):
+    """Optional: a KeyManager that has evidence made on the host where its keys are."""
+
+    async def attest_key(self, key_id: str, nonce: bytes) -> str:
+        """Return evidence about a key (`spire_hw.evidence.document`), signed there.
+
+        Args:
+            key_id: which key.
+            nonce: the requester's, 8 to 64 bytes.
+
+        Raises:
+            NotFoundError: no such key.
+            SpireHwError: INTERNAL when what was returned is not about this key and nonce.
         """
         ...

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from spire_hw.errors import ErrorKind, PluginError, SpireHwError
 from spire_hw.key import KeyType, PublicKey, Purpose, SignOptions, fingerprint, spki_der
-from spire_hw.plugin.custody import Custody, KeyStatementSource
+from spire_hw.plugin.custody import Custody, KeyAttestor, KeyStatementSource
 from spire_hw.plugin.keycalls import UNCOUNTED, KeyCalls
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ class KeyEvidence:
         token: which of its kind: label and serial number, address.
         generation: how many keys of its id there were, this one included; 0 where nobody counts.
         created: when it was made, None when that is not known.
+        stated: the custody that a signer states, with SIGNER_STATED.
     """
 
     location: str
@@ -132,6 +133,13 @@ class KeyEvidence:
     token: str = ""
     generation: int = 0
     created: datetime | None = None
+    stated: Custody = Custody.UNKNOWN
+
+    @property
+    def words(self) -> str:
+        """Return the custody as people and metrics are told it: never a signer's word as ours."""
+        word: str = self.custody.value
+        return f"{word}: {self.stated.value}" if self.custody is Custody.SIGNER_STATED else word
 
 
 @runtime_checkable
@@ -399,6 +407,15 @@ class Keys:
             return None
         try:
             return await self.manager.key_statement(key_id, challenge)
+        except SpireHwError as e:
+            raise PluginError(self._prefix, e) from e
+
+    async def attested(self, key_id: str, nonce: bytes) -> str | None:
+        """Return evidence made where the keys are, None when this process has to make it."""
+        if not isinstance(self.manager, KeyAttestor):
+            return None
+        try:
+            return await self.manager.attest_key(key_id, nonce)
         except SpireHwError as e:
             raise PluginError(self._prefix, e) from e
 

@@ -65,7 +65,7 @@ _CUSTODY = {
     "tpm": Custody.TPM_CERTIFIED,
     "disk": Custody.SOFTWARE,
     "memory": Custody.SOFTWARE,
-    "remote": Custody.UNKNOWN,
+    "remote": Custody.SIGNER_STATED,
 }
 # These run as processes of their own too.
 _ALSO_OUTSIDE = {("disk", Side.SERVER), ("remote", Side.SERVER), ("tpm", Side.AGENT)}

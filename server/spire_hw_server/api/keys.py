@@ -61,7 +61,7 @@ def _encode(key: ListedKey) -> pb.Key:
         type=key.key_type.config_name,
         fingerprint=report.fingerprint,
         public_key=report.spki,
-        custody=evidence.custody.value,
+        custody=evidence.words,
         location=evidence.location,
         device=evidence.device,
         token=evidence.token,

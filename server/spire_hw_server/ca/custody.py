@@ -9,12 +9,12 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from spire_hw.errors import DeniedError, NotFoundError, PluginError, SpireHwError
+from spire_hw.errors import InvalidInputError, NotFoundError, PluginError, SpireHwError
 from spire_hw.evidence.document import KeyReport
 from spire_hw.evidence.making import Witness, check_nonce, make_evidence
 from spire_hw.key import KeyType, fingerprint, spki_der
-from spire_hw.plugin.custody import Custody
-from spire_hw.plugin.keymanager import KeyEvidence, PurposeKeys
+from spire_hw.plugin.custody import Custody, KeyAttestor
+from spire_hw.plugin.keymanager import KeyEvidence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,7 +78,7 @@ class Custodian:
         self._clock = clock
         self._log = log
         self._making = asyncio.Lock()
-        self._known: dict[str, Custody] = {}
+        self._known: dict[str, str] = {}
         self._asked_at = 0.0
 
     async def list(self) -> list[ListedKey]:
@@ -114,20 +114,27 @@ class Custodian:
         check_nonce(nonce)
         signer = await self._keys.get(key_id)
         report = self._report(signer, await self._keys.evidence(key_id))
-        made = await make_evidence(
-            self._keys,
-            report,
-            await self._witness(),
-            nonce=nonce,
-            attestation=attestation,
-            trust_domain=str(self._trust_domain),
-            now=self._clock.now(),
-        )
+        if attestation and isinstance(self._keys.manager, KeyAttestor):
+            raise InvalidInputError(
+                "a signer holds the key and signs evidence about it: hand the device's certificates "
+                "to it on its host, with `spire-hw-signer key attest -attestation`"
+            )
+        made = await self._keys.attested(key_id, nonce)
+        if made is None:
+            made = await make_evidence(
+                self._keys,
+                report,
+                await self._witness(),
+                nonce=nonce,
+                attestation=attestation,
+                trust_domain=str(self._trust_domain),
+                now=self._clock.now(),
+            )
         self._log.info(
             "evidence about a key was given",
             key_id=key_id,
             fp=report.fingerprint,
-            custody=report.evidence.custody.value,
+            custody=report.evidence.words,
             attested=bool(attestation),
         )
         return made
@@ -148,21 +155,23 @@ class Custodian:
         except SpireHwError as e:
             self._log.warning("custody of keys is not known", error=e.message)
             return
-        self._asked_at = now
+        # A device that was away for the moment is asked again at the next look.
+        is_away = any(listed[found].trouble for found in active if found in listed)
+        self._asked_at = float("-inf") if is_away else now
         self._telemetry.forget(*_GAUGE)
         known = {}
         for found, role in active.items():
             key = listed.get(found)
-            custody = Custody.UNKNOWN if key is None else key.report.evidence.custody
+            custody = Custody.UNKNOWN.value if key is None else key.report.evidence.words
             known[found] = custody
-            if self._known.get(found) is not custody:
+            if self._known.get(found) != custody:
                 self._log.info(
                     "custody of an authority's key",
                     kind=role.kind,
                     authority_id=role.authority_id,
-                    custody=custody.value,
+                    custody=custody,
                 )
-            labels = {"kind": role.kind.replace(".", "").lower(), "custody": custody.value}
+            labels = {"kind": role.kind.replace(".", "").lower(), "custody": custody}
             self._telemetry.metrics.gauge(_GAUGE, 1, labels)
         self._known = known
 
@@ -188,11 +197,6 @@ class Custodian:
             except PluginError as e:
                 if e.kind is not NotFoundError.kind:
                     raise
-                if isinstance(self._keys.manager, PurposeKeys):
-                    raise DeniedError(
-                        "a signer holds the keys and signs no evidence of its clients'; ask it on "
-                        "its host: spire-hw-signer key attest"
-                    ) from e
                 self._log.info("making the key that signs evidence", key_id=EVIDENCE_KEY)
                 signer = await self._keys.generate(EVIDENCE_KEY, KeyType.EC_P256)
         return Witness(signer, self._report(signer, await self._keys.evidence(EVIDENCE_KEY)))

@@ -86,7 +86,7 @@ def key() -> None:
 @key.command("list", examples="spire-hw-signer key list")
 @admin_flags
 def list_keys(admin: Admin) -> None:
-    """List keys of all clients, replaced ones that are retained too."""
+    """List keys of all clients and where they are, replaced ones that are retained too."""
     answer = admin.call(ADMIN, "ListKeys", pb.ListKeysRequest())
 
     def pretty() -> None:
@@ -105,6 +105,12 @@ def _key_rows(one: Any) -> list[tuple[str, str]]:
         ("Type", kind),
         ("Fingerprint", one.public_key.fingerprint),
     ]
+    if one.HasField("custody"):
+        custody = one.custody
+        rows += [("Custody", custody.custody), ("Location", custody.location)]
+        rows += [("Device", custody.device)] if custody.device else []
+        rows += [("Token", custody.token)] if custody.token else []
+    rows += [("Trouble", one.trouble)] if one.trouble else []
     if one.retained:
         until = relative(epoch(one.retained_until), SystemClock().now())
         rows.append(("Replaced", f"is destroyed {until}"))

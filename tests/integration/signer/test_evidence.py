@@ -10,8 +10,10 @@ import pytest
 
 from spire_hw._pb import hw_keys_pb2 as keys_pb
 from spire_hw._pb import hw_signer_admin_pb2 as pb
+from spire_hw._pb import hw_signer_pb2 as signer_pb
 from spire_hw.cli.run import ExitCode, run
-from spire_hw.errors import DeniedError
+from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError
+from spire_hw.key import fingerprint
 from spire_hw.rpc.client import connect_unix
 from spire_hw_signer.cli.commands import PROGRAM, root
 from spire_hw_sim.liarsigner import write_client
@@ -30,6 +32,7 @@ TARGET = "example.org/s1/x509-CA-A"
 
 
 async def command(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    capsys.readouterr()
     code = await asyncio.to_thread(run, root, PROGRAM, args)
     shown = capsys.readouterr()
     return code, shown.out, shown.err
@@ -96,7 +99,78 @@ async def test_what_there_is_no_evidence_of(
     assert len(err) < 1000
 
 
-async def test_a_server_sends_those_who_ask_to_its_signer(tmp_path: Path) -> None:
+async def test_operators_see_where_clients_keys_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with SignerRig(tmp_path / "s") as rig:
+        await rig.generate("x509-CA-A")
+        where = ("-socketPath", str(rig.admin_socket))
+        code, out, _ = await command(capsys, "key", "list", *where)
+        assert code == 0
+        assert "Custody            : hsm reported\n" in out
+        assert "Device             : SoftHSM v2\n" in out
+        shown = json.loads((await command(capsys, "key", "list", "-output", "json", *where))[1])
+    (key,) = shown["keys"]
+    assert key["custody"]["attributes"]["NEVER_EXTRACTABLE"] == "true"
+    assert key["custody"]["token"].startswith("signer")
+    assert key["trouble"] == ""
+
+
+async def test_a_client_is_told_of_its_own_keys_and_not_too_often(tmp_path: Path) -> None:
+    other = client_policy("sha256:" + "0" * 64, trust_domain="other.org", server="s2")
+    async with SignerRig(tmp_path / "s", policy=client_policy() + other) as rig:
+        made = await rig.generate("x509-CA-A")
+
+        async def custody(key_id: str) -> signer_pb.GetKeyCustodyResponse:
+            channel = await rig.channel()
+            return await channel.unary(
+                "/spire_hw.signer.v1.Custody/GetKeyCustody",
+                signer_pb.GetKeyCustodyRequest(key_id=key_id),
+                signer_pb.GetKeyCustodyResponse,
+                timeout_s=30,
+            )
+
+        told = await custody("x509-CA-A")
+        assert told.fingerprint == made.public_key.fingerprint
+        assert told.custody.custody == "hsm reported"
+        assert told.log_head.seq > 0
+        for key_id, kind in (
+            ("x509-CA-B", ErrorKind.NOT_FOUND),
+            ("audit-log", ErrorKind.PERMISSION_DENIED),
+            ("x" * 300, ErrorKind.INVALID_ARGUMENT),
+            ("a\nb", ErrorKind.INVALID_ARGUMENT),
+        ):
+            with pytest.raises(SpireHwError) as caught:
+                await custody(key_id)
+            assert caught.value.kind is kind
+        channel = await rig.channel()
+        for nonce in (b"", bytes(7), bytes(65)):
+            request = signer_pb.AttestOwnKeyRequest(key_id="x509-CA-A", nonce=nonce)
+            with pytest.raises(InvalidInputError, match="nonce"):
+                await channel.unary(
+                    "/spire_hw.signer.v1.Custody/AttestOwnKey",
+                    request,
+                    signer_pb.AttestOwnKeyResponse,
+                    timeout_s=30,
+                )
+        request = signer_pb.AttestOwnKeyRequest(key_id="x509-CA-A", nonce=bytes(8))
+        kinds: list[ErrorKind] = []
+        while ErrorKind.RESOURCE_EXHAUSTED not in kinds and len(kinds) < 500:
+            try:
+                await channel.unary(
+                    "/spire_hw.signer.v1.Custody/AttestOwnKey",
+                    request,
+                    signer_pb.AttestOwnKeyResponse,
+                    timeout_s=30,
+                )
+            except SpireHwError as e:
+                kinds.append(e.kind)
+        assert set(kinds) == {ErrorKind.RESOURCE_EXHAUSTED}
+
+
+async def test_a_server_tells_what_its_signer_states(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     policy = client_policy(trust_domain=TRUST_DOMAIN, raw="false")
     async with SignerRig(tmp_path / "s", policy=policy) as rig:
         files = write_client(rig.authority, tmp_path / "client")
@@ -107,17 +181,32 @@ async def test_a_server_sends_those_who_ask_to_its_signer(tmp_path: Path) -> Non
           cert = "{files.cert}"
           key = "{files.key}"
         }} }}"""
+        status = await ask(rig, "GetStatus", pb.GetStatusRequest(), pb.Status)
         async with World(server_plugins=plugin) as world:
             path = "/spire_hw.server.v1.Keys/"
-            request = keys_pb.AttestKeyRequest(id="x509-CA-A", nonce=bytes(16))
-            with pytest.raises(DeniedError, match="spire-hw-signer key attest"):
-                await world.call(path + "AttestKey", request, keys_pb.AttestKeyResponse)
             listed = await world.call(
                 path + "ListKeys", keys_pb.ListKeysRequest(), keys_pb.ListKeysResponse
             )
             assert {key.id for key in listed.keys} == {"x509-CA-A", "JWT-Signer-A"}
-            assert all(f"127.0.0.1:{rig.port}" in key.location for key in listed.keys)
-        # It was not even tried: a refusal there would look like an attack.
+            for key in listed.keys:
+                assert key.custody == "signer stated: hsm reported"
+                assert key.location.startswith(f"signer 127.0.0.1:{rig.port}: PKCS#11 token")
+                assert (key.device, key.token.split("/")[0]) == ("SoftHSM v2", "signer")
+                assert key.attributes["stated NEVER_EXTRACTABLE"] == "true"
+                assert key.trouble == ""
+            request = keys_pb.AttestKeyRequest(id="x509-CA-A", nonce=bytes(16))
+            made = await world.call(path + "AttestKey", request, keys_pb.AttestKeyResponse)
+            request.attestation.append(b"certificate")
+            with pytest.raises(InvalidInputError, match="spire-hw-signer key attest"):
+                await world.call(path + "AttestKey", request, keys_pb.AttestKeyResponse)
         logged = [p.read_text() for p in (tmp_path / "s" / "data").rglob("audit-*.log")]
-        assert logged
+        assert any('"key_attested"' in text and "spire-server-1" in text for text in logged)
         assert not any('"refusal"' in text for text in logged)
+    log_key = fingerprint(status.log_key)  # type: ignore[attr-defined]
+    file = tmp_path / "evidence"
+    file.write_text(made.evidence)
+    checks = ("key", "attest", "-verify", str(file), "-nonce", "00" * 16, "-signer", log_key)
+    code, out, err = await command(capsys, *checks, "-output", "json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["key"]["custody"], found["signer"]["id"]) == ("hsm reported", "audit-log")

@@ -13,7 +13,9 @@ from spire_hw.errors import (
     NotReadyError,
     SpireHwError,
     UnavailableError,
+    VerificationError,
 )
+from spire_hw.evidence import document as evidence
 from spire_hw.key import fingerprint
 from spire_hw.telemetry.metrics import count_fault
 from spire_hw_plugins.keymanager.remote import wire
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.key import KeyType
     from spire_hw.log import Logger
-    from spire_hw.plugin.keymanager import KeyInfo, KeySignature
+    from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo, KeySignature
     from spire_hw.telemetry.metrics import Metrics
     from spire_hw_plugins.keymanager.remote.door import Door
     from spire_hw_plugins.keymanager.remote.wire import Item, Refused
@@ -127,6 +129,39 @@ class Link:
         answer = await self._call(wire.SIGN, request, wire.SignResponse, timeout_s)
         with _reading(self.name):
             return wire.signed(answer, len(items))
+
+    async def custody(self, info: KeyInfo, timeout_s: float) -> KeyEvidence:
+        """Return where it says that a key is.
+
+        Raises:
+            SpireHwError: as `list_keys`, INTERNAL also when it says so of another key.
+        """
+        request = wire.custody_request(info.key_id)
+        answer = await self._call(wire.GET_KEY_CUSTODY, request, wire.KeyCustodyResponse, timeout_s)
+        with _reading(self.name):
+            if answer.fingerprint != info.fingerprint:
+                raise EncodingError("custody", "is told of another key than is on note")
+            return wire.stated_custody(answer)
+
+    async def attest(self, info: KeyInfo, nonce: bytes, trust_domain: str, timeout_s: float) -> str:
+        """Return evidence about a key, signed by the key that signs its log.
+
+        Raises:
+            SpireHwError: as `list_keys`, INTERNAL also when the evidence is about something else.
+        """
+        request = wire.attest_request(info.key_id, nonce)
+        answer = await self._call(wire.ATTEST_OWN_KEY, request, wire.AttestResponse, timeout_s)
+        with _reading(self.name):
+            try:
+                document, _ = evidence.parse(answer.evidence)
+            except (EncodingError, VerificationError) as e:
+                raise EncodingError("evidence", f"does not hold: {e.message}") from e
+            about = (document.key.fingerprint, document.nonce, document.trust_domain)
+            if about != (info.fingerprint, nonce, trust_domain):
+                raise EncodingError("evidence", "is about something else than was asked for")
+            if not self._log_key or document.signer.spki != self._log_key:
+                raise EncodingError("evidence", "is not signed by the key that signs its log")
+        return answer.evidence
 
     async def look_at_log(self, timeout_s: float) -> None:
         """Ask for the head of its log, and whether the same key signs it as before.

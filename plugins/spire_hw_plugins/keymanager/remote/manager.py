@@ -35,7 +35,7 @@ NAME: Final = "remote"
 class RemoteKeyManager:
     """The KeyManager contract over signers.
 
-    Also offers `PurposeKeys`, `KeyEvidenceSource` and `KeyHealthSource`.
+    Also offers `PurposeKeys`, `KeyEvidenceSource`, `KeyAttestor` and `KeyHealthSource`.
 
     Attributes:
         verifies: signatures are verified before they are returned.
@@ -107,8 +107,12 @@ class RemoteKeyManager:
         return await self._sign_content(key_id, Purpose.JWT, signing_input, options)
 
     async def key_evidence(self, key_id: str) -> KeyEvidence:
-        """Return where a key is and what this server has on note about it."""
-        return self._ready().evidence(key_id)
+        """Return where a signer says that a key is, and what this server has on note about it."""
+        return await self._ready().evidence(key_id)
+
+    async def attest_key(self, key_id: str, nonce: bytes) -> str:
+        """Return evidence about a key that a signer made."""
+        return await self._ready().attest(key_id, nonce)
 
     def key_health(self) -> DeviceHealth:
         """Return how well signers can be reached, as last seen."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Self
 
 from spire_hw.aio.tasks import Tasks
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _Ask = Callable[[Link, float], Awaitable[tuple[KeyInfo | Refused, Link]]]
 _EC_TYPES: Final = {KeyType.EC_P256, KeyType.EC_P384}
 _NOTE_EVERY_S: Final = 10.0
+_STATED: Final = "stated "
 # After these nobody knows whether a key was made: the same request is asked again.
 _UNSETTLED: Final = {
     ErrorKind.UNAVAILABLE,
@@ -58,6 +60,7 @@ class Session:
     def __init__(self, settings: Settings, pins: Pins, host: HostInfo) -> None:
         self._settings = settings
         self._pins = pins
+        self._trust_domain = host.trust_domain.name
         self._clock = host.clock
         self._log = host.log
         self._metrics = host.metrics
@@ -208,23 +211,44 @@ class Session:
             raise self._foreign(info, "its signature does not verify") from e
         return made
 
-    def evidence(self, key_id: str) -> KeyEvidence:
-        """Return where a key is; errors as in `key`."""
+    async def evidence(self, key_id: str) -> KeyEvidence:
+        """Return where a signer says that a key is, and what is on note about both.
+
+        Raises:
+            SpireHwError: as `key`, `Signers.call` and `Link.custody`.
+        """
         info = self.key(key_id)
-        link = self._signers.current or self._signers.links[0]
-        head = link.note.head
-        tls = self._settings.tls
-        return KeyEvidence(
-            location=f"signer {link.name}",
-            attributes={
-                "fingerprint on note": info.fingerprint,
-                "signer id": "" if tls is None else str(tls.signer_id or tls.signer_name),
-                "signers": ", ".join(address.name for address in self._settings.addresses),
-                "audit log head": "" if head is None else f"{head.seq} {head.hash.hex()}",
-                "audit log key": link.log_key,
-                "audit log fault": link.fault,
-            },
+
+        async def ask(link: Link, left_s: float) -> tuple[KeyEvidence, Link]:
+            return await link.custody(info, left_s), link
+
+        told, link = await self._signers.call(ask, self._settings.timeout_s)
+        head, tls = link.note.head, self._settings.tls
+        own = {
+            "fingerprint on note": info.fingerprint,
+            "signer id": "" if tls is None else str(tls.signer_id or tls.signer_name),
+            "signers": ", ".join(address.name for address in self._settings.addresses),
+            "audit log head": "" if head is None else f"{head.seq} {head.hash.hex()}",
+            "audit log key": link.log_key,
+            "audit log fault": link.fault,
+        }
+        stated = {f"{_STATED}{name}": value for name, value in told.attributes.items()}
+        return replace(
+            told, location=f"signer {link.name}: {told.location}", attributes={**stated, **own}
         )
+
+    async def attest(self, key_id: str, nonce: bytes) -> str:
+        """Return evidence that a signer made about a key, once it is seen to be about it.
+
+        Raises:
+            SpireHwError: as `key`, `Signers.call` and `Link.attest`.
+        """
+        info = self.key(key_id)
+
+        async def ask(link: Link, left_s: float) -> str:
+            return await link.attest(info, nonce, self._trust_domain, left_s)
+
+        return await self._signers.call(ask, self._settings.timeout_s)
 
     def health(self) -> DeviceHealth:
         """Return how well signers can be reached, as last seen."""

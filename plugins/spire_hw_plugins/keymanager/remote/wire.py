@@ -6,6 +6,7 @@ Source: `spire_hw.signer.v1.Signer`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from spire_hw._pb import hw_signer_pb2 as pb
@@ -18,7 +19,8 @@ from spire_hw.key import (
     key_type_of,
     parse_spki,
 )
-from spire_hw.plugin.keymanager import KeyInfo, KeySignature
+from spire_hw.plugin.custody import Custody
+from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo, KeySignature
 from spire_hw.rpc.status import from_code
 from spire_hw_plugins.keymanager.remote.witness import LogHead
 
@@ -34,15 +36,22 @@ GET_PUBLIC_KEYS: Final = _SERVICE + "GetPublicKeys"
 GENERATE_KEY: Final = _SERVICE + "GenerateKey"
 SIGN: Final = _SERVICE + "Sign"
 GET_LOG_HEAD: Final = _SERVICE + "GetLogHead"
+GET_KEY_CUSTODY: Final = "/spire_hw.signer.v1.Custody/GetKeyCustody"
+ATTEST_OWN_KEY: Final = "/spire_hw.signer.v1.Custody/AttestOwnKey"
 
 PublicKeysResponse = pb.GetPublicKeysResponse
 GenerateResponse = pb.GenerateKeyResponse
 SignResponse = pb.SignResponse
 LogHeadResponse = pb.GetLogHeadResponse
+KeyCustodyResponse = pb.GetKeyCustodyResponse
+AttestResponse = pb.AttestOwnKeyResponse
 
 _MAX_KEYS: Final = 1024
 _MAX_SIGNATURE_BYTES: Final = 512
 _MAX_TEXT: Final = 300
+_MAX_ATTRIBUTES: Final = 64
+_MAX_TIME: Final = 253_402_300_800  # the year 10000
+_STATED: Final = {one.value: one for one in Custody if one is not Custody.SIGNER_STATED}
 _OVERHEAD_BYTES: Final = 64  # of an item on the wire, besides its key id and what is signed
 
 
@@ -93,6 +102,16 @@ def list_request() -> Message:
 def head_request() -> Message:
     """Return the request for the head of the log."""
     return pb.GetLogHeadRequest()
+
+
+def custody_request(key_id: str) -> Message:
+    """Return the request for where a key is."""
+    return pb.GetKeyCustodyRequest(key_id=key_id)
+
+
+def attest_request(key_id: str, nonce: bytes) -> Message:
+    """Return the request for evidence about a key."""
+    return pb.AttestOwnKeyRequest(key_id=key_id, nonce=nonce)
 
 
 def generate_request(request_id: bytes, key_id: str, key_type: KeyType) -> Message:
@@ -162,6 +181,28 @@ def key_info(message: pb.PublicKey) -> KeyInfo:
     if message.type != key_type.value or message.fingerprint != mark:
         raise EncodingError(what, "says another type or fingerprint than its key has")
     return KeyInfo(message.id, key_type, public_key, mark)
+
+
+def stated_custody(answer: pb.GetKeyCustodyResponse) -> KeyEvidence:
+    """Return where a signer says that a key is; nobody but the signer vouches for it.
+
+    Raises:
+        EncodingError: it names too many attributes.
+    """
+    told = answer.custody
+    if len(told.attributes) > _MAX_ATTRIBUTES:
+        raise EncodingError("custody", f"has more than {_MAX_ATTRIBUTES} attributes")
+    created = told.created_at
+    return KeyEvidence(
+        clean(told.location),
+        {clean(name): clean(value) for name, value in sorted(told.attributes.items())},
+        custody=Custody.SIGNER_STATED,
+        device=clean(told.device),
+        token=clean(told.token),
+        generation=told.generation,
+        created=datetime.fromtimestamp(created, UTC) if 0 < created < _MAX_TIME else None,
+        stated=_STATED.get(told.custody, Custody.UNKNOWN),
+    )
 
 
 def signed(answer: pb.SignResponse, count: int) -> list[KeySignature | Refused]:
