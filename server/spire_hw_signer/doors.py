@@ -11,8 +11,9 @@ from spire_hw.rpc.health import health_methods
 from spire_hw.rpc.interceptors import RequestId
 from spire_hw.rpc.measure import Measure
 from spire_hw.rpc.server import RpcLimits, RpcServer
-from spire_hw.transport.front import FrontLimits, UnixFront
+from spire_hw.transport.front import FrontLimits
 from spire_hw.transport.mutual import MutualFront
+from spire_hw.transport.unixfront import UnixFront
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

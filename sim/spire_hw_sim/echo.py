@@ -14,8 +14,10 @@ from spire_hw.rpc.server import RpcLimits, RpcServer
 from spire_hw.rpc.service import Call, Handler, Method
 from spire_hw.spiffeid import SpiffeId, server_id
 from spire_hw.transport.dialer import Dialer
-from spire_hw.transport.front import Front, FrontLimits, TcpFront, UnixFront
+from spire_hw.transport.front import Front, FrontLimits
 from spire_hw.transport.peer import TcpPeer, UnixPeer
+from spire_hw.transport.tcpfront import TcpFront
+from spire_hw.transport.unixfront import UnixFront
 from spire_hw_sim.pki import Authority
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from spire_hw.rpc.convert import bundle_to_pb, id_from_pb
 from spire_hw.rpc.server import RpcServer
 from spire_hw.rpc.service import Method
 from spire_hw.svid.jwtsvid import issue_jwt_svid
-from spire_hw.transport.front import TcpFront
+from spire_hw.transport.tcpfront import TcpFront
 from spire_hw.x509.certificate import encode_pem
 from spire_hw.x509.csr import parse_csr
 from spire_hw_agent.app import Agent

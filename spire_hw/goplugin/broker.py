@@ -18,8 +18,9 @@ from spire_hw.aio.tasks import Tasks
 from spire_hw.errors import DeniedError, SpireHwError
 from spire_hw.rpc.interceptors import Guard
 from spire_hw.rpc.server import RpcServer
-from spire_hw.transport.front import FrontLimits, UnixFront
+from spire_hw.transport.front import FrontLimits
 from spire_hw.transport.peer import UnixPeer
+from spire_hw.transport.unixfront import UnixFront
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -38,9 +38,9 @@ from spire_hw.goplugin.slot import Offer, Slot
 from spire_hw.hardening import harden
 from spire_hw.rpc.interceptors import Guard
 from spire_hw.rpc.server import RpcLimits, RpcServer
-from spire_hw.transport.front import UnixFront
 from spire_hw.transport.peer import UnixPeer
 from spire_hw.transport.process import Process
+from spire_hw.transport.unixfront import UnixFront
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

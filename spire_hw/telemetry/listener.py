@@ -17,17 +17,15 @@ from spire_hw.errors import NotReadyError, VerificationError
 from spire_hw.files import parse_file
 from spire_hw.keyfile import load_private_key
 from spire_hw.telemetry.exposition import CONTENT_TYPE
-from spire_hw.transport.front import Front, FrontLimits, address_of
+from spire_hw.transport.front import FrontLimits
 from spire_hw.transport.half import Half
-from spire_hw.transport.peer import TcpPeer, source_of
+from spire_hw.transport.peer import TcpPeer
+from spire_hw.transport.tcpfront import TlsFront, address_of
 from spire_hw.transport.tls import (
     NO_CHECK_TIME,
     TlsContext,
-    TlsHalf,
     TlsIdentity,
     build_context,
-    handshake_threads,
-    peer_chain,
     verify_peer,
 )
 from spire_hw.x509.certificate import parse_pem
@@ -61,8 +59,10 @@ _NO_SUCH_ADDRESS: Final = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 _ALPN: Final = "http/1.1"
 
 
-class MetricsListener(Front):
+class MetricsListener(TlsFront):
     """Serves what `render` returns to whoever may read it."""
+
+    begins = _BEGINS
 
     def __init__(
         self,
@@ -88,15 +88,10 @@ class MetricsListener(Front):
             clock: what time certificates are held against.
             log: where refusals go.
         """
-        super().__init__(LIMITS, log)
-        self.host = host
-        self.port = port
+        super().__init__(host, port, identity=identity, limits=LIMITS, clock=clock, log=log)
         self._render = render
         self._tls = tls
-        self._identity = identity
         self._bundles = bundles
-        self._clock = clock
-        self._pool = handshake_threads()
         self._files: TlsIdentity | None = None
 
     @property
@@ -122,16 +117,11 @@ class MetricsListener(Front):
         del peer
         outer.lead(_Exchange(outer, self._render))
 
-    @property
-    @override
-    def address_text(self) -> str:
-        return f"{self.host}:{self.port}"
-
     @override
     async def _listen(self) -> list[socket.socket]:
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(
-            self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            self.address, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         sockets: list[socket.socket] = []
         missing = OSError("the name has no address")
@@ -167,43 +157,25 @@ class MetricsListener(Front):
         return listening
 
     @override
-    def _caller_key(self, connection: socket.socket, address: object) -> object:
-        return source_of(address_of(address)[0])
+    async def _prove(self, connection: socket.socket, address: object, lease: Lease) -> None:
+        if self._tls is not None:
+            await super()._prove(connection, address, lease)
+            return
+        outer = Half(lambda: self._release(lease), begins=self.begins)
+        lease.outer = outer
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: outer, connection)
+        await self._attach(outer, TcpPeer(*address_of(address), None, ()))
 
     @override
-    async def _prove(self, connection: socket.socket, address: object, lease: Lease) -> None:
-        ip, port = address_of(address)
-        peer = TcpPeer(ip, port, None, ())
-        if self._tls is None:
-            outer = Half(lambda: self._release(lease), begins=_BEGINS)
-            lease.outer = outer
-            await asyncio.get_running_loop().connect_accepted_socket(lambda: outer, connection)
-        else:
-            outer = await self._shake_hands(self._tls, connection, lease)
-        await self._attach(outer, peer)
+    def _admitted(self, peer: TcpPeer, chain: tuple[bytes, ...]) -> TcpPeer:
+        if self._tls is None or not self._tls.clients:
+            return peer
+        svid = verify_peer(chain, self._bundles(), self._clock.now())
+        if svid.spiffe_id not in self._tls.clients:
+            raise VerificationError(f"{svid.spiffe_id} may not read metrics")
+        return peer
 
-    async def _shake_hands(
-        self, tls: TlsSettings, connection: socket.socket, lease: Lease
-    ) -> TlsHalf:
-        outer = TlsHalf(
-            self._context(),
-            server_side=True,
-            pool=self._pool,
-            on_end=lambda: self._release(lease),
-            begins=_BEGINS,
-        )
-        lease.outer = outer
-        loop = asyncio.get_running_loop()
-        async with asyncio.timeout(self.limits.handshake_s):
-            await loop.connect_accepted_socket(lambda: outer, connection)
-            await outer.handshaken()
-        if tls.clients:
-            svid = verify_peer(peer_chain(outer.tls), self._bundles(), self._clock.now())
-            if svid.spiffe_id not in tls.clients:
-                raise VerificationError(f"{svid.spiffe_id} may not read metrics")
-        outer.resume()
-        return outer
-
+    @override
     def _context(self) -> TlsContext:
         """Return a context for one handshake: identity and bundles may be others the next time."""
         tls = self._tls
@@ -226,11 +198,6 @@ class MetricsListener(Front):
             # Clients of a foreign authority are held against OpenSSL's rules alone, time included.
             made.context.verify_flags &= ~NO_CHECK_TIME
         return made
-
-    @override
-    async def close(self) -> None:
-        await super().close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class _Exchange:

@@ -15,8 +15,9 @@ from typing_extensions import override
 
 from spire_hw.errors import SpireHwError, SvidError, UnavailableError, VerificationError
 from spire_hw.svid.x509svid import spiffe_id_of
-from spire_hw.transport.front import FrontLimits, Lease, TlsFront, address_of
+from spire_hw.transport.front import FrontLimits, Lease
 from spire_hw.transport.peer import TcpPeer, source_of
+from spire_hw.transport.tcpfront import TlsFront, address_of
 from spire_hw.transport.tls import TlsContext, TlsIdentity, build_context
 from spire_hw.x509.certificate import encode_der, load_certificate
 from spire_hw.x509.chain import verify_chain
@@ -93,24 +94,23 @@ class MutualFront(TlsFront):
         super().__init__(address, port, identity=identity, limits=limits, clock=clock, log=log)
         self._pins = pins
         self._refused = refused
-        self._built: tuple[TlsIdentity, Pins, TlsContext] | None = None
         self._failures: dict[str, int] = {}
         self._since = self._clock.monotonic()
 
     @override
     def _context(self) -> TlsContext:
         identity, pins = self._identity(), self._pins()
-        built = self._built
-        if built is None or built[0] != identity or built[1] != pins:
-            context = build_context(
+        return self._keep(
+            identity,
+            pins,
+            lambda: build_context(
                 server_side=True,
                 verify=ssl.CERT_REQUIRED,
                 roots=[encode_der(c) for c in pins.authorities],
                 identity=identity,
                 least=ssl.TLSVersion.TLSv1_3,
-            )
-            built = self._built = (identity, pins, context)
-        return built[2]
+            ),
+        )
 
     @override
     async def _prove(self, connection: socket.socket, address: object, lease: Lease) -> None:

@@ -33,7 +33,8 @@ from spire_hw.rpc.server import RpcServer
 from spire_hw.rpc.service import Call, Method
 from spire_hw.spiffeid import SpiffeId, TrustDomain, agent_id, server_id
 from spire_hw.transport.dialer import Dialer
-from spire_hw.transport.front import Front, TcpFront, UnixFront
+from spire_hw.transport.tcpfront import TcpFront
+from spire_hw.transport.unixfront import UnixFront
 from spire_hw_sim.meter import MeteredServer, server_process, tell
 from spire_hw_sim.pki import Authority
 from spire_hw_sim.programs import Program
@@ -41,6 +42,8 @@ from spire_hw_sim.servers import TRUST_DOMAIN, Operator, entry_message, server_c
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from spire_hw.transport.front import Front
 
 PATH: Final = "/bench.Bench/Watch"
 FETCH: Final = "/SpiffeWorkloadAPI/FetchX509SVID"

@@ -15,7 +15,8 @@ from spire_hw.datadir import prepare_data_dir
 from spire_hw.errors import NotReadyError, UnavailableError
 from spire_hw.hardening import check_directory
 from spire_hw.rpc.server import RpcServer
-from spire_hw.transport.front import FrontLimits, UnixFront
+from spire_hw.transport.front import FrontLimits
+from spire_hw.transport.unixfront import UnixFront
 from spire_hw_agent.storage import Storage
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from spire_hw.rpc.measure import Measure, OpenCalls
 from spire_hw.rpc.server import RpcLimits, RpcServer
 from spire_hw.rpc.service import bind
 from spire_hw.telemetry.metrics import NO_METRICS
-from spire_hw.transport.front import UnixFront
+from spire_hw.transport.unixfront import UnixFront
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -27,7 +27,8 @@ from spire_hw._pb import (
 from spire_hw.rpc.health import health_methods
 from spire_hw.rpc.server import TCP_RPC_LIMITS, RpcServer
 from spire_hw.rpc.service import Method, bind
-from spire_hw.transport.front import TcpFront, UnixFront
+from spire_hw.transport.tcpfront import TcpFront
+from spire_hw.transport.unixfront import UnixFront
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence

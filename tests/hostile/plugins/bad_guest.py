@@ -35,7 +35,7 @@ from spire_hw.rpc.client import connect_unix
 from spire_hw.rpc.server import RpcLimits, RpcServer
 from spire_hw.rpc.service import bind
 from spire_hw.spiffeid import TrustDomain
-from spire_hw.transport.front import UnixFront
+from spire_hw.transport.unixfront import UnixFront
 from spire_hw_plugins.keymanager.memory import MemoryKeyManager
 
 MODE = sys.argv[1]

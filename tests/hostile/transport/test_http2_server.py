@@ -19,8 +19,8 @@ from spire_hw.rpc.h2.server import H2Engine, ServerConnection
 from spire_hw.rpc.h2.serverstream import ServerStream
 from spire_hw.rpc.server import TCP_RPC_LIMITS, RpcLimits, RpcServer
 from spire_hw.rpc.service import Call, Method
-from spire_hw.transport.front import UnixFront
 from spire_hw.transport.half import Half
+from spire_hw.transport.unixfront import UnixFront
 from spire_hw_sim.echo import PREFIX, EchoWorld, echo_world, say
 from tests.hostile.transport.h2peer import (
     ACK,

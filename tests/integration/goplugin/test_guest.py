@@ -30,7 +30,7 @@ from spire_hw.plugin.info import PluginKind
 from spire_hw.rpc.client import Channel, connect_unix
 from spire_hw.rpc.health import health_methods
 from spire_hw.rpc.server import RpcServer
-from spire_hw.transport.front import UnixFront
+from spire_hw.transport.unixfront import UnixFront
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence

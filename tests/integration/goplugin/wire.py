@@ -11,7 +11,7 @@ from spire_hw.plugin.info import PluginKind, Side
 from spire_hw.rpc.client import Channel, connect_unix
 from spire_hw.rpc.server import RpcLimits, RpcServer
 from spire_hw.rpc.service import bind
-from spire_hw.transport.front import UnixFront
+from spire_hw.transport.unixfront import UnixFront
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

@@ -26,7 +26,7 @@ from spire_hw.rpc.client import connect_unix
 from spire_hw.rpc.health import health_methods
 from spire_hw.rpc.interceptors import Audit, Guard, RequestId, RequiredHeader
 from spire_hw.rpc.server import RpcLimits, RpcServer
-from spire_hw.transport.front import UnixFront
+from spire_hw.transport.unixfront import UnixFront
 from spire_hw_sim.echo import PREFIX, TIMEOUT_S, EchoWorld, echo_world, say
 
 if TYPE_CHECKING:

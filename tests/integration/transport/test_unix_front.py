@@ -15,8 +15,8 @@ from google.protobuf.wrappers_pb2 import StringValue
 
 from spire_hw.errors import InvalidInputError, NotReadyError, UnavailableError
 from spire_hw.rpc.server import RpcServer
-from spire_hw.transport.front import UnixFront
 from spire_hw.transport.peer import UnixPeer
+from spire_hw.transport.unixfront import UnixFront
 from spire_hw_sim.echo import TIMEOUT_S, Echo, echo_world, say
 
 if TYPE_CHECKING:
