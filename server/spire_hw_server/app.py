@@ -26,7 +26,7 @@ from spire_hw.errors import (
 from spire_hw.pkcs11.inventory.reaping import SharedToken, SharedTokenSource
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
 from spire_hw.plugin.keycalls import KeyCalls
-from spire_hw.plugin.keymanager import Keys
+from spire_hw.plugin.keymanager import KeyRetention, Keys
 from spire_hw.plugin.keyuses import KeyUses
 from spire_hw.plugin.section import SERVER_RULES, PluginConfig
 from spire_hw.rpc.probes import HealthListener
@@ -158,6 +158,32 @@ async def shared_token(settings: ServerSettings, name: str) -> AsyncIterator[Sha
     data = await asyncio.to_thread(plugin_data, manager)
     async with plugin.shared_token(data, name) as token:
         yield token
+
+
+@asynccontextmanager
+async def keys_at_rest(settings: ServerSettings) -> AsyncIterator[KeyRetention]:
+    """Open the KeyManager of a server that does not run, for its replaced keys.
+
+    Raises:
+        UnavailableError: the server runs.
+        InvalidInputError: its KeyManager keeps no replaced keys.
+        SpireHwError: the keys cannot be opened.
+    """
+    (manager,) = [p for p in settings.plugins if p.kind is PluginKind.KEY_MANAGER]
+    let_go = lock_data_dir(settings.data_dir, "server")
+    try:
+        host = _host(settings, SystemClock(), _UnopenedEkList(), _no_bundle)
+        plugin = None if manager.cmd else _table(manager.kind, manager.name)(host)
+        keeper: object = plugin
+        if plugin is None or not isinstance(keeper, KeyRetention):
+            raise InvalidInputError(f"KeyManager {manager.name} keeps no replaced keys")
+        try:
+            await plugin.configure(await asyncio.to_thread(plugin_data, manager))
+            yield keeper
+        finally:
+            await plugin.close()
+    finally:
+        let_go()
 
 
 class Server(Program):

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aspire_hw/_pb/hw_keys.proto\x12\x12spire_hw.server.v1\"\xfb\x02\n\x03Key\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x12\n\npublic_key\x18\x04 \x01(\x0c\x12\x0f\n\x07\x63ustody\x18\x05 \x01(\t\x12\x10\n\x08location\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\r\n\x05token\x18\x08 \x01(\t\x12\x12\n\ngeneration\x18\t \x01(\r\x12\x12\n\ncreated_at\x18\n \x01(\x03\x12\x14\n\x0clast_used_at\x18\x0b \x01(\x03\x12;\n\nattributes\x18\x0c \x03(\x0b\x32\'.spire_hw.server.v1.Key.AttributesEntry\x12\x30\n\tauthority\x18\r \x01(\x0b\x32\x1d.spire_hw.server.v1.Authority\x12\x0f\n\x07trouble\x18\x0e \x01(\t\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"5\n\tAuthority\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0e\n\x06status\x18\x03 \x01(\t\"\x11\n\x0fListKeysRequest\"9\n\x10ListKeysResponse\x12%\n\x04keys\x18\x01 \x03(\x0b\x32\x17.spire_hw.server.v1.Key\"\x1b\n\rGetKeyRequest\x12\n\n\x02id\x18\x01 \x01(\t\"B\n\x10\x41ttestKeyRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x13\n\x0b\x61ttestation\x18\x03 \x03(\x0c\"%\n\x11\x41ttestKeyResponse\x12\x10\n\x08\x65vidence\x18\x01 \x01(\t2\xfd\x01\n\x04Keys\x12U\n\x08ListKeys\x12#.spire_hw.server.v1.ListKeysRequest\x1a$.spire_hw.server.v1.ListKeysResponse\x12\x44\n\x06GetKey\x12!.spire_hw.server.v1.GetKeyRequest\x1a\x17.spire_hw.server.v1.Key\x12X\n\tAttestKey\x12$.spire_hw.server.v1.AttestKeyRequest\x1a%.spire_hw.server.v1.AttestKeyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aspire_hw/_pb/hw_keys.proto\x12\x12spire_hw.server.v1\"\xfb\x02\n\x03Key\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x12\n\npublic_key\x18\x04 \x01(\x0c\x12\x0f\n\x07\x63ustody\x18\x05 \x01(\t\x12\x10\n\x08location\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\r\n\x05token\x18\x08 \x01(\t\x12\x12\n\ngeneration\x18\t \x01(\r\x12\x12\n\ncreated_at\x18\n \x01(\x03\x12\x14\n\x0clast_used_at\x18\x0b \x01(\x03\x12;\n\nattributes\x18\x0c \x03(\x0b\x32\'.spire_hw.server.v1.Key.AttributesEntry\x12\x30\n\tauthority\x18\r \x01(\x0b\x32\x1d.spire_hw.server.v1.Authority\x12\x0f\n\x07trouble\x18\x0e \x01(\t\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"5\n\tAuthority\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0e\n\x06status\x18\x03 \x01(\t\"\x11\n\x0fListKeysRequest\"l\n\x10ListKeysResponse\x12%\n\x04keys\x18\x01 \x03(\x0b\x32\x17.spire_hw.server.v1.Key\x12\x31\n\x08retained\x18\x02 \x03(\x0b\x32\x1f.spire_hw.server.v1.RetainedKey\"_\n\x0bRetainedKey\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\r\x12\r\n\x05until\x18\x05 \x01(\x03\"\x1b\n\rGetKeyRequest\x12\n\n\x02id\x18\x01 \x01(\t\"B\n\x10\x41ttestKeyRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x13\n\x0b\x61ttestation\x18\x03 \x03(\x0c\"%\n\x11\x41ttestKeyResponse\x12\x10\n\x08\x65vidence\x18\x01 \x01(\t\"D\n\x11RestoreKeyRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x0f\n\x07\x63omment\x18\x03 \x01(\t\"D\n\x11\x44\x65stroyKeyRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\x12\x0f\n\x07\x63omment\x18\x03 \x01(\t\"\x14\n\x12\x44\x65stroyKeyResponse2\xa8\x03\n\x04Keys\x12U\n\x08ListKeys\x12#.spire_hw.server.v1.ListKeysRequest\x1a$.spire_hw.server.v1.ListKeysResponse\x12\x44\n\x06GetKey\x12!.spire_hw.server.v1.GetKeyRequest\x1a\x17.spire_hw.server.v1.Key\x12X\n\tAttestKey\x12$.spire_hw.server.v1.AttestKeyRequest\x1a%.spire_hw.server.v1.AttestKeyResponse\x12L\n\nRestoreKey\x12%.spire_hw.server.v1.RestoreKeyRequest\x1a\x17.spire_hw.server.v1.Key\x12[\n\nDestroyKey\x12%.spire_hw.server.v1.DestroyKeyRequest\x1a&.spire_hw.server.v1.DestroyKeyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,13 +42,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTKEYSREQUEST']._serialized_start=487
   _globals['_LISTKEYSREQUEST']._serialized_end=504
   _globals['_LISTKEYSRESPONSE']._serialized_start=506
-  _globals['_LISTKEYSRESPONSE']._serialized_end=563
-  _globals['_GETKEYREQUEST']._serialized_start=565
-  _globals['_GETKEYREQUEST']._serialized_end=592
-  _globals['_ATTESTKEYREQUEST']._serialized_start=594
-  _globals['_ATTESTKEYREQUEST']._serialized_end=660
-  _globals['_ATTESTKEYRESPONSE']._serialized_start=662
-  _globals['_ATTESTKEYRESPONSE']._serialized_end=699
-  _globals['_KEYS']._serialized_start=702
-  _globals['_KEYS']._serialized_end=955
+  _globals['_LISTKEYSRESPONSE']._serialized_end=614
+  _globals['_RETAINEDKEY']._serialized_start=616
+  _globals['_RETAINEDKEY']._serialized_end=711
+  _globals['_GETKEYREQUEST']._serialized_start=713
+  _globals['_GETKEYREQUEST']._serialized_end=740
+  _globals['_ATTESTKEYREQUEST']._serialized_start=742
+  _globals['_ATTESTKEYREQUEST']._serialized_end=808
+  _globals['_ATTESTKEYRESPONSE']._serialized_start=810
+  _globals['_ATTESTKEYRESPONSE']._serialized_end=847
+  _globals['_RESTOREKEYREQUEST']._serialized_start=849
+  _globals['_RESTOREKEYREQUEST']._serialized_end=917
+  _globals['_DESTROYKEYREQUEST']._serialized_start=919
+  _globals['_DESTROYKEYREQUEST']._serialized_end=987
+  _globals['_DESTROYKEYRESPONSE']._serialized_start=989
+  _globals['_DESTROYKEYRESPONSE']._serialized_end=1009
+  _globals['_KEYS']._serialized_start=1012
+  _globals['_KEYS']._serialized_end=1436
 # @@protoc_insertion_point(module_scope)

@@ -60,10 +60,26 @@ class ListKeysRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ListKeysResponse(_message.Message):
-    __slots__ = ("keys",)
+    __slots__ = ("keys", "retained")
     KEYS_FIELD_NUMBER: _ClassVar[int]
+    RETAINED_FIELD_NUMBER: _ClassVar[int]
     keys: _containers.RepeatedCompositeFieldContainer[Key]
-    def __init__(self, keys: _Optional[_Iterable[_Union[Key, _Mapping]]] = ...) -> None: ...
+    retained: _containers.RepeatedCompositeFieldContainer[RetainedKey]
+    def __init__(self, keys: _Optional[_Iterable[_Union[Key, _Mapping]]] = ..., retained: _Optional[_Iterable[_Union[RetainedKey, _Mapping]]] = ...) -> None: ...
+
+class RetainedKey(_message.Message):
+    __slots__ = ("id", "type", "fingerprint", "generation", "until")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    type: str
+    fingerprint: str
+    generation: int
+    until: int
+    def __init__(self, id: _Optional[str] = ..., type: _Optional[str] = ..., fingerprint: _Optional[str] = ..., generation: _Optional[int] = ..., until: _Optional[int] = ...) -> None: ...
 
 class GetKeyRequest(_message.Message):
     __slots__ = ("id",)
@@ -86,3 +102,27 @@ class AttestKeyResponse(_message.Message):
     EVIDENCE_FIELD_NUMBER: _ClassVar[int]
     evidence: str
     def __init__(self, evidence: _Optional[str] = ...) -> None: ...
+
+class RestoreKeyRequest(_message.Message):
+    __slots__ = ("id", "generation", "comment")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    COMMENT_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    generation: int
+    comment: str
+    def __init__(self, id: _Optional[str] = ..., generation: _Optional[int] = ..., comment: _Optional[str] = ...) -> None: ...
+
+class DestroyKeyRequest(_message.Message):
+    __slots__ = ("id", "generation", "comment")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    COMMENT_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    generation: int
+    comment: str
+    def __init__(self, id: _Optional[str] = ..., generation: _Optional[int] = ..., comment: _Optional[str] = ...) -> None: ...
+
+class DestroyKeyResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

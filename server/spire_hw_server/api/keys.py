@@ -6,16 +6,19 @@ from typing import TYPE_CHECKING, Final
 
 from spire_hw._pb import hw_keys_pb2 as pb
 from spire_hw.errors import InvalidInputError
+from spire_hw.transport.peer import UnixPeer
 
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from spire_hw.plugin.keymanager import RetainedKey
     from spire_hw.rpc.service import Call
     from spire_hw_server.api.audit import Audit
     from spire_hw_server.ca.custody import Custodian, ListedKey
 
 _MAX_ID: Final = 255
 _MAX_CERTIFICATES: Final = 4
+_MAX_COMMENT: Final = 400
 
 
 class KeysService:
@@ -29,7 +32,10 @@ class KeysService:
         """Return all keys."""
         del request, call
         listed = await self._custodian.list()
-        return pb.ListKeysResponse(keys=[_encode(key) for key in listed])
+        kept = await self._custodian.retained.list()
+        return pb.ListKeysResponse(
+            keys=[_encode(key) for key in listed], retained=[_encode_retained(key) for key in kept]
+        )
 
     async def get_key(self, request: pb.GetKeyRequest, call: Call) -> pb.Key:
         """Return one key."""
@@ -45,6 +51,37 @@ class KeysService:
             _checked(request.id), request.nonce, tuple(request.attestation)
         )
         return pb.AttestKeyResponse(evidence=evidence)
+
+    async def restore_key(self, request: pb.RestoreKeyRequest, call: Call) -> pb.Key:
+        """Make a replaced generation current again."""
+        self._audit.note(call, key_id=request.id[:_MAX_ID], generation=request.generation)
+        key_id = _checked(request.id)
+        await self._custodian.retained.restore(
+            key_id, request.generation, by=_operator(call), comment=_comment(request.comment)
+        )
+        return _encode(await self._custodian.get(key_id))
+
+    async def destroy_key(self, request: pb.DestroyKeyRequest, call: Call) -> pb.DestroyKeyResponse:
+        """Destroy a replaced generation before its time."""
+        self._audit.note(call, key_id=request.id[:_MAX_ID], generation=request.generation)
+        await self._custodian.retained.destroy(
+            _checked(request.id),
+            request.generation,
+            by=_operator(call),
+            comment=_comment(request.comment),
+        )
+        return pb.DestroyKeyResponse()
+
+
+def _operator(call: Call) -> str:
+    peer = call.peer
+    return f"uid {peer.process.uid}" if isinstance(peer, UnixPeer) else "unknown"
+
+
+def _comment(text: str) -> str:
+    if len(text) > _MAX_COMMENT:
+        raise InvalidInputError(f"a comment has at most {_MAX_COMMENT} characters")
+    return text
 
 
 def _checked(key_id: str) -> str:
@@ -73,6 +110,16 @@ def _encode(key: ListedKey) -> pb.Key:
         if role is None
         else pb.Authority(kind=role.kind, id=role.authority_id, status=role.status),
         trouble=key.trouble,
+    )
+
+
+def _encode_retained(kept: RetainedKey) -> pb.RetainedKey:
+    return pb.RetainedKey(
+        id=kept.info.key_id,
+        type=kept.info.key_type.config_name,
+        fingerprint=kept.info.fingerprint,
+        generation=kept.generation,
+        until=int(kept.until),
     )
 
 

@@ -134,6 +134,8 @@ _SERVICES: Final[dict[str, dict[str, frozenset[CallerClass]]]] = {
         "ListKeys": _LOCAL,
         "GetKey": _LOCAL,
         "AttestKey": _LOCAL,
+        "RestoreKey": _LOCAL,
+        "DestroyKey": _LOCAL,
     },
     # Ours: what machines have to show.
     "spire_hw.server.v1.Policy": {

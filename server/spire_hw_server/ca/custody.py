@@ -15,6 +15,7 @@ from spire_hw.evidence.making import Witness, check_nonce, make_evidence
 from spire_hw.key import KeyType, fingerprint, spki_der
 from spire_hw.plugin.custody import Custody, KeyAttestor
 from spire_hw.plugin.keymanager import KeyEvidence
+from spire_hw_server.ca.retained import RetainedKeys
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +60,11 @@ class ListedKey:
 
 
 class Custodian:
-    """The keys of one server and who says where they are."""
+    """The keys of one server and who says where they are.
+
+    Attributes:
+        retained: those that were replaced and are kept for a while.
+    """
 
     def __init__(
         self,
@@ -71,6 +76,7 @@ class Custodian:
         clock: Clock,
         log: Logger,
     ) -> None:
+        self.retained = RetainedKeys(keys, manager, log)
         self._keys = keys
         self._manager = manager
         self._trust_domain = trust_domain

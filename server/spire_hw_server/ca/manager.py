@@ -8,22 +8,24 @@ decided by `ca.slots`. What certificates look like is `ca.profile`'s; signing is
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from spire_hw.errors import InvalidInputError, SpireHwError, UnavailableError
+from spire_hw.key import fingerprint
 from spire_hw.telemetry.metrics import NO_METRICS, Timed
 from spire_hw_server.ca.byhand import ByHand
 from spire_hw_server.ca.keeper import JournalKeeper
 from spire_hw_server.ca.line import JwtLine, Line, X509Line
 from spire_hw_server.ca.restore import Restorer
-from spire_hw_server.ca.slots import Record, Slots
+from spire_hw_server.ca.slots import Record, Slots, Status
 from spire_hw_server.ca.succession import Succession
 from spire_hw_server.ca.upstream import Upstream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
 
     from spire_hw.clock import Clock
     from spire_hw.key import KeyType
@@ -186,6 +188,19 @@ class CaManager:
             yield self._x509.name, x509, self._x509.public_key(x509)
         for jwt in self._jwt.slots.records():
             yield self._jwt.name, jwt, self._jwt.public_key(jwt)
+
+    @asynccontextmanager
+    async def held_still(self) -> AsyncIterator[dict[str, str]]:
+        """Change no authority for a while; yields what needs which key, by fingerprint."""
+        async with self._lock:
+            needed = {}
+            if self._x509.requested:
+                needed[self._x509.requested] = "a CA certificate that is being signed by hand"
+            for kind, record, spki in self.authorities():
+                if record.status is not Status.OLD:
+                    name = f"{kind} authority {record.authority_id}"
+                    needed[fingerprint(spki)] = f"{name} ({record.status.name.lower()})"
+            yield needed
 
     @property
     def healthy(self) -> bool:

@@ -12,15 +12,17 @@ import click
 from typing_extensions import override
 
 from spire_hw import log
-from spire_hw.cli.flags import F, GoDurationType, GoGroup, flag
+from spire_hw.cli.flags import GoDurationType, GoGroup, flag
 from spire_hw.cli.output import Printer, count_of, epoch, output_flags, relative, rfc3339, table
 from spire_hw.cli.run import batch_code
 from spire_hw.errors import SpireHwError
+from spire_hw_server.cli.key import parse_generation
 from spire_hw_server.config import DEFAULT_CONFIG, load_settings
 
 if TYPE_CHECKING:
     from spire_hw.pkcs11.inventory.reaping import SharedToken
     from spire_hw.pkcs11.inventory.tenants import Tenancy, Tenant
+    from spire_hw.plugin.keymanager import KeyInfo, RetainedKey
     from spire_hw_server.config import ServerSettings
 
 _WIDTH: Final = 14
@@ -43,10 +45,9 @@ class _AgeType(GoDurationType):
         return age
 
 
-def _config_flags(command: F) -> F:
-    command = flag("token", "Which token, when several are configured.", default="")(command)
-    command = flag("expandEnv", "Expand $VARIABLES in it.", type=bool, default=False)(command)
-    return flag("config", "The server's configuration file.", default=DEFAULT_CONFIG)(command)
+_config_flag = flag("config", "The server's configuration file.", default=DEFAULT_CONFIG)
+_expand_flag = flag("expandEnv", "Expand $VARIABLES in it.", type=bool, default=False)
+_token_flag = flag("token", "Which token, when several are configured.", default="")
 
 
 @click.group("hsm", cls=GoGroup)
@@ -61,7 +62,9 @@ def group() -> None:
     spire-hw-server hsm list -config /etc/spire-hw/server.conf -output json
     """,
 )
-@_config_flags
+@_token_flag
+@_expand_flag
+@_config_flag
 @output_flags
 def list_(config: str, *, expand_env: bool, token: str, output: str, field: str) -> None:
     """Show who has keys on the token, and when they were seen last.
@@ -93,7 +96,9 @@ def list_(config: str, *, expand_env: bool, token: str, output: str, field: str)
     spire-hw-server hsm reap -config /etc/spire-hw/server.conf -olderThan 14d -yes
     """,
 )
-@_config_flags
+@_token_flag
+@_expand_flag
+@_config_flag
 @flag(
     "olderThan",
     "For how long a server must have been silent, such as 14d.",
@@ -125,6 +130,59 @@ def reap(
     done = asyncio.run(_reap(settings, token, older_than.total_seconds(), is_meant=yes))
     Printer(output == "json", field).value(done.values(), done.show)
     ctx.exit(batch_code(len(done.reaped), len(done.failed)))
+
+
+@group.command(
+    "restore",
+    examples="""
+    spire-hw-server hsm restore -config /etc/spire-hw/server.conf
+    spire-hw-server hsm restore x509-CA-A@3 -config /etc/spire-hw/server.conf
+    """,
+)
+@click.argument("generation", metavar="[KEY@GENERATION]", required=False, default="")
+@_expand_flag
+@_config_flag
+@output_flags
+def restore(generation: str, config: str, *, expand_env: bool, output: str, field: str) -> None:
+    """Make a replaced key the current one again, while the server is stopped; list them without one.
+
+    For a server that goes back to a journal from before the replacement, that of a database that was
+    restored: it starts with the key which that journal names.
+    """
+    settings = _settings(config, expand_env=expand_env)
+    wanted = parse_generation(generation) if generation else None
+
+    async def work() -> tuple[KeyInfo | None, list[RetainedKey]]:
+        from spire_hw_server.app import keys_at_rest  # noqa: PLC0415 - loads what a server is made of
+
+        async with keys_at_rest(settings) as keys:
+            made = None if wanted is None else await keys.restore_key(*wanted)
+            return made, await keys.retained_keys()
+
+    made, kept = asyncio.run(work())
+    values: dict[str, Any] = {
+        "restored": None if made is None else {"id": made.key_id, "fingerprint": made.fingerprint},
+        "retained": [
+            {
+                "id": one.info.key_id,
+                "generation": one.generation,
+                "fingerprint": one.info.fingerprint,
+                "until": rfc3339(int(one.until)),
+            }
+            for one in kept
+        ],
+    }
+
+    def pretty() -> None:
+        if made is not None:
+            click.echo(f"{made.key_id} is {made.fingerprint} again.")
+        for one in kept:
+            until = rfc3339(int(one.until))
+            click.echo(f"{one.info.key_id}@{one.generation} {one.info.fingerprint} until {until}")
+        if made is None and not kept:
+            click.echo("No replaced key is retained.")
+
+    Printer(output == "json", field).value(values, pretty)
 
 
 class _Reaping:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from spire_hw._pb import hw_keys_pb2 as pb
 from spire_hw.cli.evidence import answer, evidence_flags
-from spire_hw.cli.flags import GoCommand, GoGroup
+from spire_hw.cli.flags import GoCommand, GoGroup, flag
 from spire_hw.cli.output import count_of, epoch, relative, table
 from spire_hw.clock import SystemClock
 from spire_hw_server.cli.connect import admin_flags
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 _KEYS: Final = pb.DESCRIPTOR.services_by_name["Keys"]
 _WIDTH: Final = 12
+_GENERATION: Final = re.compile(r"([^@]{1,255})@([0-9]{1,9})", re.ASCII)
+_comment = flag("comment", "Why; it is written into the log.", default="")
 
 group = GoGroup("key", help="The keys this server signs with: where they are, and who says so.")
 
@@ -25,13 +28,15 @@ group = GoGroup("key", help="The keys this server signs with: where they are, an
 @group.command("list", cls=GoCommand, examples="spire-hw-server key list")
 @admin_flags
 def list_keys(admin: Admin) -> None:
-    """List all keys, with the authorities they belong to."""
+    """List all keys, with the authorities they belong to; replaced ones that are retained too."""
     found = admin.call(_KEYS, "ListKeys", pb.ListKeysRequest())
 
     def pretty() -> None:
         click.echo(f"Found {count_of(len(found.keys), 'key', 'keys')}:\n")
         for key in found.keys:
             click.echo(table(_rows(key), _WIDTH))
+        for kept in found.retained:
+            click.echo(table(_retained_rows(kept), _WIDTH))
 
     admin.printer.message(found, pretty)
 
@@ -77,6 +82,61 @@ def attest(admin: Admin, key_id: str, **given: Any) -> None:
         return str(admin.call(_KEYS, "AttestKey", request).evidence)
 
     answer(admin.printer, key_id, given, ask)
+
+
+@group.command(
+    "restore",
+    cls=GoCommand,
+    examples='spire-hw-server key restore evidence-log@3 -comment "replaced by mistake"',
+)
+@click.argument("generation", metavar="KEY@GENERATION")
+@_comment
+@admin_flags
+def restore(admin: Admin, generation: str, comment: str) -> None:
+    """Make a replaced generation the current one of its key again.
+
+    Not over a key that an authority signs with: stop the server for that, see `hsm restore`.
+    """
+    key_id, number = parse_generation(generation)
+    request = pb.RestoreKeyRequest(id=key_id, generation=number, comment=comment)
+    key = admin.call(_KEYS, "RestoreKey", request)
+    admin.printer.message(key, lambda: click.echo(table(_rows(key), _WIDTH), nl=False))
+
+
+@group.command(
+    "destroy",
+    cls=GoCommand,
+    examples='spire-hw-server key destroy x509-CA-A@3 -comment "known to others"',
+)
+@click.argument("generation", metavar="KEY@GENERATION")
+@_comment
+@admin_flags
+def destroy(admin: Admin, generation: str, comment: str) -> None:
+    """Destroy a replaced generation before its time."""
+    key_id, number = parse_generation(generation)
+    request = pb.DestroyKeyRequest(id=key_id, generation=number, comment=comment)
+    answer = admin.call(_KEYS, "DestroyKey", request)
+    admin.printer.message(
+        answer, lambda: click.echo(f"Generation {number} of {key_id} is destroyed.")
+    )
+
+
+def parse_generation(text: str) -> tuple[str, int]:
+    """Return key id and generation of `KEY@GENERATION`."""
+    found = _GENERATION.fullmatch(text)
+    if found is None:
+        raise click.UsageError("name a generation as KEY@GENERATION, as `key list` shows it")
+    return found[1], int(found[2])
+
+
+def _retained_rows(kept: pb.RetainedKey) -> list[tuple[str, str]]:
+    until = relative(epoch(kept.until), SystemClock().now())
+    return [
+        ("Replaced", f"{kept.id}@{kept.generation}"),
+        ("Type", kept.type),
+        ("Fingerprint", kept.fingerprint),
+        ("Destroyed", until),
+    ]
 
 
 def _rows(key: pb.Key) -> list[tuple[str, str]]:
