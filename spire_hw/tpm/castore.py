@@ -17,6 +17,7 @@ from spire_hw.files import parse_file, read_bounded
 from spire_hw.tpm import cabinet, certificate, der
 from spire_hw.tpm.certificate import Certificate, parse_certificate
 from spire_hw.tpm.ekcert import EkRoots
+from spire_hw.tpm.watched import Watched
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -85,6 +86,24 @@ def load_roots(path: Path, pinned: Iterable[str] = ()) -> EkRoots:
     if not roots.anchors:
         raise NotReadyError(f"no self-issued endorsement CA certificate at {path}")
     return roots
+
+
+def watch_roots(path: Path, pinned: Iterable[str] = ()) -> Watched[EkRoots]:
+    """Return the same, read again when its files change; arguments and errors as above."""
+    fixed = frozenset(pinned)
+    what = f"endorsement CAs at {path}"
+    return Watched(what, lambda: files_of(path), lambda: load_roots(path, fixed))
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files that certificates are read from.
+
+    Raises:
+        OSError: a directory cannot be read.
+    """
+    if (path / ROOTS).is_dir():
+        return _files_of(path / ROOTS) + _files_of(path / INTERMEDIATES)
+    return _files_of(path)
 
 
 def _distinct(found: Iterable[Certificate]) -> tuple[Certificate, ...]:

@@ -37,6 +37,7 @@ _TIMES: Final = frozenset({der.UTC_TIME, der.GENERALIZED_TIME})
 _POINT, _USERS, _CAS, _REASONS, _INDIRECT, _ATTRIBUTES = 0xA0, 0x81, 0x82, 0x83, 0x84, 0x85
 _TRUE: Final = b"\xff"
 _MAX_RELATED: Final = 16
+_DENIED: Final = ErrorKind.PERMISSION_DENIED
 _PEM = re.compile(rb"-----BEGIN X509 CRL-----\r?\n([A-Za-z0-9+/=\r\n]+)-----END X509 CRL-----")
 
 
@@ -265,18 +266,21 @@ class Revocations:
         """Return all lists that are looked at."""
         return tuple(crl for found in self._by_issuer.values() for crl in found)
 
-    def check(self, subject: Certificate, issuer: Certificate, at: datetime) -> None:
+    def check(
+        self, subject: Certificate, issuer: Certificate, at: datetime, stage: str = "ek"
+    ) -> None:
         """Demand that a certificate is not revoked.
 
         Args:
             subject: the certificate.
             issuer: whose key was found to have signed it.
             at: the time to check for.
+            stage: what the certificate is for, in codes and messages.
 
         Raises:
             AttestationError: `ek_revoked` (denied); `ek_revocation_unknown` (unavailable) when
                 lists of this issuer exist and none counts, or when there is none and one is
-                required.
+                required. Another stage stands for `ek` in them.
             EncodingError: the certificate's distribution points are malformed.
 
         Spec: RFC 5280, section 6.3.3.
@@ -287,12 +291,12 @@ class Revocations:
             if not is_signed_by(crl, issuer):
                 continue
             if crl.is_complete and subject.serial in crl.revoked:
-                raise _refuse("ek_revoked", "certificate is revoked", ErrorKind.PERMISSION_DENIED)
+                raise _refuse(stage, "revoked", "certificate is revoked", _DENIED)
             counts = counts or (crl.is_complete and crl.is_fresh(at))
         if not counts and (related or self._required):
             text = "revocation state is not known"
-            raise _refuse("ek_revocation_unknown", text, ErrorKind.UNAVAILABLE)
+            raise _refuse(stage, "revocation_unknown", text, ErrorKind.UNAVAILABLE)
 
 
-def _refuse(code: str, text: str, kind: ErrorKind) -> AttestationError:
-    return AttestationError([Finding(code, f"ek: {text}", kind)])
+def _refuse(stage: str, code: str, text: str, kind: ErrorKind) -> AttestationError:
+    return AttestationError([Finding(f"{stage}_{code}", f"{stage}: {text}", kind)])

@@ -27,7 +27,7 @@ from spire_hw.tpm.castore import (
     write_certificate,
 )
 from spire_hw.tpm.crl import is_signed_by
-from spire_hw.tpm.crlfiles import CrlFiles
+from spire_hw.tpm.crlfiles import watch_crls
 from spire_hw.tpm.ekcert import ChainTime, EkRoots, verify_ek_certificate
 from spire_hw.tpm.names import format_name
 from spire_hw_server.cli.eksource import MAX_NODE_BYTES, read_certificates
@@ -231,7 +231,7 @@ def verify(
     EK is a certificate in PEM or DER, or what `spire-hw-agent tpm info -output json` printed.
     """
     roots = _load(path, sha1)
-    crls = CrlFiles(Path(crl), required=False).revocations if crl else None
+    crls = watch_crls(Path(crl), required=False).value if crl else None
     faults = [one for one in _judge_store(roots) if not one.is_taken]
     now = SystemClock().now()
     lists = [_describe_crl(one, roots, now) for one in (crls.crls if crls else ())]

@@ -76,8 +76,9 @@ def test_everything_set_is_read(tmp_path: Path) -> None:
     assert settings.hashes == {HASH, DIGEST}
     assert settings.selections == (PcrSelection("sha256", (0, 4, 7)), PcrSelection("sha384", (0,)))
     assert settings.policy == {("sha256", 7): {bytes.fromhex(HASH), bytes.fromhex(DIGEST)}}
-    assert settings.roots.pinned == {DIGEST}
-    assert len(settings.roots.anchors) == 1
+    assert settings.roots is not None
+    assert settings.roots.value.pinned == {DIGEST}
+    assert len(settings.roots.value.anchors) == 1
     assert settings.timeout == timedelta(minutes=1)
 
 
@@ -132,7 +133,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     bad.write_text(f"{HASH}\nnot a hash\n")
     with pytest.raises(InvalidInputError, match=r"hashes:2: expected a SHA-256"):
         build_settings(parse(f'hash_path = "{bad}"'), has_ek_list=False)
-    with pytest.raises(NotReadyError, match="cannot read revocation lists"):
+    with pytest.raises(NotReadyError, match=r"revocation lists at .*none cannot be read"):
         build_settings(parse(f'crl_path = "{tmp_path}/none"'), has_ek_list=True)
     with pytest.raises(NotReadyError, match=r"endorsement CAs at .*none cannot be read"):
         build_settings(parse(f'endorsement_ca_path = "{tmp_path}/none"'), has_ek_list=False)
@@ -148,7 +149,7 @@ def test_revocation_lists_are_read_at_start(
     text = f'crl_path = "{tmp_path}"\ncrl_required = true\n'
     crls = build_settings(parse(text), has_ek_list=True).crls
     assert crls is not None
-    assert {tuple(crl.revoked) for crl in crls.revocations.crls} == {(0,), (1,), (2,)}
+    assert {tuple(crl.revoked) for crl in crls.value.crls} == {(0,), (1,), (2,)}
     assert build_settings(parse(""), has_ek_list=True).crls is None
     monkeypatch.setattr("spire_hw.tpm.crlfiles._MAX_FILES", 2)
     with pytest.raises(InvalidInputError, match="more than 2 revocation lists"):

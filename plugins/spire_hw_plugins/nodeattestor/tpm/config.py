@@ -17,15 +17,18 @@ from pydantic import AfterValidator, Field, create_model
 from spire_hw.config.schema import GoDuration, Model, check
 from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
 from spire_hw.files import read_bounded
-from spire_hw.tpm.castore import load_roots
-from spire_hw.tpm.crlfiles import CrlFiles
-from spire_hw.tpm.ekcert import ChainTime, EkRoots
+from spire_hw.tpm.castore import watch_roots
+from spire_hw.tpm.crlfiles import watch_crls
+from spire_hw.tpm.ekcert import ChainTime
 from spire_hw.tpm.wire import BANKS, HASHES, PCR_COUNT, PcrSelection
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from spire_hw.config.hcl import Body
+    from spire_hw.tpm.crl import Revocations
+    from spire_hw.tpm.ekcert import EkRoots
+    from spire_hw.tpm.watched import Watched
 
 _HEX: Final = re.compile(r"[0-9a-f]*")
 _SHA256_CHARS: Final = 64
@@ -140,7 +143,7 @@ class Settings:
         use_ca: a verified certificate counts.
         use_hash: an entry in a hash list counts.
         need_both: both must hold.
-        roots: manufacturers' certificates.
+        roots: manufacturers' certificates, None without any.
         chain_time: how dates on a path are judged.
         crls: revocation lists, None to ask none.
         hashes: accepted endorsement keys.
@@ -160,9 +163,9 @@ class Settings:
     use_ca: bool
     use_hash: bool
     need_both: bool
-    roots: EkRoots
+    roots: Watched[EkRoots] | None
     chain_time: ChainTime
-    crls: CrlFiles | None
+    crls: Watched[Revocations] | None
     hashes: frozenset[str]
     hash_dir: Path | None
     selections: tuple[PcrSelection, ...]
@@ -264,9 +267,9 @@ def build_settings(body: Body, *, has_ek_list: bool) -> Settings:
     if config is None or found:
         raise ConfigError(body.file or "configuration", found)
     hashes, hash_dir = _read_hashes(config.hash_path)
-    roots = EkRoots.of(())
+    roots = None
     if config.endorsement_ca_path:
-        roots = load_roots(Path(config.endorsement_ca_path), config.sha1_ca_fingerprints)
+        roots = watch_roots(Path(config.endorsement_ca_path), config.sha1_ca_fingerprints)
     return Settings(
         use_ca=config.ek_policy != "hash",
         use_hash=config.ek_policy != "ca",
@@ -292,10 +295,10 @@ def build_settings(body: Body, *, has_ek_list: bool) -> Settings:
     )
 
 
-def _read_crls(config: ServerConfig) -> CrlFiles | None:
+def _read_crls(config: ServerConfig) -> Watched[Revocations] | None:
     if not config.crl_path:
         return None
-    return CrlFiles(Path(config.crl_path), required=config.crl_required)
+    return watch_crls(Path(config.crl_path), required=config.crl_required)
 
 
 def _read_hashes(name: str) -> tuple[frozenset[str], Path | None]:

@@ -15,19 +15,19 @@ from spire_hw.key import parse_spki
 from spire_hw.posture.evidence import EkFacts
 from spire_hw.tpm.certificate import parse_certificate
 from spire_hw.tpm.ekarea import build_ek_area
-from spire_hw.tpm.ekcert import VerifiedEk, verify_ek_certificate
+from spire_hw.tpm.ekcert import EkRoots, VerifiedEk, verify_ek_certificate
 from spire_hw.tpm.public import check_ek, parse_public
 
 if TYPE_CHECKING:
     from spire_hw.plugin.info import HostInfo
     from spire_hw.tpm.certificate import Certificate
-    from spire_hw.tpm.crl import Revocations
     from spire_hw.tpm.public import TpmPublic
     from spire_hw_plugins.nodeattestor.tpm.config import Settings
     from spire_hw_plugins.nodeattestor.tpm.wire import AttestationData
 
 # An entry in a hash list does not make up for these: the maker or the mathematics disowned the key.
 _FINAL: Final = frozenset({"ek_revoked", "ek_weak"})
+_NO_ROOTS: Final = EkRoots.of(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +135,7 @@ async def accept_ek(
         AttestationError: policy does not allow it, with every reason.
     """
     key_hash = hashlib.sha256(public.spki).hexdigest()
-    crls = None if settings.crls is None else await settings.crls.current(host.clock, host.log)
-    verified, denied = _check_certificate(settings, host, leaf, chain, crls)
+    verified, denied = await _check_certificate(settings, host, leaf, chain)
     if any(finding.code in _FINAL for finding in denied):
         raise AttestationError(denied)
     methods = ["ca"] if verified is not None else []
@@ -151,12 +150,8 @@ async def accept_ek(
     return Endorsement(public, key_hash, tuple(methods), verified)
 
 
-def _check_certificate(
-    settings: Settings,
-    host: HostInfo,
-    leaf: Certificate | None,
-    chain: tuple[bytes, ...],
-    crls: Revocations | None,
+async def _check_certificate(
+    settings: Settings, host: HostInfo, leaf: Certificate | None, chain: tuple[bytes, ...]
 ) -> tuple[VerifiedEk | None, list[Finding]]:
     """Return the verified certificate, or why there is none."""
     if not settings.use_ca:
@@ -166,15 +161,12 @@ def _check_certificate(
             return None, []
         text = "ek: endorsement certificate is missing"
         return None, [Finding("ek_no_certificate", text, ErrorKind.PERMISSION_DENIED)]
+    clock, log = host.clock, host.log
+    roots = _NO_ROOTS if settings.roots is None else await settings.roots.current(clock, log)
+    crls = None if settings.crls is None else await settings.crls.current(clock, log)
     try:
-        now = host.clock.now()
         verified = verify_ek_certificate(
-            leaf,
-            chain,
-            settings.roots,
-            now,
-            chain_time=settings.chain_time,
-            revocations=crls,
+            leaf, chain, roots, clock.now(), chain_time=settings.chain_time, revocations=crls
         )
     except AttestationError as e:
         return None, list(e.findings)

@@ -14,18 +14,7 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from cryptography.x509.oid import NameOID
-
-from spire_hw.errors import (
-    AttestationError,
-    ChainError,
-    EncodingError,
-    ErrorKind,
-    Finding,
-    InvalidInputError,
-    NotReadyError,
-    SpireHwError,
-)
+from spire_hw.errors import AttestationError, EncodingError, NotReadyError, SpireHwError
 from spire_hw.key import HashAlgorithm, SignOptions, spki_der, verify_digest
 from spire_hw.plugin.nodeattestor import AttestedIdentity
 from spire_hw.spiffeid import agent_id
@@ -37,52 +26,36 @@ from spire_hw.tpm.devidrequest import check_devid_key
 from spire_hw.tpm.ekcert import verify_ek_certificate
 from spire_hw.tpm.public import check_ak, check_ek, parse_public
 from spire_hw.tpm.wire import parse_attest
-from spire_hw.x509.certificate import (
-    encode_der,
-    load_certificate,
-    public_key_of,
-    sha1_fingerprint,
-)
-from spire_hw.x509.chain import find_paths
+from spire_hw.x509.certificate import sha1_fingerprint
 from spire_hw_plugins.nodeattestor.tpm_devid import wire
-from spire_hw_plugins.nodeattestor.tpm_devid.config import Settings, build_settings, find_faults
+from spire_hw_plugins.nodeattestor.tpm_devid.certificates import check_devid, refusal
+from spire_hw_plugins.nodeattestor.tpm_devid.config import build_settings, find_faults
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from datetime import datetime
-
-    from cryptography import x509
 
     from spire_hw.config.hcl import Body
     from spire_hw.errors import ConfigFault
     from spire_hw.key import PublicKey
     from spire_hw.plugin.info import HostInfo
     from spire_hw.plugin.nodeattestor import AttestationRequest
+    from spire_hw.tpm.crl import Revocations
+    from spire_hw.tpm.ekcert import ChainTime, EkRoots
     from spire_hw.tpm.public import TpmPublic
+    from spire_hw_plugins.nodeattestor.tpm_devid.certificates import DevId
+    from spire_hw_plugins.nodeattestor.tpm_devid.config import Settings
 
 NAME: Final = wire.NAME
-_DENIED: Final = ErrorKind.PERMISSION_DENIED
 _OPTIONS: Final = SignOptions(HashAlgorithm.SHA256)
-_MAX_COMMON_NAME: Final = 255
 
 
 @dataclass(frozen=True, slots=True)
-class _DevId:
-    """A trusted DevID certificate.
+class _Makers:
+    """Who may have issued an endorsement certificate; see `Settings`."""
 
-    Attributes:
-        leaf: the node's certificate.
-        key: its public key.
-        authorities: every other certificate on a path from it to a root.
-        common_name: of the node, "" without one.
-        issuer: common name of its issuer, "" without one.
-    """
-
-    leaf: x509.Certificate
-    key: PublicKey
-    authorities: tuple[x509.Certificate, ...]
-    common_name: str
-    issuer: str
+    roots: EkRoots
+    crls: Revocations | None
+    chain_time: ChainTime
 
 
 class DevIdServer:
@@ -129,11 +102,12 @@ class DevIdServer:
             raise NotReadyError("attestor is not configured")
         data = wire.decode_attestation_data(request.payload)
         now = self._host.clock.now()
-        devid = _check_certificate(settings, data.certificates, now)
+        devid = await self._check_certificate(settings, data, now)
         name = sha1_fingerprint(devid.leaf)
         identity = agent_id(self._host.trust_domain, NAME, name)
         await request.admit(identity)
-        ek, ak = _check_residency(settings, data, devid.key, now)
+        makers = await self._makers(settings)
+        ek, ak = _check_residency(makers, data, devid.key, now)
         nonce = secrets.token_bytes(wire.NONCE_BYTES)
         secret = secrets.token_bytes(wire.SECRET_BYTES)
         sealed = make_credential(ek, ak.name, secret)
@@ -141,76 +115,59 @@ class DevIdServer:
         answer = await request.challenge(wire.encode_challenge(challenge))
         response = wire.decode_response(answer)
         if not hmac.compare_digest(response.secret, secret):
-            raise _refuse("secret_mismatch", "challenge: secret does not match")
+            raise refusal("secret_mismatch", "challenge: secret does not match")
         _check_possession(devid.key, nonce, response.signature)
         self._host.log.debug("DevID attested", fingerprint=name, common_name=devid.common_name)
         return AttestedIdentity(identity, _selectors(devid), can_reattest=True)
 
+    async def _check_certificate(
+        self, settings: Settings, data: wire.AttestationData, now: datetime
+    ) -> DevId:
+        clock, log = self._host.clock, self._host.log
+        issuers = await settings.issuers.current(clock, log)
+        watched = settings.devid_crls
+        crls = None if watched is None else await watched.current(clock, log)
+        return check_devid(issuers, crls, data.certificates, now)
 
-def _refuse(code: str, text: str, kind: ErrorKind = ErrorKind.INVALID_ARGUMENT) -> AttestationError:
-    return AttestationError([Finding(code, text, kind)])
-
-
-def _check_certificate(settings: Settings, encoded: Sequence[bytes], now: datetime) -> _DevId:
-    parsed = []
-    for der in encoded:
-        try:
-            certificate = load_certificate(der)
-            public_key_of(certificate)
-        except InvalidInputError as e:
-            raise InvalidInputError(f"devid: certificate is malformed: {e.message}") from e
-        parsed.append(certificate)
-    leaf, intermediates = parsed[0], parsed[1:]
-    common_name = _common_name(leaf.subject, "subject")
-    issuer = _common_name(leaf.issuer, "issuer")
-    try:
-        paths = find_paths(leaf, intermediates, settings.devid_roots, now)
-    except ChainError as e:
-        text = f"devid: certificate is not trusted: {e.message}"
-        raise _refuse("devid_untrusted", text, _DENIED) from e
-    authorities = {encode_der(c): c for path in paths for c in path[1:]}
-    key = public_key_of(leaf)
-    return _DevId(leaf, key, tuple(authorities.values()), common_name, issuer)
-
-
-def _common_name(name: x509.Name, whose: str) -> str:
-    """Return a common name that is fit for a selector, "" when there is none."""
-    found = name.get_attributes_for_oid(NameOID.COMMON_NAME)
-    if not found:
-        return ""
-    value = found[0].value
-    fits = isinstance(value, str) and value.isprintable() and len(value) <= _MAX_COMMON_NAME
-    if len(found) > 1 or not fits:
-        raise _refuse("common_name", f"devid: {whose} common name is not acceptable")
-    return str(value)
+    async def _makers(self, settings: Settings) -> _Makers:
+        clock, log = self._host.clock, self._host.log
+        roots = await settings.ek_roots.current(clock, log)
+        watched = settings.ek_crls
+        crls = None if watched is None else await watched.current(clock, log)
+        return _Makers(roots, crls, settings.chain_time)
 
 
 def _check_residency(
-    settings: Settings, data: wire.AttestationData, key: PublicKey, now: datetime
+    makers: _Makers, data: wire.AttestationData, key: PublicKey, now: datetime
 ) -> tuple[TpmPublic, TpmPublic]:
     """Return endorsement and attestation key of what claims to be the DevID key's TPM."""
     devid = parse_public(data.devid_pub, "devid: public area")
     if devid.spki != spki_der(key):
-        raise _refuse("devid_key_mismatch", "devid: certificate and TPM key are different keys")
+        raise refusal("devid_key_mismatch", "devid: certificate and TPM key are different keys")
     check_devid_key(devid)
-    ek = _check_ek(settings, data, now)
+    ek = _check_ek(makers, data, now)
     ak = parse_public(data.ak_pub, "ak: public area")
     check_ak(ak)
     if len({devid.spki, ek.spki, ak.spki}) != 3:  # noqa: PLR2004 - three roles
-        raise _refuse("keys_equal", "ak: keys must be different")
+        raise refusal("keys_equal", "ak: keys must be different")
     statement = verify.Statement(data.certified, data.signature)
     verify.verify_certify(ak, _signer_of(data, ak), key=devid, expected=b"", statement=statement)
     return ek, ak
 
 
-def _check_ek(settings: Settings, data: wire.AttestationData, now: datetime) -> TpmPublic:
+def _check_ek(makers: _Makers, data: wire.AttestationData, now: datetime) -> TpmPublic:
     leaf = parse_certificate(data.ek_certificate)
     ek = parse_public(data.ek_pub, "ek: public area")
     check_ek(ek)
     if leaf.spki != ek.spki:
-        raise _refuse("ek_key_mismatch", "ek: certificate and public key are different keys")
+        raise refusal("ek_key_mismatch", "ek: certificate and public key are different keys")
     verify_ek_certificate(
-        leaf, data.ek_chain, settings.ek_roots, now, chain_time=settings.chain_time
+        leaf,
+        data.ek_chain,
+        makers.roots,
+        now,
+        chain_time=makers.chain_time,
+        revocations=makers.crls,
     )
     return ek
 
@@ -225,7 +182,7 @@ def _signer_of(data: wire.AttestationData, ak: TpmPublic) -> bytes:
     try:
         signer = parse_attest(data.certified, "certify: structure").qualified_signer
     except EncodingError as e:
-        raise _refuse("certify_malformed", e.message) from e
+        raise refusal("certify_malformed", e.message) from e
     try:
         areas.hierarchy_of(signer, ak.name)
     except AttestationError as e:
@@ -239,10 +196,10 @@ def _check_possession(key: PublicKey, nonce: bytes, signature: bytes) -> None:
         verify_digest(key, HashAlgorithm.SHA256.digest(nonce), signature, _OPTIONS)
     except SpireHwError as e:
         text = "devid: nonce signature does not verify"
-        raise _refuse("devid_signature", text) from e
+        raise refusal("devid_signature", text) from e
 
 
-def _selectors(devid: _DevId) -> list[str]:
+def _selectors(devid: DevId) -> list[str]:
     found = [f"subject:cn:{devid.common_name}"] if devid.common_name else []
     found += [f"issuer:cn:{devid.issuer}"] if devid.issuer else []
     return found + [f"ca:fingerprint:{sha1_fingerprint(c)}" for c in devid.authorities]
