@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import secrets
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import (
     AlreadyExistsError,
-    EncodingError,
     ErrorKind,
     InvalidInputError,
     NotFoundError,
@@ -20,7 +19,7 @@ from spire_hw.errors import (
 from spire_hw.key import SignOptions, default_hash, key_type_of, spki_der
 from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.pkcs11.evidence import check_evidence, read_evidence
-from spire_hw.pkcs11.inventory.inventory import read_material
+from spire_hw.pkcs11.inventory.inventory import listed_halves, read_material
 from spire_hw.pkcs11.keyring.disposal import Disposal
 from spire_hw.pkcs11.keyring.fitness import check_type
 from spire_hw.pkcs11.keyring.generation import Making
@@ -30,7 +29,7 @@ from spire_hw.pkcs11.pool.pool import Limits, Pool
 from spire_hw.pkcs11.wire import Kind, SignItem, SignKey, unpack_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator
 
     from spire_hw.key import KeyType, PublicKey
     from spire_hw.log import Logger
@@ -177,7 +176,7 @@ async def _make(
     pool: Pool, place: Place, label: str, key_type: KeyType, log: Logger
 ) -> ExistingKey:
     listing = await pool.ask(Kind.LIST, {"prefix": ""}, what="look for the key")
-    halves, facts = _halves(listing), pool.facts
+    halves, facts = listed_halves(listing), pool.facts
     if any(h.get("label") == label for h in halves):
         raise AlreadyExistsError(
             f'token {facts.device} has a key labelled "{label}": use it (-existing), or give another label'
@@ -218,7 +217,7 @@ async def opened(
 async def _find(pool: Pool, place: Place, wanted: PublicKey | None) -> ExistingKey:
     label = place.object_label
     listing = await pool.ask(Kind.LIST, {"prefix": label or ""}, what="find the key")
-    halves = [h for h in _halves(listing) if label is None or h.get("label") == label]
+    halves = [h for h in listed_halves(listing) if label is None or h.get("label") == label]
     privates = {unpack_bytes(h.get("id")): h for h in halves if h.get("private") is True}
     if place.object_id is not None:
         privates = {i: h for i, h in privates.items() if i == place.object_id}
@@ -259,13 +258,6 @@ def _named(place: Place) -> str:
     if place.object_id is not None:
         parts.append(f"id {place.object_id.hex()}")
     return " and ".join(parts) or "what is asked for"
-
-
-def _halves(listing: Mapping[str, Any]) -> list[dict[str, Any]]:
-    halves = listing.get("halves")
-    if not isinstance(halves, list) or not all(isinstance(h, dict) for h in halves):
-        raise EncodingError("token listing", "halves is not a list of objects")
-    return halves
 
 
 async def _prove(key: ExistingKey) -> None:

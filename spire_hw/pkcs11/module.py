@@ -5,9 +5,26 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import Final
 
 from spire_hw.errors import ErrorKind, InvalidInputError
 from spire_hw.pkcs11.errors import Cure, TokenError
+
+_NO_MODULE: Final = {
+    "C_GetFunctionList": "not a PKCS#11 module",
+    "OS exception": "not a shared library that can be loaded",
+}
+
+
+def load_fault(error: BaseException, missing: str) -> str:
+    """Return why a file could not be loaded as a module, "" when something else went wrong.
+
+    Args:
+        error: what loading raised.
+        missing: what to say when a library is not there, this one or one that it needs.
+    """
+    signs = {"cannot open shared object": missing, **_NO_MODULE}
+    return next((words for sign, words in signs.items() if sign in str(error)), "")
 
 
 def check_module_path(path: str) -> str:

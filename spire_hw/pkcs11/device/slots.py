@@ -17,6 +17,7 @@ from pkcs11.exceptions import PKCS11Error
 
 from spire_hw.errors import ErrorKind
 from spire_hw.pkcs11.errors import Cure, TokenError, ckr_of
+from spire_hw.pkcs11.module import load_fault
 
 _LOCAL: Final = (
     "look at the device or its service, and at the module's own configuration and directories"
@@ -68,14 +69,8 @@ def load(module: str) -> Any:
     try:
         return pkcs11.lib(module)
     except PKCS11Error as e:
-        text = str(e)
-        named = (
-            ("cannot open shared object", "pkcs11 module not found"),
-            ("C_GetFunctionList", "not a PKCS#11 module"),
-            ("OS exception", "not a shared library that can be loaded"),
-        )
-        reason = next((words for sign, words in named if sign in text), None)
-        if reason is None:
+        reason = load_fault(e, "pkcs11 module not found")
+        if not reason:
             raise _uninitialised(module, e) from e
         raise TokenError(
             f"{reason}: {module}",

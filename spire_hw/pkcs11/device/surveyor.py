@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from spire_hw.pkcs11.channel import harden
 from spire_hw.pkcs11.errors import TokenError, ckr_of
+from spire_hw.pkcs11.module import load_fault
 
 _FLAGS: Final = {
     "TOKEN_INITIALIZED": "initialized",
@@ -91,14 +92,8 @@ def _version(version: Any) -> str:
 
 
 def _problem(error: BaseException, operation: str) -> str:
-    text = str(error)
-    for sign, words in (
-        ("cannot open shared object", "a library it needs cannot be found"),
-        ("C_GetFunctionList", "not a PKCS#11 module"),
-        ("OS exception", "not a shared library that can be loaded"),
-    ):
-        if sign in text:
-            return words
+    if fault := load_fault(error, "a library it needs cannot be found"):
+        return fault
     return TokenError.of(error, operation).message if ckr_of(error).value else operation + " failed"
 
 

@@ -20,6 +20,7 @@ from spire_hw.pkcs11.wire import unpack_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+# A clock that is off by more is not believed when it says what is old.
 JUMP_S: Final = 3600.0
 _PREFIX_PARTS: Final = 3
 

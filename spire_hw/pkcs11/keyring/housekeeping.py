@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import SpireHwError
+from spire_hw.pkcs11.inventory.tenants import JUMP_S
 
 if TYPE_CHECKING:
     from spire_hw.clock import Clock
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 _HALF_AGE_S: Final = 3600.0
 _EVERY_S: Final = 1800.0
 _LEAST_S: Final = 1.0
-JUMP_S: Final = 3600.0
 
 
 class Housekeeping:

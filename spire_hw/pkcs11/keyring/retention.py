@@ -16,7 +16,7 @@ from spire_hw.key import key_type_of, parse_spki, spki_der
 from spire_hw.pkcs11.errors import TokenError
 from spire_hw.pkcs11.inventory.choice import Choice
 from spire_hw.pkcs11.inventory.labels import key_name
-from spire_hw.pkcs11.keyring.state import KnownKey, Retained
+from spire_hw.pkcs11.keyring.state import NotedKey, Retained
 from spire_hw.pkcs11.keys import public_key_of
 from spire_hw.pkcs11.wire import Kind, pack_bytes
 from spire_hw.plugin.keymanager import KeyInfo, RetainedKey
@@ -132,7 +132,7 @@ class Retention:
             key_type_of(public_key)
         except InvalidInputError:
             return None
-        known = KnownKey(pair.generation, pair.cka_id, spki_der(public_key))
+        known = NotedKey(pair.generation, pair.cka_id, spki_der(public_key))
         return Retained(key_id, known, self._now)
 
     def is_kept(self, pair: Pair) -> bool:

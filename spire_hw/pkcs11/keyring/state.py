@@ -28,8 +28,8 @@ _MAX_BYTES: Final = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class KnownKey:
-    """A key as it was when it was last seen.
+class NotedKey:
+    """A key on note: as it was when it was last seen.
 
     Attributes:
         generation: its generation.
@@ -42,7 +42,7 @@ class KnownKey:
     spki: bytes
 
     @classmethod
-    def of(cls, entry: Entry) -> KnownKey:
+    def of(cls, entry: Entry) -> NotedKey:
         """Return what is noted of a key."""
         return cls(entry.generation, entry.cka_id, spki_der(entry.public_key))
 
@@ -58,7 +58,7 @@ class Retained:
     """
 
     key_id: str
-    known: KnownKey
+    known: NotedKey
     since: float
 
 
@@ -93,7 +93,7 @@ class State:
     owner: Owner
     token_label: str = ""
     token_serial: str = ""
-    keys: dict[str, KnownKey] = field(default_factory=dict)
+    keys: dict[str, NotedKey] = field(default_factory=dict)
     halves: dict[str, float] = field(default_factory=dict)
     retained: dict[str, Retained] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)
@@ -105,7 +105,7 @@ class State:
         A choice that this generation is beyond is forgotten, as is that it was kept.
         """
         keys = {key_id: known for key_id, known in self.keys.items() if key_id != entry.key_id}
-        keys[entry.key_id] = KnownKey.of(entry)
+        keys[entry.key_id] = NotedKey.of(entry)
         choices = {
             key_id: choice
             for key_id, choice in self.choices.items()
@@ -122,7 +122,7 @@ class State:
 
     def retaining(self, entry: Entry, since: float) -> State:
         """Return the state with a replaced generation that is kept from now on."""
-        kept = Retained(entry.key_id, KnownKey.of(entry), since)
+        kept = Retained(entry.key_id, NotedKey.of(entry), since)
         return replace(self, retained={**self.retained, entry.cka_id.hex(): kept})
 
 
@@ -207,7 +207,7 @@ def _encode(state: State) -> bytes:
     return json.dumps(fields, indent="\t").encode("utf-8")
 
 
-def _key_fields(known: KnownKey) -> dict[str, Any]:
+def _key_fields(known: NotedKey) -> dict[str, Any]:
     return {
         "generation": known.generation,
         "cka_id": known.cka_id.hex(),
@@ -246,8 +246,8 @@ def _parse(fields: Any) -> State:
     )
 
 
-def _known(fields: Any) -> KnownKey:
-    return KnownKey(
+def _known(fields: Any) -> NotedKey:
+    return NotedKey(
         int(fields["generation"]),
         bytes.fromhex(fields["cka_id"]),
         base64.b64decode(fields["public_key"], validate=True),

@@ -14,20 +14,20 @@ from spire_hw.pkcs11.inventory.inventory import Inventory
 from spire_hw.pkcs11.inventory.labels import Owner, key_name
 from spire_hw.pkcs11.inventory.manifest import Manifest
 from spire_hw.pkcs11.keyring.ledger import Ledger
-from spire_hw.pkcs11.keyring.state import Existing, KnownKey, Retained, State, StateFile
+from spire_hw.pkcs11.keyring.state import Existing, NotedKey, Retained, State, StateFile
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 OWNER = Owner("example.org", "server-1")
-KNOWN = KnownKey(7, b"\0\1", b"spki")
+KNOWN = NotedKey(7, b"\0\1", b"spki")
 STATE = State(
     OWNER,
     "spire",
     "1234",
     keys={"a": KNOWN},
     halves={"00ff": 1.5},
-    retained={"0002": Retained("a", KnownKey(3, b"\0\2", b"older"), 1000.25)},
+    retained={"0002": Retained("a", NotedKey(3, b"\0\2", b"older"), 1000.25)},
     choices={"a": Choice(3, 7, 2)},
     existing={"b": Existing("pkcs11:object=b", b"its key")},
 )
