@@ -28,6 +28,7 @@ from spire_hw.posture.evidence import (
     ImaState,
     Occasion,
     PcrValues,
+    Scramble,
     Tier,
 )
 from spire_hw.posture.jsonreader import WHAT, Members, load, refuse
@@ -67,6 +68,7 @@ def encode_evidence(evidence: Evidence) -> bytes:
                 "public": evidence.ak_public.hex(),
                 "hierarchy": evidence.ak_hierarchy,
                 "qualified_name": evidence.ak_qualified_name.hex(),
+                **_scramble_out(evidence.ak_scramble),
             },
             "key_in_tpm": evidence.key_in_tpm,
             "counters": None if evidence.counters is None else _counters_out(evidence.counters),
@@ -106,6 +108,7 @@ def decode_evidence(data: bytes) -> Evidence:
         ak_public=ak.octets("public"),
         ak_hierarchy=ak.choice("hierarchy", ("endorsement", "owner")),
         ak_qualified_name=ak.octets("qualified_name"),
+        ak_scramble=_scramble_in(ak.members("scramble")) if "scramble" in ak.names() else None,
         key_in_tpm=top.boolean("key_in_tpm"),
         counters=None if top.is_null("counters") else _counters_in(top.members("counters")),
         pcrs=_pcrs_in(top.members("pcrs")),
@@ -173,6 +176,28 @@ def _counters_in(members: Members) -> Counters:
     )
     members.end()
     return counters
+
+
+def _scramble_out(scramble: Scramble | None) -> dict[str, Any]:
+    if scramble is None:
+        return {}
+    return {
+        "scramble": {
+            "reset_count": scramble.reset_count,
+            "restart_count": scramble.restart_count,
+            "firmware_version": scramble.firmware_version,
+        }
+    }
+
+
+def _scramble_in(members: Members) -> Scramble:
+    scramble = Scramble(
+        reset_count=members.whole("reset_count", _MAX_U32),
+        restart_count=members.whole("restart_count", _MAX_U32),
+        firmware_version=members.whole("firmware_version", _MAX_U64),
+    )
+    members.end()
+    return scramble
 
 
 def _pcrs_out(pcrs: PcrValues) -> dict[str, dict[str, str]]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # In front of the algorithm of an fs-verity digest.
 VERITY: Final = "verity:"
+_U32, _U64 = 2**32, 2**64
 
 # (bank, PCR number) to value.
 PcrValues = Mapping[tuple[str, int], bytes]
@@ -77,6 +78,44 @@ class Counters:
     restart_count: int
     safe: bool
     firmware_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scramble:
+    """What a TPM adds to the counters in all statements of one key, modulo their size.
+
+    It does so for keys outside the endorsement hierarchy, and always the same for the same key.
+
+    Attributes:
+        reset_count: of 32 bits.
+        restart_count: of 32 bits.
+        firmware_version: of 64 bits.
+
+    Spec: TPM 2.0 Library, Part 1 "Attestation", obfuscation of values in an attestation.
+    """
+
+    reset_count: int
+    restart_count: int
+    firmware_version: int
+
+    @classmethod
+    def between(cls, said: Counters, true: Counters) -> Scramble:
+        """Return what lies between what a statement says and what was true at that moment."""
+        return cls(
+            (said.reset_count - true.reset_count) % _U32,
+            (said.restart_count - true.restart_count) % _U32,
+            (said.firmware_version - true.firmware_version) % _U64,
+        )
+
+    def undo(self, said: Counters) -> Counters:
+        """Return the true values behind those of a statement; the clock is never scrambled."""
+        return Counters(
+            clock_ms=said.clock_ms,
+            reset_count=(said.reset_count - self.reset_count) % _U32,
+            restart_count=(said.restart_count - self.restart_count) % _U32,
+            safe=said.safe,
+            firmware_version=(said.firmware_version - self.firmware_version) % _U64,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +257,8 @@ class Evidence:
         ak_public: TPMT_PUBLIC of the attestation key.
         ak_hierarchy: `endorsement` or `owner`.
         ak_qualified_name: where in it that key is, as all its statements say; b"" for a primary.
+        ak_scramble: what the TPM adds to counters in statements of that key; None for nothing, or
+            when it was never proved.
         key_in_tpm: the SVID's key was certified.
         counters: None when the attestation key's place hides them.
         pcrs: what was quoted.
@@ -235,6 +276,7 @@ class Evidence:
     ak_public: bytes
     ak_hierarchy: str = "endorsement"
     ak_qualified_name: bytes = b""
+    ak_scramble: Scramble | None = None
     key_in_tpm: bool = False
     counters: Counters | None = None
     pcrs: PcrValues = field(default_factory=dict)

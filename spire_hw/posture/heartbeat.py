@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from datetime import datetime
 
-    from spire_hw.posture.evidence import EkFacts, Evidence
+    from spire_hw.posture.evidence import EkFacts, Evidence, Scramble
     from spire_hw.posture.judge import EvidenceRequest
 
 
@@ -66,6 +66,7 @@ class KnownNode:
         svid_spki_sha256: of the certificate that authenticates the heartbeat's stream.
         key_in_tpm: that certificate's key was certified at attestation.
         ak_qualified_name: as in its evidence.
+        ak_scramble: as in its evidence.
     """
 
     ek: EkFacts
@@ -74,6 +75,7 @@ class KnownNode:
     svid_spki_sha256: bytes
     key_in_tpm: bool
     ak_qualified_name: bytes = b""
+    ak_scramble: Scramble | None = None
 
 
 @runtime_checkable

@@ -86,6 +86,7 @@ class Memory:
             svid_spki_sha256=svid_spki_sha256,
             key_in_tpm=last.key_in_tpm,
             ak_qualified_name=last.ak_qualified_name,
+            ak_scramble=last.ak_scramble,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,12 +11,14 @@ from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPMA_OBJECT
 from tpm2_pytss.types import TPM2B_PUBLIC, TPM2B_SENSITIVE_CREATE, TPMT_SIG_SCHEME
 
 from spire_hw.errors import AttestationError
+from spire_hw.posture.evidence import Scramble
 from spire_hw.tpm import verify, wire
 from spire_hw.tpm.attest import read_pcrs
 from spire_hw.tpm.device import shared
 from spire_hw.tpm.public import parse_public, qualified_name
 from spire_hw.tpm.verify import Statement
 from spire_hw.tpm.wire import PcrSelection
+from spire_hw_plugins.nodeattestor.tpm.statements import counters_of
 
 if TYPE_CHECKING:
     from spire_hw.tpm.device import Connection
@@ -101,6 +103,38 @@ async def test_a_time_statement_tells_what_the_quotes_head_hides(tpm: Swtpm) -> 
     assert told.clock.reset_count == true.clock.reset_count
     assert told.clock.restart_count == true.clock.restart_count
     assert told.firmware_version == true.firmware_version
+
+
+async def test_what_a_tpm_adds_for_a_key_stays_the_same(tpm: Swtpm) -> None:
+    """So later quotes of that key tell the true counters without a time statement."""
+    qualifier = secrets.token_bytes(32)
+    proved: set[Scramble] = set()
+    resets = []
+    for power in (None, True, False, True):
+        if power is not None:
+            tpm.reset(clean=power)
+        tpm.extend_pcr(0, b"firmware")
+        quote, told = _prove(await _said(tpm, ESYS_TR.OWNER, qualifier), wire.RH_OWNER, qualifier)
+        said, true = (counters_of(s.clock, s.firmware_version) for s in (quote, told))
+        proved.add(Scramble.between(said, true))
+        (scramble,) = proved
+        assert scramble.undo(said) == replace(true, clock_ms=said.clock_ms)
+        resets.append(true.reset_count)
+    assert resets == [resets[0] + n for n in range(4)]
+
+
+async def test_a_cleared_tpm_has_another_key_and_adds_something_else(tpm: Swtpm) -> None:
+    qualifier = secrets.token_bytes(32)
+    said = []
+    for _ in range(2):
+        tpm.extend_pcr(0, b"firmware")
+        spoken = await _said(tpm, ESYS_TR.OWNER, qualifier)
+        quote, told = _prove(spoken, wire.RH_OWNER, qualifier)
+        heads = [counters_of(s.clock, s.firmware_version) for s in (quote, told)]
+        said.append((spoken.area, Scramble.between(*heads)))
+        tpm.commands.clear()
+    assert said[0][0] != said[1][0]
+    assert said[0][1] != said[1][1]
 
 
 async def test_a_time_statement_of_another_boot_is_refused(tpm: Swtpm) -> None:

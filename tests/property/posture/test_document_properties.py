@@ -22,6 +22,7 @@ from spire_hw.posture.evidence import (
     ImaFacts,
     ImaState,
     Occasion,
+    Scramble,
     Tier,
 )
 from spire_hw.posture.policy import BANK_BYTES
@@ -90,6 +91,7 @@ evidences = st.builds(
     ak_public=octets,
     ak_hierarchy=st.sampled_from(["endorsement", "owner"]),
     ak_qualified_name=octets,
+    ak_scramble=st.none() | st.builds(Scramble, u32, u32, st.integers(0, 2**64 - 1)),
     key_in_tpm=st.booleans(),
     counters=st.none() | counters,
     pcrs=st.dictionaries(

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from spire_hw.errors import AttestationError, ErrorKind, Finding
-from spire_hw.posture.evidence import Evidence, Occasion, Tier
+from spire_hw.posture.evidence import Evidence, Occasion, Scramble, Tier
 from spire_hw.tpm import eventlog, imalist, verify
 from spire_hw.tpm.credential import make_credential
 from spire_hw.tpm.verify import NO_CSR, Statement, qualifier
@@ -157,10 +157,10 @@ async def check_answer(
         [Claim(Statement(q.attest, q.sig), q.pcrs) for q in response.quotes],
         findings,
     )
-    counters = None
+    counted = None
     if quoted is not None:
-        counters = collect(findings, partial(_check_counters, node, response, quoted))
-    if quoted is None or findings:
+        counted = collect(findings, partial(_check_counters, node, response, quoted))
+    if quoted is None or counted is None or findings:
         raise AttestationError(findings)
     unused = verify.find_unused_banks(quoted.pcrs)
     evidence = Evidence(
@@ -171,8 +171,9 @@ async def check_answer(
         ak_public=claims.signer.ak.raw,
         ak_hierarchy=claims.signer.hierarchy,
         ak_qualified_name=claims.signer.qualified_name,
+        ak_scramble=counted.scramble,
         key_in_tpm=claims.key is not None,
-        counters=counters,
+        counters=counted.counters,
         pcrs=quoted.pcrs,
         boot_id=node.data.boot_id,
         findings=(*unused, *_policy_findings(node.asked.policy, quoted)),
@@ -211,16 +212,24 @@ def _check_certify(node: Challenged, response: wire.Response) -> None:
     )
 
 
-def _check_counters(node: Challenged, response: wire.Response, quoted: Quoted) -> Counters | None:
-    """Return the TPM's true counters, None when this node's key hides them."""
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """The TPM's true counters and what its key adds to them; None where that stays hidden."""
+
+    counters: Counters | None = None
+    scramble: Scramble | None = None
+
+
+def _check_counters(node: Challenged, response: wire.Response, quoted: Quoted) -> _Counted:
     claims = node.claims
+    said = counters_of(quoted.clock, quoted.first.firmware_version)
     if claims.signer.hierarchy == "endorsement":
-        return counters_of(quoted.clock, quoted.first.firmware_version)
+        return _Counted(said)
     if response.time is None:
         if node.asked.wanted.counters:
             text = "counters: this AK hides the counters"
             raise refusal("counters_hidden", text, ErrorKind.PERMISSION_DENIED)
-        return None
+        return _Counted()
     proved = verify.verify_time(
         claims.signer.ak,
         claims.signer.qualified_name,
@@ -228,7 +237,8 @@ def _check_counters(node: Challenged, response: wire.Response, quoted: Quoted) -
         statement=Statement(response.time.attest, response.time.sig),
         quote=quoted.first,
     )
-    return counters_of(proved.clock, proved.firmware_version)
+    true = counters_of(proved.clock, proved.firmware_version)
+    return _Counted(true, Scramble.between(said, true))
 
 
 def _policy_findings(policy: PcrPolicy, quoted: Quoted) -> list[Finding]:

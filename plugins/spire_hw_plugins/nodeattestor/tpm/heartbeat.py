@@ -25,8 +25,10 @@ from spire_hw_plugins.nodeattestor.tpm.statements import (
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from spire_hw.posture.evidence import Counters
     from spire_hw.posture.heartbeat import HeartbeatAnswer, HeartbeatChallenge, KnownNode
     from spire_hw.posture.judge import EvidenceRequest
+    from spire_hw_plugins.nodeattestor.tpm.statements import Quoted
 
 
 async def check_heartbeat(
@@ -47,9 +49,7 @@ async def check_heartbeat(
     quoted = check_quotes(signer, expected, asked, claims, findings)
     if quoted is None or findings:
         raise AttestationError(findings)
-    counters = None
-    if signer.hierarchy == "endorsement":  # a key elsewhere scrambles them
-        counters = counters_of(quoted.clock, quoted.first.firmware_version)
+    counters = _counters(node, quoted)
     unused = find_unused_banks(quoted.pcrs)
     shown = replay.Replayed(findings=tuple(unused))
     if not unused:  # no log belongs to a bank that firmware left alone
@@ -63,6 +63,7 @@ async def check_heartbeat(
         ak_public=node.ak_public,
         ak_hierarchy=node.ak_hierarchy,
         ak_qualified_name=node.ak_qualified_name,
+        ak_scramble=node.ak_scramble,
         key_in_tpm=node.key_in_tpm,
         counters=counters,
         pcrs=quoted.pcrs,
@@ -71,6 +72,14 @@ async def check_heartbeat(
         boot_id=answer.boot_id,
         findings=shown.findings,
     )
+
+
+def _counters(node: KnownNode, quoted: Quoted) -> Counters | None:
+    """Return the true counters: of a key that scrambles them, by what was proved at attestation."""
+    said = counters_of(quoted.clock, quoted.first.firmware_version)
+    if node.ak_hierarchy == "endorsement":
+        return said
+    return None if node.ak_scramble is None else node.ak_scramble.undo(said)
 
 
 def _unpack(wanted: EvidenceRequest, answer: HeartbeatAnswer) -> replay.Logs:

@@ -146,7 +146,7 @@ def _check_quote(signer: Signer, expected: bytes, selection: PcrSelection, claim
 
 
 def counters_of(clock: ClockInfo, firmware_version: int) -> Counters:
-    """Return counters that are known to be true."""
+    """Return counters as a statement says them."""
     return Counters(
         clock_ms=clock.clock_ms,
         reset_count=clock.reset_count,
