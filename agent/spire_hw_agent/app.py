@@ -23,7 +23,7 @@ from spire_hw.plugin.metrics import PluginMetrics
 from spire_hw.plugin.section import AGENT_RULES
 from spire_hw.posture.heartbeat import HeartbeatSource
 from spire_hw.rotation import draw_jitter, rotation_due_at
-from spire_hw.rpc.probes import Health, HealthListener
+from spire_hw.rpc.probes import Health, HealthListener, answer_probes
 from spire_hw.telemetry.host import Telemetry
 from spire_hw.telemetry.logged import count_log_lines
 from spire_hw.telemetry.metrics import NO_METRICS
@@ -312,9 +312,6 @@ class Agent:
         )
 
     async def _listen_for_probes(self, catalog: Catalog) -> None:
-        where = self.settings.health
-        if where is None:
-            return
         log = get_logger("health")
         health = Health(
             waiting={
@@ -325,17 +322,10 @@ class Agent:
             clock=self._clock,
             log=log,
         )
-        listener = HealthListener(
-            health,
-            address=where.bind_address,
-            port=where.bind_port,
-            live_path=where.live_path,
-            ready_path=where.ready_path,
-        )
-        await listener.start()
-        self._stack.push_async_callback(listener.close)
+        listener = await answer_probes(health, self.settings.health, self._stack)
+        if listener is not None:
+            log.info("Serving health checks", address=listener.address)
         self._health_listener = listener
-        log.info("Serving health checks", address=f"{where.bind_address}:{listener.port}")
 
     async def _let_metrics_be_read(self, upstream: Upstream) -> None:
         telemetry, metrics, cache = self.telemetry, self.telemetry.metrics, self.cache

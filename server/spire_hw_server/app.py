@@ -29,7 +29,7 @@ from spire_hw.plugin.keycalls import KeyCalls
 from spire_hw.plugin.keymanager import KeyRetention, Keys
 from spire_hw.plugin.keyuses import KeyUses
 from spire_hw.plugin.section import SERVER_RULES, PluginConfig
-from spire_hw.rpc.probes import HealthListener
+from spire_hw.rpc.probes import HealthListener, answer_probes
 from spire_hw.telemetry.host import Telemetry
 from spire_hw.telemetry.logged import count_log_lines
 from spire_hw.telemetry.metrics import NO_METRICS
@@ -319,7 +319,7 @@ class Server(Program):
         self._stack.callback(postures.heartbeats.end)
         await self._announce(catalog, parts)
         await health.check_costly()
-        await self._listen_for_probes(health)
+        self._health_listener = await answer_probes(health, settings.health, self._stack)
         await self._let_metrics_be_read(parts)
         self._start_loops(parts, health)
         self.log.info(
@@ -513,21 +513,6 @@ class Server(Program):
         )
         self._stack.push_async_callback(announcer.close)
         await announcer.start()
-
-    async def _listen_for_probes(self, health: Health) -> None:
-        where = self.settings.health
-        if where is None:
-            return
-        listener = HealthListener(
-            health,
-            address=where.bind_address,
-            port=where.bind_port,
-            live_path=where.live_path,
-            ready_path=where.ready_path,
-        )
-        await listener.start()
-        self._stack.push_async_callback(listener.close)
-        self._health_listener = listener
 
     async def _let_metrics_be_read(self, parts: Parts) -> None:
         if not self.telemetry.is_read:

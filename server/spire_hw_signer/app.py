@@ -22,7 +22,7 @@ from spire_hw.key import KeyType
 from spire_hw.key import fingerprint as fingerprint_of
 from spire_hw.plugin.info import HostInfo, PluginKind, Side
 from spire_hw.plugin.keymanager import KeyHealth
-from spire_hw.rpc.probes import Health, HealthListener
+from spire_hw.rpc.probes import Health, HealthListener, answer_probes
 from spire_hw.telemetry.host import Telemetry
 from spire_hw.telemetry.logged import count_log_lines
 from spire_hw_plugins import builtin
@@ -370,19 +370,7 @@ class Signer(Program):
             await self.telemetry.start()
             self._stack.push_async_callback(self.telemetry.close)
             self._stack.callback(count_log_lines(self.telemetry.metrics))
-        where = self.settings.health
-        if where is None:
-            return
-        listener = HealthListener(
-            health,
-            address=where.bind_address,
-            port=where.bind_port,
-            live_path=where.live_path,
-            ready_path=where.ready_path,
-        )
-        await listener.start()
-        self._stack.push_async_callback(listener.close)
-        self._health_listener = listener
+        self._health_listener = await answer_probes(health, self.settings.health, self._stack)
 
     def _clock_fault(self) -> str:
         """Return why the wall clock is not believed, "" while it is."""

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Final
 from spire_hw.errors import SpireHwError, UnavailableError
 
 if TYPE_CHECKING:
+    from contextlib import AsyncExitStack
+
     from aiohttp import web
 
     from spire_hw.clock import Clock
+    from spire_hw.config.host import HealthSettings
     from spire_hw.log import Logger
 
 # Raises SpireHwError, whose message tells the operator what is wrong.
@@ -91,21 +94,21 @@ class Health:
 class HealthListener:
     """Answers GET on the live and ready paths: 200 or 500 and a JSON object of all checks."""
 
-    def __init__(
-        self, health: Health, *, address: str, port: int, live_path: str, ready_path: str
-    ) -> None:
+    def __init__(self, health: Health, where: HealthSettings) -> None:
         self._health = health
-        self._address = address
-        self._port = port
-        self._live_path = live_path
-        self._ready_path = ready_path
+        self._where = where
         self._runner: web.AppRunner | None = None
 
     @property
     def port(self) -> int:
         """Return the port, the real one once started."""
         addresses = self._runner.addresses if self._runner is not None else ()
-        return int(addresses[0][1]) if addresses else self._port
+        return int(addresses[0][1]) if addresses else self._where.bind_port
+
+    @property
+    def address(self) -> str:
+        """Return where it listens, for people."""
+        return f"{self._where.bind_address}:{self.port}"
 
     async def start(self) -> None:
         """Listen.
@@ -115,18 +118,18 @@ class HealthListener:
         """
         from aiohttp import web  # noqa: PLC0415 - 9 MiB that processes without probes do not need
 
+        where = self._where
         application = web.Application()
-        application.router.add_get(self._live_path, self._live)
-        application.router.add_get(self._ready_path, self._ready)
+        application.router.add_get(where.live_path, self._live)
+        application.router.add_get(where.ready_path, self._ready)
         self._runner = runner = web.AppRunner(application, access_log=None)
         await runner.setup()
         try:
-            await web.TCPSite(runner, self._address, self._port).start()
+            await web.TCPSite(runner, where.bind_address, where.bind_port).start()
         except OSError as e:
             await runner.cleanup()
             raise UnavailableError(
-                f"cannot listen for health checks on {self._address}:{self._port}: "
-                f"{e.strerror or e}"
+                f"cannot listen for health checks on {self.address}: {e.strerror or e}"
             ) from e
 
     async def close(self) -> None:
@@ -151,3 +154,19 @@ class HealthListener:
             text=json.dumps(details),
             content_type="application/json",
         )
+
+
+async def answer_probes(
+    health: Health, where: HealthSettings | None, stack: AsyncExitStack
+) -> HealthListener | None:
+    """Answer probes where the configuration says, None where it says nowhere.
+
+    Raises:
+        UnavailableError: the address is taken.
+    """
+    if where is None:
+        return None
+    listener = HealthListener(health, where)
+    await listener.start()
+    stack.push_async_callback(listener.close)
+    return listener

@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 
 from spire_hw.aio.tasks import Tasks
+from spire_hw.config.host import HealthSettings
 from spire_hw.errors import NotFoundError, NotReadyError, SpireHwError, UnavailableError
 from spire_hw.key import KeyType, SoftwareSigner, generate_private_key
 from spire_hw.log import get_logger
@@ -269,13 +270,9 @@ async def test_health_tells_what_is_wrong_and_when_it_is_over(clock: SimClock) -
 
 async def test_a_taken_health_port_is_told(clock: SimClock) -> None:
     health = Health(quick={}, costly={}, clock=clock, log=LOG)
-    first = HealthListener(
-        health, address="127.0.0.1", port=0, live_path="/live", ready_path="/ready"
-    )
+    first = HealthListener(health, HealthSettings("127.0.0.1", 0, "/live", "/ready"))
     await first.start()
-    second = HealthListener(
-        health, address="127.0.0.1", port=first.port, live_path="/live", ready_path="/ready"
-    )
+    second = HealthListener(health, HealthSettings("127.0.0.1", first.port, "/live", "/ready"))
     with pytest.raises(UnavailableError, match=str(first.port)):
         await second.start()
     await first.close()
