@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 _MODULES = {
@@ -164,3 +165,26 @@ class Program:
 
     def _tail(self, lines: int = 20) -> str:
         return "\n".join(self.log_text().splitlines()[-lines:])
+
+
+@contextmanager
+def running(
+    program: str, arguments: Sequence[str | Path], log: Path, *healthcheck: str | Path
+) -> Iterator[Program]:
+    """Run a program that is healthy from the first moment on, and stop it in the end.
+
+    Args:
+        program: its name.
+        arguments: of its command line.
+        log: takes its output, appended.
+        healthcheck: arguments of its `healthcheck`.
+
+    Raises:
+        ProgramError: it ended or did not become healthy in time.
+    """
+    started = Program(program, arguments, log)
+    try:
+        started.wait_until_healthy(*healthcheck)
+        yield started
+    finally:
+        started.stop()

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import socket
-import subprocess
-import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +12,7 @@ import pytest
 
 from spire_hw.cli.run import run
 from spire_hw_server.cli.commands import root
+from spire_hw_sim.programs import running
 from spire_hw_sim.servers import server_config
 
 
@@ -27,7 +24,6 @@ class Answer:
 
 
 Cli = Callable[..., Answer]
-_RUN = "from spire_hw_server.cli.main import main; main()"
 
 
 @pytest.fixture(scope="module")
@@ -46,23 +42,12 @@ def socket_path(port: int) -> Iterator[Path]:
         config = Path(folder) / "server.conf"
         text = server_config(Path(folder), key_manager="memory")
         config.write_text(text.replace("bind_port = 0", f"bind_port = {port}"))
-        command = [sys.executable, "-c", _RUN, "run", "-config", str(config), "-logLevel=info"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
-            assert process.stdout is not None
-            seen = []
-            for line in process.stdout:
-                seen.append(line)
-                if "server is ready" in line:
-                    break
-            else:
-                pytest.fail("".join(seen))
-            # A full pipe would stop the server.
-            drain = threading.Thread(target=lambda: seen.extend(process.stdout or []))
-            drain.start()
-            yield Path(folder) / "api.sock"
-            process.send_signal(signal.SIGTERM)
-            drain.join()
-        assert process.returncode == 0, "".join(seen)
+        where = Path(folder) / "api.sock"
+        flags = ["run", "-config", config, "-logLevel=info"]
+        log = Path(folder) / "log"
+        with running("spire-hw-server", flags, log, "-socketPath", where) as server:
+            yield where
+            assert server.stop() == 0, server.log_text()
 
 
 @pytest.fixture

@@ -5,12 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,19 +17,22 @@ from spire_hw.cli.run import run
 from spire_hw.clock import SystemClock
 from spire_hw_server.cli.commands import PROGRAM, root
 from spire_hw_sim.pki import dated_pem
+from spire_hw_sim.programs import running
 from spire_hw_sim.site import free_port
 from spire_hw_sim.softhsm import SoftHsm
 from spire_hw_sim.tokenrig import SPY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+    from spire_hw_sim.programs import Program
 
 pytestmark = [
     pytest.mark.hsm,
     pytest.mark.skipif(SoftHsm.find_module() is None, reason="SoftHSM is not installed"),
 ]
 PIN = "4321"
-_RUN = "from spire_hw_server.cli.main import main; main()"
 
 
 class Site:
@@ -58,26 +57,11 @@ class Site:
         assert run(root, PROGRAM, said) == 0
         self.data.mkdir(mode=0o700)
 
-    @contextmanager
-    def running(self) -> Iterator[subprocess.Popen[str]]:
+    def running(self) -> AbstractContextManager[Program]:
         """Run the server."""
-        command = [sys.executable, "-c", _RUN, "run", "-config", str(self.config)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
-            assert process.stdout is not None
-            seen = []
-            for line in process.stdout:
-                seen.append(line)
-                if "server is ready" in line:
-                    break
-            else:
-                pytest.fail("".join(seen))
-            drain = threading.Thread(target=lambda: seen.extend(process.stdout or []))
-            drain.start()
-            try:
-                yield process
-            finally:
-                process.terminate()
-                drain.join()
+        said = ["run", "-config", self.config]
+        log = self.folder / "log"
+        return running("spire-hw-server", said, log, "-socketPath", self.socket)
 
     def change(self, old: str, new: str) -> None:
         """Change the configuration."""

@@ -7,9 +7,7 @@ import os
 import pty
 import shutil
 import subprocess
-import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +16,7 @@ import pytest
 from spire_hw.cli.run import run
 from spire_hw.cli.units import Service
 from spire_hw_server.cli.commands import PROGRAM, root
+from spire_hw_sim.programs import command_line, running
 from spire_hw_sim.site import free_port
 from spire_hw_sim.softhsm import SoftHsm
 
@@ -28,7 +27,6 @@ pytestmark = [
     pytest.mark.hsm,
     pytest.mark.skipif(SoftHsm.find_module() is None, reason="SoftHSM is not installed"),
 ]
-_RUN = "from spire_hw_server.cli.main import main; main()"
 _ROOT = Path(__file__).parents[3]
 
 
@@ -69,21 +67,11 @@ def test_what_is_written_is_valid_and_a_server_starts_with_it(
     assert "never leave it (profile softhsm)" in capsys.readouterr().out
     assert config.stat().st_mode & 0o777 == 0o644
     assert run(root, PROGRAM, ["validate", "-config", str(config)]) == 0
-    command = [sys.executable, "-c", _RUN, "run", "-config", str(config)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
-        assert process.stdout is not None
-        seen = []
-        for line in process.stdout:
-            seen.append(line)
-            if "server is ready" in line:
-                break
-        drain = threading.Thread(target=lambda: seen.extend(process.stdout or []))
-        drain.start()
-        healthy = run(root, PROGRAM, ["healthcheck", "-socketPath", str(folder / "api.sock")])
-        process.terminate()
-        drain.join()
-    assert healthy == 0, "".join(seen)
-    assert process.returncode == 0
+    where = folder / "api.sock"
+    flags = ["run", "-config", config]
+    with running("spire-hw-server", flags, folder / "log", "-socketPath", where) as server:
+        assert server.stop() == 0
+        seen = server.log_text().splitlines()
     assert any("hsm.key_generated" in line for line in seen)
     assert "server stops" in seen[-1]
 
@@ -186,7 +174,7 @@ def test_a_person_is_asked_what_no_flag_says(folder: Path, hsm: SoftHsm) -> None
     master, slave = pty.openpty()
     os.write(master, b"Not A Domain\nexample.org\n1\n\n")
     done = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", _RUN, *said],
+        command_line("spire-hw-server", *said),
         stdin=slave,
         capture_output=True,
         text=True,
