@@ -6,12 +6,15 @@ Numbers are those of PKCS #11 v2.40, so that the host process needs no PKCS#11 l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cryptography.hazmat.primitives.asymmetric import ec, rsa, utils
 
 from spire_hw.errors import InvalidInputError, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, PublicKey, SignOptions, check_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 CKM_RSA_PKCS_KEY_PAIR_GEN: Final = 0x0
 CKM_RSA_PKCS: Final = 0x1
@@ -153,11 +156,29 @@ def signature_of(key_type: KeyType, raw: bytes) -> bytes:
     Raises:
         SpireHwError: INTERNAL, the output cannot be a signature of such a key.
     """
+    return signatures_of(key_type, (raw,))[0]
+
+
+def signatures_of(key_type: KeyType, raws: Iterable[bytes]) -> list[bytes]:
+    """Return outputs that one key made as the contract wants them; see `signature_of`.
+
+    Raises:
+        SpireHwError: INTERNAL, one cannot be a signature of such a key.
+    """
     half = _HALF_BYTES.get(key_type)
     if half is None:
-        if len(raw) != modulus_bits(key_type) // 8:
-            raise SpireHwError(f"token returned an RSA signature of {len(raw)} bytes")
-        return raw
+        size = modulus_bits(key_type) // 8
+        return [_rsa_signature(size, raw) for raw in raws]
+    return [_ecdsa_signature(half, raw) for raw in raws]
+
+
+def _rsa_signature(size: int, raw: bytes) -> bytes:
+    if len(raw) != size:
+        raise SpireHwError(f"token returned an RSA signature of {len(raw)} bytes")
+    return raw
+
+
+def _ecdsa_signature(half: int, raw: bytes) -> bytes:
     if len(raw) != 2 * half:
         raise SpireHwError(f"token returned an ECDSA signature of {len(raw)} bytes")
     r, s = int.from_bytes(raw[:half]), int.from_bytes(raw[half:])

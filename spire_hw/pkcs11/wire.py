@@ -13,6 +13,7 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.errors import EncodingError
@@ -191,9 +192,7 @@ def decode_items(body: bytes) -> list[SignRun]:
         except ValueError:
             raise EncodingError("worker frame", "hash is unknown") from None
         key = SignKey(reader.take(id_length), reader.take(spki_length))
-        joined = reader.take(size * count)
-        digests = [joined[n * size : (n + 1) * size] for n in range(count)]
-        runs.append(SignRun(key, options, digests))
+        runs.append(SignRun(key, options, reader.take_all((size,) * count)))
     reader.end()
     return runs
 
@@ -241,8 +240,10 @@ def decode_results(body: bytes, expected: int) -> list[bytes | TokenError]:
         raise EncodingError("worker frame", "wrong number of signatures")
     failed = reader.take(expected)
     lengths = _lengths(expected)
-    payloads = [reader.take(length) for length in lengths.unpack(reader.take(lengths.size))]
+    payloads = reader.take_all(lengths.unpack(reader.take(lengths.size)))
     reader.end()
+    if not any(failed):
+        return list(payloads)
     return [decode_error(p) if bad else p for bad, p in zip(failed, payloads, strict=True)]
 
 
@@ -280,6 +281,11 @@ class _Reader:
             raise EncodingError("worker frame", "truncated", self._at)
         self._at += length
         return piece
+
+    def take_all(self, lengths: Sequence[int]) -> list[bytes]:
+        ends = list(accumulate(lengths, initial=0))
+        joined = self.take(ends[-1])
+        return [joined[begin:end] for begin, end in pairwise(ends)]
 
     def end(self) -> None:
         if self._at != len(self._body):
