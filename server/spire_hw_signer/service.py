@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from spire_hw.log import Logger
     from spire_hw.rpc.service import Call
     from spire_hw.telemetry.metrics import Metrics
-    from spire_hw_signer.audit.log import AuditLog, Intent, LogHead
+    from spire_hw_signer.audit.log import AuditLog, Begun, Intent, LogHead
     from spire_hw_signer.generating import Generating
     from spire_hw_signer.keys import HeldKey, OwnerKeys
     from spire_hw_signer.policy import Client, KeyRule, Owner
@@ -201,7 +201,9 @@ class SignerService:
         work: list[Work] = []
         answers = [self._admit(caller, keys, item, work) for item in items]
         if work:
-            self._tasks.start("sign", self._carry_out(caller, keys, work, call.deadline_s))
+            begun = self._begin(keys, work)
+            carrying = self._carry_out(caller, keys, work, begun, call.deadline_s)
+            self._tasks.start("sign", carrying)
         return hw_signer_pb2.SignResponse(
             results=[await _settled(answer) for answer in answers],
             log_head=head_message(self._audit.head),
@@ -338,16 +340,25 @@ class SignerService:
 
     # -- carrying out --------------------------------------------------------------------------
 
+    def _begin(self, keys: OwnerKeys, work: Sequence[Work]) -> Begun | None:
+        """Have the disk begin at once, when nothing else comes first: every signature waits for it."""
+        is_due = keys.notes.use({one.intent.key_id for one in work}, self._steady.now())
+        return None if is_due or self._audit.trouble else self._audit.begin(_intents(work))
+
     async def _carry_out(
-        self, caller: Caller, keys: OwnerKeys, work: Sequence[Work], deadline_s: float | None
+        self,
+        caller: Caller,
+        keys: OwnerKeys,
+        work: Sequence[Work],
+        begun: Begun | None,
+        deadline_s: float | None,
     ) -> None:
         """Write down, sign, write down what became of it; every answer is settled at the end."""
         try:
-            now = self._steady.now()
-            used = {one.intent.key_id for one in work}
-            if keys.notes.use(used, now):
-                await keys.notes.save_uses(used)
-            seqs = await self._audit.intend([one.intent for one in work])
+            if begun is None:
+                await keys.notes.save_uses({one.intent.key_id for one in work})
+                begun = self._audit.begin(_intents(work))
+            seqs = await self._audit.on_disk(begun)
             jobs = [self._sign(one, seq, deadline_s) for one, seq in zip(work, seqs, strict=True)]
             # One alone needs no task of its own: that is a turn of the loop less for its caller.
             outcomes = await asyncio.gather(*jobs) if len(jobs) > 1 else [await jobs[0]]
@@ -417,6 +428,10 @@ _FAULTS: Final = {
     Purpose.JWT: Reason.JWT,
     Purpose.RAW: Reason.RAW,
 }
+
+
+def _intents(work: Sequence[Work]) -> list[Intent]:
+    return [one.intent for one in work]
 
 
 async def _settled(answer: Answer) -> hw_signer_pb2.SignResult:

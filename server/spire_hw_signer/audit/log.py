@@ -18,7 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from spire_hw.bootid import read_boot_id
-from spire_hw.errors import InvalidInputError, NotReadyError, UnavailableError
+from spire_hw.errors import InvalidInputError, NotReadyError
 from spire_hw_signer.audit.chain import OPENED, RECENT, Chain, LogHead
 from spire_hw_signer.audit.folder import Folder
 from spire_hw_signer.audit.record import (
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
 
-__all__ = ["AuditLog", "AuditSettings", "Intent", "LogHead", "Outcome", "Refused"]
+__all__ = ["AuditLog", "AuditSettings", "Begun", "Intent", "LogHead", "Outcome", "Refused"]
 
 _MAX_WAITING: Final = 16 * 1024 * 1024
 _LOG_ID_BYTES: Final = 16
@@ -133,6 +133,19 @@ class Refused:
     count: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """Intents that are being written down.
+
+    Attributes:
+        seqs: their numbers.
+        written: settled once that is done, or cannot be done; None when there are none.
+    """
+
+    seqs: list[int]
+    written: asyncio.Future[str] | None
+
+
 class AuditLog:
     """One log with one writer.
 
@@ -205,8 +218,7 @@ class AuditLog:
         if self._opened:
             raise NotReadyError("this audit log was opened before")
         self._opened = True
-        loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self._writer.thread, self._find)
+        found = await asyncio.to_thread(self._find)
         self._writer.trouble = ""
         self._resume(found)
         self._writer.start()
@@ -250,19 +262,30 @@ class AuditLog:
         Raises:
             UnavailableError: the log cannot be written: do nothing.
         """
+        return await self.on_disk(self.begin(intents))
+
+    def begin(self, intents: Sequence[Intent]) -> Begun:
+        """Begin to write down what is about to be done; `on_disk` tells when that may be.
+
+        Raises:
+            UnavailableError: the log cannot be written: do nothing.
+        """
         if self.trouble:
             raise self._writer.unavailable(self.trouble)
-        if not intents:
-            return []
         seqs = [self._add(Kind.INTENT, _request(intent)) for intent in intents]
+        return Begun(seqs, self._writer.written() if seqs else None)
+
+    async def on_disk(self, begun: Begun) -> list[int]:
+        """Wait until intents are on the disk; to be called once, results as of `intend`."""
+        seqs, written = begun.seqs, begun.written
         try:
-            await self._writer.write()
-        except UnavailableError:
-            self._give_up(seqs, "audit log unavailable")
-            raise
+            reason = "" if written is None else await written
         except asyncio.CancelledError:
             self._give_up(seqs, "the caller went away")
             raise
+        if reason:
+            self._give_up(seqs, "audit log unavailable")
+            raise self._writer.unavailable(reason)
         return seqs
 
     def _give_up(self, seqs: list[int], reason: str) -> None:

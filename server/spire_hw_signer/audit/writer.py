@@ -7,8 +7,6 @@ chain already. While one is being written, those that come gather in the next.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +14,7 @@ from spire_hw.aio.tasks import Tasks
 from spire_hw.errors import UnavailableError
 from spire_hw_signer.audit.chain import LogHead
 from spire_hw_signer.audit.folder import ForeignHandError, reason_of
+from spire_hw_signer.audit.hand import Hand
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,14 +37,15 @@ class Batch:
         file: the file they go to.
         head: the end of the log with them.
         data: the lines.
-        done: settled with "" once they are on the disk, or with the reason why they are not.
+        waiting: whoever waits: settled with "" once they are on the disk, or with the reason why
+            they are not.
         closed: they are being written.
     """
 
     file: str
     head: LogHead = field(default_factory=LogHead)
     data: bytearray = field(default_factory=bytearray)
-    done: asyncio.Future[str] | None = None
+    waiting: list[asyncio.Future[str]] = field(default_factory=list)
     closed: bool = False
 
 
@@ -73,11 +73,13 @@ class Writer:
         self._is_started = self._is_writing = self._is_due = False
         self._flush: asyncio.TimerHandle | None = None
         self._late: asyncio.TimerHandle | None = None
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="audit log")
+        self._begun_at = 0.0
+        self._hand = Hand(self._write, self._wrote)
         self._tasks = Tasks(self._ended)
 
     def start(self) -> None:
         """Begin to write."""
+        self._hand.start()
         self._is_started = True
 
     def add(self, file: str, line: bytes, head: LogHead) -> None:
@@ -108,18 +110,27 @@ class Writer:
         Raises:
             UnavailableError: it is not yet.
         """
+        written = self.written()
+        if written is not None and (reason := await written):
+            raise self.unavailable(reason)
+
+    def written(self) -> asyncio.Future[str] | None:
+        """Have what was added written now.
+
+        Returns:
+            What is settled with "" once it is on the disk, or with the reason why it is not yet;
+            None when there is nothing to write.
+        """
         if not self._batches:
-            return
-        batch = self._batches[-1]
-        if batch.done is None:
-            batch.done = asyncio.get_running_loop().create_future()
+            return None
+        loop = asyncio.get_running_loop()
+        told: asyncio.Future[str] = loop.create_future()
+        self._batches[-1].waiting.append(told)
         if not self._is_writing and not self._is_due:
             # Others of this turn of the loop come along.
             self._is_due = True
-            asyncio.get_running_loop().call_soon(self._begin)
-        reason = await asyncio.shield(batch.done)
-        if reason:
-            raise self.unavailable(reason)
+            loop.call_soon(self._begin)
+        return told
 
     def unavailable(self, reason: str) -> UnavailableError:
         """Return the error of whoever needs the log while it cannot be written."""
@@ -138,8 +149,8 @@ class Writer:
             if timer is not None:
                 timer.cancel()
         await self._tasks.close()
-        await asyncio.get_running_loop().run_in_executor(self.thread, self._folder.release)
-        self.thread.shutdown(wait=False)
+        await self._hand.close()
+        await asyncio.to_thread(self._folder.release)
 
     def _begin(self) -> None:
         """Have the first batch written, unless one is already.
@@ -156,26 +167,35 @@ class Writer:
         batch = self._batches[0]
         batch.closed = self._is_writing = True
         loop = asyncio.get_running_loop()
-        late = f"the disk does not answer within {_COMMIT_S:g} s"
-        self._late = loop.call_later(_COMMIT_S, self._fail, late)
-        self.thread.submit(self._write, loop, batch.file, bytes(batch.data))
+        self._begun_at = loop.time()
+        if self._late is None:
+            self._late = loop.call_later(_COMMIT_S, self._look)
+        self._hand.take(batch.file, bytes(batch.data))
 
-    def _write(self, loop: asyncio.AbstractEventLoop, file: str, data: bytes) -> None:
-        """Write lines, in the log's thread."""
-        reason = ""
+    def _look(self) -> None:
+        """See whether a write takes too long; one timer serves them all."""
+        self._late = None
+        if not self._is_writing or self.trouble:
+            return
+        loop = asyncio.get_running_loop()
+        due = self._begun_at + _COMMIT_S
+        if loop.time() < due:
+            self._late = loop.call_at(due, self._look)
+        else:
+            self._fail(f"the disk does not answer within {_COMMIT_S:g} s")
+
+    def _write(self, file: str, data: bytes) -> str:
+        """Write lines, in the log's thread; return why that failed, "" when it did not."""
         try:
             self._folder.append(file, data)
         except (OSError, ForeignHandError) as e:
-            reason = reason_of(e)
+            return reason_of(e)
         except Exception as e:  # noqa: BLE001 - it is told, and nothing is signed
-            reason = f"its writer failed: {type(e).__name__}"
-        with contextlib.suppress(RuntimeError):  # the loop is gone, nobody waits
-            loop.call_soon_threadsafe(self._wrote, reason)
+            return f"its writer failed: {type(e).__name__}"
+        return ""
 
     def _wrote(self, reason: str) -> None:
         """Tell those who wait what became of the first batch, and go on."""
-        if self._late is not None:
-            self._late.cancel()
         if reason:
             self._fail(reason)
             self._tasks.start("audit log", self._again_soon())
@@ -194,15 +214,12 @@ class Writer:
             self._log.error("Audit log unavailable: nothing is signed", error=reason)
         self.trouble = reason
         for batch in self._batches:
-            if batch.done is not None:
-                batch.done.set_result(reason)
-                batch.done = None
+            _tell(batch, reason)
 
     def _written(self, batch: Batch) -> None:
         self.durable = batch.head
         self.waiting_bytes -= len(batch.data)
-        if batch.done is not None:
-            batch.done.set_result("")
+        _tell(batch, "")
         if self.trouble and not self._batches:
             trouble, self.trouble = self.trouble, ""
             self._again(trouble)
@@ -210,3 +227,11 @@ class Writer:
     def _ended(self, name: str, error: BaseException) -> None:
         self._log.error("Audit log writer failed", task=name, exc_info=error)
         self._fail(f"its writer failed: {type(error).__name__}")
+
+
+def _tell(batch: Batch, reason: str) -> None:
+    """Tell those who still wait for a batch."""
+    waiting, batch.waiting = batch.waiting, []
+    for told in waiting:
+        if not told.done():
+            told.set_result(reason)
