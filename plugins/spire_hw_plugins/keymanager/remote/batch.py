@@ -1,7 +1,9 @@
 """Signatures asked for at the same time go to the signer together.
 
 What is asked for in one turn of the event loop leaves at its end, so that nobody waits for company. While
-as many batches are under way as are allowed, the rest waits and goes together with the next.
+as many batches are under way as are allowed, the rest waits and goes together with the next. Where
+nothing is under way, many go in two halves: one is verified here while the other is signed there. One
+that is alone, as the one before it was, leaves at once, and its caller makes the call itself.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 MAX_BATCH_BYTES: Final = 56 * 1024  # signers take requests of 64 KiB
 MAX_WAITING: Final = 1024
 MAX_UNDER_WAY: Final = 8
+_HALF: Final = 4  # fewer are not worth a call of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,8 @@ class Batcher:
         self._sweep: asyncio.TimerHandle | None = None
         self._under_way = 0
         self._is_flush_due = False
+        self._is_calm = True  # the last to leave was alone
+        self._alone: asyncio.Timeout | None = None  # of its caller, ends the call at once
         self._closed = False
         self._log = log
         self._tasks = Tasks(self._failed)
@@ -83,6 +88,8 @@ class Batcher:
             raise UnavailableError("the key manager is closed")
         if len(self._waiting) >= MAX_WAITING:
             raise LimitError("too many signatures wait for the signer; try again later")
+        if self._is_calm and not self._under_way and not self._waiting:
+            return await self._sign_alone(item)
         loop = asyncio.get_running_loop()
         told: asyncio.Future[KeySignature] = loop.create_future()
         self._waiting.append(_Waiting(item, told, loop.time() + self._timeout_s))
@@ -96,17 +103,39 @@ class Batcher:
         self._closed = True
         if self._sweep is not None:
             self._sweep.cancel()
+        if self._alone is not None:
+            self._alone.reschedule(asyncio.get_running_loop().time())
         await self._tasks.close()
         while self._waiting:
             _fail(self._waiting.popleft(), UnavailableError("the key manager was closed"))
 
+    async def _sign_alone(self, item: Item) -> KeySignature:
+        """Have the only one signed that is asked for, in its caller's own task."""
+        self._under_way += 1
+        try:
+            async with asyncio.timeout(None) as self._alone:
+                (result,) = await self._send([item], self._timeout_s)
+        except TimeoutError:
+            raise UnavailableError("the key manager was closed") from None
+        finally:
+            self._alone = None
+            self._under_way -= 1
+            self._flush()
+        if isinstance(result, Refused):
+            raise result.error
+        return result
+
     def _flush(self) -> None:
         self._is_flush_due = False
         loop = asyncio.get_running_loop()
+        most = MAX_ITEMS
+        if not self._under_way and len(self._waiting) >= 2 * _HALF:
+            most = min(MAX_ITEMS, (len(self._waiting) + 1) // 2)
         while self._under_way < MAX_UNDER_WAY and not self._closed:
-            batch = self._next()
+            batch = self._next(most)
             if not batch:
                 return
+            self._is_calm = len(batch) == 1
             self._under_way += 1
             self._tasks.start("sign", self._run(batch, batch[0].until - loop.time()))
         if self._waiting and self._sweep is None and not self._closed:
@@ -120,11 +149,11 @@ class Batcher:
             _fail(self._waiting.popleft(), self._late())
         self._flush()
 
-    def _next(self) -> list[_Waiting]:
+    def _next(self, most: int) -> list[_Waiting]:
         """Take as many as fit into one request, those that nobody waits for any more left out."""
         batch: list[_Waiting] = []
         size = 0
-        while self._waiting and len(batch) < MAX_ITEMS:
+        while self._waiting and len(batch) < most:
             first = self._waiting[0]
             if not first.told.done():
                 size += first.item.size

@@ -1,4 +1,4 @@
-"""What is asked for in one turn of the loop leaves together, within bounds."""
+"""What is asked for in one turn of the loop leaves together, within bounds; one that is alone at once."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from spire_hw_plugins.keymanager.remote.batch import (
 from spire_hw_plugins.keymanager.remote.wire import MAX_ITEMS, Item, Refused
 
 OPTIONS = SignOptions(HashAlgorithm.SHA256)
+TURNS = 3  # of the loop, that a call takes at least
 
 
 def item(number: int, size: int = 32) -> Item:
@@ -37,6 +38,8 @@ class Far:
     async def send(self, items: list[Item], left_s: float) -> list[KeySignature | Refused]:
         assert 0 < left_s <= 30
         self.batches.append(items)
+        for _ in range(TURNS):
+            await asyncio.sleep(0)
         await self.gate.wait()
         return [self._answer(one) for one in items]
 
@@ -65,17 +68,46 @@ async def test_one_turn_is_one_batch_and_each_gets_its_own_answer(far: Far) -> N
     batcher = batcher_to(far)
     numbers = [n for n in range(40) if n != 13]
     made = await asyncio.gather(*(batcher.sign(item(n)) for n in numbers))
-    assert [len(b) for b in far.batches] == [39]
+    assert [len(b) for b in far.batches] == [1, 38]
     assert [int.from_bytes(m.signature) for m in made] == numbers
-    with pytest.raises(DeniedError, match="thirteen"):
-        await batcher.sign(item(13))
+    for _ in range(2):  # after many, and after one
+        with pytest.raises(DeniedError, match="thirteen"):
+            await batcher.sign(item(13))
+
+
+@pytest.mark.asyncio
+async def test_many_go_in_two_halves_where_nothing_is_under_way(far: Far) -> None:
+    batcher = batcher_to(far)
+    for count, sizes in ((9, [1, 8]), (9, [5, 4]), (7, [7]), (16, [8, 8])):
+        far.batches.clear()
+        await asyncio.gather(*(batcher.sign(item(n + 100)) for n in range(count)))
+        assert [len(b) for b in far.batches] == sizes
+
+
+@pytest.mark.asyncio
+async def test_one_that_is_alone_leaves_at_once_in_its_callers_task(far: Far) -> None:
+    batcher = batcher_to(far)
+    far.gate.clear()
+    asked = batcher.sign(item(1))
+    asked.send(None)
+    assert [len(b) for b in far.batches] == [1]
+    asked.close()
+    alone = asyncio.ensure_future(batcher.sign(item(2)))  # noqa: TID251 - is cancelled below
+    await asyncio.sleep(0)
+    others = asyncio.gather(*(batcher.sign(item(n)) for n in range(3, 6)))
+    await asyncio.sleep(0)
+    alone.cancel()
+    far.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await alone
+    assert [m.signature for m in await others] == [item(n).request_id for n in range(3, 6)]
 
 
 @pytest.mark.asyncio
 async def test_batches_are_bounded_in_number_and_bytes(far: Far) -> None:
     batcher = batcher_to(far)
     await asyncio.gather(*(batcher.sign(item(n + 100)) for n in range(150)))
-    assert [len(b) for b in far.batches] == [MAX_ITEMS, MAX_ITEMS, 22]
+    assert [len(b) for b in far.batches] == [1, MAX_ITEMS, MAX_ITEMS, 21]
     far.batches.clear()
     await asyncio.gather(*(batcher.sign(item(n + 400, 4000)) for n in range(40)))
     assert all(sum(i.size for i in b) <= MAX_BATCH_BYTES for b in far.batches)
