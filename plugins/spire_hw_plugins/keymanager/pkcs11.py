@@ -161,7 +161,15 @@ class Pkcs11KeyManager:
             file = await asyncio.to_thread(notes.of, token.name, token.place.token)
             opener = partial(self._open, config, settings, token, file)
             members.append(
-                Member(token.name, owner, file, opener, clock=self._host.clock, log=self._host.log)
+                Member(
+                    token.name,
+                    owner,
+                    file,
+                    opener,
+                    reopen_s=config.probe_interval.total_seconds(),
+                    clock=self._host.clock,
+                    log=self._host.log,
+                )
             )
         names = {token.name for token in settings.tokens}
         return Cluster(
@@ -170,6 +178,7 @@ class Pkcs11KeyManager:
             lost_after_s=config.lost_after.total_seconds(),
             single_copies=config.allow_single_copy,
             floors=await asyncio.to_thread(notes.floors, names),
+            imports=[wanted for token in settings.tokens for wanted in token.imports],
             clock=self._host.clock,
             log=self._host.log,
         )

@@ -8,6 +8,7 @@ and where a new one goes, is decided by `placement`; how a single token is used,
 from __future__ import annotations
 
 import asyncio
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.aio.tasks import Tasks
@@ -25,13 +26,14 @@ from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.plugin.keymanager import DeviceHealth, KeyHealth
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from spire_hw.clock import Clock
     from spire_hw.key import KeyType, SignOptions
     from spire_hw.log import Logger
-    from spire_hw.pkcs11.cluster.member import Member
+    from spire_hw.pkcs11.cluster.member import Member, Open
     from spire_hw.pkcs11.inventory.entry import Entry
+    from spire_hw.pkcs11.keyring.importing import Import
     from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo, KeySignature, RetainedKey
 
 _PROBE_S: Final = 5.0
@@ -47,6 +49,7 @@ class Cluster:
         single_copies: with the same keys on each, whether a key may be made although it will be on
             one token alone until the operator copies it.
         floors: by key id, generations that were on tokens which are configured no more.
+        imports: keys made elsewhere, on whichever token each is; none is generated in their place.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Cluster:
         lost_after_s: float,
         single_copies: bool,
         floors: Mapping[str, int],
+        imports: Iterable[Import] = (),
         clock: Clock,
         log: Logger,
     ) -> None:
@@ -65,6 +69,7 @@ class Cluster:
         self._lost_after_s = lost_after_s
         self._single_copies = single_copies
         self._floors = floors
+        self._imports = {wanted.key_id: wanted for wanted in imports}
         self._clock = clock
         self._log = log
         self._known: dict[str, str] = {}
@@ -122,6 +127,8 @@ class Cluster:
 
     async def generate(self, key_id: str, key_type: KeyType) -> KeyInfo:
         """Make a key on the token that suits best, or on the next one when that fails."""
+        if key_id in self._imports:
+            raise self._imports[key_id].taken()
         async with self._turns.setdefault(key_id, asyncio.Lock()):
             self._check_copies(key_id)
             failure: SpireHwError | None = None
@@ -211,10 +218,16 @@ class Cluster:
         return sorted((k for one in opened for k in one.keyring.retained()), key=lambda k: k.until)
 
     async def restore(self, key_id: str, generation: int) -> KeyInfo:
-        """Make a kept generation current again, on the token that has it."""
+        """Make a kept generation current again, on every open token that has it."""
         async with self._turns.setdefault(key_id, asyncio.Lock()):
-            member = self._keepers(key_id, generation)[0]
-            info = await member.keyring().restore(key_id, generation, self._above(key_id) + 1)
+            first, *copies = self._keepers(key_id, generation)
+            above = self._above(key_id) + 1
+            info = await first.keyring().restore(key_id, generation, above)
+            for member in copies:
+                try:
+                    await member.keyring().restore(key_id, generation, above)
+                except SpireHwError as e:
+                    self._log.warning("hsm.restore_failed", hsm=member.name, error=e.message)
             await self._reconcile()
             return info
 
@@ -340,19 +353,36 @@ class Cluster:
             await self._reconcile()
 
     async def _reconcile(self) -> None:
-        """Have every open token end up with what counts: copies taken into use, older keys given up."""
+        """Have every open token end up with what counts: copies taken into use, older keys given up.
+
+        What cannot be done for one key on one token is told, and done for the others.
+        """
         try:
             if self._mode is Mode.SAME_KEYS:
                 await self._adopt_copies()
             standings = [member.standing() for member in self._members.values()]
-            standings_of = {standing.name: standing for standing in standings}
-            for name, key_id in superseded(standings, self._table()):
-                opened = self._members[name].opened
-                if opened is not None and self._members[name].problem is None:
-                    older = standings_of[name].keys[key_id].entry
-                    await opened.keyring.drop(key_id, older.fingerprint)
+            older = superseded(standings, self._table())
         except SpireHwError as e:
             self._log.warning("hsm.tokens_differ", error=e.message)
+            return
+        standings_of = {standing.name: standing for standing in standings}
+        for name, key_id in older:
+            opened = self._usable(name)
+            if opened is not None:
+                fingerprint = standings_of[name].keys[key_id].entry.fingerprint
+                with self._told_of(name, key_id):
+                    await opened.keyring.drop(key_id, fingerprint)
+
+    def _usable(self, name: str) -> Open | None:
+        member = self._members[name]
+        return member.opened if member.problem is None else None
+
+    @contextmanager
+    def _told_of(self, name: str, key_id: str) -> Iterator[None]:
+        try:
+            yield
+        except SpireHwError as e:
+            self._log.warning("hsm.tokens_differ", hsm=name, key_id=key_id, error=e.message)
 
     async def _adopt_copies(self) -> None:
         standings = [member.standing() for member in self._members.values()]
@@ -360,9 +390,10 @@ class Cluster:
         for key_id, names in lacking.items():
             fingerprint = self._table()[key_id].entry.fingerprint
             for name in names:
-                opened = self._members[name].opened
-                if opened is not None and self._members[name].problem is None:
-                    await opened.keyring.adopt_copy(key_id, fingerprint)
+                opened = self._usable(name)
+                if opened is not None:
+                    with self._told_of(name, key_id):
+                        await opened.keyring.adopt_copy(key_id, fingerprint)
         left = missing_copies(standings, self._table())
         left = {k: n for k, n in left.items() if self._told.get(k) != n}
         for key_id, names in left.items():

@@ -56,6 +56,7 @@ class Member:
         owner: whose keys.
         file: this host's note of the keys on it.
         opener: opens it, given the key ids that any token has; what it raises is why that cannot be done now.
+        reopen_s: seconds between two tries to open it while it fails; each costs the device a login.
 
     Attributes:
         name: as given.
@@ -69,6 +70,7 @@ class Member:
         file: StateFile,
         opener: Callable[[Collection[str]], Awaitable[Open]],
         *,
+        reopen_s: float,
         clock: Clock,
         log: Logger,
     ) -> None:
@@ -77,6 +79,8 @@ class Member:
         self._owner = owner
         self._file = file
         self._opener = opener
+        self._reopen_s = reopen_s
+        self._next_try = clock.monotonic()
         self._clock = clock
         self._log = log
         self._note: State | None = None
@@ -118,6 +122,7 @@ class Member:
         Raises:
             SpireHwError: it cannot be opened now.
         """
+        self._next_try = self._clock.monotonic() + self._reopen_s
         try:
             opened = await self._opener(key_ids)
         except SpireHwError as e:
@@ -198,11 +203,13 @@ class Member:
     async def probe(self, key_ids: Collection[str]) -> None:
         """Find out whether the token can be used: have it sign, or open it as `open` does.
 
-        One that failed is opened anew: a library may go on showing what it saw while a token was away.
+        One that failed is opened anew, now and then: a library may go on showing what it saw while a
+        token was away.
         """
         try:
             if self.opened is None or self._problem is not None:
-                await self.open(key_ids)
+                if self._clock.monotonic() >= self._next_try:
+                    await self.open(key_ids)
                 return
             ring = self.opened.keyring
             entry = next(iter(ring.note.keys), None) or next(iter(ring.note.existing), None)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,7 @@ from spire_hw.errors import ConfigError, ErrorKind, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, verify_digest
 from spire_hw.log import get_logger
 from spire_hw.pkcs11.errors import TokenError
+from spire_hw.pkcs11.inventory.labels import Owner
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw.plugin.keymanager import KeyFallback, KeyHealth
 from spire_hw.spiffeid import TrustDomain
@@ -52,13 +56,14 @@ class Rig:
             hsm.init_token(name, pin=PIN)
         self.labels = {name: name for name in self.hsm}
         self.more: dict[str, dict[str, str]] = {}
+        self.imports: dict[str, Block] = {}
         self.pin = folder / "pin"
         self.pin.touch(mode=0o600)
         self.pin.write_text(PIN)
 
     def token(self, name: str) -> Body:
         hsm = self.hsm[name]
-        return Body.from_dict(
+        body = Body.from_dict(
             {
                 "module_path": hsm.module,
                 "token_label": self.labels[name],
@@ -66,14 +71,17 @@ class Rig:
                 "environment": {**hsm.environment, **self.more.get(name, {})},
             }
         )
+        more = (self.imports[name],) if name in self.imports else ()
+        return Body((*body.items, *more))
 
     def config(self, mode: str, names: tuple[str, ...] = ("one", "two"), **more: Any) -> Body:
         common = {
             "mode": mode,
             "key_identifier_value": "server-1",
-            "start_timeout": "2s",
+            "start_timeout": "6s",
             "sign_timeout": "5s",
             "lost_after": "0s",
+            "probe_interval": "1s",
             **more,
         }
         tokens = tuple(Block(("token", name), self.token(name), 1) for name in names)
@@ -99,9 +107,9 @@ class Rig:
         await made.configure(self.config(mode, **more))
         return made
 
-    def clone(self) -> None:
-        """Make the second token a copy of the first, as devices with cloning do."""
-        (source,) = self.hsm["one"].token_dir.iterdir()
+    def clone(self, stage: SoftHsm | None = None) -> None:
+        """Make the second token a copy of the first or another, as devices with cloning do."""
+        (source,) = (stage or self.hsm["one"]).token_dir.iterdir()
         target = self.hsm["two"].token_dir / source.name
         target.mkdir(mode=0o700, exist_ok=True)
         # SoftHSM looks at the counter `generation` last, to learn what has changed.
@@ -123,6 +131,23 @@ def pair(rig: Rig) -> Rig:
 async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     async with AsyncExitStack() as stack:
         yield Rig(tmp_path, stack)
+
+
+async def meddle(hsm: SoftHsm, statements: str, *, label: str) -> None:
+    """Run statements over python-pkcs11 in another process, logged in at a token."""
+    opened = (
+        "import sys, pkcs11\n"
+        "from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass\n"
+        "from pkcs11.util.ec import encode_named_curve_parameters\n"
+        "token = pkcs11.lib(sys.argv[1]).get_token(token_label=sys.argv[3])\n"
+        "session = token.open(rw=True, user_pin=sys.argv[2])\n"
+    )
+    await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", f"{opened}{statements}session.close()\n", hsm.module, PIN, label],
+        env={**os.environ, **hsm.environment},
+        check=True,
+    )
 
 
 def digest(text: str = "x") -> bytes:
@@ -304,7 +329,7 @@ async def test_a_token_joins_another_and_leaves_again(rig: Rig) -> None:
     single = Body(
         (
             *rig.token("one").items,
-            *Body.from_dict({"key_identifier_value": "server-1", "start_timeout": "2s"}).items,
+            *Body.from_dict({"key_identifier_value": "server-1", "start_timeout": "6s"}).items,
         )
     )
     await alone.configure(single)
@@ -429,6 +454,91 @@ async def test_replaced_keys_are_kept_and_taken_back_over_tokens(rig: Rig) -> No
     assert (await manager.restore_key("x509-CA-A", kept.generation)).fingerprint == old.fingerprint
     assert await signs(manager, "x509-CA-A") == old.fingerprint
     assert holders(manager)["x509-CA-A"] == ("one",)
+
+
+async def test_what_is_taken_back_is_so_on_every_token(pair: Rig) -> None:
+    manager = await pair.start("same_keys", retain_replaced="1h")
+    old = await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+    pair.clone()
+    await eventually(lambda: has_both(manager))
+    new = await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+
+    async def keeps_both() -> bool:
+        kept = [k.info.fingerprint for k in await manager.retained_keys()]
+        return kept == [old.fingerprint] * 2
+
+    await eventually(keeps_both)
+    assert (await manager.restore_key("x509-CA-A", 1)).fingerprint == old.fingerprint
+    assert await has_both(manager)
+    assert manager.key_health().health is KeyHealth.GOOD
+    assert [k.info.fingerprint for k in await manager.retained_keys()] == [new.fingerprint]
+    pair.hsm["one"].remove()
+    await eventually(lambda: is_degraded(manager))
+    assert await signs(manager, "x509-CA-A") == old.fingerprint
+
+
+async def test_a_copy_that_is_unfit_does_not_keep_the_others_back(pair: Rig) -> None:
+    manager = await pair.start("same_keys")
+    for key_id in ("x509-CA-A", "x509-CA-B"):
+        await manager.generate_key(key_id, KeyType.EC_P256)
+    # What arrives on the second token: of two copies the first may not sign any more.
+    stage = SoftHsm(pair.folder / "stage")
+    (source,) = pair.hsm["one"].token_dir.iterdir()
+    shutil.copytree(source, stage.token_dir / source.name)
+    owner = Owner("example.org", "server-1")
+    label = owner.key_label("x509-CA-A", 1)
+    spoil = (
+        f"wanted = {{Attribute.CLASS: ObjectClass.PRIVATE_KEY, Attribute.LABEL: {label!r}}}\n"
+        "(key,) = session.get_objects(wanted)\n"
+        "key[Attribute.SIGN] = False\n"
+    )
+    await meddle(stage, spoil, label="one")
+    pair.clone(stage)
+
+    async def has_second() -> bool:
+        return holders(manager)["x509-CA-B"] == ("one", "two")
+
+    await eventually(has_second)
+    assert holders(manager)["x509-CA-A"] == ("one",)
+    await signs(manager, "x509-CA-A")
+
+
+async def test_fault_46_a_token_that_fails_is_opened_anew_seldom(pair: Rig) -> None:
+    faults = Faults(pair.folder / "faults", pair.hsm["one"].module)
+    pair.more["one"] = faults.environment()
+    manager = await pair.start("same_keys", probe_interval="60s")
+    await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+    pair.clone()
+    await eventually(lambda: has_both(manager))
+    logins = faults.calls("C_Login")
+    faults.set(Fault("C_Sign", returns=0x30))
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    while loop.time() - start < 16:  # three looks at the tokens
+        await signs(manager, "x509-CA-A")
+        await asyncio.sleep(0.1)
+    # Each of two workers once.
+    assert faults.calls("C_Login") - logins <= 2
+    assert await is_degraded(manager)
+
+
+async def test_a_key_made_elsewhere_is_generated_on_no_token(rig: Rig) -> None:
+    make = (
+        "curve = {Attribute.EC_PARAMS: encode_named_curve_parameters('secp256r1')}\n"
+        "session.create_domain_parameters(KeyType.EC, curve, local=True).generate_keypair(\n"
+        "    store=True, label='root 2026', id=b'9',\n"
+        "    capabilities=MechanismFlag.SIGN | MechanismFlag.VERIFY,\n"
+        "    private_template={Attribute.SIGN_RECOVER: False})\n"
+    )
+    await meddle(rig.hsm["two"], make, label="two")
+    rig.imports["two"] = Block(("import", "x509-CA-A"), Body.from_dict({"label": "root 2026"}), 1)
+    manager = await rig.start("spread")
+    made = await manager.get_public_key("x509-CA-A")
+    with pytest.raises(TokenError, match=r"existing key .* never replaced") as caught:
+        await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+    assert caught.value.reason == "hsm.key_imported"
+    assert await signs(manager, "x509-CA-A") == made.fingerprint
+    assert holders(manager)["x509-CA-A"] == ("two",)
 
 
 async def test_what_is_destroyed_before_its_time_is_so_on_every_token(pair: Rig) -> None:

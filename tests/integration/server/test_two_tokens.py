@@ -45,6 +45,7 @@ def plugin(folder: Path, hsms: dict[str, SoftHsm]) -> str:
       key_identifier_value = "server-1"
       start_timeout = "2s"
       lost_after = "0s"
+      probe_interval = "1s"
       {tokens}
     }} }}"""
 
