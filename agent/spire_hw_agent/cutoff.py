@@ -36,12 +36,9 @@ class CutOff:
         is_cut_off = standing is not None and standing.is_cut_off
         if standing is not None and (before is None or before.why != standing.why):
             note = self._log.error if is_cut_off else self._log.info
-            note(
-                "The server told the state of this node",
-                state=standing.state.value,
-                reasons=",".join(standing.reasons),
-                detail=standing.message,
-            )
+            why = {"reasons": ",".join(standing.reasons), "detail": standing.message}
+            said = {name: text for name, text in why.items() if text}
+            note("The server told the state of this node", state=standing.state.value, **said)
         if is_cut_off:
             self._cache.cut_off()
         elif self._cache.is_cut_off:

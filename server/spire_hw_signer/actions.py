@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import NotFoundError, NotReadyError, SpireHwError
 from spire_hw.plugin.keymanager import KeyRetention
+from spire_hw_signer.admission import ALARM
 from spire_hw_signer.audit.record import Kind, cut, time_text
+from spire_hw_signer.live import ORDER
 from spire_hw_signer.orders import (
     Action,
     Order,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
+    from spire_hw.telemetry.metrics import Metrics
     from spire_hw_signer.audit.chain import LogHead
     from spire_hw_signer.audit.checkpoint import Checkpoints
     from spire_hw_signer.audit.log import AuditLog
@@ -70,6 +73,7 @@ class Actions:
         operators: who has to agree.
         anchor: has the clock of rates and budgets take the wall clock for right.
         clock: the time that orders expire by.
+        metrics: counts refused orders as alarms.
         log: where it is told as well.
     """
 
@@ -83,6 +87,7 @@ class Actions:
         *,
         anchor: Callable[[], None],
         clock: Clock,
+        metrics: Metrics,
         log: Logger,
     ) -> None:
         self.operators = operators
@@ -92,6 +97,7 @@ class Actions:
         self._revocations = revocations
         self._anchor = anchor
         self._clock = clock
+        self._metrics = metrics
         self._log = log
         self._one = asyncio.Lock()
 
@@ -112,8 +118,7 @@ class Actions:
             try:
                 names = await self._verify(signed)
             except OrderError as e:
-                await self._note(signed.order, (by,), e.code)
-                self._log.error("Signer alarm: order refused", error=e.message, by=by)
+                await self._refuse(signed.order, e, by)
                 raise
             return await self._carry_out(signed.order, (*names, by))
 
@@ -159,10 +164,14 @@ class Actions:
                     f"{action.value} needs an order signed by {self.operators.describe()}; make one"
                     " with `spire-hw-signer order create`",
                 )
-                await self._note(order, (by,), error.code)
-                self._log.error("Signer alarm: order refused", error=error.message, by=by)
+                await self._refuse(order, error, by)
                 raise error
             return await self._carry_out(order, (by,))
+
+    async def _refuse(self, order: Order, error: OrderError, by: str) -> None:
+        self._metrics.count(ALARM, labels={"reason": error.code})
+        self._log.error("Signer alarm: order refused", error=error.message, by=by)
+        await self._note(order, (by,), error.code)
 
     async def _note(self, order: Order, names: tuple[str, ...], refusal: str) -> None:
         body = {
@@ -264,7 +273,7 @@ class Actions:
 
     async def _reload(self, target: str) -> str:
         before = self._live.policy.hash
-        if not await self._live.reload(target):
+        if not await self._live.reload(target, by=ORDER):
             raise NotReadyError(f"what was in force stays: {self._live.fault}")
         after = self._live.policy.hash
         return "the policy is the same" if after == before else f"policy {after} is in force"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import ErrorKind, SpireHwError
-from spire_hw.transport.mutual import MutualPeer
+from spire_hw.transport.mutual import ExpiredPeerError, MutualPeer
 from spire_hw.transport.peer import TcpPeer, UnixPeer
 from spire_hw_signer.audit.log import AuditLog, Intent, Refused
 from spire_hw_signer.policy import Client, Denial, Policy, Reason
@@ -130,15 +130,22 @@ class Gate:
             raise error_of(denial)
         return caller
 
-    def refuse(self, intent: Intent, denial: Denial) -> None:
-        """Count a refusal, write it down, raise an alarm where it is due."""
+    def refuse(self, intent: Intent, denial: Denial, *, stranger: bool = False) -> None:
+        """Count a refusal, write it down, raise an alarm where it is due.
+
+        Args:
+            intent: what was to be done.
+            denial: why it is not.
+            stranger: the caller is nobody whom the policy knows.
+        """
         reason = denial.reason
         self._metrics.count(REFUSED, labels={"reason": reason.word})
         if reason.alarms:
             self._metrics.count(ALARM, labels={"reason": reason.word})
         # Not by key id: that can be any of millions.
         who = (intent.client or intent.peer, reason.word)
-        unwritten = self._admit(who, stranger=reason is Reason.UNKNOWN_CLIENT)
+        stranger = stranger or reason is Reason.UNKNOWN_CLIENT
+        unwritten = self._admit(who, stranger=stranger)
         if unwritten is None:
             return
         self._audit.refuse([Refused(intent, reason.word, reason.step, 1 + unwritten)])
@@ -154,10 +161,15 @@ class Gate:
             unwritten=unwritten,
         )
 
-    def stranger(self, address: str, reason: str) -> None:
-        """Write down a caller that did not prove itself in the TLS handshake."""
-        denial = Denial(Reason.UNKNOWN_CLIENT, reason)
-        self.refuse(_stranger("", "", address, "TLS", self._policy().hash), denial)
+    def stranger(self, address: str, error: SpireHwError) -> None:
+        """Write down a caller that did not prove itself in the TLS handshake, or too late."""
+        policy, name, cert_hash, reason = self._policy(), "", "", Reason.UNKNOWN_CLIENT
+        if isinstance(error, ExpiredPeerError):
+            proved, cert_hash, _ = _proofs(error.peer)
+            known = next((one for one in proved if one in policy.clients), None)
+            name, reason = known or proved[-1], Reason.CERTIFICATE_EXPIRED
+        intent = _stranger(name, cert_hash, address, "TLS", policy.hash)
+        self.refuse(intent, Denial(reason, error.message), stranger=True)
 
     def _out_of_force(self, peer: Peer) -> Denial | None:
         """Tell what became of a certificate since the connection was made."""

@@ -157,7 +157,7 @@ class Signer(Program):
 
     async def reload(self) -> bool:
         """Read policy and TLS files again; tell whether all of them are in force now."""
-        return self._live is not None and await self._live.reload()
+        return self._live is not None and await self._live.reload(by="SIGHUP")
 
     @override
     async def _start(self) -> None:
@@ -182,6 +182,7 @@ class Signer(Program):
             audit=audit,
             metrics=self.telemetry.metrics,
             log=self.log,
+            has_operators=operators.required > 0,
         )
         self._stack.push_async_callback(live.close)
         await live.open()
@@ -202,6 +203,7 @@ class Signer(Program):
             operators,
             anchor=steady.anchor,
             clock=self.clock,
+            metrics=self.telemetry.metrics,
             log=logs.get_logger("admin"),
         )
         attesting = Attesting(live, log_keys, audit, clock=self.clock)

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from spire_hw_signer.policy import Custody, Owner, Policy
     from spire_hw_signer.tlsfiles import TlsFiles
 
+ORDER: Final = "order"
 _RELOAD: Final = ("reload",)
+_ALARM: Final = ("alarm",)
 
 
 class Live:
@@ -42,7 +44,21 @@ class Live:
         audit: AuditLog,
         metrics: Metrics,
         log: Logger,
+        has_operators: bool = False,
     ) -> None:
+        """Make it; `open` loads it.
+
+        Args:
+            policy_file: who may do what.
+            data_dir: of the signer.
+            opener: makes KeyManagers.
+            tls: of the TCP door.
+            audit: told of every policy before it is in force.
+            metrics: counts what was read again, and alarms.
+            log: where it is told as well.
+            has_operators: whether operators have to agree to a change of policy; one by a signal is
+                an alarm then.
+        """
         self._file = policy_file
         self._data_dir = data_dir
         self._opener = opener
@@ -50,6 +66,7 @@ class Live:
         self._audit = audit
         self._metrics = metrics
         self._log = log
+        self._has_operators = has_operators
         self._policy: Policy | None = None
         self._owners: dict[Owner, OwnerKeys] = {}
         self._custody: dict[Owner, Custody] = {}
@@ -80,22 +97,23 @@ class Live:
             SpireHwError: the policy has faults, or keys cannot be opened.
         """
         async with self._changing:
-            await self._use(await asyncio.to_thread(load_policy, self._file))
+            await self._use(await asyncio.to_thread(load_policy, self._file), "start")
 
-    async def reload(self, meant: str = "") -> bool:
+    async def reload(self, meant: str = "", *, by: str) -> bool:
         """Read policy and TLS files again; tell whether all of them are in force now.
 
         Args:
             meant: hash of the only policy that is taken, "" for any.
+            by: what asked for it, `order` or a signal.
         """
         async with self._changing:
-            faults = [f async for f in self._reload(meant)]
+            faults = [f async for f in self._reload(meant, by)]
         self._fault = "; ".join(faults)
         return not faults
 
-    async def _reload(self, meant: str) -> AsyncIterator[str]:
+    async def _reload(self, meant: str, by: str) -> AsyncIterator[str]:
         steps: dict[str, Callable[[], Awaitable[None]]]
-        steps = {"policy": partial(self._reload_policy, meant), "tls": self._reload_tls}
+        steps = {"policy": partial(self._reload_policy, meant, by), "tls": self._reload_tls}
         for what, step in steps.items():
             try:
                 await step()
@@ -111,18 +129,27 @@ class Live:
             else:
                 self._metrics.count(_RELOAD, labels={"what": what, "result": "done"})
 
-    async def _reload_policy(self, meant: str) -> None:
+    async def _reload_policy(self, meant: str, by: str) -> None:
         policy = await asyncio.to_thread(load_policy, self._file)
         if meant not in {"", policy.hash}:
             raise NotReadyError(f"{self._file} has policy {policy.hash}, meant is {meant}")
-        await self._use(policy)
+        before = self.policy.hash
+        await self._use(policy, by)
+        if self._has_operators and by != ORDER and policy.hash != before:
+            self._metrics.count(_ALARM, labels={"reason": "no_order"})
+            self._log.error(
+                "Signer alarm: the policy was changed without an order",
+                by=by,
+                policy=policy.hash,
+                before=before,
+            )
 
     async def _reload_tls(self) -> None:
         if self._tls is not None:
             await asyncio.to_thread(self._tls.load)
             self._audit.note("tls_loaded", {"not_after": self._tls.not_after.isoformat()})
 
-    async def _use(self, policy: Policy) -> None:
+    async def _use(self, policy: Policy, by: str) -> None:
         """Put a policy in force: its keys first, the log next, itself last."""
         wanted = policy.owners()
         opened: dict[Owner, OwnerKeys] = {}
@@ -140,7 +167,7 @@ class Live:
                 await keys.close()
             raise
         before = "" if self._policy is None else self._policy.hash
-        self._audit.note("policy_loaded", {"policy": policy.hash, "before": before})
+        self._audit.note("policy_loaded", {"policy": policy.hash, "before": before, "by": by})
         for text in describe(policy):
             self._log.warning(text)
         gone = [keys for owner, keys in self._owners.items() if owner not in wanted]

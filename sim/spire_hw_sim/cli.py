@@ -24,7 +24,7 @@ _PROGRAMS = 20
 _TOOLS = ("swtpm", "swtpm_setup", "softhsm2-util", "pkcs11-tool", "openssl", "setpriv")
 
 
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def root() -> None:
     """Simulators for development: a TPM, a PKCS#11 token, and the demo that uses both."""
 

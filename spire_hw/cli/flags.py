@@ -75,6 +75,7 @@ def flag(
     dest: str = "",
     hidden: bool = False,
     alias: str = "",
+    from_environment: bool = True,
 ) -> Callable[[F], F]:
     """Add a flag to a command.
 
@@ -87,6 +88,7 @@ def flag(
         dest: parameter name; the flag's name in snake case without it.
         hidden: leave it out of the help.
         alias: another name it goes by.
+        from_environment: whether `env_name` stands for it when it is not given.
     """
     shown = default
     if isinstance(default, timedelta):
@@ -102,7 +104,7 @@ def flag(
         default=() if repeated else default,
         multiple=repeated,
         help=help + note,
-        envvar=env_name(name),
+        envvar=env_name(name) if from_environment else None,
         hidden=hidden,
         metavar="[=false]" if type is bool else None,
     )

@@ -152,12 +152,15 @@ class Setting:
         key: in the section of the host.
         help: one sentence.
         type: click's type, or bool.
+        from_environment: whether the environment may set it. Not where the same variable tells
+            commands whom to ask: it is exported for them, and is not to move what is run.
     """
 
     flag: str
     key: str
     help: str
     type: Any = str
+    from_environment: bool = True
 
 
 COMMON_SETTINGS: Final = (
@@ -177,7 +180,14 @@ def settings_flags(settings: Sequence[Setting], default: Path) -> Callable[[F], 
 
     def add(command: F) -> F:
         for setting in sorted(settings, key=lambda s: s.flag, reverse=True):
-            command = flag(setting.flag, setting.help, type=setting.type, dest=setting.key)(command)
+            add_one = flag(
+                setting.flag,
+                setting.help,
+                type=setting.type,
+                dest=setting.key,
+                from_environment=setting.from_environment,
+            )
+            command = add_one(command)
         text = "Expand environment variables in the file."
         command = flag("expandEnv", text, type=bool, default=False)(command)
         return flag("config", "The configuration file.", default=str(default))(command)

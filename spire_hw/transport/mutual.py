@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
 
-from spire_hw.errors import SpireHwError, SvidError, UnavailableError, VerificationError
+from spire_hw.errors import ChainError, SpireHwError, SvidError, UnavailableError, VerificationError
 from spire_hw.svid.x509svid import spiffe_id_of
 from spire_hw.transport.front import FrontLimits, Lease
 from spire_hw.transport.peer import TcpPeer, source_of
@@ -51,6 +51,18 @@ class MutualPeer(TcpPeer):
     fingerprint: str
 
 
+class ExpiredPeerError(ChainError):
+    """A caller proved itself with a certificate that holds but for its time, which is over.
+
+    Attributes:
+        peer: whose certificate it is.
+    """
+
+    def __init__(self, message: str, peer: MutualPeer) -> None:
+        super().__init__(message)
+        self.peer = peer
+
+
 @dataclass(frozen=True, slots=True)
 class Pins:
     """Whom a front believes.
@@ -74,7 +86,7 @@ class MutualFront(TlsFront):
         *,
         identity: Callable[[], TlsIdentity],
         pins: Callable[[], Pins],
-        refused: Callable[[str, str], None],
+        refused: Callable[[str, SpireHwError], None],
         limits: FrontLimits = MUTUAL_LIMITS,
         clock: Clock | None = None,
         log: Logger | None = None,
@@ -121,7 +133,7 @@ class MutualFront(TlsFront):
             await super()._prove(connection, address, lease)
         except (SpireHwError, TimeoutError) as e:
             self._note_failure(source_of(ip))
-            self._refused(ip, e.message if isinstance(e, SpireHwError) else "too slow")
+            self._refused(ip, e if isinstance(e, SpireHwError) else UnavailableError("too slow"))
             raise
 
     @override
@@ -130,9 +142,21 @@ class MutualFront(TlsFront):
             raise VerificationError("a client certificate is required")
         certificates = tuple(load_certificate(data) for data in chain)
         leaf, *others = certificates
-        verify_chain(leaf, others, self._pins().authorities, self._clock.now())
         fingerprint = hashlib.sha256(chain[0]).hexdigest()
-        return MutualPeer(peer.address, peer.port, _id_of(leaf), certificates, fingerprint)
+        proved = MutualPeer(peer.address, peer.port, _id_of(leaf), certificates, fingerprint)
+        authorities, now, end = (
+            self._pins().authorities,
+            self._clock.now(),
+            leaf.not_valid_after_utc,
+        )
+        try:
+            verify_chain(leaf, others, authorities, now)
+        except ChainError as e:
+            if now > end:
+                verify_chain(leaf, others, authorities, end)
+                raise ExpiredPeerError(e.message, proved) from e
+            raise
+        return proved
 
     def _failed_much(self, source: str) -> bool:
         now = self._clock.monotonic()

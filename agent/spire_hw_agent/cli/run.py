@@ -57,7 +57,9 @@ _FLAGS: Final = settings_flags(
         Setting("rebootstrapMode", "rebootstrap_mode", "never, auto or always."),
         Setting("serverAddress", "server_address", "Address of the server."),
         Setting("serverPort", "server_port", "Port of the server.", int),
-        Setting("socketPath", "socket_path", "Path of the Workload API socket."),
+        Setting(
+            "socketPath", "socket_path", "Path of the Workload API socket.", from_environment=False
+        ),
         Setting("trustBundle", "trust_bundle_path", "File with the bundle to trust the server by."),
         Setting("trustBundleFormat", "trust_bundle_format", "pem or spiffe."),
         Setting("trustBundleUrl", "trust_bundle_url", "Where to fetch that bundle."),

@@ -29,7 +29,7 @@ _FLAGS: Final = settings_flags(
         Setting("bindAddress", "bind_address", "IP address the API listens on."),
         Setting("serverPort", "bind_port", "Port the API listens on."),
         Setting("dataDir", "data_dir", "Directory for the server's data."),
-        Setting("socketPath", "socket_path", "Path of the admin socket."),
+        Setting("socketPath", "socket_path", "Path of the admin socket.", from_environment=False),
     ),
     DEFAULT_CONFIG,
 )

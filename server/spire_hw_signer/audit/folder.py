@@ -71,7 +71,8 @@ class Folder:
         """Make the directory when it is missing, and be its only writer.
 
         Raises:
-            NotReadyError: it cannot be used, or another process has it.
+            NotReadyError: it cannot be used.
+            UnavailableError: another process has it.
         """
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ class Folder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             self.release()
-            raise NotReadyError(
+            raise UnavailableError(
                 f"audit log {self.path} is in use by another process; a log has one writer"
             ) from e
         except OSError as e:

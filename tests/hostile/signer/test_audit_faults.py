@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import resource
 import secrets
 import sys
+import urllib.request
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
@@ -616,6 +618,43 @@ async def test_fault_115_the_policy_that_was_signed_and_no_other(tmp_path: Path)
         again = await room.order(Action.POLICY_RELOAD, wanted)
         assert wanted in (await room.submit(room.signed(again))).message
         assert room.rig.signer.live.policy.hash == wanted
+
+
+async def test_fault_115_refused_orders_and_policies_without_one_are_alarms(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    room = Room(tmp_path / "r", keys="disk")
+    telemetry = "telemetry { Prometheus { port = 0 } }"
+    room.rig.config_file.write_text(f"{room.rig.config_file.read_text()}\n{telemetry}\n")
+    room.rig.signer = room.rig._signer()
+    async with room.rig:
+        with pytest.raises(SpireHwError, match="no_order"):
+            await direct(room.rig, Action.POLICY_RELOAD, "")
+        order = await room.order(Action.POLICY_RELOAD)
+        assert await room.refused(SignedOrder(order)) == "too_few"
+        # The same policy again, and one that an order puts in force, change nothing by a signal.
+        assert await room.rig.signer.reload()
+        room.rig.write_policy(client_policy(raw="true", max_in_flight="9"))
+        await room.submit(room.signed(order))
+        capsys.readouterr()
+        room.rig.write_policy(client_policy(raw="true", max_in_flight="10"))
+        assert await room.rig.signer.reload()
+        assert "the policy was changed without an order" in "".join(capsys.readouterr())
+        metrics = await asyncio.to_thread(_metrics, room.rig.signer.telemetry.port)
+    alarms = re.findall(r'^spire_signer_alarm{.*reason="(\w+)".*} (\d+)', metrics, re.MULTILINE)
+    assert dict(alarms) == {"no_order": "2", "too_few": "1"}
+    loaded = [
+        one
+        for file in room.audit.glob("audit-*.log")
+        for one in map(json.loads, file.read_text().splitlines())
+        if one.get("event") == "policy_loaded"
+    ]
+    assert [one["fields"]["by"] for one in loaded] == ["start", "SIGHUP", "order", "SIGHUP"]
+
+
+def _metrics(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        return bytes(answer.read()).decode()
 
 
 async def test_fault_115_expiries_are_not_judged_by_a_clock_that_jumped(tmp_path: Path) -> None:

@@ -153,6 +153,21 @@ async def test_fault_98_certificates_of_others(rig: SignerRig) -> None:
 
 
 @pytest.mark.asyncio
+async def test_fault_98_an_expired_certificate_is_named(rig: SignerRig) -> None:
+    now = SystemClock().now()
+    for authority, reason, client in (
+        (rig.authority, "certificate_expired", CLIENT_ID),
+        # Nobody whom it has to name: whoever likes writes such names.
+        (Authority(INFRA), "unknown_client", ""),
+    ):
+        identity = authority.identity(CLIENT_ID, start=now - 3 * HOUR, end=now - HOUR)
+        await unauthenticated(rig, channel=await rig.channel(identity))
+        (found,) = await written(rig, "refusal", reason=reason, method="TLS")
+        assert (found["client"], found["class"]) == (client, 1)
+        assert bool(found["cert"]) is bool(client)
+
+
+@pytest.mark.asyncio
 async def test_fault_98_a_certificate_the_policy_does_not_know(rig: SignerRig) -> None:
     for spiffe_id in (
         "spiffe://infra.example/other",

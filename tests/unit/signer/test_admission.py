@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 
+from spire_hw.errors import UnavailableError
 from spire_hw.log import get_logger
 from spire_hw.telemetry.metrics import NO_METRICS
 from spire_hw_signer.admission import Gate
@@ -50,7 +51,7 @@ async def refusals(log: AuditLog) -> list[Record]:
 async def test_what_a_client_tries_does_not_go_under_among_strangers(log: AuditLog) -> None:
     gate = gate_of(log, SimClock())
     for number in range(200):
-        gate.stranger(f"192.0.2.{number}", "no certificate")
+        gate.stranger(f"192.0.2.{number}", UnavailableError("no certificate"))
     gate.refuse(intent(), TBS)
     found = await refusals(log)
     assert len(found) == 51

@@ -120,7 +120,7 @@ async def test_one_writer(tmp_path: Path) -> None:
     first = make_log(tmp_path / "audit")
     await first.open()
     second = make_log(tmp_path / "audit")
-    with pytest.raises(NotReadyError, match="in use by another process"):
+    with pytest.raises(UnavailableError, match="in use by another process"):
         await second.open()
     await second.close()
     await first.close()

@@ -18,6 +18,9 @@ from spire_hw.errors import (
     SpireHwError,
     UnavailableError,
 )
+from spire_hw_agent.cli.commands import root as agent_root
+from spire_hw_server.cli.commands import root as server_root
+from spire_hw_sim.cli import root as sim_root
 
 ERRORS: dict[str, SpireHwError] = {
     "away": UnavailableError("gone"),
@@ -146,6 +149,29 @@ def test_flags_come_from_the_environment_and_the_command_line_wins(
     found = answer(capsys, "do")
     assert (found["spiffe_id"], found["downstream"]) == ("spiffe://a/b", True)
     assert answer(capsys, "do", "-spiffeID", "x")["spiffe_id"] == "x"
+
+
+@pytest.mark.parametrize("program", [server_root, agent_root])
+def test_a_program_does_not_move_its_socket_to_where_commands_are_told_to_ask(
+    program: GoGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPIRE_HW_SOCKET_PATH", "/elsewhere.sock")
+    monkeypatch.setenv("SPIRE_HW_LOG_LEVEL", "debug")
+    for name in ("run", "validate"):
+        command = program.commands[name]
+        with command.make_context(name, []) as context:
+            assert context.params["socket_path"] is None
+            assert context.params["log_level"] == "debug"
+        with command.make_context(name, ["-socketPath", "/here.sock"]) as context:
+            assert context.params["socket_path"] == "/here.sock"
+
+
+@pytest.mark.parametrize("name", ["-h", "--help"])
+def test_the_simulator_shows_its_help_and_exits_0(capsys: Capture, name: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        sim_root.main([name])
+    assert ended.value.code == 0
+    assert "Commands:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["-h", "-help", "--help"])
