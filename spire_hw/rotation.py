@@ -79,11 +79,6 @@ def should_rotate(
     return now >= due_at
 
 
-def is_expired(now: datetime, not_after: datetime, skew: timedelta = timedelta(0)) -> bool:
-    """Tell whether something is past its end, or within `skew` of it."""
-    return now + skew >= not_after
-
-
 def preparation_due_at(issued_at: datetime, not_after: datetime) -> datetime:
     """Return when the successor of a CA or JWT key is made: half of the life, 30 days at most."""
     return not_after - min((not_after - issued_at) / 2, _PREPARE_AT_MOST)
@@ -92,13 +87,3 @@ def preparation_due_at(issued_at: datetime, not_after: datetime) -> datetime:
 def activation_due_at(issued_at: datetime, not_after: datetime) -> datetime:
     """Return when the successor takes over: a sixth of the life is left, 7 days at most."""
     return not_after - min((not_after - issued_at) / 6, _ACTIVATE_AT_MOST)
-
-
-def should_prepare(now: datetime, issued_at: datetime, not_after: datetime) -> bool:
-    """Tell whether the successor of a CA or JWT key has to be made."""
-    return now > preparation_due_at(issued_at, not_after)
-
-
-def should_activate(now: datetime, issued_at: datetime, not_after: datetime) -> bool:
-    """Tell whether the successor of a CA or JWT key has to take over."""
-    return now > activation_due_at(issued_at, not_after)

@@ -129,10 +129,6 @@ class SpiffeId:
         """Tell whether the ID lies below `/spire/agent/`."""
         return self.path.startswith(_AGENT_PREFIX)
 
-    def is_server(self) -> bool:
-        """Tell whether the ID is that of a server."""
-        return self.path == SERVER_PATH
-
     def is_reserved(self) -> bool:
         """Tell whether the first path segment is `spire`."""
         return self.path == _RESERVED_PATH or self.path.startswith(_RESERVED_PATH + "/")

@@ -133,19 +133,6 @@ class Machine:
                 raise UnavailableError(f"{pattern!r}: the machine {state}; its console:\n{tail}")
             time.sleep(0.2)
 
-    def wait_off(self, timeout_s: float) -> None:
-        """Wait until the machine switches itself off.
-
-        Raises:
-            UnavailableError: it does not.
-        """
-        if self._processes:
-            try:
-                self._processes[-1].wait(timeout_s)
-            except subprocess.TimeoutExpired as e:
-                raise UnavailableError(f"still on; its console:\n{self.console[-2000:]}") from e
-        self.power_off()
-
     def reset(self) -> None:
         """Press the reset button: no program gets to end in order."""
         if self._sockets is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import hmac
-import secrets
 import struct
 from dataclasses import dataclass, field
 from typing import Final
@@ -320,9 +319,3 @@ class SoftTpm:
         own = coordinates(private)[0]
         bits = algorithm.digest_size * 8
         return kdfe(algorithm.name, z, "IDENTITY", x, own, bits=bits)
-
-
-def random_pcrs(bank: str = "sha256") -> dict[tuple[str, int], bytes]:
-    """Return values for one bank as another boot would have them."""
-    size = wire.HASHES[wire.BANKS[bank]][1]
-    return {(bank, n): secrets.token_bytes(size) for n in range(wire.PCR_COUNT)}

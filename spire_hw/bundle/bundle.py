@@ -121,14 +121,6 @@ class Bundle:
         """Return the JWT authority with that key ID, None when there is none."""
         return self._jwt_by_kid.get(kid)
 
-    def same_authorities(self, other: Bundle) -> bool:
-        """Tell whether the other bundle holds the same authorities, whatever its sequence."""
-        return (
-            self.trust_domain == other.trust_domain
-            and self.x509_authorities == other.x509_authorities
-            and self.jwt_authorities == other.jwt_authorities
-        )
-
     def merged(self, other: Bundle) -> Bundle:
         """Return the union of both bundles' authorities; a taint on either side stays.
 

@@ -61,12 +61,6 @@ class Address:
     network: str
     address: str
 
-    @property
-    def host_and_port(self) -> tuple[str, int]:
-        """Return the parts of a `tcp` address."""
-        host, _, port = self.address.rpartition(":")
-        return host.strip("[]"), int(port)
-
 
 def build_environment(
     kind: PluginKind, inherited: Mapping[str, str], *, socket_dir: str = ""

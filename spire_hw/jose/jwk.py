@@ -1,17 +1,16 @@
 """Public keys as JSON Web Keys, in and out; never a private one.
 
-Spec: RFC 7517, RFC 7518 section 6, RFC 7638 (thumbprint).
+Spec: RFC 7517, RFC 7518 section 6.
 """
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any, Final
 
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from spire_hw.errors import EncodingError, InvalidInputError
-from spire_hw.jose.text import decode_base64url, encode_base64url, encode_json
+from spire_hw.jose.text import decode_base64url, encode_base64url
 from spire_hw.key import PublicKey, check_public_key
 
 if TYPE_CHECKING:
@@ -79,16 +78,6 @@ def parse_jwk(jwk: Mapping[str, Any]) -> PublicKey:
     if kind == "RSA":
         return _parse_rsa(jwk)
     raise InvalidInputError("JWK is of a key type other than EC and RSA")
-
-
-def thumbprint(public_key: PublicKey) -> str:
-    """Return the base64url SHA-256 thumbprint of a key.
-
-    Spec: RFC 7638 section 3.
-    """
-    jwk = jwk_of(public_key)
-    ordered = {name: jwk[name] for name in sorted(jwk)}
-    return encode_base64url(hashlib.sha256(encode_json(ordered)).digest())
 
 
 def _parse_ec(jwk: Mapping[str, Any]) -> PublicKey:

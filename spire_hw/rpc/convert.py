@@ -67,11 +67,6 @@ def selector_to_pb(selector: Selector) -> types_pb2.Selector:
     return types_pb2.Selector(type=selector.type, value=selector.value)
 
 
-def selectors_to_pb(selectors: Iterable[Selector]) -> list[types_pb2.Selector]:
-    """Return the messages of selectors, in order of type and value."""
-    return [selector_to_pb(selector) for selector in sorted(selectors)]
-
-
 def selector_from_pb(message: types_pb2.Selector) -> Selector:
     """Return the selector of a message.
 
@@ -88,19 +83,6 @@ def selectors_from_pb(messages: Iterable[types_pb2.Selector]) -> frozenset[Selec
         InvalidInputError: one of them is not allowed.
     """
     return frozenset(selector_from_pb(message) for message in messages)
-
-
-def selector_match_from_pb(
-    message: types_pb2.SelectorMatch,
-) -> tuple[frozenset[Selector], int]:
-    """Return (selectors, behaviour) of a filter; behaviour is `SelectorMatch.MatchBehavior`.
-
-    Raises:
-        InvalidInputError: no selectors, one that is not allowed, an unknown behaviour.
-    """
-    if not message.selectors:
-        raise InvalidInputError("selector filter: empty selector set")
-    return selectors_from_pb(message.selectors), match_from_pb(message.match)
 
 
 def match_from_pb(match: int) -> int:

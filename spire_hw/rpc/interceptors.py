@@ -14,12 +14,12 @@ from uuid import uuid4
 from typing_extensions import override
 
 from spire_hw.clock import Clock, SystemClock
-from spire_hw.errors import ErrorKind, InvalidInputError, LimitError, SpireHwError
+from spire_hw.errors import InvalidInputError, LimitError
 from spire_hw.log import LateLogger
 from spire_hw.transport.peer import Peer, TcpPeer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Sequence
 
     from spire_hw.log import Logger
     from spire_hw.rpc.service import Call, Handler, Response, StreamNext, UnaryNext
@@ -223,48 +223,3 @@ class CallerRate:
         """Wait until the caller may have `count` more; see `RateLimiter.take`."""
         if isinstance(call.peer, TcpPeer):
             await self._limiter.take(call.peer.source, count, call.deadline_s)
-
-
-class RateLimit(Guard):
-    """Limits methods before their handler runs, one unit per call; batches count in the handler."""
-
-    def __init__(self, rates: dict[str, CallerRate]) -> None:
-        """Limit by method path; several paths may share one rate."""
-        self._rates = rates
-
-    @override
-    async def check(self, request: Any, call: Call) -> None:
-        """Wait for the caller's turn."""
-        rate = self._rates.get(call.method)
-        if rate is not None:
-            await rate.take(call)
-
-
-class Audit:
-    """Tells a function about every finished call: who, what, how it ended."""
-
-    def __init__(self, tell: Callable[[Call, ErrorKind | None, str], None]) -> None:
-        """Call `tell(call, kind, message)` after each call; kind is None for success."""
-        self._tell = tell
-
-    async def unary(self, request: Any, call: Call, proceed: UnaryNext) -> Response:
-        """Run the call and tell."""
-        try:
-            response = await proceed(request, call)
-        except SpireHwError as e:
-            self._tell(call, e.kind, e.message)
-            raise
-        self._tell(call, None, "")
-        return response
-
-    async def stream(
-        self, request: Any, call: Call, proceed: StreamNext
-    ) -> AsyncIterator[Response]:
-        """Run the call and tell when it ends."""
-        try:
-            async for response in proceed(request, call):
-                yield response
-        except SpireHwError as e:
-            self._tell(call, e.kind, e.message)
-            raise
-        self._tell(call, None, "")

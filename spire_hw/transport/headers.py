@@ -21,7 +21,6 @@ _FRAME_HEADER: Final = 9
 _HEADERS: Final = 0x1
 _PUSH_PROMISE: Final = 0x5
 _CONTINUATION: Final = 0x9
-_END_HEADERS: Final = 0x4
 _PADDED: Final = 0x8
 _PRIORITY: Final = 0x20
 _PRIORITY_BYTES: Final = 5
@@ -35,14 +34,13 @@ _NOT_YET: Final = -1
 class HeaderWatch:
     """Follows the frames of one direction of a connection."""
 
-    __slots__ = ("_block", "_ends", "_fields", "_head", "_inside", "_left", "_strip", "_tail")
+    __slots__ = ("_block", "_fields", "_head", "_inside", "_left", "_strip", "_tail")
 
     def __init__(self, preface_bytes: int = 0) -> None:
         """Begin before the first frame, with so many bytes before it."""
         self._left = preface_bytes  # of the payload at hand
         self._head = b""  # of a frame header, the part that has come
         self._inside = False  # the payload is part of a header block
-        self._ends = False  # and its last one
         self._strip = 0  # bytes of it before the block
         self._block = 0  # bytes of the block so far
         self._fields = 0  # and its fields
@@ -86,7 +84,6 @@ class HeaderWatch:
             self._block = self._fields = 0
             self._tail.clear()
             self._strip = _PRIORITY_BYTES if flags & _PRIORITY else 0
-        self._ends = bool(flags & _END_HEADERS)
         self._block += _FRAME_HEADER + self._left
         if self._block > MAX_BLOCK_BYTES:
             raise LimitError(f"a header block is larger than {MAX_BLOCK_BYTES} bytes")

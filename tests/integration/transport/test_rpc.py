@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -24,17 +24,17 @@ from spire_hw.errors import (
 )
 from spire_hw.rpc.client import connect_unix
 from spire_hw.rpc.health import health_methods
-from spire_hw.rpc.interceptors import Audit, Guard, RequestId, RequiredHeader
+from spire_hw.rpc.interceptors import Guard, RequestId, RequiredHeader
 from spire_hw.rpc.server import RpcLimits, RpcServer
 from spire_hw.transport.unixfront import UnixFront
 from spire_hw_sim.echo import PREFIX, TIMEOUT_S, EchoWorld, echo_world, say
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
     from spire_hw.rpc.client import Channel
-    from spire_hw.rpc.service import Call
+    from spire_hw.rpc.service import Call, Response, StreamNext, UnaryNext
 
 pytestmark = pytest.mark.usefixtures("rpc_engine")
 
@@ -330,12 +330,38 @@ class Order(Guard):
             raise DeniedError(f"stopped by {self.name}")
 
 
+class CallLog:
+    """Notes how each call ended."""
+
+    def __init__(self) -> None:
+        self.ended: list[tuple[str, ErrorKind | None]] = []
+
+    async def unary(self, request: Any, call: Call, proceed: UnaryNext) -> Response:
+        with self._noted(call):
+            return await proceed(request, call)
+
+    async def stream(
+        self, request: Any, call: Call, proceed: StreamNext
+    ) -> AsyncIterator[Response]:
+        with self._noted(call):
+            async for response in proceed(request, call):
+                yield response
+
+    @contextmanager
+    def _noted(self, call: Call) -> Iterator[None]:
+        try:
+            yield
+        except SpireHwError as e:
+            self.ended.append((call.method, e.kind))
+            raise
+        self.ended.append((call.method, None))
+
+
 @pytest.mark.asyncio
 async def test_interceptors_run_in_order_around_every_shape(tmp_path: Path) -> None:
     seen: list[str] = []
-    told: list[tuple[str, ErrorKind | None]] = []
-    audit = Audit(lambda call, kind, _message: told.append((call.method, kind)))
-    chain = [RequestId(), audit, Order("one", seen), Order("two", seen)]
+    log = CallLog()
+    chain = [RequestId(), log, Order("one", seen), Order("two", seen)]
     async with (
         echo_world(tmp_path, interceptors=chain) as world,
         world.over_unix() as channel,
@@ -348,7 +374,7 @@ async def test_interceptors_run_in_order_around_every_shape(tmp_path: Path) -> N
         with pytest.raises(DeniedError, match="stopped by two"):
             await stream(channel, "Count", "two")
         assert seen == ["one", "two"] * 1 + ["one"] + ["one", "two"] * 2
-        assert told == [
+        assert log.ended == [
             (PREFIX + "Say", None),
             (PREFIX + "Say", ErrorKind.PERMISSION_DENIED),
             (PREFIX + "Count", None),

@@ -98,7 +98,8 @@ async def test_a_bundle_over_http(home: Path) -> None:
     async with served(home, lambda: web.Response(body=document)) as keys:
         found = await trust_in(home, keys).for_attestation()
     assert found is not None
-    assert found.same_authorities(FIRST.bundle())
+    assert found.x509_authorities == FIRST.bundle().x509_authorities
+    assert found.jwt_authorities == FIRST.bundle().jwt_authorities
 
 
 @pytest.mark.parametrize(

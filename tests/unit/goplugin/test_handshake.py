@@ -91,11 +91,6 @@ def test_lines_of_go_plugins_are_read(line: bytes, expected: Address) -> None:
     assert parse_line(line) == expected
 
 
-def test_a_tcp_address_has_parts() -> None:
-    assert parse_line(b"1|1|tcp|[::1]:10000|grpc").host_and_port == ("::1", 10000)
-    assert Address("tcp", "127.0.0.1:25").host_and_port == ("127.0.0.1", 25)
-
-
 @pytest.mark.parametrize(
     ("line", "words"),
     [

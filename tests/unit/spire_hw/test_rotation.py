@@ -8,12 +8,9 @@ import pytest
 from spire_hw.rotation import (
     activation_due_at,
     draw_jitter,
-    is_expired,
     is_target_reachable,
     preparation_due_at,
     rotation_due_at,
-    should_activate,
-    should_prepare,
     should_rotate,
 )
 
@@ -62,19 +59,9 @@ def test_thresholds_of_authorities() -> None:
     end = START + timedelta(hours=24)
     assert preparation_due_at(START, end) == START + timedelta(hours=12)
     assert activation_due_at(START, end) == START + timedelta(hours=20)
-    assert not should_prepare(START + timedelta(hours=12), START, end)
-    assert should_prepare(START + timedelta(hours=12, seconds=1), START, end)
-    assert not should_activate(START + timedelta(hours=20), START, end)
-    assert should_activate(START + timedelta(hours=20, seconds=1), START, end)
 
 
 def test_thresholds_of_long_lived_authorities_are_capped() -> None:
     end = START + timedelta(days=3650)
     assert preparation_due_at(START, end) == end - timedelta(days=30)
     assert activation_due_at(START, end) == end - timedelta(days=7)
-
-
-def test_expiry_with_skew() -> None:
-    assert is_expired(START, START)
-    assert not is_expired(START - timedelta(seconds=2), START)
-    assert is_expired(START - timedelta(seconds=1), START, timedelta(seconds=1))

@@ -124,11 +124,10 @@ def test_ids_are_values() -> None:
 
 def test_server_and_agent_ids() -> None:
     assert str(server_id(DOMAIN)) == "spiffe://example.org/spire/server"
-    assert server_id(DOMAIN).is_server()
     agent = agent_id(DOMAIN, "tpm", "abc")
     assert str(agent) == "spiffe://example.org/spire/agent/tpm/abc"
     assert agent.is_agent()
-    assert not agent.is_server()
+    assert not server_id(DOMAIN).is_agent()
     with pytest.raises(SpiffeIdError):
         agent_id(DOMAIN, "tpm")
 

@@ -6,7 +6,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from spire_hw.errors import InvalidInputError
-from spire_hw.jose.jwk import jwk_of, parse_jwk, thumbprint
+from spire_hw.jose.jwk import jwk_of, parse_jwk
 from spire_hw.jose.text import encode_base64url
 from spire_hw.key import PublicKey, spki_der
 
@@ -73,14 +73,3 @@ def test_unusable_keys_are_refused(jwk: dict[str, Any]) -> None:
 def test_a_curve_without_a_jose_name_is_refused() -> None:
     with pytest.raises(InvalidInputError):
         jwk_of(ec.generate_private_key(ec.SECP256K1()).public_key())
-
-
-def test_thumbprint_of_the_standards_example() -> None:
-    n = (
-        "0vx7agoebGcQSuuPiLJXZptN9nndrQmbXEps2aiAFbWhM78LhWx4cbbfAAtVT86zwu1RK7aPFFxuhDR1L6tSoc_BJECP"
-        "ebWKRXjBZCiFV4n3oknjhMstn64tZ_2W-5JsGY4Hc5n9yBXArwl93lqt7_RN5w6Cf0h4QyQ5v-65YGjQR0_FDW2QvzqY"
-        "368QQMicAtaSqzs8KJZgnYb9c7d0zgdAZHzu6qMQvRL5hajrn1n91CbOpbISD08qNLyrdkt-bFTWhAI4vMQFh6WeZu0f"
-        "M4lFd2NcRwr3XPksINHaQ-G_xBniIqbw0Ls1jF44-csFCur-kEgU8awapJzKnqDKgw"
-    )
-    key = parse_jwk({"kty": "RSA", "n": n, "e": "AQAB", "alg": "RS256", "kid": "2011-04-29"})
-    assert thumbprint(key) == "NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs"
