@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
@@ -277,10 +278,9 @@ class H2Channel(Channel):
                     ("user-agent", f"spire-hw/{__version__}"),
                 )
             )
-        more = list(metadata)
-        if timeout_s is not None:
-            more.append(("grpc-timeout", wire.encode_timeout(timeout_s)))
-        return block + hpack.encode(more) if more else block
+        if metadata:
+            block += hpack.encode(metadata)
+        return block if timeout_s is None else block + _timeout_field(wire.encode_timeout(timeout_s))
 
     def gone(self, connection: ClientConnection) -> None:
         """Forget a connection."""
@@ -299,6 +299,12 @@ class H2Channel(Channel):
 
     def _failed(self, name: str, error: BaseException) -> None:
         get_logger("rpc").error("Connection task failed", task=name, exc_info=error)
+
+
+@lru_cache(maxsize=64)
+def _timeout_field(text: str) -> bytes:
+    """Return the field of a deadline; most calls of a program have one of a few."""
+    return hpack.encode([("grpc-timeout", text)])
 
 
 def unix_channel(path: str, max_response_bytes: int) -> Channel:

@@ -197,12 +197,17 @@ class Connection(ABC):
         self.write(frames.headers(number, block, end=end))
 
     def write_data(self, stream: Stream, data: bytes, *, end: bool, earns: bool = True) -> None:
-        """Send one DATA frame that fits the windows; `earns` when it is worth a peer's answer."""
+        """Send one DATA frame that fits the windows; `earns` when it is worth a peer's answer.
+
+        The last one leaves at once when no other call could add to it.
+        """
         self.send_window -= len(data)
         stream.send_window -= len(data)
         if earns:
             self._budget.earn(_EARNED)  # data is answered with pings and window updates
         self.write(frames.frame(frames.DATA, frames.END_STREAM if end else 0, stream.id, data))
+        if end and len(self.streams) == 1 and not self._is_young:
+            self.flush()
 
     def write_answer(self, stream: Stream, first: bytes, packed: bytes, last: bytes) -> None:
         """Send header block, one DATA frame that fits the windows, and trailers.
