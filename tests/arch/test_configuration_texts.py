@@ -37,8 +37,8 @@ from spire_hw_plugins.nodeattestor.x509pop import config as x509pop_server
 from spire_hw_plugins.upstreamauthority import disk as upstream_disk
 from spire_hw_plugins.upstreamauthority import pkcs11 as upstream_pkcs11
 from spire_hw_plugins.workloadattestor import unix
-from spire_hw_server import app as server_app
 from spire_hw_server import config as server_config
+from spire_hw_server import offline as server_offline
 from spire_hw_server.datastore.config import RawDatastoreConfig, parse_datastore
 from spire_hw_signer import config as signer_config
 from spire_hw_signer import policyfile as signer_policy
@@ -71,7 +71,7 @@ FENCES = list(fences())
 @pytest.mark.asyncio
 async def test_the_sample_of_the_server_is_valid_with_its_plugins() -> None:
     settings = server_config.load_settings(SERVER_CONF)
-    assert await server_app.check_settings(settings) == []
+    assert await server_offline.check_settings(settings) == []
     assert settings.notices == ()
 
 

@@ -61,6 +61,7 @@ ALLOWED = {
     "spire_hw_server.cli.main": set(),
     "spire_hw_server.cli.commands": {"click"},
     "spire_hw_server.app": {"sqlalchemy", "alembic", "aiohttp"},
+    "spire_hw_server.offline": set(),
     "spire_hw_signer.policy": set(),
     "spire_hw_signer.purpose": set(),
     "spire_hw_signer.config": set(),

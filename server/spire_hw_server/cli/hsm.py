@@ -74,7 +74,7 @@ def list_(config: str, *, expand_env: bool, token: str, output: str, field: str)
     settings = _settings(config, expand_env=expand_env)
 
     async def look() -> tuple[str, float, Tenancy]:
-        from spire_hw_server.app import shared_token  # noqa: PLC0415 - loads what a server is made of
+        from spire_hw_server.offline import shared_token  # noqa: PLC0415 - loads what a server is made of
 
         async with shared_token(settings, token) as shared:
             return shared.device, shared.now, await shared.tenancy()
@@ -153,7 +153,7 @@ def restore(generation: str, config: str, *, expand_env: bool, output: str, fiel
     wanted = parse_generation(generation) if generation else None
 
     async def work() -> tuple[KeyInfo | None, list[RetainedKey]]:
-        from spire_hw_server.app import keys_at_rest  # noqa: PLC0415 - loads what a server is made of
+        from spire_hw_server.offline import keys_at_rest  # noqa: PLC0415 - loads what a server is made of
 
         async with keys_at_rest(settings) as keys:
             made = None if wanted is None else await keys.restore_key(*wanted)
@@ -221,7 +221,7 @@ class _Reaping:
 async def _reap(
     settings: ServerSettings, name: str, older_than_s: float, *, is_meant: bool
 ) -> _Reaping:
-    from spire_hw_server.app import shared_token  # noqa: PLC0415 - loads what a server is made of
+    from spire_hw_server.offline import shared_token  # noqa: PLC0415 - loads what a server is made of
 
     async with shared_token(settings, name) as token:
         tenancy = await token.tenancy()

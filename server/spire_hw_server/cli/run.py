@@ -54,9 +54,9 @@ def run(config: str, *, expand_env: bool, **given: Any) -> None:
 
 def find_faults(settings: ServerSettings) -> list[ConfigFault]:
     """Return what is wrong with settings although they could be loaded."""
-    from spire_hw_server import app  # noqa: PLC0415 - loads what the server is made of
+    from spire_hw_server import offline  # noqa: PLC0415 - loads what the server is made of
 
-    return run_check(app.check_settings(settings))
+    return run_check(offline.check_settings(settings))
 
 
 validate = validate_command("server", _FLAGS, load_settings, find_faults)

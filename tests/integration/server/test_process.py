@@ -23,11 +23,12 @@ from spire_hw.errors import NotReadyError, PluginError, UnavailableError
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId
 from spire_hw_server import app
-from spire_hw_server.app import Server, check_settings
+from spire_hw_server.app import Server
 from spire_hw_server.config import build_settings
 from spire_hw_server.datastore.config import parse_datastore
 from spire_hw_server.datastore.records import Entry
 from spire_hw_server.datastore.sql.store import open_datastore
+from spire_hw_server.offline import check_settings
 from spire_hw_sim.clock import SimClock
 from spire_hw_sim.servers import (
     ENTRY,

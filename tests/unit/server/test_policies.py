@@ -14,11 +14,11 @@ from spire_hw.config import hcl
 from spire_hw.errors import ConfigError, ErrorKind, InvalidInputError, NotReadyError
 from spire_hw.posture.policy import ek_selectors
 from spire_hw.posture.policyfile import parse_policy
-from spire_hw_server.app import check_settings
 from spire_hw_server.config import build_settings
 from spire_hw_server.datastore.config import DatastoreConfig
 from spire_hw_server.datastore.records import StoredPolicy
 from spire_hw_server.datastore.sql.store import open_datastore
+from spire_hw_server.offline import check_settings
 from spire_hw_server.posture.policies import Policies
 from spire_hw_server.posture.policyfiles import read_policies, read_policy
 from spire_hw_sim.clock import SimClock
