@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -151,3 +152,24 @@ class TokenRig:
             text=True,
         )
         return done.stdout
+
+    def objects(self) -> list[str]:
+        """Return class, label and hex id of each half of a key on the token."""
+        shown = self.meddle(
+            "for o in find(CLASS=PRIVATE) + find(CLASS=PUBLIC):\n"
+            "    print(o[Attribute.CLASS].name, o[Attribute.LABEL], o[Attribute.ID].hex())"
+        )
+        return sorted(shown.splitlines())
+
+
+async def settled(manager: pkcs11.Pkcs11KeyManager) -> None:
+    """Wait until replaced keys are gone from the token.
+
+    Raises:
+        TimeoutError: they do not go.
+    """
+    keyring = manager._keyring  # noqa: SLF001 - no host waits for that
+    if keyring is None:
+        raise ValueError("the key manager was not configured")
+    async with asyncio.timeout(60):
+        await keyring.disposal.wait_empty()

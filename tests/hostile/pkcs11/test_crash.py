@@ -8,20 +8,14 @@ import random
 import subprocess
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-import pytest_asyncio
 
 from spire_hw.key import HashAlgorithm, SignOptions
 from spire_hw.pkcs11.inventory.labels import Owner
 from spire_hw_sim.softhsm import SoftHsm
-from spire_hw_sim.tokenrig import TokenRig
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
+from spire_hw_sim.tokenrig import TokenRig, settled
 
 pytestmark = [
     pytest.mark.hsm,
@@ -54,12 +48,6 @@ async def main():
             await manager.destroy_retained("x509-CA-A", kept.generation)
 asyncio.run(main())
 """
-
-
-@pytest_asyncio.fixture
-async def rig(tmp_path: Path) -> AsyncIterator[TokenRig]:
-    async with TokenRig(tmp_path) as made:
-        yield made
 
 
 def start_host(rig: TokenRig, **changes: str) -> tuple[subprocess.Popen[str], list[int]]:
@@ -127,8 +115,7 @@ async def test_faults_60_to_62_kill_at_random_moments_leaves_one_signing_pair(
     (key,) = await manager.get_public_keys()
     made = await manager.sign_data(key.key_id, bytes(32), SignOptions(HashAlgorithm.SHA256))
     assert made.fingerprint == key.fingerprint
-    assert manager._keyring is not None
-    await manager._keyring.disposal.wait_empty()
+    await settled(manager)
     prefix = Owner("example.org", "server-1").prefix
     shown = rig.meddle(
         "from collections import Counter\n"

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 import pytest
-import pytest_asyncio
 
 from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, verify_digest
 from spire_hw.pkcs11.inventory.labels import Owner
 from spire_hw_sim.softhsm import SoftHsm
-from spire_hw_sim.tokenrig import PIN, SPY, TokenRig
+from spire_hw_sim.tokenrig import PIN, SPY, TokenRig, settled
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
 
     from spire_hw_plugins.keymanager.pkcs11 import Pkcs11KeyManager
 
@@ -34,18 +33,6 @@ DIGEST = bytes(32)
 OWNER = Owner("example.org", "server-1")
 T = TypeVar("T")
 P256 = KeyType.EC_P256
-
-
-@pytest_asyncio.fixture
-async def rig(tmp_path: Path) -> AsyncIterator[TokenRig]:
-    async with TokenRig(tmp_path) as made:
-        yield made
-
-
-async def settled(manager: Pkcs11KeyManager) -> None:
-    """Wait until replaced keys are gone from the token."""
-    assert manager._keyring is not None
-    await manager._keyring.disposal.wait_empty()
 
 
 async def healed(call: Callable[[], Awaitable[T]]) -> T:
@@ -82,11 +69,7 @@ def open_files(pid: int) -> list[str]:
 
 
 def objects(rig: TokenRig) -> list[str]:
-    shown = rig.meddle(
-        "for o in find(CLASS=PRIVATE) + find(CLASS=PUBLIC):\n"
-        "    print(o[Attribute.CLASS].name, o[Attribute.LABEL])"
-    )
-    return sorted(shown.splitlines())
+    return sorted(line.rpartition(" ")[0] for line in rig.objects())
 
 
 @pytest.mark.asyncio
@@ -417,8 +400,7 @@ async def test_fault_38_the_earlier_of_two_instances_finds_what_the_later_makes(
     await first.generate_key("a", P256)
     second = await rig.start("two")
     made = [await second.generate_key(key_id, P256) for key_id in ("a", "b", "a")]
-    assert second._keyring is not None
-    await second._keyring.disposal.wait_empty()
+    await settled(second)
     assert {k.key_id: k for k in await first.get_public_keys()} == {k.key_id: k for k in made}
     for key in made[1:]:
         assert (await first.sign_data(key.key_id, DIGEST, SHA256)).fingerprint == key.fingerprint

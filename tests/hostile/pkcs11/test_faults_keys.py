@@ -10,7 +10,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
-import pytest_asyncio
 
 from spire_hw.errors import ErrorKind, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions
@@ -19,16 +18,13 @@ from spire_hw.pkcs11.errors import TokenError
 from spire_hw.pkcs11.inventory.labels import Owner
 from spire_hw.pkcs11.inventory.reaping import SharedToken
 from spire_hw.plugin.keymanager import KeyHealth
-from spire_hw_sim.clock import SimClock
 from spire_hw_sim.pkcs11faults import Fault
 from spire_hw_sim.softhsm import SoftHsm
-from spire_hw_sim.tokenrig import TokenRig
+from spire_hw_sim.tokenrig import TokenRig, settled
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
-
     from spire_hw_plugins.keymanager.pkcs11 import Pkcs11KeyManager
+    from spire_hw_sim.clock import SimClock
 
 pytestmark = [
     pytest.mark.asyncio,
@@ -44,31 +40,16 @@ CKA_SIGN, CKA_LOCAL, CKA_NEVER_EXTRACTABLE = 0x108, 0x163, 0x164
 CKA_ALWAYS_SENSITIVE, CKA_KEY_GEN_MECHANISM = 0x165, 0x166
 
 
-@pytest.fixture
-def clock() -> SimClock:
-    return SimClock()
-
-
-@pytest_asyncio.fixture
-async def timed(tmp_path: Path, clock: SimClock) -> AsyncIterator[TokenRig]:
-    async with TokenRig(tmp_path, clock) as made:
-        yield made
-
-
 def objects(rig: TokenRig) -> list[str]:
-    shown = rig.meddle(
-        "for o in find(CLASS=PRIVATE) + find(CLASS=PUBLIC):\n"
-        "    print(o[Attribute.CLASS].name, o[Attribute.LABEL], o[Attribute.ID].hex())"
-    )
     # A key that signs nothing but tests is made now and then.
-    return sorted(line for line in shown.splitlines() if f" {OWNER.prefix}.test " not in line)
+    return [line for line in rig.objects() if f" {OWNER.prefix}.test " not in line]
 
 
 async def swept(manager: Pkcs11KeyManager) -> None:
     """Have the house kept once, and everything destroyed that is to be destroyed."""
     assert manager._keyring is not None
     await manager._keyring._house.sweep()
-    await manager._keyring.disposal.wait_empty()
+    await settled(manager)
 
 
 async def refused(rig: TokenRig, words: str, reason: str, **changes: object) -> TokenError:

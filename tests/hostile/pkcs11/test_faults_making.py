@@ -19,7 +19,7 @@ from spire_hw.pkcs11.keyring.generation import Making
 from spire_hw_sim.clock import SimClock
 from spire_hw_sim.pkcs11faults import Fault
 from spire_hw_sim.softhsm import SoftHsm
-from spire_hw_sim.tokenrig import TokenRig
+from spire_hw_sim.tokenrig import TokenRig, settled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -40,12 +40,6 @@ P256 = KeyType.EC_P256
 async def rig(tmp_path: Path) -> AsyncIterator[TokenRig]:
     async with TokenRig(tmp_path, tampered=True) as made:
         yield made
-
-
-async def settled(manager: Pkcs11KeyManager) -> None:
-    assert manager._keyring is not None
-    async with asyncio.timeout(30):
-        await manager._keyring.disposal.wait_empty()
 
 
 def pairs(rig: TokenRig) -> dict[str, int]:

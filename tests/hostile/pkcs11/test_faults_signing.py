@@ -16,7 +16,7 @@ from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, verify_digest
 from spire_hw_sim.pkcs11faults import Fault
 from spire_hw_sim.softhsm import SoftHsm
-from spire_hw_sim.tokenrig import TokenRig
+from spire_hw_sim.tokenrig import TokenRig, settled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -425,8 +425,7 @@ async def test_fault_57_who_signs_while_its_key_is_replaced_gets_the_new_fingerp
         made = [(await manager.get_public_key("a")).fingerprint]
         for _ in range(8):
             made.append((await manager.generate_key("a", P256)).fingerprint)
-            assert manager._keyring is not None
-            await manager._keyring.disposal.wait_empty()
+            await settled(manager)
         await manager.sign_data("a", DIGEST, SHA256)
         stop.set()
     assert seen <= set(made)

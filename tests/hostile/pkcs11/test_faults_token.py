@@ -16,7 +16,7 @@ from spire_hw.pkcs11.errors import TokenError
 from spire_hw.plugin.keymanager import KeyHealth
 from spire_hw_sim.pkcs11faults import Fault
 from spire_hw_sim.softhsm import SoftHsm
-from spire_hw_sim.tokenrig import PIN
+from spire_hw_sim.tokenrig import PIN, settled
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,11 +38,6 @@ CKR_GENERAL_ERROR, CKR_FUNCTION_FAILED = 0x05, 0x06
 CKR_PIN_EXPIRED, CKR_PIN_LOCKED, CKR_PIN_NOT_INITIALIZED = 0xA3, 0xA4, 0x102
 CKR_SO_EXISTS, CKR_ANOTHER_USER = 0xB8, 0x104
 CKR_SESSION_READ_ONLY, CKR_WRITE_PROTECTED = 0xB5, 0xE2
-
-
-async def settled(manager: Pkcs11KeyManager) -> None:
-    assert manager._keyring is not None
-    await manager._keyring.disposal.wait_empty()
 
 
 async def keys_are_intact(rig: TokenRig, fingerprint: str) -> None:

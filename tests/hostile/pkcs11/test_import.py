@@ -5,17 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-import pytest_asyncio
 
 from spire_hw.errors import ConfigError, ErrorKind, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, verify_digest
 from spire_hw.pkcs11.inventory.labels import Owner
 from spire_hw_sim.softhsm import SoftHsm
-from spire_hw_sim.tokenrig import TokenRig
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
+    from spire_hw_sim.tokenrig import TokenRig
 
 pytestmark = [
     pytest.mark.hsm,
@@ -30,20 +27,6 @@ BY_LABEL = {"import": {"x509-CA-A": {"label": "root 2026"}}}
 BY_URI = {"import": {"x509-CA-A": {"uri": "pkcs11:token=spire;object=root%202026;id=%00%01"}}}
 
 
-@pytest_asyncio.fixture
-async def rig(tmp_path: Path) -> AsyncIterator[TokenRig]:
-    async with TokenRig(tmp_path) as made:
-        yield made
-
-
-def objects(rig: TokenRig) -> list[str]:
-    shown = rig.meddle(
-        "for o in find(CLASS=PRIVATE) + find(CLASS=PUBLIC):\n"
-        "    print(o[Attribute.CLASS].name, o[Attribute.LABEL], o[Attribute.ID].hex())"
-    )
-    return sorted(shown.splitlines())
-
-
 def make_root(rig: TokenRig, cka_id: bytes = b"\0\1", attributes: str = NO_DERIVE) -> None:
     rig.meddle(f"make('root 2026', {cka_id!r}, {attributes})")
 
@@ -54,7 +37,7 @@ async def test_an_existing_key_signs_and_is_left_alone(
     rig: TokenRig, selector: dict[str, object]
 ) -> None:
     make_root(rig)
-    before = objects(rig)
+    before = rig.objects()
     manager = await rig.start(**selector)
     (key,) = await manager.get_public_keys()
     assert key.key_id == "x509-CA-A"
@@ -69,7 +52,7 @@ async def test_an_existing_key_signs_and_is_left_alone(
     await manager.close()
     again = await rig.start(**selector)
     assert {k.key_id for k in await again.get_public_keys()} == {"x509-CA-A", "x509-CA-B"}
-    assert set(before) <= set(objects(rig))
+    assert set(before) <= set(rig.objects())
 
 
 @pytest.mark.asyncio
@@ -121,15 +104,15 @@ async def test_an_own_key_under_that_id_is_there_again_without_the_import(rig: T
     own = await manager.generate_key("x509-CA-A", P256)
     await manager.close()
     make_root(rig)
-    before = objects(rig)
+    before = rig.objects()
     manager = await rig.start(**BY_LABEL)
     (key,) = await manager.get_public_keys()
     assert key.fingerprint != own.fingerprint
-    assert objects(rig) == before
+    assert rig.objects() == before
     await manager.close()
     manager = await rig.start()
     assert [k.fingerprint for k in await manager.get_public_keys()] == [own.fingerprint]
-    assert objects(rig) == before
+    assert rig.objects() == before
 
 
 @pytest.mark.asyncio

@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import pytest_asyncio
 
 from spire_hw.errors import ErrorKind, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, verify_digest
 from spire_hw_sim.p11kit import P11KitServer
 from spire_hw_sim.softhsm import SoftHsm
-from spire_hw_sim.tokenrig import TokenRig
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from spire_hw_plugins.keymanager.pkcs11 import Pkcs11KeyManager
+    from spire_hw_sim.tokenrig import TokenRig
 
 CLIENT = P11KitServer.find_client()
 pytestmark = [
@@ -31,12 +30,6 @@ pytestmark = [
 ]
 SHA256 = SignOptions(HashAlgorithm.SHA256)
 DIGEST = bytes(32)
-
-
-@pytest_asyncio.fixture
-async def rig(tmp_path: Path) -> AsyncIterator[TokenRig]:
-    async with TokenRig(tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

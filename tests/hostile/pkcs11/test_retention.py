@@ -6,20 +6,16 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
-import pytest_asyncio
 
 from spire_hw.errors import ErrorKind, NotFoundError, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, verify_digest
 from spire_hw.pkcs11.inventory.labels import Owner
-from spire_hw_sim.clock import SimClock
 from spire_hw_sim.softhsm import SoftHsm
-from spire_hw_sim.tokenrig import TokenRig
+from spire_hw_sim.tokenrig import TokenRig, settled
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
-
     from spire_hw_plugins.keymanager.pkcs11 import Pkcs11KeyManager
+    from spire_hw_sim.clock import SimClock
 
 pytestmark = [
     pytest.mark.hsm,
@@ -32,27 +28,11 @@ P256 = KeyType.EC_P256
 KEEP = {"retain_replaced": "26h"}
 
 
-@pytest.fixture
-def clock() -> SimClock:
-    return SimClock()
-
-
-@pytest_asyncio.fixture
-async def rig(tmp_path: Path, clock: SimClock) -> AsyncIterator[TokenRig]:
-    async with TokenRig(tmp_path, clock) as made:
-        yield made
-
-
-def generations(rig: TokenRig) -> list[str]:
-    shown = rig.meddle("[print(o[Attribute.LABEL]) for o in find(CLASS=PRIVATE)]")
+def generations(timed: TokenRig) -> list[str]:
+    shown = timed.meddle("[print(o[Attribute.LABEL]) for o in find(CLASS=PRIVATE)]")
     # A key that signs nothing but tests is made now and then.
     labels = [label for label in shown.splitlines() if not label.endswith(".test")]
     return sorted(label.rpartition(":")[2].lstrip("0") for label in labels)
-
-
-async def settled(manager: Pkcs11KeyManager) -> None:
-    assert manager._keyring is not None
-    await manager._keyring.disposal.wait_empty()
 
 
 async def kept(manager: Pkcs11KeyManager) -> list[int]:
@@ -60,26 +40,26 @@ async def kept(manager: Pkcs11KeyManager) -> list[int]:
 
 
 @pytest.mark.asyncio
-async def test_a_replaced_key_is_kept_over_restarts_and_signs_nothing(rig: TokenRig) -> None:
-    manager = await rig.start(**KEEP)
+async def test_a_replaced_key_is_kept_over_restarts_and_signs_nothing(timed: TokenRig) -> None:
+    manager = await timed.start(**KEEP)
     first = await manager.generate_key("a", P256)
     second = await manager.generate_key("a", P256)
     (retained,) = await manager.retained_keys()
     assert (retained.info.fingerprint, retained.generation) == (first.fingerprint, 1)
-    assert retained.until == rig.clock.now().timestamp() + 26 * 3600
+    assert retained.until == timed.clock.now().timestamp() + 26 * 3600
     for _ in range(2):
         await manager.close()
-        manager = await rig.start(**KEEP)
+        manager = await timed.start(**KEEP)
         assert await kept(manager) == [1]
         assert [k.fingerprint for k in await manager.get_public_keys()] == [second.fingerprint]
         made = await manager.sign_data("a", DIGEST, SHA256)
         assert made.fingerprint == second.fingerprint
-    assert generations(rig) == ["1", "2"]
+    assert generations(timed) == ["1", "2"]
 
 
 @pytest.mark.asyncio
-async def test_what_was_kept_long_enough_is_destroyed(rig: TokenRig, clock: SimClock) -> None:
-    manager = await rig.start(**KEEP)
+async def test_what_was_kept_long_enough_is_destroyed(timed: TokenRig, clock: SimClock) -> None:
+    manager = await timed.start(**KEEP)
     await manager.generate_key("a", P256)
     await manager.generate_key("a", P256)
     assert manager._keyring is not None
@@ -90,41 +70,43 @@ async def test_what_was_kept_long_enough_is_destroyed(rig: TokenRig, clock: SimC
     await manager._keyring._house.sweep()
     await settled(manager)
     assert await kept(manager) == []
-    assert generations(rig) == ["2"]
+    assert generations(timed) == ["2"]
     with pytest.raises(NotFoundError, match="not retained"):
         await manager.restore_key("a", 1)
 
 
 @pytest.mark.asyncio
-async def test_a_clock_that_jumped_destroys_nothing(rig: TokenRig, clock: SimClock) -> None:
-    manager = await rig.start(**KEEP)
+async def test_a_clock_that_jumped_destroys_nothing(timed: TokenRig, clock: SimClock) -> None:
+    manager = await timed.start(**KEEP)
     await manager.generate_key("a", P256)
     await manager.generate_key("a", P256)
     clock._now += timedelta(days=30)
     assert manager._keyring is not None
     await manager._keyring._house.sweep()
     await settled(manager)
-    assert generations(rig) == ["1", "2"]
+    assert generations(timed) == ["1", "2"]
     assert await kept(manager) == [1]
 
 
 @pytest.mark.asyncio
-async def test_without_retention_everything_replaced_goes_at_the_next_start(rig: TokenRig) -> None:
-    manager = await rig.start(**KEEP)
+async def test_without_retention_everything_replaced_goes_at_the_next_start(
+    timed: TokenRig,
+) -> None:
+    manager = await timed.start(**KEEP)
     await manager.generate_key("a", P256)
     await manager.generate_key("a", P256)
     await manager.close()
-    manager = await rig.start()
+    manager = await timed.start()
     await settled(manager)
-    assert generations(rig) == ["2"]
+    assert generations(timed) == ["2"]
     assert await kept(manager) == []
 
 
 @pytest.mark.asyncio
 async def test_a_restored_generation_stays_current_though_a_higher_one_exists(
-    rig: TokenRig,
+    timed: TokenRig,
 ) -> None:
-    manager = await rig.start(**KEEP)
+    manager = await timed.start(**KEEP)
     first = await manager.generate_key("a", P256)
     await manager.generate_key("a", P256)
     assert (await manager.restore_key("a", 1)).fingerprint == first.fingerprint
@@ -132,62 +114,62 @@ async def test_a_restored_generation_stays_current_though_a_higher_one_exists(
     verify_digest(first.public_key, DIGEST, made.signature, SHA256)
     for _ in range(2):
         await manager.close()
-        manager = await rig.start(**KEEP)
+        manager = await timed.start(**KEEP)
         assert (await manager.get_public_key("a")).fingerprint == first.fingerprint
         assert await kept(manager) == [2]
     third = await manager.generate_key("a", P256)
     assert await kept(manager) == [2, 1]
     await manager.close()
-    manager = await rig.start(**KEEP)
+    manager = await timed.start(**KEEP)
     assert (await manager.get_public_key("a")).fingerprint == third.fingerprint
-    assert generations(rig) == ["1", "2", "3"]
+    assert generations(timed) == ["1", "2", "3"]
 
 
 @pytest.mark.asyncio
 async def test_a_host_that_lost_its_note_learns_from_the_token_what_was_restored(
-    rig: TokenRig,
+    timed: TokenRig,
 ) -> None:
-    manager = await rig.start(**KEEP)
+    manager = await timed.start(**KEEP)
     first = await manager.generate_key("a", P256)
     second = await manager.generate_key("a", P256)
     await manager.restore_key("a", 1)
     await manager.close()
-    manager = await rig.start("another-host", **KEEP)
+    manager = await timed.start("another-host", **KEEP)
     assert (await manager.get_public_key("a")).fingerprint == first.fingerprint
     assert await kept(manager) == [2]
     await manager.restore_key("a", 2)
     await manager.close()
     # The first host's note is older than what the token tells.
-    manager = await rig.start(**KEEP)
+    manager = await timed.start(**KEEP)
     assert (await manager.get_public_key("a")).fingerprint == second.fingerprint
 
 
 @pytest.mark.asyncio
-async def test_what_one_host_restored_is_no_loss_to_another(rig: TokenRig) -> None:
-    manager = await rig.start(**KEEP)
+async def test_what_one_host_restored_is_no_loss_to_another(timed: TokenRig) -> None:
+    manager = await timed.start(**KEEP)
     first = await manager.generate_key("a", P256)
     await manager.generate_key("a", P256)
     await manager.close()
-    manager = await rig.start("another-host", **KEEP)
+    manager = await timed.start("another-host", **KEEP)
     await manager.restore_key("a", 1)
     await manager.close()
-    manager = await rig.start(**KEEP)
+    manager = await timed.start(**KEEP)
     assert (await manager.get_public_key("a")).fingerprint == first.fingerprint
     assert [k.fingerprint for k in await manager.get_public_keys()] == [first.fingerprint]
     await manager.generate_key("a", P256)
     await manager.close()
     # A choice that a later generation ended accounts for nothing.
-    rig.meddle(f"[o.destroy() for o in find(LABEL={OWNER.key_label('a', 3)!r})]")
+    timed.meddle(f"[o.destroy() for o in find(LABEL={OWNER.key_label('a', 3)!r})]")
     with pytest.raises(SpireHwError, match="older generations of a"):
-        await rig.start(**KEEP)
+        await timed.start(**KEEP)
 
 
 @pytest.mark.parametrize("settings", [{}, KEEP], ids=["destroyed", "kept"])
 @pytest.mark.asyncio
 async def test_a_key_that_takes_its_own_place_stays(
-    rig: TokenRig, settings: dict[str, str]
+    timed: TokenRig, settings: dict[str, str]
 ) -> None:
-    manager = await rig.start(**settings)
+    manager = await timed.start(**settings)
     made = await manager.generate_key("a", P256)
     keyring = manager._keyring
     assert keyring is not None
@@ -195,42 +177,42 @@ async def test_a_key_that_takes_its_own_place_stays(
     await settled(manager)
     assert await kept(manager) == []
     assert (await manager.sign_data("a", DIGEST, SHA256)).fingerprint == made.fingerprint
-    assert generations(rig) == ["1"]
+    assert generations(timed) == ["1"]
 
 
 @pytest.mark.asyncio
 async def test_a_restored_key_that_vanishes_does_not_bring_the_rejected_one_back(
-    rig: TokenRig,
+    timed: TokenRig,
 ) -> None:
-    manager = await rig.start(**KEEP)
+    manager = await timed.start(**KEEP)
     await manager.generate_key("a", P256)
     await manager.generate_key("a", P256)
     await manager.restore_key("a", 1)
     await manager.close()
-    rig.meddle(f"[o.destroy() for o in find(LABEL={OWNER.key_label('a', 1)!r})]")
+    timed.meddle(f"[o.destroy() for o in find(LABEL={OWNER.key_label('a', 1)!r})]")
     with pytest.raises(SpireHwError, match="missing: a") as caught:
-        await rig.start(**KEEP)
+        await timed.start(**KEEP)
     assert caught.value.kind is ErrorKind.UNAVAILABLE
-    manager = await rig.start(**KEEP, accept_key_loss=True)
+    manager = await timed.start(**KEEP, accept_key_loss=True)
     assert await manager.get_public_keys() == []
     await manager.generate_key("a", P256)
-    assert generations(rig) == ["2", "3"]
+    assert generations(timed) == ["2", "3"]
 
 
 @pytest.mark.asyncio
 async def test_what_was_restored_is_not_numbered_again_when_the_higher_one_is_gone(
-    rig: TokenRig,
+    timed: TokenRig,
 ) -> None:
-    manager = await rig.start(**KEEP)
+    manager = await timed.start(**KEEP)
     await manager.generate_key("a", P256)
     await manager.generate_key("a", P256)
     await manager.restore_key("a", 1)
     await manager.destroy_retained("a", 2)
-    assert generations(rig) == ["1"]
+    assert generations(timed) == ["1"]
     third = await manager.generate_key("a", P256)
-    assert generations(rig) == ["1", "3"]
+    assert generations(timed) == ["1", "3"]
     await manager.close()
-    manager = await rig.start(**KEEP)
+    manager = await timed.start(**KEEP)
     assert (await manager.get_public_key("a")).fingerprint == third.fingerprint
     for wrong in (2, 3, 7):
         with pytest.raises(NotFoundError):
@@ -238,26 +220,26 @@ async def test_what_was_restored_is_not_numbered_again_when_the_higher_one_is_go
 
 
 @pytest.mark.asyncio
-async def test_a_generation_that_no_note_knows_is_kept_not_destroyed(rig: TokenRig) -> None:
-    manager = await rig.start(**KEEP)
+async def test_a_generation_that_no_note_knows_is_kept_not_destroyed(timed: TokenRig) -> None:
+    manager = await timed.start(**KEEP)
     await manager.generate_key("a", P256)
     await manager.close()
-    rig.meddle(f"make({OWNER.key_label('a', 7)!r}, b'7' * 16, EXTRACTABLE=False)")
-    manager = await rig.start(**KEEP)
+    timed.meddle(f"make({OWNER.key_label('a', 7)!r}, b'7' * 16, EXTRACTABLE=False)")
+    manager = await timed.start(**KEEP)
     await settled(manager)
-    assert generations(rig) == ["1", "7"]
+    assert generations(timed) == ["1", "7"]
     assert await kept(manager) == [1]
 
 
 @pytest.mark.asyncio
-async def test_a_restore_that_fails_changes_nothing(rig: TokenRig) -> None:
-    manager = await rig.start(**KEEP)
+async def test_a_restore_that_fails_changes_nothing(timed: TokenRig) -> None:
+    manager = await timed.start(**KEEP)
     await manager.generate_key("a", P256)
     second = await manager.generate_key("a", P256)
-    rig.meddle(f"[o.destroy() for o in find(LABEL={OWNER.key_label('a', 1)!r})]")
+    timed.meddle(f"[o.destroy() for o in find(LABEL={OWNER.key_label('a', 1)!r})]")
     with pytest.raises(SpireHwError, match="no longer on token"):
         await manager.restore_key("a", 1)
     assert (await manager.get_public_key("a")).fingerprint == second.fingerprint
     await manager.close()
-    manager = await rig.start(**KEEP)
+    manager = await timed.start(**KEEP)
     assert (await manager.get_public_key("a")).fingerprint == second.fingerprint

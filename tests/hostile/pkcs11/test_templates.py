@@ -13,7 +13,7 @@ from spire_hw.pkcs11.profile import PROFILES
 from spire_hw.pkcs11.wire import Kind
 from spire_hw_sim.pkcs11faults import Fault
 from spire_hw_sim.softhsm import SoftHsm
-from spire_hw_sim.tokenrig import SPY, TokenRig
+from spire_hw_sim.tokenrig import SPY, TokenRig, settled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -93,8 +93,7 @@ async def test_fault_64_and_65_what_the_smallest_template_makes_is_held_to_polic
     with pytest.raises(SpireHwError, match=r"DECRYPT, UNWRAP; the token lets it do more") as caught:
         await manager.generate_key("a", KeyType.EC_P256)
     assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
-    assert manager._keyring is not None
-    await manager._keyring.disposal.wait_empty()
+    await settled(manager)
     assert labels(rig) == kept
     assert await signs(manager, "a") == before
 
