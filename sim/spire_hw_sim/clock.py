@@ -47,7 +47,7 @@ class SimClock:
             await asyncio.sleep(0)
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._sleepers, (self._monotonic + seconds, next(self._order), future))
+        self._add(seconds, future)
         await future
 
     def call_after(self, seconds: float, function: Callable[[], None]) -> Timer:
@@ -57,8 +57,18 @@ class SimClock:
         if seconds <= 0:
             future.set_result(None)
         else:
-            heapq.heappush(self._sleepers, (self._monotonic + seconds, next(self._order), future))
+            self._add(seconds, future)
         return future
+
+    def _add(self, seconds: float, future: asyncio.Future[None]) -> None:
+        heapq.heappush(self._sleepers, (self._monotonic + seconds, next(self._order), future))
+        future.add_done_callback(self._forget)
+
+    def _forget(self, future: asyncio.Future[None]) -> None:
+        """Forget a sleeper that was given up: its time may never come."""
+        if future.cancelled():
+            self._sleepers = [sleeper for sleeper in self._sleepers if sleeper[2] is not future]
+            heapq.heapify(self._sleepers)
 
     async def advance(self, step: timedelta) -> None:
         """Move the clock, waking sleepers in the order of their times."""

@@ -10,7 +10,6 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding
 
 from spire_hw.config.hcl import parse
-from spire_hw.errors import SpireHwError
 from spire_hw.log import get_logger
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw.plugin.nodeattestor import AttestationRequest
@@ -25,17 +24,20 @@ from spire_hw_plugins.nodeattestor.tpm_devid.wire import (
     encode_attestation_data,
     encode_response,
 )
+from spire_hw_sim.again import refused
 from spire_hw_sim.clock import SimClock
 from spire_hw_sim.ekca import ek_spec
 from spire_hw_sim.nodepki import PEM, Holder, make_root
 from spire_hw_sim.pki import now
 from spire_hw_sim.softtpm import SoftKey, SoftTpm, make_ak, make_ek, make_svid_key
+from spire_hw_sim.tpmhost import open_host
 from spire_hw_sim.tpmnode import Vendor, under
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
+    from spire_hw.errors import SpireHwError
     from spire_hw.key import PrivateKey
     from spire_hw.plugin.nodeattestor import AttestedIdentity
 
@@ -177,6 +179,9 @@ class DevIdLab:
     ) -> SpireHwError:
         """Return the error a bent exchange ends in, after an honest one that must succeed.
 
+        It goes through the admission of a server with a store, in which it leaves an audit record
+        and nothing else.
+
         Raises:
             AssertionError: the bent exchange succeeded.
         """
@@ -189,12 +194,25 @@ class DevIdLab:
             made = node.respond(challenge)
             return encode_response(response(made, challenge) if response else made)
 
-        try:
-            made = await self.attest(node, payload=first, answer=bent)
-        except SpireHwError as e:
-            await self.attest(self.node())
-            return e
-        raise AssertionError(f"a bent exchange succeeded: {made.agent_id}")
+        first = node.payload() if first is None else first
+        sent = len(self.challenges)
+        async with open_host("tpm_devid", self.server) as host:
+
+            async def challenge(message: bytes) -> bytes:
+                self.challenges.append(message)
+                return await bent(message)
+
+            async def act() -> object:
+                del self.challenges[sent:]
+                if not first:  # a server does not get as far as the attestor
+                    return await self.attest(node, payload=first)
+                return await host.attest(first, node.key.spki, challenge)
+
+            error = await refused(act)
+            if first:
+                host.check_after(error)
+        await self.attest(self.node())
+        return error
 
 
 def pem_of(der: bytes) -> bytes:

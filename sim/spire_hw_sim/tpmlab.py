@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from spire_hw.config.hcl import parse
-from spire_hw.errors import SpireHwError
 from spire_hw.log import get_logger
 from spire_hw.plugin.info import EkList, HostInfo, Side
 from spire_hw.plugin.nodeattestor import AttestationRequest, AttestedIdentity
@@ -19,14 +18,17 @@ from spire_hw_plugins.nodeattestor.tpm.wire import (
     encode_attestation_data,
     encode_response,
 )
+from spire_hw_sim.again import refused
 from spire_hw_sim.clock import SimClock
 from spire_hw_sim.softtpm import SoftTpm, make_ek
+from spire_hw_sim.tpmhost import open_host
 from spire_hw_sim.tpmnode import TpmNode, Vendor
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
+    from spire_hw.errors import SpireHwError
     from spire_hw.posture.judge import Judge
 
 
@@ -113,10 +115,6 @@ class Lab:
     ) -> AttestedIdentity:
         """Let a node attest; what it says may be replaced."""
 
-        async def challenge(message: bytes) -> bytes:
-            self.challenges.append(message)
-            return node.answer(message) if answer is None else await answer(message)
-
         async def admit(spiffe_id: SpiffeId) -> None:
             self.admitted.append(spiffe_id)
             if spiffe_id in self.banned:
@@ -124,7 +122,19 @@ class Lab:
 
         first = node.payload() if payload is None else payload
         spki = node.spki if csr_spki is None else csr_spki
+        challenge = self._relay(node, answer)
         return await self.server.attest(AttestationRequest(first, challenge, spki, admit, source))
+
+    def _relay(
+        self, node: TpmNode, answer: Callable[[bytes], Awaitable[bytes]] | None
+    ) -> Callable[[bytes], Awaitable[bytes]]:
+        """Return what takes challenges to a node, or to what answers in its place."""
+
+        async def challenge(message: bytes) -> bytes:
+            self.challenges.append(message)
+            return node.answer(message) if answer is None else await answer(message)
+
+        return challenge
 
     async def refusal(
         self,
@@ -138,6 +148,9 @@ class Lab:
         afterwards: TpmNode | None = None,
     ) -> SpireHwError:
         """Return the error a bent exchange ends in, after making sure nothing was left behind.
+
+        The exchange goes through the admission of a server with a store, in which it leaves an
+        audit record and nothing else.
 
         Args:
             node: who attests.
@@ -162,11 +175,45 @@ class Lab:
                 return encode_response(bend(node.respond(decode_challenge(message))))
 
             answer = bent
-        try:
-            made = await self.attest(node, payload=first, answer=answer, csr_spki=csr_spki)
-        except SpireHwError as e:
-            if self.server.open_exchanges:
-                raise AssertionError("an exchange stayed open") from e
-            await self.attest(afterwards or self.node())
-            return e
-        raise AssertionError(f"a bent exchange succeeded: {made.agent_id}")
+        error = await self.refused(node, payload=first, answer=answer, csr_spki=csr_spki)
+        await self.attest(afterwards or self.node())
+        return error
+
+    async def refused(
+        self,
+        node: TpmNode,
+        *,
+        payload: bytes | None = None,
+        answer: Callable[[bytes], Awaitable[bytes]] | None = None,
+        csr_spki: bytes | None = None,
+    ) -> SpireHwError:
+        """Return the error an exchange ends in, as `refusal` does, without an honest one afterwards.
+
+        Args:
+            node: who attests.
+            payload: replaces the first message.
+            answer: replaces answers.
+            csr_spki: replaces the key of the CSR.
+
+        Raises:
+            AssertionError: the exchange succeeded, or left something behind.
+        """
+        spki = node.spki if csr_spki is None else csr_spki
+        first = node.payload() if payload is None else payload
+        sent, asked = len(self.challenges), len(self.admitted)
+        async with open_host("tpm", self.server) as host:
+
+            async def act() -> object:
+                del self.challenges[sent:], self.admitted[asked:]
+                try:
+                    if not first or spki is None:  # a server does not get as far as the attestor
+                        return await self.attest(node, payload=first, answer=answer)
+                    return await host.attest(first, spki, self._relay(node, answer))
+                finally:
+                    if self.server.open_exchanges:
+                        raise AssertionError("an exchange stayed open")
+
+            error = await refused(act)
+            if first and spki is not None:
+                host.check_after(error)
+        return error

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from spire_hw._pb import server_entry_pb2 as entry_pb
 from spire_hw._pb import server_svid_pb2, types_pb2
 from spire_hw.errors import SpireHwError, UnavailableError, VerificationError
+from spire_hw_sim.again import refused
 from spire_hw_sim.liar import AGENT_PATH, TRUST_DOMAIN, LyingServer, agent_of
 from spire_hw_sim.pki import Authority, now
 from spire_hw_sim.workload import Workload, eventually, refusal, until
@@ -103,6 +104,27 @@ async def test_a_wrong_agent_svid_is_not_stored(liar: LyingServer, home: Path, l
         await starting  # the truth at the second attempt
     assert agent.identity.is_alive()
     await agent.close()
+
+
+@pytest.mark.parametrize(
+    "lie", ["a workload's ID", "another key", "another trust domain", "expired", "of a stranger"]
+)
+async def test_a_wrong_agent_svid_is_refused_as_often_as_it_comes(
+    liar: LyingServer, home: Path, lie: str
+) -> None:
+    agent = agent_of(liar, home)
+    await agent.start()
+    held = agent.identity.current
+    lies = liar.agent_chain
+    liar.agent_chain = lambda key: _wrong_agent_chains(liar, key)[lie]  # type: ignore[method-assign]
+    try:
+        error = await refused(lambda: agent.identity._enroller.attest(held))
+        assert isinstance(error, VerificationError)
+        assert error.message.startswith("result: ")
+        assert agent.identity.current == held
+    finally:
+        liar.agent_chain = lies  # type: ignore[method-assign]
+        await agent.close()
 
 
 @pytest.mark.parametrize("lie", ["another key", "garbage", "of a stranger"])

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from spire_hw.errors import AttestationError, DeniedError, ErrorKind, InvalidInputError, LimitError
+from spire_hw.errors import (
+    AttestationError,
+    DeniedError,
+    ErrorKind,
+    InvalidInputError,
+    LimitError,
+    SpireHwError,
+)
+from spire_hw_sim.again import refused
 from spire_hw_sim.softtpm import SoftTpm, make_ek
 from spire_hw_sim.tpmlab import Lab
 
@@ -288,15 +296,21 @@ async def test_silence_ends_with_the_challenge_timeout(tmp_path: Path) -> None:
             cancelled.set()
         return b""
 
-    attempt = asyncio.ensure_future(lab.attest(node, answer=silent))  # noqa: TID251
-    await asked.wait()
-    await lab.clock.advance(timedelta(seconds=29))
-    assert not attempt.done()
-    await lab.clock.advance(timedelta(seconds=1))
-    with pytest.raises(AttestationError) as caught:
-        await attempt
-    assert caught.value.kind is ErrorKind.DEADLINE_EXCEEDED
-    assert caught.value.message == "challenge: not answered in 30 s [challenge_timeout]"
+    async def act() -> object:
+        asked.clear()
+        attempt = asyncio.ensure_future(lab.attest(node, answer=silent))  # noqa: TID251
+        await asked.wait()
+        await lab.clock.advance(timedelta(seconds=29))
+        assert not attempt.done()
+        await lab.clock.advance(timedelta(seconds=1))
+        lab.challenges.clear()
+        lab.admitted.clear()
+        return await attempt
+
+    error = await refused(act)
+    assert isinstance(error, AttestationError)
+    assert error.kind is ErrorKind.DEADLINE_EXCEEDED
+    assert error.message == "challenge: not answered in 30 s [challenge_timeout]"
     assert cancelled.is_set()
     assert lab.server.open_exchanges == 0
     await lab.attest(node)
@@ -340,16 +354,19 @@ async def test_error_of_the_stream_passes_through(tmp_path: Path) -> None:
 async def test_one_node_has_one_exchange_at_a_time(tmp_path: Path) -> None:
     lab = await Lab.make(tmp_path)
     node = lab.node()
-    second: list[BaseException] = []
+    second: list[SpireHwError] = []
+
+    async def again() -> object:
+        lab.challenges.clear()
+        return await lab.attest(node)
 
     async def answer(message: bytes) -> bytes:
-        with pytest.raises(LimitError) as caught:
-            await lab.attest(node)
-        second.append(caught.value)
+        second.append(await refused(again))
         return node.answer(message)
 
     await lab.attest(node, answer=answer)
-    assert "attesting already" in str(second[0])
+    assert isinstance(second[0], LimitError)
+    assert "attesting already" in second[0].message
     await lab.attest(node)
 
 

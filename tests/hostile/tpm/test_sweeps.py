@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,7 +13,11 @@ from spire_hw.tpm import verify
 from spire_hw.tpm.public import TpmPublic, check_ak, parse_public
 from spire_hw.tpm.verify import Statement
 from spire_hw.tpm.wire import ClockInfo, PcrSelection
+from spire_hw_sim.again import refused_now
 from spire_hw_sim.softtpm import SoftTpm, make_svid_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PCRS = PcrSelection("sha256", (0, 2, 4, 7))
 
@@ -92,6 +97,12 @@ def good() -> _Good:
 STATEMENTS = ["quote", "certify", "creation", "time"]
 
 
+def _refused(check: Callable[[Statement], object], statement: Statement) -> AttestationError:
+    error = refused_now(lambda: check(statement))
+    assert isinstance(error, AttestationError)
+    return error
+
+
 def _flips(data: bytes) -> list[bytes]:
     return [
         data[: n // 8] + bytes((data[n // 8] ^ 1 << n % 8,)) + data[n // 8 + 1 :]
@@ -104,14 +115,11 @@ def test_every_cut_is_refused(good: _Good, name: str) -> None:
     statement: Statement = getattr(good, name)
     check = getattr(good, f"check_{name}")
     for n in range(len(statement.attest)):
-        with pytest.raises(AttestationError):
-            check(Statement(statement.attest[:n], statement.signature))
-        resigned = statement.attest[:n]
-        with pytest.raises(AttestationError):
-            check(Statement(resigned, good.tpm.sign(resigned)))
+        cut = statement.attest[:n]
+        for signature in (statement.signature, good.tpm.sign(cut)):
+            _refused(check, Statement(cut, signature))
     for n in range(len(statement.signature)):
-        with pytest.raises(AttestationError):
-            check(Statement(statement.attest, statement.signature[:n]))
+        _refused(check, Statement(statement.attest, statement.signature[:n]))
 
 
 @pytest.mark.parametrize("name", STATEMENTS)
@@ -119,12 +127,10 @@ def test_every_flipped_bit_is_refused(good: _Good, name: str) -> None:
     statement: Statement = getattr(good, name)
     check = getattr(good, f"check_{name}")
     for bent in _flips(statement.attest):
-        with pytest.raises(AttestationError) as caught:
-            check(Statement(bent, statement.signature))
-        assert caught.value.findings[0].code in {f"{name}_signature", f"{name}_malformed"}
+        error = _refused(check, Statement(bent, statement.signature))
+        assert error.findings[0].code in {f"{name}_signature", f"{name}_malformed"}
     for bent in _flips(statement.signature):
-        with pytest.raises(AttestationError):
-            check(Statement(statement.attest, bent))
+        _refused(check, Statement(statement.attest, bent))
 
 
 def test_every_flipped_bit_of_the_ak_area_is_refused(good: _Good) -> None:
@@ -136,8 +142,7 @@ def test_every_flipped_bit_of_the_ak_area_is_refused(good: _Good) -> None:
 
 def test_every_cut_of_the_ak_area_is_refused(good: _Good) -> None:
     for n in range(len(good.tpm.ak.public)):
-        with pytest.raises(SpireHwError):
-            _prove(good, good.tpm.ak.public[:n])
+        refused_now(lambda n=n: _prove(good, good.tpm.ak.public[:n]))  # type: ignore[misc]
 
 
 def _prove(good: _Good, area: bytes) -> None:

@@ -1,0 +1,337 @@
+"""Quotes, the agent's key and its request, counters and clocks."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.hostile.cases.case import IA, PD, Case
+
+_SHAPES: Final = "tpm/answer:shape_of_a_signed_quote_is_demanded"
+_BOUND: Final = "tpm/answer:quote_is_bound_to_the_exchange"
+_SELECTIONS: Final = "tpm/answer:exactly_the_pcrs_asked_for_are_quoted"
+_VALUES: Final = "tpm/answer:pcr_values_match_the_digest"
+_CSR: Final = "server/attestation:requests_that_are_refused"
+_DRIFT: Final = "tpm/drift:change_that_nothing_explains"
+_NONCE: Final = r"quote: not for this exchange \[nonce_mismatch\]"
+_CERTIFY: Final = "tpm/answer:statement_of_another_exchange_is_refused"
+
+CASES: Final = (
+    Case(
+        98,
+        "a quote that was cut",
+        IA,
+        r"\[quote_malformed\]",
+        (f"{_SHAPES}[cut by one|size 65535]", "tpm/sweeps:every_cut_is_refused[quote]"),
+    ),
+    Case(99, "bytes after a quote", IA, r"extra bytes.*\[quote_malformed\]", (_SHAPES,)),
+    Case(100, "another magic", IA, r"\[magic\]", (_SHAPES,)),
+    Case(101, "another statement", IA, r"attestation type \w{4}, expected 8018", (_SHAPES,)),
+    Case(
+        102,
+        "a structure of software, signed",
+        IA,
+        r"ak: key is not restricted|\[quote_signature\]",
+        (
+            "tpm/attestation_key:attributes_are_demanded[not restricted]",
+            "tpm/answer:signed_software_structure_needs_the_ak",
+        ),
+    ),
+    Case(
+        103,
+        "a quote of another key",
+        IA,
+        r"\[quote_(signature|scheme)\]",
+        ("tpm/answer:quote_of_another_signer_is_refused",),
+    ),
+    Case(
+        104,
+        "any bit flipped",
+        IA,
+        r"\[quote_\w+\]|\[magic\]|\[nonce_mismatch\]|\[pcr_\w+\]",
+        ("tpm/sweeps:every_flipped_bit_is_refused[quote]",),
+    ),
+    Case(
+        105,
+        "another scheme than the key's",
+        IA,
+        r"quote: signature does not fit the key.*\[quote_scheme\]|\[quote_scheme\]",
+        ("tpm/answer:signature_has_the_scheme_of_its_key",),
+    ),
+    Case(
+        106,
+        "an old quote with the other s",
+        IA,
+        _NONCE,
+        ("tpm/answer:old_quote_with_the_other_s_is_still_an_old_quote",),
+    ),
+    Case(
+        107,
+        "other qualifying data",
+        IA,
+        _NONCE,
+        (f"{_BOUND}[empty|31 bytes|more bytes|bare nonce|other nonce]",),
+    ),
+    Case(
+        108,
+        "the last quote again",
+        IA,
+        _NONCE,
+        ("tpm/answer:old_quote_with_the_other_s_is_still_an_old_quote",),
+    ),
+    Case(
+        109,
+        "the qualifier of another role",
+        IA,
+        _NONCE,
+        (f"{_BOUND}[certify's|time's|heartbeat's|a heartbeat's]",),
+    ),
+    Case(
+        110,
+        "a quote for another key or secret",
+        IA,
+        _NONCE,
+        (f"{_BOUND}[other CSR|no CSR|other secret|other AK]",),
+    ),
+    Case(
+        111,
+        "another qualified signer",
+        IA,
+        r"\[quote_signer\]",
+        ("tpm/answer:qualified_signer_is_the_activated_key",),
+    ),
+    Case(
+        112,
+        "a flag of 2 or 255",
+        IA,
+        "clock flag is malformed",
+        ("tpm/answer:clock_flag_is_0_or_1",),
+    ),
+    Case(113, "no PCRs", IA, r"asked for were not quoted.*\[pcr_selection\]", (_SELECTIONS,)),
+    Case(114, "a bank that is not active", IA, r"is not active.*\[pcr_selection\]", (_SELECTIONS,)),
+    Case(
+        115,
+        "SHA-1 instead or as well",
+        IA,
+        r"bank sha1 was not asked.*\[pcr_selection\]",
+        (_SELECTIONS,),
+    ),
+    Case(
+        116,
+        "other PCRs than asked",
+        IA,
+        r"PCR \d+ was not|quoted twice",
+        (_SELECTIONS,),
+    ),
+    Case(
+        117,
+        "a malformed selection",
+        IA,
+        "PCR selection is malformed",
+        ("tpm/answer:pcr_selection_is_well_formed",),
+    ),
+    Case(118, "values that were altered", IA, r"\[pcr_digest\]", (_VALUES,)),
+    Case(
+        119,
+        "values of another number or length",
+        IA,
+        r"\[pcr_values\]",
+        (_VALUES, "tpm/answer:values_of_another_bank_are_refused"),
+    ),
+    Case(
+        120,
+        "PCR numbers spelt otherwise",
+        IA,
+        "quote: PCR number is malformed",
+        ("tpm/envelope:pcr_number_has_one_spelling",),
+    ),
+    Case(
+        121,
+        "values spelt otherwise",
+        IA,
+        "quote: PCR value is not lower-case hex",
+        ("tpm/envelope:pcr_value_is_lower_case_hex",),
+    ),
+    Case(
+        122,
+        "one quote of two",
+        IA,
+        r"evidence asked for is missing \[evidence_missing\]|\[pcr_selection\]",
+        ("tpm/answer:missing_and_repeated_quotes_are_refused",),
+    ),
+    Case(
+        123,
+        "a digest of another length",
+        IA,
+        r"\[quote_digest_size\]",
+        ("tpm/answer:digest_has_the_length_of_the_signing_hash",),
+    ),
+    Case(
+        124,
+        "a bank firmware never used",
+        PD,
+        r"bank sha256 was not used by the firmware \[bank_unused\]",
+        ("tpm/answer:bank_the_firmware_never_used_is_denied", _DRIFT),
+    ),
+    Case(
+        125,
+        "a PCR outside the policy",
+        PD,
+        r"policy: PCR 4 .*not among the allowed values.*\[pcr_mismatch\]",
+        ("tpm/answer:pcr_outside_policy_is_denied",),
+    ),
+    Case(126, "another firmware of the TPM", PD, r"\[tpm_firmware\]", (_DRIFT,)),
+    Case(
+        127,
+        "a key outside the TPM",
+        PD,
+        r"policy: the agent key must be in the TPM \[key_not_in_tpm\]",
+        (
+            "tpm/answer:key_outside_the_tpm_is_denied",
+            "tpm/answer:host_that_cannot_tell_the_csr_gets_no_key_selector",
+        ),
+    ),
+    Case(
+        128,
+        "no statement about the key",
+        IA,
+        r"certify: evidence asked for is missing \[evidence_missing\]",
+        ("tpm/answer:certify_that_was_announced_must_come",),
+    ),
+    Case(
+        129,
+        "a statement about another object",
+        IA,
+        r"certify: statement is about another key \[certify_name\]",
+        ("tpm/answer:statement_about_another_object_is_refused",),
+    ),
+    Case(
+        130,
+        "a request for another key",
+        IA,
+        r"certify: CSR holds another key \[csr_key_mismatch\]",
+        ("tpm/answer:csr_of_another_key_is_refused",),
+    ),
+    Case(
+        131,
+        "a key that can leave or does not sign",
+        IA,
+        r"\[key_attributes\]",
+        ("tpm/answer:attributes_of_the_agent_key_are_demanded",),
+    ),
+    Case(
+        132,
+        "a key that is not bound",
+        PD,
+        r"certify: key is not bound to the expected policy \[key_policy\]",
+        ("tpm/answer:key_that_is_not_bound_as_expected_is_denied",),
+    ),
+    Case(
+        133,
+        "a statement signed by another key",
+        IA,
+        r"\[certify_signature\]",
+        ("tpm/answer:statement_of_another_signer_is_refused",),
+    ),
+    Case(
+        134,
+        "a statement of another exchange",
+        IA,
+        r"certify: not for this exchange \[nonce_mismatch\]",
+        (_CERTIFY,),
+    ),
+    Case(
+        135,
+        "another name",
+        IA,
+        r"\[certify_name\]",
+        ("tpm/answer:certified_name_is_the_whole_name",),
+    ),
+    Case(
+        136, "a request whose signature is broken", IA, "signature", (f"{_CSR}[broken signature]",)
+    ),
+    Case(
+        137,
+        "a request that is not DER",
+        IA,
+        "",
+        (f"{_CSR}[PEM|cut|trailing|64 KiB of attributes|empty sequence]",),
+    ),
+    Case(
+        138,
+        "a request for names",
+        IA,
+        "",
+        (f"{_CSR}[another agent|the server|DNS name|CA true]",),
+    ),
+    Case(
+        139,
+        "a request for a key of another kind",
+        IA,
+        "",
+        (f"{_CSR}[RSA-1024|RSA exponent 3|P-224|secp256k1|compressed point|hybrid point|Ed25519]",),
+    ),
+    Case(
+        140,
+        "another node's key",
+        PD,
+        r"csr: key belongs to another node \[key_reused\]",
+        ("server/attestation:a_key_of_another_node",),
+    ),
+    Case(
+        141,
+        "a reset count that fell",
+        PD,
+        r"counters: TPM was cleared or replaced \[tpm_replaced\]",
+        (_DRIFT,),
+    ),
+    Case(
+        142,
+        "a restart count that fell",
+        PD,
+        r"counters: restart counter went back \[counter_rollback\]",
+        (_DRIFT,),
+    ),
+    Case(
+        143,
+        "a clock that went back",
+        PD,
+        r"counters: clock went back \[clock_rollback\]",
+        (_DRIFT,),
+    ),
+    Case(
+        144,
+        "a reset without a boot",
+        PD,
+        r"TPM was reset without a boot \[tpm_reset_without_reboot\]",
+        (_DRIFT,),
+    ),
+    Case(
+        145,
+        "a PCR that changed without a reset",
+        PD,
+        r"PCR \d changed without a reset \[pcr_changed_without_reset\]",
+        (_DRIFT,),
+    ),
+    Case(146, "PCRs lost on resume", PD, r"PCRs were lost on resume \[pcr_lost\]", (_DRIFT,)),
+    Case(
+        147,
+        "hidden counters",
+        PD,
+        r"\[counters_hidden\]",
+        ("tpm/logs:hidden_counters_are_refused_where_they_count",),
+    ),
+    Case(
+        148,
+        "a time statement for another purpose",
+        IA,
+        r"\[nonce_mismatch\]",
+        ("tpm/logs:a_time_statement_for_another_purpose_is_refused",),
+    ),
+    Case(
+        149,
+        "another key that hides the counters",
+        PD,
+        r"\[ak_changed\]",
+        ("tpm/drift:another_key_that_hides_the_counters",),
+    ),
+)
