@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import ErrorKind, SpireHwError
@@ -235,5 +236,6 @@ def _proofs(peer: Peer) -> tuple[tuple[str, ...], str, str | None]:
     return tuple(identities), peer.fingerprint, peer.address
 
 
+@lru_cache(maxsize=256)
 def _network(address: str | None) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
     return None if address is None else ipaddress.ip_network(address.partition("%")[0])

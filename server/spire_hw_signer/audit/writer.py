@@ -71,6 +71,7 @@ class Writer:
         self._again = again
         self._batches: list[Batch] = []
         self._is_started = self._is_writing = self._is_due = False
+        self._is_calm = True  # for the last that was written one caller waited
         self._flush: asyncio.TimerHandle | None = None
         self._late: asyncio.TimerHandle | None = None
         self._begun_at = 0.0
@@ -126,8 +127,11 @@ class Writer:
         loop = asyncio.get_running_loop()
         told: asyncio.Future[str] = loop.create_future()
         self._batches[-1].waiting.append(told)
-        if not self._is_writing and not self._is_due:
-            # Others of this turn of the loop come along.
+        if self._is_writing or self._is_due:
+            return told
+        if self._is_calm:
+            self._begin()
+        else:  # others of this turn of the loop come along
             self._is_due = True
             loop.call_soon(self._begin)
         return told
@@ -166,6 +170,7 @@ class Writer:
             return
         batch = self._batches[0]
         batch.closed = self._is_writing = True
+        self._is_calm = len(batch.waiting) <= 1
         loop = asyncio.get_running_loop()
         self._begun_at = loop.time()
         if self._late is None:
