@@ -280,7 +280,9 @@ class H2Channel(Channel):
             )
         if metadata:
             block += hpack.encode(metadata)
-        return block if timeout_s is None else block + _timeout_field(wire.encode_timeout(timeout_s))
+        if timeout_s is not None:
+            block += _timeout_field(wire.encode_timeout(timeout_s))
+        return block
 
     def gone(self, connection: ClientConnection) -> None:
         """Forget a connection."""
