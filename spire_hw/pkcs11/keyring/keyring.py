@@ -186,16 +186,23 @@ class Keyring:
     async def all(self) -> list[Entry]:
         """Return every key after asking the token that they are still there.
 
-        What another instance has made since it took the token over is taken up.
+        What another instance has made since it took the token over is taken up. A key that was to sign
+        and was not found is left out, on a token that shows others.
 
         Raises:
             TokenError: the token is away, or shows fewer keys than there have to be.
         """
         async with self._retention.turn:
-            inventory = await self._stock.take_full()
+            entries = self._ledger.entries
+            gone = {key_id for key_id, e in entries.items() if self._signing.is_gone(e)}
+            inventory = await self._stock.take_full(gone)
             if self._claim.is_lost(inventory):
                 await self._take_up(inventory)
-        return list(self._ledger.entries.values())
+        return [
+            entry
+            for key_id, entry in self._ledger.entries.items()
+            if key_id not in gone or inventory.pair(entry.cka_id) is not None
+        ]
 
     async def sign(self, key_id: str, digest: bytes, options: SignOptions) -> KeySignature:
         """Sign a digest; see `spire_hw.plugin.keymanager.KeyManager.sign_data`."""

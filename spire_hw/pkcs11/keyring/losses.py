@@ -6,7 +6,7 @@ may be taken for the truth, or a server would make itself a new CA. Values in, v
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from spire_hw.errors import ErrorKind
@@ -15,7 +15,7 @@ from spire_hw.pkcs11.inventory.labels import key_name
 from spire_hw.pkcs11.wire import unpack_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from spire_hw.pkcs11.inventory.choice import Choice
     from spire_hw.pkcs11.inventory.inventory import Inventory, Pair
@@ -39,6 +39,15 @@ class Losses:
     unreadable: tuple[str, ...]
     expected: int
     shown: int
+
+    def without(self, gone: Collection[str]) -> Losses:
+        """Return what is lost besides keys that are known to be gone.
+
+        A listing that shows none proves nothing: so does that of a token that went away.
+        """
+        if self.shown == 0:
+            return self
+        return replace(self, missing=tuple(k for k in self.missing if k not in gone))
 
     def error(self, device: str) -> TokenError | None:
         """Return the error that says so; None when nothing is lost."""

@@ -78,6 +78,10 @@ class Signing:
                 wrong.append(e)
         return wrong
 
+    def is_gone(self, entry: Entry) -> bool:
+        """Tell whether a key that was to sign was looked for and not found on the token."""
+        return entry.cka_id in self._vanished
+
     def gone(self, entry: Entry) -> TokenError:
         """Return the error that says a key is no longer on the token."""
         return TokenError(

@@ -10,6 +10,8 @@ from spire_hw.pkcs11.keyring.losses import find_moved, losses_of
 from spire_hw.pkcs11.wire import Kind
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from spire_hw.log import Logger
     from spire_hw.pkcs11.errors import TokenError
     from spire_hw.pkcs11.keyring.ledger import Ledger
@@ -40,20 +42,23 @@ class Stock:
         existing = {wanted.key_id: wanted.find(halves, facts) for wanted in imports}
         return replace(inventory, existing={k: p for k, p in existing.items() if p is not None})
 
-    async def take_full(self) -> Inventory:
+    async def take_full(self, gone: Collection[str] = ()) -> Inventory:
         """Return an inventory that shows every key there has to be, asking a fresh worker too.
+
+        Args:
+            gone: key ids that are known to have vanished: no others are missing because of them.
 
         Raises:
             TokenError: as `take`, or keys are missing.
         """
         inventory = await self.take()
-        error = self._losses(inventory)
+        error = self._losses(inventory, gone)
         if error is None:
             return inventory
         self._log.warning(error.reason, error=error.message)
         self._pool.recycle_admin()
         inventory = await self.take()
-        error = self._losses(inventory)
+        error = self._losses(inventory, gone)
         if error is not None:
             raise await self._moved(inventory) or error
         return inventory
@@ -71,7 +76,7 @@ class Stock:
             return []
         return orphans
 
-    def _losses(self, inventory: Inventory) -> TokenError | None:
+    def _losses(self, inventory: Inventory, gone: Collection[str]) -> TokenError | None:
         facts = self._pool.facts
         for wanted in self._policy.imports:
             if wanted.key_id not in inventory.existing:
@@ -79,7 +84,7 @@ class Stock:
                 return wanted.missing(facts, was_there=was_there)
         if self._policy.accept_key_loss:
             return None
-        return losses_of(inventory, self._ledger).error(facts.device)
+        return losses_of(inventory, self._ledger).without(gone).error(facts.device)
 
     async def _moved(self, inventory: Inventory) -> TokenError | None:
         missing = losses_of(inventory, self._ledger).missing

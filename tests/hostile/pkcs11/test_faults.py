@@ -427,16 +427,28 @@ async def test_fault_38_what_the_later_instance_gives_up_is_given_up_by_the_earl
 @pytest.mark.asyncio
 async def test_fault_40_a_key_deleted_behind_our_back(rig: TokenRig) -> None:
     manager = await rig.start()
-    for key_id in ("a", "b"):
-        await manager.generate_key(key_id, P256)
+    made = {key_id: await manager.generate_key(key_id, P256) for key_id in ("a", "b")}
     rig.meddle(f"[o.destroy() for o in find(LABEL={OWNER.key_label('a', 1)!r})]")
+    # Whether it is gone is not known from a listing alone: so does a token that loses its head.
+    with pytest.raises(SpireHwError, match="missing: a"):
+        await manager.get_public_keys()
     for _ in range(2):
         with pytest.raises(SpireHwError, match="vanished") as caught:
             await manager.sign_data("a", DIGEST, SHA256)
         assert caught.value.kind is ErrorKind.INTERNAL
     await manager.sign_data("b", DIGEST, SHA256)
-    with pytest.raises(SpireHwError, match="missing: a"):
+    assert await manager.get_public_keys() == [made["b"]]
+    assert manager.key_health().reason == "hsm.key_vanished"
+    rig.meddle(f"[o.destroy() for o in find(LABEL={OWNER.key_label('b', 1)!r})]")
+    with pytest.raises(SpireHwError, match="vanished"):
+        await manager.sign_data("b", DIGEST, SHA256)
+    # Nothing at all is what a token that went away shows.
+    with pytest.raises(SpireHwError, match="missing: a, b") as caught:
         await manager.get_public_keys()
+    assert caught.value.kind is ErrorKind.UNAVAILABLE
+    await manager.close()
+    with pytest.raises(SpireHwError, match="missing: a, b"):
+        await rig.start()
 
 
 @pytest.mark.asyncio
