@@ -11,6 +11,8 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING, Any, Final
 
+from spire_hw.pkcs11.wire import MAX_BATCH
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -19,8 +21,8 @@ _GET_SESSION_INFO: Final = 15
 _SIGN_INIT: Final = 42
 _SIGN: Final = 43
 _NOT_SUPPORTED: Final = 0x54  # CKR_FUNCTION_NOT_SUPPORTED
-_MAX_DATA: Final = 512
 _MAX_SIGNATURE: Final = 1024  # bytes; RSA-4096 makes 512
+_ROOM: Final[list[ctypes.c_ulong | int]] = [_MAX_SIGNATURE] * MAX_BATCH
 
 
 class CkrError(Exception):
@@ -64,7 +66,7 @@ class Mechanism:
     """A CK_MECHANISM that stays where it is.
 
     Attributes:
-        address: where.
+        reference: what ctypes passes as a pointer to it.
     """
 
     def __init__(self, number: int, pss: tuple[int, int, int] | None) -> None:
@@ -72,7 +74,7 @@ class Mechanism:
         place = None if self._parameters is None else ctypes.addressof(self._parameters)
         length = 0 if self._parameters is None else ctypes.sizeof(self._parameters)
         self._mechanism = _Mechanism(number, place, length)
-        self.address = ctypes.addressof(self._mechanism)
+        self.reference = ctypes.byref(self._mechanism)
 
 
 class Functions:
@@ -83,15 +85,18 @@ class Functions:
         code = ctypes.CDLL(module).C_GetFunctionList(ctypes.byref(table))
         if code != 0:
             raise CkrError(code)
-        self._session_info = _function(table, _GET_SESSION_INFO, 2)
-        self._sign_init = _function(table, _SIGN_INIT, 3)
-        self._sign = _function(table, _SIGN, 5)
-        # Made once: what a token signs and what it makes of that lies here, one after the other.
-        data, output = (ctypes.c_ubyte * _MAX_DATA)(), (ctypes.c_ubyte * _MAX_SIGNATURE)()
-        self._length = ctypes.c_ulong()
-        self._data, self._output = memoryview(data).cast("B"), memoryview(output).cast("B")
-        places = (ctypes.addressof(one) for one in (data, output, self._length))
-        self._data_at, self._output_at, self._length_at = places
+        self._session_info = _function(table, _GET_SESSION_INFO)
+        self._sign_init = _function(table, _SIGN_INIT)
+        self._sign = _function(table, _SIGN)
+        # Made once: where the outputs of a batch and their lengths go, and pointers to each.
+        outputs = (ctypes.c_ubyte * (_MAX_SIGNATURE * MAX_BATCH))()
+        self._outputs = memoryview(outputs).cast("B")
+        self._lengths = (ctypes.c_ulong * MAX_BATCH)()
+        item = ctypes.sizeof(ctypes.c_ulong)
+        self._places = [
+            (ctypes.byref(outputs, n * _MAX_SIGNATURE), ctypes.byref(self._lengths, n * item))
+            for n in range(MAX_BATCH)
+        ]
 
     def session_state(self, session: int) -> int:
         """Return the CKS state of a session.
@@ -100,7 +105,7 @@ class Functions:
             CkrError: the token does not know it.
         """
         info = _SessionInfo()
-        code = self._session_info(session, ctypes.addressof(info))
+        code = self._session_info(ctypes.c_ulong(session), ctypes.byref(info))
         if code != 0:
             raise CkrError(code)
         return int(info.state)
@@ -119,31 +124,43 @@ class Functions:
             session: session handle.
             mechanism: how to sign.
             key: object handle.
-            wanted: what to sign, at most 512 bytes each.
+            wanted: what to sign, all of one length; of more than
+                `spire_hw.pkcs11.wire.MAX_BATCH` only so many are signed.
             made: gets the outputs.
 
         Raises:
+            ValueError: there is nothing to sign, or it differs in length.
             CkrError: the token refused one, those after it were not tried; an operation may have
                 been left active in the session.
         """
-        sign_init, sign, length = self._sign_init, self._sign, self._length
-        data_at, output_at, length_at = self._data_at, self._output_at, self._length_at
-        place, output, address = self._data, self._output, mechanism.address
-        for data in wanted:
-            size = len(data)
-            place[:size] = data
-            code = sign_init(session, address, key)
-            if code == 0:
-                length.value = _MAX_SIGNATURE
-                code = sign(session, data_at, size, output_at, length_at)
+        (size,) = {len(data) for data in wanted}
+        sign_init, sign, how = self._sign_init, self._sign, mechanism.reference
+        # What stays the same is made once, and outputs are collected afterwards: little else runs
+        # between two calls, which leave little of it in the caches.
+        in_session, with_key = ctypes.c_ulong(session), ctypes.c_ulong(key)
+        data_length = ctypes.c_ulong(size)
+        self._lengths[:] = _ROOM
+        done, code = 0, 0
+        for data, (output, length) in zip(wanted, self._places, strict=False):
+            code = sign_init(in_session, how, with_key) or sign(
+                in_session, data, data_length, output, length
+            )
             if code != 0:
-                raise CkrError(code)
-            made.append(output[: length.value].tobytes())
+                break
+            done += 1
+        outputs, begins = self._outputs, range(0, len(self._outputs), _MAX_SIGNATURE)
+        made += [
+            outputs[begin : begin + min(length, _MAX_SIGNATURE)].tobytes()
+            for begin, length in zip(begins, self._lengths[:done], strict=False)
+        ]
+        if code != 0:
+            raise CkrError(code)
 
 
-def _function(table: Any, index: int, arguments: int) -> Any:
+def _function(table: Any, index: int) -> Any:
     # CK_VERSION is two bytes, padded to the size of a pointer, in front of the function pointers.
     address = table[1 + index]
     if address is None:
         raise CkrError(_NOT_SUPPORTED)
-    return ctypes.PYFUNCTYPE(ctypes.c_ulong, *([ctypes.c_size_t] * arguments))(address)
+    # Arguments come as ctypes values and bytes: converting numbers takes longer than the call.
+    return ctypes.PYFUNCTYPE(ctypes.c_ulong)(address)
