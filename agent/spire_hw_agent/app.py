@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import signal
-from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
-from spire_hw import __version__, memory
+from typing_extensions import override
+
+from spire_hw import __version__
+from spire_hw.aio.program import Program, run_program
 from spire_hw.aio.tasks import Tasks
 from spire_hw.bundle.bundle import Bundle
 from spire_hw.catalog import Catalog, External, check_plugins
@@ -62,8 +63,8 @@ _STARTING = "the agent is starting: it has not synchronised with the server yet"
 _HEALED = "this node is out of quarantine: the agent has not synchronised with the server yet"
 
 
-class Agent:
-    """One agent; `start`, then `wait`, then `close`.
+class Agent(Program):
+    """One agent: build it from settings, `start`, `close`.
 
     Args:
         settings: what the configuration says.
@@ -71,13 +72,10 @@ class Agent:
     """
 
     def __init__(self, settings: AgentSettings, *, clock: Clock | None = None) -> None:
+        super().__init__("agent", title="Agent")
         self.settings = settings
-        self.log = get_logger("agent")
         self._clock = clock or SystemClock()
-        self._stack = AsyncExitStack()
-        self._ended: asyncio.Future[None] | None = None
         self._why_not_ready = _STARTING
-        self.is_started = False
         self._random = random.SystemRandom()
         self._health_listener: HealthListener | None = None
         self._catalog: Catalog | None = None
@@ -95,23 +93,13 @@ class Agent:
             log=get_logger("telemetry"),
         )
 
-    async def __aenter__(self) -> Self:
-        try:
-            await self.start()
-        except BaseException:
-            await self.close()
-            raise
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
     @property
     def health_port(self) -> int:
         """Return the port of the health probes, 0 without them."""
         return 0 if self._health_listener is None else self._health_listener.port
 
-    async def start(self) -> None:
+    @override
+    async def _start(self) -> None:
         """Enrol, open the Workload API and keep everything up to date in the background.
 
         The socket is open from the start and answers UNAVAILABLE until the first synchronisation.
@@ -122,7 +110,6 @@ class Agent:
         settings, clock = self.settings, self._clock
         for notice in settings.notices:
             self.log.warning(notice)
-        self._ended = asyncio.get_running_loop().create_future()
         if self.telemetry.is_read:
             self._stack.callback(count_log_lines(self.telemetry.metrics))
         storage = Storage(settings.data_dir)
@@ -153,7 +140,6 @@ class Agent:
         tasks.start("heartbeat", self._heartbeat(catalog, upstream).run())
         tasks.start("status", self._post_status(upstream))
         tasks.start("SVID stores", self._stores.run())
-        self.is_started = True
 
     def _upstream(self, trust: Trust) -> Upstream:
         return Upstream(
@@ -380,30 +366,6 @@ class Agent:
         self.log.error("A background task failed", task=name, exc_info=error)
         self._end(SpireHwError(f"{name} failed: {error}"))
 
-    def _end(self, error: SpireHwError) -> None:
-        if self._ended is not None and not self._ended.done():
-            self._ended.set_exception(error)
-
-    def stop(self) -> None:
-        """Make `wait` return."""
-        if self._ended is not None and not self._ended.done():
-            self._ended.set_result(None)
-
-    async def wait(self) -> None:
-        """Wait until the agent was stopped.
-
-        Raises:
-            SpireHwError: it cannot go on; the server banned it, say.
-        """
-        if self._ended is not None:
-            await asyncio.shield(self._ended)
-
-    async def close(self) -> None:
-        """Release everything, the last thing first."""
-        await self._stack.aclose()
-        if self._ended is not None and not self._ended.done():
-            self._ended.cancel()
-
 
 def _host(settings: AgentSettings, clock: Clock, metrics: Metrics = NO_METRICS) -> HostInfo:
     return HostInfo(
@@ -451,31 +413,4 @@ async def run(settings: AgentSettings, *, on_ready: Callable[[], None] | None = 
     Raises:
         SpireHwError: it could not start, or cannot go on.
     """
-    memory.limit_arenas()
-    agent = Agent(settings)
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, _interrupt, agent, task)
-    tasks = Tasks(on_failure=lambda name, error: None)
-    loop.add_signal_handler(signal.SIGUSR1, lambda: tasks.start("plugin data", agent.reconfigure()))
-    try:
-        await agent.start()
-        memory.settle()
-        if on_ready is not None:
-            on_ready()
-        await agent.wait()
-        agent.log.info("Agent stops")
-    except asyncio.CancelledError:
-        agent.log.info("Agent stops before it was up")
-    finally:
-        await agent.close()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-
-
-def _interrupt(agent: Agent, starting: asyncio.Task[None] | None) -> None:
-    """Stop a running agent, or one that is still waiting for its server."""
-    agent.stop()
-    if starting is not None and not agent.is_started:
-        starting.cancel()
+    await run_program(lambda: Agent(settings), signal.SIGUSR1, Agent.reconfigure, on_ready)

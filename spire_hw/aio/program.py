@@ -6,7 +6,7 @@ import asyncio
 import signal
 from abc import ABC, abstractmethod
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from spire_hw import log as logs
 from spire_hw import memory
@@ -22,16 +22,30 @@ if TYPE_CHECKING:
 class Program(ABC):
     """What a composition root is made on.
 
+    Args:
+        name: `server`, `signer` or `agent`.
+        title: how lines of the log call it that begin with it; the name by default.
+
     Attributes:
-        name: `server` or `signer`, for messages.
+        name: for messages.
         log: its log.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, title: str = "") -> None:
         self.name = name
+        self.title = title or name
         self.log = logs.get_logger(name)
         self._stack = AsyncExitStack()
         self._failure: asyncio.Future[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        """Bring the program up, see `start`."""
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Take the program down."""
+        await self.close()
 
     async def start(self) -> None:
         """Bring the program up; what was brought up before a failure is taken down again.
@@ -64,8 +78,12 @@ class Program(ABC):
     def _broke_down(self, name: str, error: BaseException) -> None:
         text = f"a part of the {self.name} broke down"
         self.log.error(text, part=name, exc_info=error)
+        self._end(SpireHwError(f"{name} broke down: {error}"))
+
+    def _end(self, error: SpireHwError) -> None:
+        """Have the program end with an error."""
         if self._failure is not None and not self._failure.done():
-            self._failure.set_exception(SpireHwError(f"{name} broke down: {error}"))
+            self._failure.set_exception(error)
 
 
 async def run_program(
@@ -99,7 +117,7 @@ async def run_program(
         starting = tasks.spawn("start", program.start())
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
-            early = f"{program.name} stops before it was up"
+            early = f"{program.title} stops before it was up"
             program.log.info(early)
             return
         await starting
@@ -110,7 +128,7 @@ async def run_program(
         await asyncio.wait({failing, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if failing.done():
             await failing
-        ending = f"{program.name} stops"
+        ending = f"{program.title} stops"
         program.log.info(ending)
     finally:
         await tasks.close()

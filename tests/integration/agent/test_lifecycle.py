@@ -41,7 +41,7 @@ def stored(world: World, name: str = "a") -> dict[str, object]:
 
 async def ends(agent: Agent) -> SpireHwError:
     with pytest.raises(SpireHwError) as caught:
-        await agent.wait()
+        await agent.failed()
     return caught.value
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -155,6 +156,8 @@ def test_a_day_of_an_agent(site: Site) -> None:
         0,
         "Checking agent health...\nAgent is healthy.\n",
     )
+    # Keys of workloads are in its memory: no core file may ever hold it.
+    assert resource.prlimit(agent.pid, resource.RLIMIT_CORE) == (0, 0)
     code, _, err = site.agent("api", "fetch")
     assert code == 4
     assert "no identity issued" in err

@@ -202,7 +202,7 @@ async def test_a_banned_agent_gives_everything_up_and_ends(
         await eventually(workload.x509_svid)
         server.say("banned", "ima_rollback")
         with pytest.raises(DeniedError, match="banned"):
-            await agent.wait()
+            await agent.failed()
         with pytest.raises(DeniedError, match="ima_rollback"):
             await workload.x509_svid()
         assert agent.cache.svid_count == 0
