@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,7 +15,8 @@ from spire_hw import log
 from spire_hw.cli.flags import GoDurationType, GoGroup, flag
 from spire_hw.cli.output import Printer, count_of, epoch, output_flags, relative, rfc3339, table
 from spire_hw.cli.run import batch_code
-from spire_hw.errors import SpireHwError
+from spire_hw.errors import NotReadyError, SpireHwError
+from spire_hw.pkcs11.inventory.tenants import JUMP_S
 from spire_hw_server.cli.key import parse_generation
 from spire_hw_server.config import DEFAULT_CONFIG, load_settings
 
@@ -31,6 +32,12 @@ _DEFAULT_AGE: Final = timedelta(days=14)
 _LEAST_AGE: Final = timedelta(days=1)
 
 
+if TYPE_CHECKING:
+    _MomentBase = click.ParamType[datetime]
+else:
+    _MomentBase = click.ParamType  # older releases of click cannot be subscripted
+
+
 class _AgeType(GoDurationType):
     """A duration that may be given in days, `14d`."""
 
@@ -43,6 +50,22 @@ class _AgeType(GoDurationType):
         if age < _LEAST_AGE:
             self.fail("servers mark their keys every half hour: at least 24h is needed", param, ctx)
         return age
+
+
+class _MomentType(_MomentBase):
+    """A time such as `2026-05-01T12:00`, UTC unless it says otherwise."""
+
+    name = "time"
+
+    @override
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> datetime:
+        try:
+            found = value if isinstance(value, datetime) else datetime.fromisoformat(value)
+        except ValueError:
+            self.fail("expected a time such as 2026-05-01T12:00", param, ctx)
+        return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
 
 
 _config_flag = flag("config", "The server's configuration file.", default=DEFAULT_CONFIG)
@@ -106,6 +129,13 @@ def list_(config: str, *, expand_env: bool, token: str, output: str, field: str)
     default=_DEFAULT_AGE,
     alias="older-than",
 )
+@flag(
+    "now",
+    "With -yes: what another clock shows, UTC, such as 2026-05-01T12:00. Needed where no other server's "
+    "mark on the token vouches for this machine's clock.",
+    type=_MomentType(),
+    from_environment=False,
+)
 @flag("yes", "Destroy; without it, only say what would be destroyed.", type=bool, default=False)
 @output_flags
 @click.pass_context
@@ -117,6 +147,7 @@ def reap(
     expand_env: bool,
     token: str,
     older_than: timedelta,
+    now: datetime | None,
     yes: bool,
     output: str,
     field: str,
@@ -127,7 +158,7 @@ def reap(
     whose they are or when they were used last are never touched.
     """
     settings = _settings(config, expand_env=expand_env)
-    done = asyncio.run(_reap(settings, token, older_than.total_seconds(), is_meant=yes))
+    done = asyncio.run(_reap(settings, token, older_than.total_seconds(), now, is_meant=yes))
     Printer(output == "json", field).value(done.values(), done.show)
     ctx.exit(batch_code(len(done.reaped), len(done.failed)))
 
@@ -219,13 +250,20 @@ class _Reaping:
 
 
 async def _reap(
-    settings: ServerSettings, name: str, older_than_s: float, *, is_meant: bool
+    settings: ServerSettings,
+    name: str,
+    older_than_s: float,
+    stated: datetime | None,
+    *,
+    is_meant: bool,
 ) -> _Reaping:
     from spire_hw_server.offline import shared_token  # noqa: PLC0415 - loads what a server is made of
 
     async with shared_token(settings, name) as token:
         tenancy = await token.tenancy()
         tenancy.check_clock(token.now)
+        if is_meant and not tenancy.is_vouched(token.now):
+            _check_stated(token.now, stated)
         done = _Reaping(token.device, is_meant=is_meant)
         for tenant in tenancy.tenants:
             why = tenant.why_kept(token.owner, token.now, older_than_s)
@@ -236,6 +274,25 @@ async def _reap(
             else:
                 await _reap_one(token, tenant, older_than_s, done)
     return done
+
+
+def _check_stated(now: float, stated: datetime | None) -> None:
+    """Refuse to judge ages by a clock for which nobody but this server vouches.
+
+    Raises:
+        NotReadyError: the operator did not say what another clock shows, or that is another time.
+    """
+    here = rfc3339(int(now))
+    if stated is None:
+        raise NotReadyError(
+            "no other server has marked its keys within the hour, so nobody vouches for this machine's "
+            f"clock, which says {here}: nothing is destroyed; say what another clock shows, with -now"
+        )
+    if abs(now - stated.timestamp()) > JUMP_S:
+        raise NotReadyError(
+            f"this machine's clock says {here}, which is not {rfc3339(int(stated.timestamp()))}: "
+            "nothing is destroyed; correct the clock and start this server, which marks again"
+        )
 
 
 async def _reap_one(

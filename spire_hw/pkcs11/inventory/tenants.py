@@ -98,6 +98,14 @@ class Tenancy:
                 "nothing is destroyed; correct the clock or start this server, which marks again"
             )
 
+    def is_vouched(self, now: float) -> bool:
+        """Tell whether a server other than the caller has marked about now: by a clock of its own.
+
+        The caller's own mark says nothing of a clock that was wrong from the start.
+        """
+        others = (tenant.marked for tenant in self.tenants if not tenant.is_own)
+        return any(marked > 0 and abs(now - marked) <= JUMP_S for marked in others)
+
 
 def read_tenancy(listing: Mapping[str, Any], own: Owner) -> Tenancy:
     """Sort out a listing of everything on a token.

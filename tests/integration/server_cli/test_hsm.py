@@ -30,10 +30,15 @@ pytestmark = [
 OWN, DEAD, YOUNG = (Owner("example.org", f"server-{n}") for n in (1, 2, 3))
 
 
-async def fill(rig: TokenRig, *, own_age: timedelta = timedelta()) -> None:
+async def fill(
+    rig: TokenRig,
+    *,
+    own_age: timedelta = timedelta(),
+    young_age: timedelta = timedelta(days=2),
+) -> None:
     """Have three servers make keys: this one, one that is gone, one that was here two days ago."""
     now = SystemClock().now()
-    ages = ((OWN, own_age), (DEAD, timedelta(days=30)), (YOUNG, timedelta(days=2)))
+    ages = ((OWN, own_age), (DEAD, timedelta(days=30)), (YOUNG, young_age))
     async with rig:
         for owner, age in ages:
             rig.clock = SimClock(now - age)
@@ -108,10 +113,11 @@ def test_what_is_left_behind_is_reaped_only_when_it_is_meant(
     why = {one["server"]: one["reason"] for one in shown["kept"]}
     assert why == {"server-1": "keys of this server", "server-3": "seen too recently"}
     assert labels(rig) == before
-    code, shown, _ = cli("reap", "--older-than", "14d", "-yes")
+    now = SystemClock().now()
+    code, shown, _ = cli("reap", "--older-than", "14d", "-yes", "-now", f"{now:%Y-%m-%dT%H:%M}")
     assert (code, shown["dry_run"], shown["failed"]) == (0, False, [])
     assert labels(rig) == {label for label in before if not label.startswith(DEAD.prefix)}
-    code, shown, _ = cli("reap", "-olderThan", "336h", "-yes")
+    code, shown, _ = cli("reap", "-olderThan", "336h", "-yes", "-now", now.isoformat())
     assert (code, shown["reaped"]) == (0, [])
 
 
@@ -129,6 +135,34 @@ def test_fault_72_a_wrong_clock_reaps_nothing(
         assert code == 1
         assert "nothing is destroyed; correct the clock" in error
     assert labels(rig) == before
+
+
+def test_fault_72_a_clock_that_was_wrong_from_the_start_reaps_nothing(
+    rig: TokenRig, cli: Callable[..., tuple[int, Any, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All marks but its own are old: so they are where this machine is a month ahead of the others.
+    asyncio.run(fill(rig))
+    before = labels(rig)
+    assert cli("reap", "-olderThan", "14d")[0] == 0
+    code, _, error = cli("reap", "-olderThan", "14d", "-yes")
+    assert (code, "nobody vouches for this machine's clock" in error) == (1, True)
+    now = SystemClock().now()
+    for off in (timedelta(days=-30), timedelta(hours=2), timedelta(days=400)):
+        code, _, error = cli("reap", "-olderThan", "14d", "-yes", "-now", (now + off).isoformat())
+        assert (code, "nothing is destroyed; correct the clock" in error) == (1, True)
+    assert cli("reap", "-olderThan", "14d", "-yes", "-now", "soon")[0] == 2
+    # Nor does what is exported for all commands say what another clock shows.
+    monkeypatch.setenv("SPIRE_HW_NOW", now.isoformat())
+    assert cli("reap", "-olderThan", "14d", "-yes")[0] == 1
+    assert labels(rig) == before
+
+
+def test_another_servers_mark_vouches_for_the_clock(
+    rig: TokenRig, cli: Callable[..., tuple[int, Any, str]]
+) -> None:
+    asyncio.run(fill(rig, young_age=timedelta(minutes=30)))
+    code, shown, _ = cli("reap", "-olderThan", "14d", "-yes")
+    assert (code, [one["server"] for one in shown["reaped"]]) == (0, ["server-2"])
 
 
 def test_ages_and_tokens_that_make_no_sense(
