@@ -17,7 +17,8 @@ from spire_hw.spiffeid import TrustDomain
 from spire_hw_signer.notes import FILE_NAME, Notes
 from spire_hw_signer.policy import Custody, Owner
 from spire_hw_signer.policyfile import OWN_TRUST_DOMAIN
-from spire_hw_signer.purpose import KeyIds, SigningKey
+from spire_hw_signer.purpose import SigningKey
+from spire_hw_signer.tokenpurpose import KeyIds
 
 if TYPE_CHECKING:
     from pathlib import Path

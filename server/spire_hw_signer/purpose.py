@@ -1,11 +1,11 @@
-"""What is to be signed, read and held against what a client's keys may sign (pure).
+"""Certificates and requests to be signed, read and held against what keys may sign (pure).
 
 A server that was taken over can ask for any signature its keys could make. It gets those an honest
 one asks for: SVIDs of its own trust domain that end soon, its own CA certificate, requests for it,
-and tokens. Bytes that are not strict DER or strict JSON are refused before they are understood in
+and tokens (`tokenpurpose`). Bytes that are not strict DER are refused before they are understood in
 two ways.
 
-Spec: RFC 5280 section 4; RFC 2986; SPIFFE X509-SVID sections 3 to 5; SPIFFE JWT-SVID sections 2, 3.
+Spec: RFC 5280 section 4; RFC 2986; SPIFFE X509-SVID sections 3 to 5.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import hashlib
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import InvalidInputError, VerificationError
-from spire_hw.jose.text import decode_base64url, parse_json_object
 from spire_hw.key import KeyType, SignOptions, parse_spki
 from spire_hw.spiffeid import SpiffeId, TrustDomain
 from spire_hw.x509 import der
@@ -25,7 +24,7 @@ from spire_hw.x509.name import check_name, decode_name
 from spire_hw.x509.scheme import algorithm_identifier
 
 if TYPE_CHECKING:
-    from spire_hw_signer.policy import JwtRule, X509Rule
+    from spire_hw_signer.policy import X509Rule
 
 MAX_CONTENT_BYTES: Final = 16 * 1024
 # Clocks of signer and server differ a little, and certificates start a little early.
@@ -56,12 +55,6 @@ _TLS_USES: Final = frozenset({der.oid("1.3.6.1.5.5.7.3.1")[2:], der.oid("1.3.6.1
 _DIGITAL_SIGNATURE, _KEY_CERT_SIGN, _CRL_SIGN = 0x80, 0x04, 0x02
 
 _EC_TYPES: Final = frozenset({KeyType.EC_P256, KeyType.EC_P384})
-_JWT_EC: Final = {KeyType.EC_P256: "ES256", KeyType.EC_P384: "ES384"}
-_JWT_HEADER: Final = frozenset({"alg", "kid", "typ"})
-_JWT_TYPES: Final = frozenset({"JWT", "JOSE"})
-_REGISTERED: Final = frozenset({"iss", "sub", "aud", "exp", "nbf", "iat", "jti"})
-_MAX_KID: Final = 256
-_MAX_EPOCH: Final = 253_402_300_799  # the last second of year 9999
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +167,7 @@ def check_request(body: bytes, *, key: SigningKey, trust_domain: TrustDomain) ->
         EncodingError: not a CertificationRequestInfo in strict DER.
         VerificationError: it is for another key or asks for another name.
     """
-    outer = der.Reader(_bounded(body), _REQUEST)
+    outer = der.Reader(bounded(body), _REQUEST)
     inside = outer.enter(der.SEQUENCE)
     outer.finish()
     if inside.element(der.INTEGER) != _VERSION_1:
@@ -199,46 +192,12 @@ def check_request(body: bytes, *, key: SigningKey, trust_domain: TrustDomain) ->
         raise VerificationError(f"request is not for the name {trust_domain.id.text} alone")
 
 
-def check_token(
-    signing_input: bytes,
-    options: SignOptions,
-    *,
-    key: SigningKey,
-    trust_domain: TrustDomain,
-    rule: JwtRule,
-    now: datetime,
-) -> str:
-    """Check that a token may be signed.
-
-    Args:
-        signing_input: `header.payload` of a compact JWS.
-        options: hash and padding that were asked for.
-        key: the key that will sign.
-        trust_domain: the client's.
-        rule: what the client's keys may sign.
-        now: the time, aware.
-
-    Returns:
-        Its key ID (`kid`), which is the server's own name for the key.
+def bounded(content: bytes) -> bytes:
+    """Return what is to be signed.
 
     Raises:
-        EncodingError: not such a text, or not strict JSON in it.
-        VerificationError: it is against the rule; the message says which.
+        VerificationError: it is too long to be looked at.
     """
-    try:
-        header_text, dot, payload_text = _bounded(signing_input).decode("ascii").partition(".")
-    except UnicodeDecodeError as e:
-        raise VerificationError("signing input is not ASCII") from e
-    if not dot or not header_text or not payload_text:
-        raise VerificationError("signing input is not made of two parts")
-    header = parse_json_object(decode_base64url(header_text, "token header"), "token header")
-    claims = parse_json_object(decode_base64url(payload_text, "token claims"), "token claims")
-    kid = _check_header(header, key, options)
-    _check_claims(claims, trust_domain, rule, now)
-    return kid
-
-
-def _bounded(content: bytes) -> bytes:
     if len(content) > MAX_CONTENT_BYTES:
         raise VerificationError(f"it is longer than {MAX_CONTENT_BYTES} bytes")
     return content
@@ -250,11 +209,8 @@ def _algorithm(key: SigningKey, options: SignOptions) -> bytes:
     return algorithm_identifier(options.hash, ecdsa=key.key_type in _EC_TYPES)
 
 
-# -- certificates ------------------------------------------------------------------------------
-
-
 def _read_body(body: bytes) -> _Body:
-    outer = der.Reader(_bounded(body), _WHAT)
+    outer = der.Reader(bounded(body), _WHAT)
     inside = outer.enter(der.SEQUENCE)
     outer.finish()
     if inside.next_tag() != _VERSION or inside.content(_VERSION) != _VERSION_3:
@@ -441,100 +397,6 @@ def _check_leaf(found: _Body, usage: int, uri: str, trust_domain: TrustDomain) -
             if oid not in _TLS_USES:
                 name = der.dotted(oid)
                 raise VerificationError(f"extended key usage {name} is not that of an SVID")
-
-
-# -- tokens ------------------------------------------------------------------------------------
-
-
-def _check_header(header: dict[str, Any], key: SigningKey, options: SignOptions) -> str:
-    if not _JWT_HEADER.issuperset(header):
-        raise VerificationError("token header has members other than alg, kid and typ")
-    bits = options.hash.digest_size * 8
-    expected = _JWT_EC.get(key.key_type) or ("PS" if options.pss else "RS") + str(bits)
-    if header.get("alg") != expected or not expected.endswith(str(bits)):
-        raise VerificationError("token algorithm does not fit the key and its hash")
-    if options.pss and options.salt_bytes != options.hash.digest_size:
-        raise VerificationError("salt of the token's signature is not as long as its hash")
-    kid = header.get("kid")
-    if not isinstance(kid, str) or not 1 <= len(kid) <= _MAX_KID:
-        raise VerificationError("token has no key ID, or a long one")
-    kind = header.get("typ", "JWT")
-    if not isinstance(kind, str) or kind not in _JWT_TYPES:
-        raise VerificationError("token type is not accepted")
-    return kid
-
-
-def _check_claims(
-    claims: dict[str, Any], trust_domain: TrustDomain, rule: JwtRule, now: datetime
-) -> None:
-    for name in claims:
-        # Go's JSON takes "SUB" for "sub", and the last of them counts.
-        if name not in _REGISTERED and name.casefold() in _REGISTERED:
-            raise VerificationError("a claim has the name of a registered one in other letters")
-    subject = claims.get("sub")
-    if not isinstance(subject, str):
-        raise VerificationError("token has no subject")
-    spiffe_id = SpiffeId.parse(subject)
-    if spiffe_id.trust_domain != trust_domain or not spiffe_id.path:
-        raise VerificationError(f"subject is not a member of trust domain {trust_domain.name}")
-    expiry = _epoch(claims, "exp")
-    if expiry is None:
-        raise VerificationError("token does not expire")
-    if expiry > (now + rule.max_ttl + LEEWAY).timestamp():
-        raise VerificationError(f"it expires more than {rule.max_ttl} from now")
-    for name in ("iat", "nbf"):
-        start = _epoch(claims, name)
-        if start is not None and start > expiry:
-            raise VerificationError(f"{name} is after exp")
-    if claims.get("iss", "") != rule.issuer:
-        wanted = f'has to be "{rule.issuer}"' if rule.issuer else "may not be there"
-        raise VerificationError(f"issuer {wanted}")
-    _check_audience(claims.get("aud"), rule)
-
-
-def _check_audience(audience: object, rule: JwtRule) -> None:
-    audiences = [audience] if isinstance(audience, str) else audience
-    if not isinstance(audiences, list) or not audiences:
-        raise VerificationError("token has no audience")
-    if not all(isinstance(a, str) and a for a in audiences):
-        raise VerificationError("an audience is not text")
-    if rule.audiences and not rule.audiences.issuperset(audiences):
-        raise VerificationError("an audience is not allowed")
-
-
-def _epoch(claims: dict[str, Any], name: str) -> float | None:
-    if name not in claims:
-        return None
-    value = claims[name]
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not 0 <= value <= _MAX_EPOCH
-    ):
-        raise VerificationError(f"{name} is not a time")
-    return float(value)
-
-
-class KeyIds:
-    """Which key each `kid` stands for: a name of one key is never put on another one's tokens."""
-
-    def __init__(self, limit: int = 1024) -> None:
-        self._limit = limit
-        self._names: dict[str, str] = {}
-
-    def check(self, kid: str, fingerprint: str) -> None:
-        """Remember the name of a key, or refuse it.
-
-        Raises:
-            VerificationError: it is another key's.
-        """
-        known = self._names.get(kid)
-        if known is None:
-            while len(self._names) >= self._limit:
-                del self._names[next(iter(self._names))]
-            self._names[kid] = fingerprint
-        elif known != fingerprint:
-            raise VerificationError("key ID of the token is that of another key")
 
 
 def explain(error: InvalidInputError | VerificationError) -> str:

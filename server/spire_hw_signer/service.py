@@ -31,9 +31,10 @@ from spire_hw_signer.policy import (
     check_purpose,
     check_type,
 )
-from spire_hw_signer.purpose import check_certificate, check_request, check_token, explain
+from spire_hw_signer.purpose import check_certificate, check_request, explain
 from spire_hw_signer.rates import Buckets, InFlight
 from spire_hw_signer.replay import Replay, ReuseError
+from spire_hw_signer.tokenpurpose import check_token
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

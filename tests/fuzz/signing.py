@@ -16,7 +16,7 @@ from spire_hw.spiffeid import TrustDomain
 from spire_hw.x509.authority import X509Authority
 from spire_hw.x509.csr import build_csr
 from spire_hw.x509.issue import issue_ca_certificate, issue_x509_svid
-from spire_hw_signer import policyfile, purpose
+from spire_hw_signer import policyfile, purpose, tokenpurpose
 from spire_hw_signer.policy import JwtRule, Pattern, X509Rule
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def token(raw: bytes) -> None:
     header, _, claims = raw.partition(b"\n")
     parts = f"{encode_base64url(header)}.{encode_base64url(claims)}"
     for data in (raw, parts.encode("ascii")):
-        purpose.check_token(data, _OPTIONS, key=_KEY, trust_domain=_DOMAIN, rule=_JWT, now=NOW)
+        tokenpurpose.check_token(data, _OPTIONS, key=_KEY, trust_domain=_DOMAIN, rule=_JWT, now=NOW)
 
 
 def policy(raw: bytes) -> None:
