@@ -383,23 +383,30 @@ def get_logger(subsystem: str) -> Logger:
 
 
 class LateLogger:
-    """A logger that is bound to its fields when its first line is written.
+    """A logger that asks for its fields, and is bound to them, when its first line is written.
 
-    For what is logged rarely: binding costs more than the work of a short call.
+    For what is logged rarely: that costs more than the work of a short call.
     """
 
-    __slots__ = ("_bound", "_fields", "_log")
+    __slots__ = ("_bound", "_fields", "_log", "_tell")
 
-    def __init__(self, log: Logger, fields: Mapping[str, object]) -> None:
+    def __init__(self, log: Logger, tell: Callable[[], Mapping[str, object]]) -> None:
+        """Describe it; `tell` is called once at most."""
         self._log = log
-        self._fields = fields
+        self._tell = tell
+        self._fields: Mapping[str, object] | None = None
         self._bound: Logger | None = None
 
     def bind(self, **fields: object) -> LateLogger:
         """Return a logger with further fields."""
-        return LateLogger(self._log, {**self._fields, **fields})
+        return LateLogger(self._log, lambda: {**self._told(), **fields})
+
+    def _told(self) -> Mapping[str, object]:
+        if self._fields is None:
+            self._fields = self._tell()
+        return self._fields
 
     def __getattr__(self, name: str) -> Any:
         if self._bound is None:
-            self._bound = self._log.bind(**self._fields)
+            self._bound = self._log.bind(**self._told())
         return getattr(self._bound, name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw._pb import hw_signer_pb2
@@ -54,6 +55,7 @@ _CALL_RATE: Final = Rate(10, 100)
 _SIGNED: Final = ("sign",)
 _MAX_SALT: Final = 512
 _MAX_REPLAYS: Final = 256
+_PURPOSES: Final = {purpose.value: purpose for purpose in Purpose}
 _HASHES: Final = {algorithm.value: algorithm for algorithm in HashAlgorithm}
 
 
@@ -459,10 +461,13 @@ def _read(item: Any) -> Item | Denial:
     if kind is None:
         return Denial(Reason.MALFORMED, "nothing is to be signed")
     content: bytes = getattr(item, kind)
-    purpose = Purpose(kind)
+    purpose = _PURPOSES[kind]
     digest = content if purpose is Purpose.RAW else algorithm.digest(content)
-    options = SignOptions(algorithm, pss, salt)
+    options = _options(algorithm, pss, salt)
     return Item(item.request_id, item.key_id, purpose, content, options, digest)
+
+
+_options: Final = lru_cache(maxsize=64)(SignOptions)
 
 
 def signer_methods(service: SignerService) -> list[Method]:

@@ -8,6 +8,7 @@ Error translation is not here: an interceptor raises `SpireHwError`, the engine'
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 from uuid import uuid4
 
@@ -101,16 +102,19 @@ class RequestId(Guard):
     @override
     async def check(self, request: Any, call: Call) -> None:
         """Bind the logger."""
-        service, _, method = call.method[1:].rpartition("/")
-        request_id = str(uuid4())
-        call.attributes["request_id"] = request_id
-        fields = {
-            "request_id": request_id,
-            "service": service.rpartition(".")[2],
-            "method": method,
-            **caller_fields(call.peer),
-        }
-        call.log = cast("Logger", LateLogger(call.log, fields))
+        late = LateLogger(call.log, partial(call_fields, call.method, call.peer))
+        call.log = cast("Logger", late)
+
+
+def call_fields(path: str, peer: Peer) -> dict[str, str | int]:
+    """Return log fields that name a call, with an id of its own each time."""
+    service, _, method = path[1:].rpartition("/")
+    return {
+        "request_id": str(uuid4()),
+        "service": service.rpartition(".")[2],
+        "method": method,
+        **caller_fields(peer),
+    }
 
 
 def caller_fields(peer: Peer) -> dict[str, str | int]:

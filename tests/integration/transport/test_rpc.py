@@ -22,6 +22,7 @@ from spire_hw.errors import (
     SpireHwError,
     UnavailableError,
 )
+from spire_hw.log import LateLogger
 from spire_hw.rpc.client import connect_unix
 from spire_hw.rpc.health import health_methods
 from spire_hw.rpc.interceptors import Guard, RequestId, RequiredHeader
@@ -380,7 +381,7 @@ async def test_interceptors_run_in_order_around_every_shape(tmp_path: Path) -> N
             (PREFIX + "Count", None),
             (PREFIX + "Count", ErrorKind.PERMISSION_DENIED),
         ]
-        assert world.echo.calls[0].attributes["request_id"]
+        assert isinstance(world.echo.calls[0].log, LateLogger)
 
 
 @pytest.mark.asyncio

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from spire_hw.errors import LimitError
-from spire_hw.log import get_logger
+from spire_hw.log import LateLogger, get_logger
 from spire_hw.rpc.interceptors import (
     CallerRate,
     RateLimiter,
     RequestId,
+    call_fields,
     caller_fields,
 )
 from spire_hw.rpc.service import Call
@@ -145,8 +146,10 @@ def test_callers_are_logged_by_upstreams_names() -> None:
 
 @pytest.mark.asyncio
 async def test_each_call_gets_an_id_of_its_own() -> None:
-    calls = [call(), call()]
-    for one in calls:
-        await RequestId().check(None, one)
-    first, second = (one.attributes["request_id"] for one in calls)
+    fields = [call_fields("/spire.api.Some/Do", UNIX) for _ in range(2)]
+    first, second = (one.pop("request_id") for one in fields)
     assert first != second
+    assert fields[0] == {"service": "Some", "method": "Do", **caller_fields(UNIX)}
+    one = call()
+    await RequestId().check(None, one)
+    assert isinstance(one.log, LateLogger)

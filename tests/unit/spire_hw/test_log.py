@@ -275,9 +275,18 @@ async def test_sigusr2_reopens_the_file(tmp_path: Path) -> None:
 def test_late_loggers_write_what_loggers_write(process_output: io.StringIO) -> None:
     log.configure(LogSettings(format=Format.JSON), clock=FixedClock(), stream=process_output)
     logger = log.get_logger("x").bind(a=1)
-    late = log.LateLogger(logger, {"b": 2})
-    late.bind(c=3, b=4).info("hello")
+    asked = []
+
+    def tell() -> dict[str, int]:
+        asked.append(1)
+        return {"b": 2}
+
+    late = log.LateLogger(logger, tell)
+    further = late.bind(c=3, b=4)
+    assert not asked
+    further.info("hello")
     late.warning("bye", c=5)
+    assert len(asked) == 1
     first, second = map(json.loads, process_output.getvalue().splitlines())
     assert (first["msg"], first["a"], first["b"], first["c"]) == ("hello", 1, 4, 3)
     assert (second["msg"], second["a"], second["b"], second["c"]) == ("bye", 1, 2, 5)
