@@ -78,6 +78,8 @@ def _go_char(char: str) -> str:
 
 
 def _go_text(value: Any) -> str:
+    if type(value) is str:  # most are
+        return value
     if value is None:
         return "<nil>"
     if isinstance(value, bool):
@@ -155,6 +157,8 @@ def redacted(key: str, value: Any, nesting: int = 0) -> Any:  # noqa: PLR0911 - 
         return REDACTED
     if nesting > _MAX_NESTING:
         return "..."
+    if type(value) is str:  # most are
+        return hidden(plain_text(value))
     if isinstance(value, (int, float)) and not isinstance(value, enum.Enum):
         return value if value == value and abs(value) < 1e300 else str(value)[:64]  # noqa: PLR0124, PLR2004 - NaN, huge
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -182,6 +186,7 @@ def plain_text(value: Any) -> str:
 
 def hidden(text: str) -> str:
     """Return a text with tokens, private keys and PINs in it replaced."""
-    if any(sign in text for sign in _HIDDEN_SIGNS):
-        return _HIDDEN.sub(REDACTED, text)
+    for sign in _HIDDEN_SIGNS:
+        if sign in text:
+            return _HIDDEN.sub(REDACTED, text)
     return text
