@@ -221,10 +221,11 @@ class Half(asyncio.BufferedProtocol):
 
     def end(self) -> None:
         """Close once what was written has gone out, or after a while if it does not."""
-        if self.transport is None or self._linger is not None:
+        if self.transport is None or self.transport.is_closing():
             return
         self.transport.close()
-        self._linger = asyncio.get_running_loop().call_later(_LINGER_S, self.abort)
+        if self.unsent:
+            self._linger = asyncio.get_running_loop().call_later(_LINGER_S, self.abort)
 
     def abort(self) -> None:
         """Close at once."""
