@@ -27,7 +27,7 @@ from spire_hw.errors import (
     WeakKeyError,
 )
 from spire_hw.tpm import certificate, der, ekmodel
-from spire_hw.tpm.certificate import Certificate, parse_certificate
+from spire_hw.tpm.certificate import Certificate, KeyUsage, parse_certificate
 from spire_hw.tpm.certsig import verify_signature
 from spire_hw.tpm.ekmodel import TpmModel, read_model
 
@@ -42,6 +42,7 @@ _MAX_SIGNATURE_CHECKS: Final = 64
 
 EK_PURPOSE: Final = "2.23.133.8.1"
 EXTENDED_KEY_USAGE: Final = "2.5.29.37"
+_NEVER_OF_EK: Final = (KeyUsage.DIGITAL_SIGNATURE, KeyUsage.KEY_CERT_SIGN, KeyUsage.CRL_SIGN)
 UNDERSTOOD: Final = frozenset(
     {
         ekmodel.SAN,
@@ -199,10 +200,9 @@ def _check_leaf(leaf: Certificate, at: datetime, chain_time: ChainTime) -> None:
     extension = leaf.extensions.get(EXTENDED_KEY_USAGE)
     if extension is not None and EK_PURPOSE not in read_purposes(extension.value):
         raise _deny("ek_extended_key_usage", "certificate is not for an endorsement key")
-    bits = certificate.KeyUsage
-    needed = bits.KEY_ENCIPHERMENT if leaf.is_rsa else bits.KEY_AGREEMENT
-    never = bits.DIGITAL_SIGNATURE | bits.KEY_CERT_SIGN | bits.CRL_SIGN
-    if leaf.key_usage is None or not leaf.key_usage & needed or leaf.key_usage & never:
+    usage = leaf.key_usage
+    needed = KeyUsage.KEY_ENCIPHERMENT if leaf.is_rsa else KeyUsage.KEY_AGREEMENT
+    if usage is None or needed not in usage or any(bit in usage for bit in _NEVER_OF_EK):
         raise _deny("ek_key_usage", "key usage does not fit")
 
 
@@ -299,7 +299,7 @@ class _Search:
         if not issuer.is_ca:
             raise _deny("ek_issuer", "issuer is not a CA certificate")
         usage = issuer.key_usage
-        if usage is not None and not usage & certificate.KeyUsage.KEY_CERT_SIGN:
+        if usage is not None and KeyUsage.KEY_CERT_SIGN not in usage:
             raise _deny("ek_issuer", "issuer may not sign this certificate: key usage")
         below = sum(1 for c in path[1:] if not c.is_self_issued)
         if issuer.path_length is not None and below > issuer.path_length:

@@ -66,7 +66,9 @@ _MAX_NAME = 66
 _MAX_RSA = 512
 _MAX_COORDINATE = 66
 _MAX_SELECTIONS = 16
+_HEAD: Final = struct.Struct(">IH")
 _CLOCK: Final = struct.Struct(">QIIB")
+_SIZE_BYTES: Final = 2
 
 
 class Reader:
@@ -119,15 +121,26 @@ class Reader:
         Raises:
             EncodingError: larger, or fewer bytes are left than announced.
         """
-        start = self.offset
-        size = self.u16()
+        data, start = self._data, self.offset
+        begin = start + _SIZE_BYTES
+        if begin > self._size:
+            raise EncodingError(self._what, "ends early", self._size)
+        size = data[start] << 8 | data[start + 1]
         if size > limit:
             raise EncodingError(self._what, f"field of {size} bytes, limit {limit}", start)
-        end = self.offset + size
+        end = begin + size
         if end > self._size:
             raise EncodingError(self._what, "ends early", self._size)
         self.offset = end
-        return self._data[end - size : end]
+        return data[begin:end]
+
+    def numbers(self, form: struct.Struct) -> tuple[int, ...]:
+        """Return several numbers that follow each other.
+
+        Raises:
+            EncodingError: fewer bytes are left.
+        """
+        return form.unpack(self.take(form.size))
 
     def fail(self, reason: str) -> EncodingError:
         """Return an error about the current place."""
@@ -209,7 +222,7 @@ def parse_attest(raw: bytes, what: str = "attestation") -> Attest:
         EncodingError: it ends early, a field is too large or the clock flag is not 0 or 1.
     """
     r = Reader(raw, what)
-    magic, kind = r.u32(), r.u16()
+    magic, kind = r.numbers(_HEAD)
     signer, extra = r.sized(_MAX_NAME), r.sized(_MAX_DATA)
     clock = _read_clock(r)
     firmware = r.u64()
@@ -217,7 +230,7 @@ def parse_attest(raw: bytes, what: str = "attestation") -> Attest:
 
 
 def _read_clock(r: Reader) -> ClockInfo:
-    clock, resets, restarts, safe = _CLOCK.unpack(r.take(_CLOCK.size))
+    clock, resets, restarts, safe = r.numbers(_CLOCK)
     if safe > 1:
         raise r.fail("clock flag is malformed")
     return ClockInfo(clock, resets, restarts, bool(safe))

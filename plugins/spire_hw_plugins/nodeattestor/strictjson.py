@@ -42,7 +42,7 @@ class StrictObject:
 
     def closed(self, *known: str) -> None:
         """Refuse members other than the known ones."""
-        unknown = self.names() - set(known)
+        unknown = self._members.keys() - known
         if unknown:
             raise InvalidInputError(f"envelope: unknown member {self._at(shown(min(unknown)))}")
 
@@ -188,7 +188,7 @@ def load(data: bytes, limit: int) -> StrictObject:
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
-    if len({name.casefold() for name in members}) != len(pairs):
+    if len(set(map(str.casefold, members))) != len(pairs):
         seen: set[str] = set()
         for name, _ in pairs:
             if name.casefold() in seen:
