@@ -108,6 +108,7 @@ STATIC: Final[tuple[Field, ...]] = (
     ("via", ""),
     ("www-authenticate", ""),
 )
+_STATIC_FIELDS: Final = len(STATIC)
 _FIELD_AT: Final = {field: number for number, field in enumerate(STATIC, 1)}
 _NAME_AT: Final = {name: number for number, (name, _) in reversed(list(enumerate(STATIC, 1)))}
 
@@ -202,16 +203,19 @@ class Decoder:
     def _decode(self, data: bytes) -> tuple[Block, bool]:
         """Return the block, and whether it will mean the same for ever."""
         fields: list[Field] = []
-        at, end, size = 0, len(data), 0
+        at, end = 0, len(data)
         lasting = True
         self._malformed = False
         try:
             while at < end:
                 first = data[at]
-                if first & _INDEXED:
+                if _INDEXED < first <= _INDEXED | _STATIC_FIELDS:  # one byte says it all
+                    field = STATIC[first - _INDEXED - 1]
+                    at += 1
+                elif first & _INDEXED:
                     number, at = _take_integer(data, at, _FULL_INDEX)
                     field = self._at(number)
-                    lasting = lasting and number <= len(STATIC)
+                    lasting = lasting and number <= _STATIC_FIELDS
                 elif first & _LITERAL_INDEXED:
                     number, at = _take_integer(data, at, _FULL_INDEXED)
                     field, at = self._literal(data, at, number)
@@ -230,13 +234,14 @@ class Decoder:
                 else:
                     number, at = _take_integer(data, at, _FULL_LITERAL)
                     field, at = self._literal(data, at, number)
-                    lasting = lasting and number <= len(STATIC)
+                    lasting = lasting and number <= _STATIC_FIELDS
                 fields.append(field)
                 if len(fields) > MAX_FIELDS:
                     raise LimitError(f"a header block has more than {MAX_FIELDS} fields")
-                size += len(field[0]) + len(field[1]) + ENTRY_OVERHEAD
         except IndexError as e:
             raise InvalidInputError("a header block is cut short") from e
+        size = sum([len(name) + len(value) for name, value in fields])
+        size += len(fields) * ENTRY_OVERHEAD
         return Block(tuple(fields), size, self._malformed), lasting
 
     def _literal(self, data: bytes, at: int, number: int) -> tuple[Field, int]:
@@ -251,11 +256,11 @@ class Decoder:
         return (name, raw.decode("latin-1")), at
 
     def _at(self, number: int) -> Field:
-        if 0 < number <= len(STATIC):
+        if 0 < number <= _STATIC_FIELDS:
             return STATIC[number - 1]
-        if number == 0 or self._table is None or number > len(STATIC) + len(self._table):
+        if number == 0 or self._table is None or number > _STATIC_FIELDS + len(self._table):
             raise InvalidInputError("a header index is out of range")
-        return self._table[number - len(STATIC) - 1]
+        return self._table[number - _STATIC_FIELDS - 1]
 
     def _add(self, field: Field) -> None:
         if self._table is None:
