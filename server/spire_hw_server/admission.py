@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 from spire_hw.errors import (
@@ -201,10 +201,9 @@ class Admissions:
         labels = {"attestor": attestation_type if is_known else "unknown"}
         try:
             with Timed(self._metrics, _ATTESTATION, labels):
-                admission = await self._within_time(
+                return await self._within_time(
                     attestation_type, payload, csr_spki, challenge, caller=caller, source=source
                 )
-            return replace(admission, caller=caller)
         except SpireHwError as e:
             self._record_refusal(e, attestation_type, csr_spki, caller)
             raise
@@ -333,7 +332,7 @@ class Admissions:
                         payload, exchange.challenge, csr_spki, exchange.admit, source, caller
                     )
                     identity = await self._ask(attestation_type, attestor, exchange, request)
-                return await self._checked(attestation_type, identity, csr_spki)
+                return await self._checked(attestation_type, identity, csr_spki, caller)
         except TimeoutError as e:
             raise SpireHwError(
                 f"attestation took longer than {timeout_s:g} s", kind=ErrorKind.DEADLINE_EXCEEDED
@@ -406,7 +405,9 @@ class Admissions:
             raise _banned(identity)
         return node
 
-    async def _checked(self, name: str, identity: AttestedIdentity, csr_spki: bytes) -> Admission:
+    async def _checked(
+        self, name: str, identity: AttestedIdentity, csr_spki: bytes, caller: str
+    ) -> Admission:
         self._check_id(name, identity.agent_id)
         keys = {KeyRole.SVID: hashlib.sha256(csr_spki).digest()}
         if identity.attestation_key is not None:
@@ -430,6 +431,7 @@ class Admissions:
             csr_spki=csr_spki,
             keys=keys,
             evidence=identity.evidence,
+            caller=caller,
         )
 
     def _check_id(self, name: str, identity: SpiffeId) -> None:

@@ -105,6 +105,8 @@ class Follower:
             SpireHwError: the store cannot be read.
         """
         wanted = self._datastore.changed.value
+        if self._after >= wanted:
+            return
         async with self._lock:
             while self._after < wanted:
                 changes = self._datastore.recent_changes(self._after)
