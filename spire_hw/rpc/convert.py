@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Final
 
 from spire_hw._pb import types_pb2
 from spire_hw.bundle.bundle import Bundle, JwtAuthority, X509Root
-from spire_hw.errors import InvalidInputError
+from spire_hw.errors import InvalidInputError, SpireHwError
 from spire_hw.key import parse_spki
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId, TrustDomain
 from spire_hw.x509.certificate import load_certificate
+from spire_hw.x509.csr import Csr, parse_csr
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -94,6 +95,20 @@ def match_from_pb(match: int) -> int:
     if match not in types_pb2.SelectorMatch.MatchBehavior.values():
         raise InvalidInputError(f"match behavior {match} is unknown")
     return match
+
+
+def csr_from_pb(data: bytes) -> Csr:
+    """Return a request whose signature holds; every fault of it is the caller's.
+
+    Raises:
+        InvalidInputError: there is none, or it is malformed.
+    """
+    if not data:
+        raise InvalidInputError("missing CSR")
+    try:
+        return parse_csr(data)
+    except SpireHwError as e:
+        raise InvalidInputError(f"malformed CSR: {e.message}") from e
 
 
 def time_to_pb(moment: datetime | None) -> int:

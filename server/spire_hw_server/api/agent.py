@@ -35,7 +35,6 @@ from spire_hw.spiffeid import (
     check_workload_id,
 )
 from spire_hw.transport.peer import TcpPeer
-from spire_hw.x509.csr import Csr, parse_csr
 from spire_hw_server.api.authorize import caller_node
 from spire_hw_server.api.entry import listed, parse_page
 from spire_hw_server.api.entry_message import parse_selector_match
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
     from spire_hw.clock import Clock
     from spire_hw.plugin.nodeattestor import Challenge
     from spire_hw.rpc.service import Call
+    from spire_hw.x509.csr import Csr
     from spire_hw_server.admission import Admissions
     from spire_hw_server.api.audit import Audit
     from spire_hw_server.api.limits import Limits
@@ -172,7 +172,7 @@ class AgentService:
             )
         if not request.HasField("params"):
             raise InvalidInputError("params cannot be nil")
-        csr = _csr(request.params.csr)
+        csr = convert.csr_from_pb(request.params.csr)
         key = hashlib.sha256(csr.spki).digest()
         try:
             await self._store.find_node(node.agent_id, {KeyRole.NEW_SVID: key})
@@ -313,20 +313,11 @@ def _checked_params(
         raise InvalidInputError("malformed param: missing attestation data type")
     if not params.data.payload:
         raise InvalidInputError("malformed param: missing attestation data payload")
-    csr = _csr(params.params.csr)
+    csr = convert.csr_from_pb(params.params.csr)
     if not csr.bare:
         # Who it is for is proved, never asked for.
         raise InvalidInputError("csr: names and extensions are not accepted here")
     return params.data, csr
-
-
-def _csr(data: bytes) -> Csr:
-    if not data:
-        raise InvalidInputError("missing CSR")
-    try:
-        return parse_csr(data)
-    except SpireHwError as e:
-        raise InvalidInputError(f"malformed CSR: {e.message}") from e
 
 
 def _address(call: Call) -> str:

@@ -12,7 +12,6 @@ from spire_hw.errors import ErrorKind, InvalidInputError, NotFoundError, SpireHw
 from spire_hw.rpc import convert
 from spire_hw.rpc.status import item_status
 from spire_hw.spiffeid import SpiffeId, TrustDomain, check_workload_id
-from spire_hw.x509.csr import Csr, parse_csr
 from spire_hw.x509.dnsname import check_dns_names
 from spire_hw.x509.name import EMPTY_NAME
 from spire_hw_server.api.authorize import caller_agent, caller_of
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
     from spire_hw.bundle.bundle import Bundle
     from spire_hw.rpc.service import Call
+    from spire_hw.x509.csr import Csr
     from spire_hw_server.api.audit import Audit
     from spire_hw_server.api.limits import Limits
     from spire_hw_server.bundles import Bundles
@@ -60,7 +60,7 @@ class SvidService:
         self, request: pb.MintX509SVIDRequest, call: Call
     ) -> pb.MintX509SVIDResponse:
         """Issue what an operator's CSR asks for, within the rules."""
-        csr = _parsed(request.csr)
+        csr = convert.csr_from_pb(request.csr)
         spiffe_id = _minted_id(csr, self._trust_domain)
         dns_names = _minted_dns_names(csr)
         self._audit.note(call, spiffe_id=str(spiffe_id), dns_name=",".join(dns_names))
@@ -133,7 +133,7 @@ class SvidService:
         if not params.csr:
             raise InvalidInputError("missing CSR")
         entry = _authorized_entry(authorized, params.entry_id)
-        csr = _parsed(params.csr)
+        csr = convert.csr_from_pb(params.csr)
         issued = await self._issuer.x509_svid(
             spki=csr.spki,
             spiffe_id=entry.spiffe_id,
@@ -179,7 +179,7 @@ class SvidService:
     ) -> pb.NewDownstreamX509CAResponse:
         """Issue the CA certificate of a server below this one."""
         await self._limits.sign_x509(call)
-        csr = _parsed(request.csr)
+        csr = convert.csr_from_pb(request.csr)
         entries = caller_of(call).entries
         if not entries:
             raise SpireHwError(f"{call.method} was not called by a downstream server")
@@ -202,16 +202,6 @@ class SvidService:
 
 def _roots(bundle: Bundle) -> list[bytes]:
     return [root.der for root in bundle.x509_authorities]
-
-
-def _parsed(data: bytes) -> Csr:
-    """Return a request whose signature holds; every fault of it is the caller's."""
-    if not data:
-        raise InvalidInputError("missing CSR")
-    try:
-        return parse_csr(data)
-    except SpireHwError as e:
-        raise InvalidInputError(f"malformed CSR: {e.message}") from e
 
 
 def _positive(seconds: int) -> int:
