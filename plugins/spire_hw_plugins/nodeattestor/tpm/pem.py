@@ -49,7 +49,7 @@ def split(data: bytes) -> tuple[bytes | None, bytes | None]:
             raise InvalidInputError("ek: unexpected PEM block")
         if label in found:
             raise InvalidInputError("ek: expected one certificate and at most one public key")
-        found[label] = strictjson.decode64(re.sub(r"[\r\n]+", "", body), "EK", stage="ek")
+        found[label] = strictjson.decode64("".join(body.split()), "EK", stage="ek")
         place = block.end()
     if not found:
         raise InvalidInputError("ek: no endorsement key in the request")
