@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-more demo test lint types rooms proto proto-check tests test-lowest test-vm coverage interop bench fuzz clean
+.PHONY: help setup setup-more demo test lint types rooms proto proto-check tests test-lowest test-vm coverage interop bench fuzz soak clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ bench: setup ## speed, as ratios; writes build/bench.json
 
 fuzz: setup ## parsers of what nodes send, coverage-guided, a minute each (ARGS="--seconds 600 ima_list"); needs atheris
 	@$(PY) -m tests.fuzz $(ARGS)
+
+soak: setup ## each hostile case 10,000 times, what is left behind by case; hours (SPIRE_HW_SOAK=500, ARGS="98 150")
+	@$(PY) -m tests.soak $(ARGS)
 
 clean: ## remove what was built, not .venv
 	@rm -rf build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage*

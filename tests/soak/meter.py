@@ -32,8 +32,8 @@ ENVIRONMENT: Final = {
 # Less than the smallest object and the place where it is kept.
 MOST_BYTES_EACH: Final = 16
 MOST_BYTES: Final = 1 << 20
-# By how much OpenSSL's pools differ from one look to the next, whatever is done in between.
-NOISE_BYTES: Final = 2048
+# By how much OpenSSL's and SQLite's pools differ from one look to another.
+NOISE_BYTES: Final = 4096
 # Of descriptors, threads and tasks, for each repetition.
 MOST_EACH: Final = 0.02
 # More than asyncio keeps of timers that were cancelled.
@@ -115,7 +115,7 @@ class Growth:
 
     Attributes:
         times: repetitions that were measured.
-        heap: bytes more for each repetition, in the median slice.
+        heap: bytes more for each repetition.
         files: descriptors, likewise.
         threads: likewise.
         tasks: likewise.
@@ -135,22 +135,29 @@ class Growth:
     def of(cls, moments: Sequence[Held], slice_times: int) -> Growth:
         """Compare moments that are each `slice_times` repetitions apart.
 
-        The median of the slices leaves out what happens now and then: a cache that fills, a table
-        that grows.
+        What is given back now and then, as lists of cursors and of cancelled timers are, does not
+        count: the least that is held in the first half is compared with the least in the second.
+        Nor does what comes once: the median of the slices is the other bound.
         """
+        half = len(moments) // 2
+        apart = (len(moments) - half) * slice_times
 
-        def rate(name: str, free: int = 0) -> float:
-            more = statistics.median(
-                getattr(b, name) - getattr(a, name) for a, b in pairwise(moments)
-            )
-            return max(more - free, 0) / slice_times
+        def rate(name: str, noise: int = 0) -> float:
+            held: list[int] = [getattr(moment, name) for moment in moments]
+            usual = statistics.median(b - a for a, b in pairwise(held)) / slice_times
+            least = (min(held[-half:]) - min(held[:half]) - noise) / apart
+            return max(min(usual, least), 0)
 
-        rates = {name: rate(name) for name in ("files", "threads", "tasks")}
         first, last = moments[0], moments[-1]
-        times = slice_times * (len(moments) - 1)
-        more = last.resident - first.resident
-        heap = rate("heap", NOISE_BYTES)
-        return cls(times, heap=heap, bytes=last.heap - first.heap, resident=more, **rates)
+        return cls(
+            times=slice_times * (len(moments) - 1),
+            heap=rate("heap", NOISE_BYTES),
+            files=rate("files"),
+            threads=rate("threads"),
+            tasks=rate("tasks"),
+            bytes=last.heap - first.heap,
+            resident=last.resident - first.resident,
+        )
 
     def faults(self) -> list[str]:
         """Return what grows that should not."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tests.hostile.cases.case import Case
 
 _MOST_ACTS: Final = 7
+_ACT_TIMES: Final = 1000  # of one act at least, where a case has several
 HEAD: Final = (
     f"{'case':>4} {'level':<13} {'acts':>4} {'times':>7} {'B each':>7} {'KiB':>6} {'rss KiB':>8}"
     f" {'fds':>5} {'tasks':>5} {'s':>6}  ends in"
@@ -81,7 +82,8 @@ def plan(acts: Iterable[Act], chosen: Sequence[Case], times: int) -> dict[str, l
             if case.number in by_case:
                 by_case[case.number].append(act)
     for found in by_case.values():
-        some = found[:: -(-len(found) // _MOST_ACTS)] if found else []
+        most = min(_MOST_ACTS, max(times // _ACT_TIMES, 1))
+        some = found[:: -(-len(found) // most)] if found else []
         for act in some:
             place = act.test, act.number
             counts[place] = max(counts[place], -(-times // len(some)))

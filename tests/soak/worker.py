@@ -28,8 +28,7 @@ from tests.soak.meter import Growth, Held
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
-MOST_SLICES: Final = 10
-SLICE_TIMES: Final = 128
+SLICES: Final = 10
 OPTIONS: Final = (
     *("-o", "addopts=", "--import-mode=importlib", "-q", "-s", "--timeout=0"),
     *("-p", "no:logging", "-p", "no:cacheprovider", "-p", "no:xdist"),
@@ -40,11 +39,6 @@ _CHANGING: Final = re.compile(r"[0-9a-fA-F]{8,}|\d+")
 def _warm(times: int) -> int:
     """Return how many repetitions fill what is filled once."""
     return max(times // 20, 200)
-
-
-def _slices(times: int) -> int:
-    """Return how often to look: a slice has to be long enough for a leak to stand out."""
-    return min(max(times // SLICE_TIMES, 4), MOST_SLICES)
 
 
 def _plain(error: SpireHwError) -> tuple[str, str]:
@@ -75,8 +69,12 @@ class Repeater:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
         """Count acts anew."""
-        self._test, self._act = item.nodeid, 0
+        self.begin(item.nodeid)
         return (yield)
+
+    def begin(self, test: str) -> None:
+        """Take the acts to come for those of a test."""
+        self._test, self._act = test, 0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Write down how a test ended."""
@@ -113,12 +111,11 @@ class Repeater:
 
         begun, growth = time.monotonic(), None
         if times:
-            slices = _slices(times)
-            each = -(-times // slices)
+            each = -(-times // SLICES)
             gc.freeze()
             run(_warm(times))
             moments = [Held.now()]
-            for _ in range(slices):
+            for _ in range(SLICES):
                 run(each)
                 moments.append(Held.now())
             gc.unfreeze()
@@ -145,13 +142,12 @@ class Repeater:
 
         begun, growth = time.monotonic(), None
         if times:
-            slices = _slices(times)
-            each = -(-times // slices)
+            each = -(-times // SLICES)
             await asyncio.sleep(0)
             gc.freeze()
             await run(_warm(times))
             moments = [await Held.settled()]
-            for _ in range(slices):
+            for _ in range(SLICES):
                 await run(each)
                 moments.append(await Held.settled(moments[0].tasks))
             gc.unfreeze()

@@ -151,6 +151,12 @@ class Site:
             assert isinstance(message, pb.AttestAgentResponse)
             return message.result
 
+    async def afresh(self, beater: Beater) -> pb.AttestAgentResponse.Result:
+        """Let a machine attest, with a log of its own."""
+        self.log.seek(0)
+        self.log.truncate()
+        return await self.attest(Bent(beater))
+
     async def operate(self, method: str, request: Any) -> None:
         await self.watch.operator.channel.unary(
             AGENT + method, request, empty_pb2.Empty, timeout_s=TIMEOUT_S
@@ -358,7 +364,7 @@ async def test_store_that_fails_at_any_statement_stores_nothing(site: Site, tabl
     beater = await site.machine()
     before = site.stored()
     with failing(site.database, table):
-        error = await again.refused(lambda: site.attest(Bent(beater)))
+        error = await again.refused(lambda: site.afresh(beater))
     assert error.kind is ErrorKind.INTERNAL
     assert error.message == "internal error"
     assert "node: cannot store the attestation now" in site.log.getvalue()
@@ -377,7 +383,7 @@ async def test_ca_that_cannot_sign_makes_no_node(
 
     with monkeypatch.context() as patched:
         patched.setattr(site.watch.server.manager._issuer, "agent_svid", away)
-        error = await again.refused(lambda: site.attest(Bent(beater)))
+        error = await again.refused(lambda: site.afresh(beater))
     assert error.kind is ErrorKind.INTERNAL
     assert error.message == "internal error"
     assert "node: cannot issue now" in site.log.getvalue()
@@ -459,4 +465,6 @@ async def test_one_source_does_not_fill_the_audit_log(site: Site) -> None:
     with pytest.raises(SpireHwError, match="ak_attributes"):
         await site.attest(other)
     assert site.audit()[-1]["left_out"] == 30
+    error = await again.refused(lambda: site.attest(other))
+    assert "[ak_attributes]" in error.message
     assert (await site.attest(Bent(await site.machine()))).svid.cert_chain

@@ -18,6 +18,7 @@ from spire_hw.posture.verdict import NodeState
 from spire_hw_agent.upstream.posture import HEARTBEAT, Asked
 from spire_hw_server.app import Server
 from spire_hw_server.config import build_settings
+from spire_hw_sim.again import refused
 from spire_hw_sim.beater import Beater
 from spire_hw_sim.fleet.keys import FleetKeys
 from spire_hw_sim.servers import TIMEOUT_S, Operator, joined_agent, server_config
@@ -191,10 +192,14 @@ async def test_svid_that_was_superseded(site: Site) -> None:
     old = replace(beater.agent)
     await beater.attest()
     beater.agent, new = old, beater.agent
-    with pytest.raises(DeniedError) as superseded:
+
+    async def act() -> None:
         async with site.streaming(beater):
             pass
-    assert superseded.value.reason is DeniedReason.AGENT_NOT_ACTIVE
+
+    superseded = await refused(act)
+    assert isinstance(superseded, DeniedError)
+    assert superseded.reason is DeniedReason.AGENT_NOT_ACTIVE
     beater.agent = new
     async with site.streaming(beater) as stream:
         assert (await site.said_to(stream, lambda answer: answer)).reasons == ()
