@@ -83,8 +83,20 @@ def _text(name: str, evidences: Sequence[Evidence], *, allow_pcr7_only: bool) ->
     _write_pcrs(draft, evidences, _FIRMWARE_PCRS if boots else _STATE_PCRS)
     if boots:
         _write_boot(draft, boots)
+    else:
+        draft.add(
+            "",
+            "# No boot log was shown. Where the attestor asks for one (boot_log = true), a draft",
+        )
+        draft.add(
+            "# has rules about what was booted instead of values that change with every update."
+        )
     if lists:
         _write_ima(draft, lists)
+    else:
+        draft.add(
+            "", "# No list of measured files was shown; the attestor asks for it with ima = true."
+        )
     draft.close()
     return draft.text()
 
