@@ -72,7 +72,8 @@ class Batcher:
         self._under_way = 0
         self._is_flush_due = False
         self._is_calm = True  # the last to leave was alone
-        self._alone: asyncio.Timeout | None = None  # of its caller, ends the call at once
+        self._alone: asyncio.Timeout | None = None  # of its caller: ends the call at once
+        self._hung_up: asyncio.Future[None] | None = None
         self._closed = False
         self._log = log
         self._tasks = Tasks(self._failed)
@@ -104,7 +105,10 @@ class Batcher:
         if self._sweep is not None:
             self._sweep.cancel()
         if self._alone is not None:
-            self._alone.reschedule(asyncio.get_running_loop().time())
+            loop = asyncio.get_running_loop()
+            self._alone.reschedule(loop.time())
+            self._hung_up = loop.create_future()
+            await self._hung_up
         await self._tasks.close()
         while self._waiting:
             _fail(self._waiting.popleft(), UnavailableError("the key manager was closed"))
@@ -120,6 +124,8 @@ class Batcher:
         finally:
             self._alone = None
             self._under_way -= 1
+            if self._hung_up is not None and not self._hung_up.done():
+                self._hung_up.set_result(None)
             self._flush()
         if isinstance(result, Refused):
             raise result.error

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 import pytest_asyncio
 
-from spire_hw.errors import DeniedError, ErrorKind, LimitError, SpireHwError
+from spire_hw.errors import DeniedError, ErrorKind, LimitError, SpireHwError, UnavailableError
 from spire_hw.key import HashAlgorithm, SignOptions
 from spire_hw.log import get_logger
 from spire_hw.plugin.keymanager import KeySignature
@@ -34,13 +34,18 @@ class Far:
         self.batches: list[list[Item]] = []
         self.gate = asyncio.Event()
         self.gate.set()
+        self.under_way = 0
 
     async def send(self, items: list[Item], left_s: float) -> list[KeySignature | Refused]:
         assert 0 < left_s <= 30
         self.batches.append(items)
-        for _ in range(TURNS):
-            await asyncio.sleep(0)
-        await self.gate.wait()
+        self.under_way += 1
+        try:
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
+            await self.gate.wait()
+        finally:
+            self.under_way -= 1
         return [self._answer(one) for one in items]
 
     def _answer(self, one: Item) -> KeySignature | Refused:
@@ -166,7 +171,23 @@ async def test_closing_fails_what_waits_and_what_is_under_way(far: Far) -> None:
             await asyncio.sleep(0)
             await asyncio.sleep(0)
         await batcher.close()
+        assert far.under_way == 0
     assert kinds == [ErrorKind.UNAVAILABLE] * (MAX_UNDER_WAY + 3)
+
+
+@pytest.mark.asyncio
+async def test_closing_waits_for_one_that_is_alone_to_hang_up(far: Far) -> None:
+    batcher = batcher_to(far)
+    far.gate.clear()
+    alone = asyncio.ensure_future(batcher.sign(item(1)))  # noqa: TID251 - is awaited below
+    await asyncio.sleep(0)
+    assert far.under_way == 1
+    await batcher.close()
+    assert far.under_way == 0
+    with pytest.raises(UnavailableError, match="closed"):
+        await alone
+    with pytest.raises(UnavailableError, match="closed"):
+        await batcher.sign(item(2))
 
 
 @pytest.mark.asyncio
