@@ -47,10 +47,6 @@ class Commands:
     transport: Transport
     passwords: dict[int, bytes] = field(default_factory=dict)
 
-    def startup(self) -> None:
-        """Start after power-on, as firmware does."""
-        self._run("Startup", 0x144, [], struct.pack(">H", 0))
-
     def shutdown(self) -> None:
         """Tell the TPM that power goes away."""
         self._run("Shutdown", 0x145, [], struct.pack(">H", 0))

@@ -51,7 +51,6 @@ class HsmFlags:
     token_serial: str = ""
     pin_file: str = ""
     environment: tuple[str, ...] = ()
-    pin_credential: bool = True
 
 
 @dataclass(frozen=True, slots=True)
