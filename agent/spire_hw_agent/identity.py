@@ -236,7 +236,8 @@ class AgentIdentity:
             self._lose(
                 DeniedError(
                     f"this node lost its identity and the server does not let it attest again "
-                    f"({error.message}); enrol the node again, e.g. with a new join token"
+                    f"({error.message}); see to that or enrol the node again, e.g. with a new join "
+                    "token, and start the agent"
                 )
             )
             return True
