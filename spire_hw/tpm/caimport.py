@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from datetime import datetime
 
-    from spire_hw.tpm.castore import Blob
-
 _ANY_PURPOSE: Final = "2.5.29.37.0"
 _FINGERPRINT_CHARS: Final = 16
 _MAX_SLUG_CHARS: Final = 80
@@ -41,6 +39,14 @@ class Kind(Enum):
     INTERMEDIATE = "intermediate"
     DUPLICATE = "duplicate"
     REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """One certificate as it was found; `name` tells where, with `#2` for the second of a file."""
+
+    name: str
+    der: bytes
 
 
 @dataclass(frozen=True, slots=True)

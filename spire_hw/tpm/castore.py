@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from spire_hw.errors import InvalidInputError, NotReadyError
 from spire_hw.files import parse_file, read_bounded
 from spire_hw.tpm import cabinet, certificate, der
+from spire_hw.tpm.caimport import Blob
 from spire_hw.tpm.certificate import Certificate, parse_certificate
 from spire_hw.tpm.ekcert import EkRoots
 from spire_hw.tpm.watched import Watched
@@ -30,14 +31,6 @@ _MAX_FILE_BYTES: Final = 1 << 20
 _MAX_TOTAL_BYTES: Final = 64 << 20
 _MAX_FILES: Final = 20_000
 _MODE: Final = 0o644
-
-
-@dataclass(frozen=True, slots=True)
-class Blob:
-    """One certificate as it was found; `name` tells where, with `#2` for the second of a file."""
-
-    name: str
-    der: bytes
 
 
 @dataclass(frozen=True, slots=True)

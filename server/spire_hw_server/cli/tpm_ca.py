@@ -16,11 +16,10 @@ from spire_hw.cli.output import Printer, count_of, output_flags, shown
 from spire_hw.cli.run import batch_code
 from spire_hw.clock import SystemClock
 from spire_hw.errors import InvalidInputError, SpireHwError
-from spire_hw.tpm.caimport import Judged, Kind, judge
+from spire_hw.tpm.caimport import Blob, Judged, Kind, judge
 from spire_hw.tpm.castore import (
     INTERMEDIATES,
     ROOTS,
-    Blob,
     Source,
     load_roots,
     read_source,

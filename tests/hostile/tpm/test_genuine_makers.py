@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from spire_hw.errors import AttestationError
-from spire_hw.tpm.caimport import judge
-from spire_hw.tpm.castore import Blob, load_roots, write_certificate
+from spire_hw.tpm.caimport import Blob, judge
+from spire_hw.tpm.castore import load_roots, write_certificate
 from spire_hw.tpm.certificate import parse_certificate
 from spire_hw.tpm.crl import Revocations, parse_crl
 from spire_hw.tpm.ekcert import verify_ek_certificate

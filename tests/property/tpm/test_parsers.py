@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from spire_hw.errors import SpireHwError
 from spire_hw.tpm import der, verify, wire
 from spire_hw.tpm.cabinet import MAX_CONTENT_BYTES, read_cabinet
-from spire_hw.tpm.caimport import judge
-from spire_hw.tpm.castore import Blob, split
+from spire_hw.tpm.caimport import Blob, judge
+from spire_hw.tpm.castore import split
 from spire_hw.tpm.certificate import parse_certificate
 from spire_hw.tpm.credential import make_credential
 from spire_hw.tpm.crl import Revocations, parse_crl, split_crls

@@ -10,8 +10,8 @@ import pytest
 
 from spire_hw.errors import InvalidInputError, NotReadyError
 from spire_hw.tpm import castore
-from spire_hw.tpm.caimport import Judged, Kind, judge
-from spire_hw.tpm.castore import Blob, load_roots, read_source, write_certificate
+from spire_hw.tpm.caimport import Blob, Judged, Kind, judge
+from spire_hw.tpm.castore import load_roots, read_source, write_certificate
 from spire_hw.tpm.certificate import encode_pem, parse_certificate
 from spire_hw_sim import ekca
 from spire_hw_sim.cabinets import make_cabinet
