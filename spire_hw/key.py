@@ -50,6 +50,8 @@ class KeyType(Enum):
     RSA_2048 = 3
     RSA_4096 = 4
 
+    __hash__ = object.__hash__  # as HashAlgorithm's
+
     @property
     def config_name(self) -> str:
         """Return the name used in configuration files, such as `ec-p256`."""
@@ -75,6 +77,9 @@ class HashAlgorithm(Enum):
     SHA256 = 5
     SHA384 = 6
     SHA512 = 7
+
+    # Members are looked up by for each signature: Enum's own way takes a call for that.
+    __hash__ = object.__hash__
 
     @property
     def digest_size(self) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from spire_hw.errors import EncodingError
 from spire_hw.key import HashAlgorithm, SignOptions
@@ -61,21 +61,12 @@ class SignKey:
     spki: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class SignItem:
+class SignItem(NamedTuple):
     """One signature wanted; digest and options are those of `spire_hw.key.Signer.sign`."""
 
     key: SignKey
     digest: bytes
     options: SignOptions
-
-    def is_like(self, other: SignItem) -> bool:
-        """Tell whether only the digests differ, and not in their length."""
-        return (
-            (self.key is other.key or self.key == other.key)
-            and (self.options is other.options or self.options == other.options)
-            and len(self.digest) == len(other.digest)
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,13 +154,24 @@ def encode_items(items: Sequence[SignItem]) -> bytes:
 
 
 def _runs_of(items: Sequence[SignItem]) -> Iterator[tuple[SignKey, SignOptions, list[bytes]]]:
-    start = 0
-    for end in range(1, len(items) + 1):
-        first = items[start]
-        if end < len(items) and items[end].is_like(first):
-            continue
-        yield first.key, first.options, [item.digest for item in items[start:end]]
-        start = end
+    """Yield neighbours that differ in their digests only, and not in the length of those."""
+    if not items:
+        return
+    key, digest, options = items[0]
+    size = len(digest)
+    run: list[bytes] = []
+    for other_key, digest, other_options in items:
+        # Mostly they are the same objects: a comparison would take longer than all the rest.
+        is_like = (
+            (other_key is key or other_key == key)
+            and (other_options is options or other_options == options)
+            and len(digest) == size
+        )
+        if not is_like:
+            yield key, options, run
+            key, options, size, run = other_key, other_options, len(digest), []
+        run.append(digest)
+    yield key, options, run
 
 
 def decode_items(body: bytes) -> list[SignRun]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.aio.tasks import Tasks
 from spire_hw.errors import InvalidInputError, NotFoundError, SpireHwError
@@ -37,7 +37,7 @@ from spire_hw.plugin.custody import Custody
 from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Coroutine, Iterable
 
     from spire_hw.clock import Clock
     from spire_hw.key import KeyType, SignOptions
@@ -204,9 +204,11 @@ class Keyring:
             if key_id not in gone or inventory.pair(entry.cka_id) is not None
         ]
 
-    async def sign(self, key_id: str, digest: bytes, options: SignOptions) -> KeySignature:
+    def sign(
+        self, key_id: str, digest: bytes, options: SignOptions
+    ) -> Coroutine[Any, Any, KeySignature]:
         """Sign a digest; see `spire_hw.plugin.keymanager.KeyManager.sign_data`."""
-        return await self._signing.sign(key_id, digest, options)
+        return self._signing.sign(key_id, digest, options)
 
     async def evidence(self, key_id: str) -> KeyEvidence:
         """Return what the token says about a key now."""

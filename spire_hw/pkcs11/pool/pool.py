@@ -72,20 +72,16 @@ class Limits:
     probe_s: float = 30.0
 
 
-@dataclass(slots=True, eq=False)
 class _Job:
-    item: SignItem
-    future: asyncio.Future[bytes]
-    deadline: float
-    retried: bool = False
+    __slots__ = ("deadline", "future", "is_urgent", "item", "lane", "retried")
 
-    @property
-    def lane(self) -> bytes:
-        return self.item.key.cka_id
-
-    @property
-    def is_urgent(self) -> bool:
-        return self.item.options.urgent
+    def __init__(self, item: SignItem, future: asyncio.Future[bytes], deadline: float) -> None:
+        self.item = item
+        self.future = future
+        self.deadline = deadline
+        self.lane = item.key.cka_id
+        self.is_urgent = item.options.urgent
+        self.retried = False
 
     @property
     def is_over(self) -> bool:
@@ -113,10 +109,8 @@ class Pool:
             Seat(f"sign-{n}", opening, turn, self._on_change, log, breaker=self._breaker)
             for n in range(limits.workers)
         ]
-        self._verifying = {
-            seat: Verifying(opening.launch, f"verify-{n}", log)
-            for n, seat in enumerate(self._seats)
-        }
+        # Verifying may take longer than signing: two workers can keep three busy.
+        self._verifying = Verifying(opening.launch, limits.workers + 1, log)
         self._tasks = Tasks(self._on_task_failure)
         self._queues: Queues[_Job] = Queues()
         self._flushing = False
@@ -180,8 +174,6 @@ class Pool:
         most = max(1, profile.max_workers - 1)
         if len(self._seats) > most:
             self._log.warning("hsm.fewer_workers", profile=profile.name, workers=most)
-        for seat in self._seats[most:]:
-            del self._verifying[seat]
         del self._seats[most:]
 
     async def _begin(self, seat: Seat, *, others: bool) -> None:
@@ -302,10 +294,8 @@ class Pool:
         for job in list(self._open_jobs):
             _settle(job.future, gone)
         workers = [seat.release() for seat in (self._admin, *self._seats)]
-        verifiers = self._verifying.values()
-        await asyncio.gather(
-            *(w.close(_DRAIN_S) for w in workers if w is not None), *(v.close() for v in verifiers)
-        )
+        closing = (worker.close(_DRAIN_S) for worker in workers if worker is not None)
+        await asyncio.gather(*closing, self._verifying.close())
         await self._tasks.close()
         self._changed.set()
 
@@ -366,7 +356,9 @@ class Pool:
 
     def _schedule(self) -> None:
         # Later in this turn of the loop, so that callers that run now end up in one batch.
-        if not self._flushing and len(self._queues):
+        if self._flushing:
+            return
+        if len(self._queues):
             self._flushing = True
             asyncio.get_running_loop().call_soon(self._flush)
 
@@ -405,8 +397,8 @@ class Pool:
             return
         seat.measured(sent_at, asyncio.get_running_loop().time(), len(batch))
         self._schedule()
-        verifying = self._verifying[seat]
-        verifying.verify(items, answer.result(), len(batch), partial(self._verified, seat, batch))
+        done = partial(self._verified, seat, batch)
+        self._verifying.verify(items, answer.result(), len(batch), done)
 
     def _verified(self, seat: Seat, batch: list[_Job], body: bytes | SpireHwError) -> None:
         results: Sequence[bytes | TokenError]

@@ -74,7 +74,9 @@ class _Lanes(Generic[T]):
         self._lanes: OrderedDict[bytes, deque[T]] = OrderedDict()
 
     def push(self, job: T, *, first: bool) -> None:
-        lane = self._lanes.setdefault(job.lane, deque())
+        lane = self._lanes.get(job.lane)
+        if lane is None:
+            lane = self._lanes[job.lane] = deque()
         if first:
             lane.appendleft(job)
         else:

@@ -1,8 +1,9 @@
-"""Has signatures verified that a token's worker sent: here when they are few, else by a process.
+"""Has signatures verified that a token's workers sent: here when they are few, else by processes.
 
-A verification takes as long as a fast token's signature, so a busy token's are left to a process of
-their own: the host's loop must not stand still for them. That process is not the one which holds
-the token's library. It is started when it is needed first.
+A verification takes longer than a fast token's signature, so a busy token's are left to processes of
+their own: the host's loop must not stand still for them. Those processes are none of those which
+hold the token's library. The first one is started when it is needed first, another one when batches
+keep finding all of them at work: with few cores that is what keeps each of them busy.
 """
 
 from __future__ import annotations
@@ -29,32 +30,36 @@ if TYPE_CHECKING:
 _FEW: Final = 2
 _LIMIT_S: Final = 10.0
 _START_EVERY_S: Final = 5.0
+# Batches that found no process idle, less those that did, before another one is started.
+_OFTEN: Final = 8
 _CLOSE_S: Final = 5.0
 
 
 class Verifying:
-    """Verifies for one worker.
+    """Verifies for the workers of one token.
 
     Args:
-        launch: how the worker is started; its environment is the process's, too.
+        launch: how those are started; their environment is the processes', too.
+        most: how many processes there may be.
     """
 
-    def __init__(self, launch: Launch, name: str, log: Logger) -> None:
+    def __init__(self, launch: Launch, most: int, log: Logger) -> None:
         self._launch = replace(launch, command=VERIFIER)
-        self._name = name
+        self._most = most
         self._log = log
-        self._process: WorkerProcess | None = None
+        self._processes: list[WorkerProcess] = []
+        self._waits = 0
         self._tasks = Tasks(self._on_failure)
         self._next_start = 0.0
         self._is_closed = False
-        # Of the loop's thread, and of the one thread that steps in for the process.
+        # Of the loop's thread, and of the one thread that steps in for the processes.
         self._keys, self._thread_keys = KnownKeys(), KnownKeys()
         self._stepping_in = asyncio.Lock()
 
     @property
     def pids(self) -> list[int]:
-        """Return the process's id while there is one."""
-        return [] if self._process is None else [self._process.pid]
+        """Return the ids of the processes there are."""
+        return [process.pid for process in self._processes]
 
     def verify(
         self,
@@ -75,11 +80,15 @@ class Verifying:
         if count <= _FEW:
             done(_here(self._keys, body))
             return
-        process = self._process
-        if process is None or not process.is_alive:
+        alive = [process for process in self._processes if process.is_alive]
+        if not alive:
             self._start()
             self._step_in(body, done)
             return
+        process = min(alive, key=lambda p: p.depth)
+        self._waits = max(0, self._waits + (1 if process.depth else -1))
+        if self._waits >= _OFTEN and len(alive) < self._most:
+            self._start()
         answer = process.ask(Kind.VERIFY, body, limit_s=_LIMIT_S, what="verify")
         answer.add_done_callback(lambda a: self._answered(a, body, done))
 
@@ -113,17 +122,18 @@ class Verifying:
         now = asyncio.get_running_loop().time()
         if now >= self._next_start and not self._is_closed:
             self._next_start = now + _START_EVERY_S
+            self._waits = 0
             self._tasks.start("hsm-verifier", self._start_process())
 
     async def _start_process(self) -> None:
-        self._process = await WorkerProcess.start(self._launch, self._name)
+        process = await WorkerProcess.start(self._launch, "verifier")
+        self._processes = [*(p for p in self._processes if p.is_alive), process]
 
     async def close(self) -> None:
-        """End the process; what is verified after that is verified here."""
+        """End the processes; what is verified after that is verified here."""
         self._is_closed = True
         await self._tasks.close()
-        if self._process is not None:
-            await self._process.close(_CLOSE_S)
+        await asyncio.gather(*(process.close(_CLOSE_S) for process in self._processes))
 
     def _on_failure(self, name: str, error: BaseException) -> None:
         self._log.error("hsm.verifier_failed", task=name, error=str(error))

@@ -47,8 +47,8 @@ RAWS = [made(digest) for digest in DIGESTS]
 
 
 @asynccontextmanager
-async def verifying() -> AsyncIterator[Verifying]:
-    one = Verifying(Launch(dict(os.environ)), "verify-0", get_logger("test"))
+async def verifying(most: int = 1) -> AsyncIterator[Verifying]:
+    one = Verifying(Launch(dict(os.environ)), most, get_logger("test"))
     try:
         yield one
     finally:
@@ -122,6 +122,34 @@ async def test_a_process_that_dies_costs_no_signature(how: signal.Signals) -> No
         for call in calls:
             assert all(isinstance(result, bytes) for result in call.result())
         await holds(one, 16)
+
+
+@pytest.mark.asyncio
+async def test_processes_that_are_always_at_work_get_another_beside_them_and_not_more() -> None:
+    async with verifying(most=2) as one:
+        first = await started(one)
+        async with asyncio.timeout(60):
+            while len(one.pids) < 2:
+                calls = (results_of(one, RAWS) for _ in range(4))
+                for results in await asyncio.gather(*calls):
+                    assert all(isinstance(result, bytes) for result in results)
+        for _ in range(8):
+            await asyncio.gather(*(results_of(one, RAWS) for _ in range(8)))
+        second = one.pids[1]
+        assert one.pids == [first, second]
+        await holds(one, 16)
+        os.kill(first, signal.SIGKILL)
+        await holds(one, 16)
+    assert not psutil.pid_exists(second)
+
+
+@pytest.mark.asyncio
+async def test_a_process_that_has_time_stays_alone() -> None:
+    async with verifying(most=2) as one:
+        await started(one)
+        for _ in range(50):
+            await holds(one, 3)
+        assert len(one.pids) == 1
 
 
 @pytest.mark.parametrize("body", [b"", b"\x10", b"\xff" * 300, encode_results(RAWS[:15])])
