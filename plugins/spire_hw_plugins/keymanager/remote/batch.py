@@ -3,7 +3,7 @@
 What is asked for in one turn of the event loop leaves at its end, so that nobody waits for company. While
 as many batches are under way as are allowed, the rest waits and goes together with the next. Where
 nothing is under way, many go in two halves: one is verified here while the other is signed there. One
-that is alone, as the one before it was, leaves at once, and its caller makes the call itself.
+that is alone, as the one before it was, needs no task: its caller makes the call itself.
 """
 
 from __future__ import annotations
@@ -85,12 +85,15 @@ class Batcher:
             LimitError: too much is waiting.
             SpireHwError: why it was not signed.
         """
+        if self._is_calm and self._is_idle():
+            self._is_calm = False  # whoever else comes in this turn waits for its end
+            await asyncio.sleep(0)
+            if self._is_idle():
+                return await self._sign_alone(item)
         if self._closed:
             raise UnavailableError("the key manager is closed")
         if len(self._waiting) >= MAX_WAITING:
             raise LimitError("too many signatures wait for the signer; try again later")
-        if self._is_calm and not self._under_way and not self._waiting:
-            return await self._sign_alone(item)
         loop = asyncio.get_running_loop()
         told: asyncio.Future[KeySignature] = loop.create_future()
         self._waiting.append(_Waiting(item, told, loop.time() + self._timeout_s))
@@ -113,8 +116,12 @@ class Batcher:
         while self._waiting:
             _fail(self._waiting.popleft(), UnavailableError("the key manager was closed"))
 
+    def _is_idle(self) -> bool:
+        return not self._under_way and not self._waiting and not self._closed
+
     async def _sign_alone(self, item: Item) -> KeySignature:
         """Have the only one signed that is asked for, in its caller's own task."""
+        self._is_calm = True
         self._under_way += 1
         try:
             async with asyncio.timeout(None) as self._alone:
