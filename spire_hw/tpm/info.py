@@ -16,6 +16,8 @@ _FAMILY, _LEVEL, _REVISION = 0x100, 0x101, 0x102
 _MANUFACTURER, _VENDOR_FIRST, _VENDOR_LAST = 0x105, 0x106, 0x109
 _FIRMWARE_1, _FIRMWARE_2 = 0x10B, 0x10C
 _FIRST, _LAST = 0x100, 0x1FF
+_PERMANENT, _FAILURES, _MAX_FAILURES, _INTERVAL = 0x200, 0x20E, 0x20F, 0x210
+_IN_LOCKOUT = 1 << 9
 
 _ALGORITHMS: Final = {
     0x0001: "rsa",
@@ -87,6 +89,25 @@ class TpmIdentity:
 
 
 @dataclass(frozen=True, slots=True)
+class Lockout:
+    """What a TPM does about wrong passwords, of all programs together.
+
+    Attributes:
+        is_locked: keys and hierarchies it counts for are refused, whatever the password.
+        failures: wrong passwords that count now.
+        max_failures: so many lock it.
+        interval_s: after so many seconds one is forgiven.
+
+    Spec: TPM 2.0 Library, Part 1 "Dictionary Attack Protection".
+    """
+
+    is_locked: bool
+    failures: int
+    max_failures: int
+    interval_s: int
+
+
+@dataclass(frozen=True, slots=True)
 class TpmInfo:
     """All an operator wants to know about a TPM.
 
@@ -96,6 +117,7 @@ class TpmInfo:
         curves: elliptic curves.
         pcr_banks: PCR numbers by hash; only active banks.
         ek_hash: hash of the endorsement key that an attestor takes by itself, "" without any.
+        lockout: where it stands with wrong passwords.
         endorsement_keys: with and without certificate.
         complaints: endorsement keys that cannot be used, and why.
     """
@@ -105,6 +127,7 @@ class TpmInfo:
     curves: tuple[str, ...]
     pcr_banks: dict[str, tuple[int, ...]]
     ek_hash: str
+    lockout: Lockout
     endorsement_keys: tuple[Endorsement, ...]
     complaints: tuple[str, ...]
 
@@ -148,8 +171,20 @@ def read_info(connection: Connection) -> TpmInfo:
         curves=tuple(_CURVES.get(n, f"0x{n:04x}") for n in curves),
         pcr_banks={bank: pcrs for bank, pcrs in connection.pcr_banks().items() if pcrs},
         ek_hash=_automatic(connection),
+        lockout=_read_lockout(connection),
         endorsement_keys=tuple(keys),
         complaints=tuple(complaints),
+    )
+
+
+def _read_lockout(connection: Connection) -> Lockout:
+    found = connection.capability(Capability.PROPERTIES, _PERMANENT)
+    values = {number: value for number, value in found if number >= _PERMANENT}
+    return Lockout(
+        is_locked=bool(values.get(_PERMANENT, 0) & _IN_LOCKOUT),
+        failures=values.get(_FAILURES, 0),
+        max_failures=values.get(_MAX_FAILURES, 0),
+        interval_s=values.get(_INTERVAL, 0),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from spire_hw.tpm.connection import Connection
     from spire_hw.tpm.endorsement import Endorsement
-    from spire_hw.tpm.info import TpmInfo
+    from spire_hw.tpm.info import Lockout, TpmInfo
 
 T = TypeVar("T")
 
@@ -149,6 +149,7 @@ def _as_values(found: TpmInfo) -> dict[str, Any]:
         "curves": list(found.curves),
         "pcr_banks": {bank: list(pcrs) for bank, pcrs in found.pcr_banks.items()},
         "ek_hash": found.ek_hash,
+        "lockout": asdict(found.lockout),
         "endorsement_keys": [_key_values(key) for key in found.endorsement_keys],
         "complaints": list(found.complaints),
     }
@@ -200,12 +201,23 @@ def _show(found: TpmInfo) -> None:
         ("Curves", ", ".join(found.curves)),
     ]
     rows += [(f"PCR bank {bank}", _ranges(pcrs)) for bank, pcrs in found.pcr_banks.items()]
+    rows.append(("Wrong passwords", _lockout_text(found.lockout)))
     click.echo(table(rows, _WIDTH), nl=False)
     for key in found.endorsement_keys:
         click.echo()
         click.echo(table(_key_rows(key), _WIDTH), nl=False)
     for complaint in found.complaints:
         click.echo(f"\nWarning: {complaint}", err=True)
+
+
+def _lockout_text(lockout: Lockout) -> str:
+    counted = f"{lockout.failures} of {lockout.max_failures}"
+    if not lockout.is_locked:
+        return counted
+    return (
+        f"{counted}: LOCKED, keys with a password are refused even with the right one; one is "
+        f"forgiven every {lockout.interval_s} s, all with `tpm2_dictionarylockout -c`"
+    )
 
 
 def _key_rows(key: Endorsement) -> list[tuple[str, str]]:

@@ -14,10 +14,11 @@ from spire_hw.key import check_public_key, fingerprint, spki_der
 from spire_hw.tpm.certificate import parse_certificate
 from spire_hw.tpm.ekcert import EkRoots, verify_ek_certificate
 from spire_hw.tpm.public import ek_hash
+from spire_hw.tpm.storage import StorageKey
 from spire_hw_agent.cli.tpm import group
 from spire_hw_server.cli.eksource import read_certificates, read_node
 from spire_hw_sim.manufacturer import EkKind
-from spire_hw_sim.tpm_command import ENDORSEMENT
+from spire_hw_sim.tpm_command import ENDORSEMENT, OWNER
 from tests.integration.tpm.leaks import nothing_left_behind
 
 if TYPE_CHECKING:
@@ -37,6 +38,25 @@ def test_info_shows_the_tpm_in_words(tpm: Swtpm, capsys: pytest.CaptureFixture[s
     assert "template L-1, at 0x81010001" in shown
     assert "id:53494D00 swtpm id:00070001" in shown
     assert "Simulated TPM Vendor EK CA 1" in shown
+
+
+def test_info_tells_of_a_lockout(tpm: Swtpm, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wrong passwords of another program lock the TPM for keys that have one, not for ours."""
+    commands = tpm.commands
+    commands.set_dictionary_attack_limit(1)
+    run(group, "tpm", ["info", "-tcti", tpm.tcti])
+    assert "Wrong passwords   : 0 of 1\n" in capsys.readouterr().out
+    handle, _ = commands.create_primary(OWNER, StorageKey.ECC.value, b"right")
+    key = commands.create_child(handle, b"right", b"child secret")
+    commands.flush(handle)
+    commands.sign_with_password(key, b"wrong")
+    commands.flush(key)
+    with nothing_left_behind(tpm):
+        assert run(group, "tpm", ["info", "-tcti", tpm.tcti]) == 0
+    assert "Wrong passwords   : 1 of 1: LOCKED, keys with a password" in capsys.readouterr().out
+    run(group, "tpm", ["info", "-output", "json", "-tcti", tpm.tcti])
+    told = json.loads(capsys.readouterr().out)["lockout"]
+    assert (told["is_locked"], told["failures"], told["max_failures"]) == (True, 1, 1)
 
 
 def test_info_and_ek_hash_agree_as_json(tpm: Swtpm, capsys: pytest.CaptureFixture[str]) -> None:
