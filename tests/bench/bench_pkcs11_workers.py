@@ -3,8 +3,9 @@
 Two key managers, one with one signing worker and one with two, sign in turns with keys in one
 SoftHSM token, RSA-2048 for the figure: the token's own work is what workers multiply, and there it is
 nearly all the work. With ECDSA P-256, printed too, one worker leaves little to a second one on two
-cores: a signature costs the token about 75 us and its verification 85 us, which a process of its own
-does meanwhile, so that both cores are busy already.
+cores: a signature costs the token about 75 us and its verification 85 us, which processes of their
+own do meanwhile, so that both cores are busy already. Rounds are much longer than what is under way
+at their end takes: two workers do not finish the last batches at the same time.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from spire_hw_plugins.keymanager import pkcs11
 from spire_hw_sim.meter import tell
 from spire_hw_sim.softhsm import SoftHsm
 
-ROUNDS = 40
+ROUNDS = 16
 WORKERS = (1, 2)
 
 
