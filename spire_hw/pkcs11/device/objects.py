@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass
 from pkcs11.constants import DEFAULT
-from pkcs11.exceptions import PKCS11Error
+from pkcs11.exceptions import ObjectHandleInvalid, PKCS11Error
 
 from spire_hw.errors import ErrorKind
 from spire_hw.pkcs11.errors import Cure, TokenError, ckr_of
@@ -255,7 +255,9 @@ class TokenObjects:
                 }
             )
             for item in older:
-                item.destroy()
+                # Another instance may have done the same meanwhile.
+                with suppress(ObjectHandleInvalid):
+                    item.destroy()
         except PKCS11Error as e:
             error = TokenError.of(e, "write data object", self._token.device)
             self._token.renew()

@@ -236,9 +236,12 @@ def _manifest(owner: Owner, data: list[dict[str, Any]]) -> Manifest | None:
     for manifest in found:
         choices = merged(choices, manifest.choices)
     # A token copied from another one has the manifests of both, from one instance.
-    nonces = {manifest.nonce for manifest in found}
-    nonce = nonces.pop() if len(nonces) == 1 else ""
-    return Manifest(owner, nonce, keys, max(m.time for m in found), choices)
+    time = max(manifest.time for manifest in found)
+    newest = {manifest.nonce for manifest in found if manifest.time == time}
+    nonce = newest.pop() if len(newest) == 1 else ""
+    older = [n for manifest in found for n in (*manifest.before, manifest.nonce)]
+    before = tuple(dict.fromkeys(n for n in older if n != nonce))
+    return Manifest(owner, nonce, keys, time, choices, before)
 
 
 def read_material(fields: object) -> PublicMaterial | None:

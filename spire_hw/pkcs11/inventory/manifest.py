@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import EncodingError
 from spire_hw.pkcs11.inventory.choice import Choice
@@ -13,6 +13,8 @@ from spire_hw.pkcs11.inventory.labels import Owner
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+MAX_BEFORE: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class Manifest:
         keys: key part of the label to key id.
         time: when it was written, Unix seconds; 0 when it does not say.
         choices: key ids of which an older generation was taken back.
+        before: instances whose manifests that one wrote over when it started, the last one last.
     """
 
     owner: Owner
@@ -32,6 +35,7 @@ class Manifest:
     keys: Mapping[str, str]
     time: float = 0.0
     choices: Mapping[str, Choice] = field(default_factory=dict)
+    before: tuple[str, ...] = ()
 
     def encode(self) -> bytes:
         """Return the object's value."""
@@ -43,6 +47,7 @@ class Manifest:
             "keys": dict(self.keys),
             "time": self.time,
             "choices": {key_id: choice.fields() for key_id, choice in self.choices.items()},
+            "before": list(self.before[-MAX_BEFORE:]),
         }
         return json.dumps(fields, sort_keys=True).encode("utf-8")
 
@@ -64,6 +69,7 @@ class Manifest:
             time = float(fields.get("time", 0.0))
             if not math.isfinite(time):
                 raise ValueError("no time")  # noqa: TRY301 - one answer to all that is odd
-            return cls(owner, str(fields["nonce"]), keys, time, choices)
+            before = tuple(str(nonce) for nonce in fields.get("before", ()))[-MAX_BEFORE:]
+            return cls(owner, str(fields["nonce"]), keys, time, choices, before)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise EncodingError("key manifest", "does not decode") from None

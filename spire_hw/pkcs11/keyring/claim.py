@@ -34,12 +34,15 @@ _MAYBE_PROTECTED: Final = frozenset({"hsm.general_error", "hsm.function_failed"}
 class Claim:
     """One instance's claim on its owner's keys.
 
+    Whoever starts writes its own mark over that of the one before, which may be dead. If that one lives
+    it writes its own again, and the later one, which knows whom it wrote over, gives way for good.
+
     Args:
         nonce: tells this instance from others that use the same server id.
 
     Attributes:
         refusal: why the token takes no writing, None while it does.
-        conflict: that another instance was started later, None while there is none.
+        conflict: that another instance was started earlier and lives, None as long as none is known.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Claim:
         self._clock = clock
         self._log = log
         self._written: Manifest | None = None
+        self._before: tuple[str, ...] = ()
         self._holds_none = False
         self._look_again = 0.0
         self._writing = asyncio.Lock()
@@ -81,6 +85,9 @@ class Claim:
         except TokenError as e:
             self._refused(e)
             return
+        found = inventory.manifest
+        if found is not None:
+            self._before = tuple(n for n in (*found.before, found.nonce) if n != self._nonce)
         entries = self._ledger.entries
         kept = {} if inventory.manifest is None else dict(inventory.manifest.keys)
         if self._policy.accept_key_loss:
@@ -170,43 +177,56 @@ class Claim:
             await self._put(self._named(now), self._ledger.state.choices)
 
     def is_lost(self, inventory: Inventory) -> bool:
-        """Tell whether another instance was started later: it alone makes keys now."""
+        """Tell whether the mark on the token is another instance's."""
         manifest = inventory.manifest
         if self._written is None or manifest is None:
             return False
         return manifest.nonce != self._nonce
 
-    def check(self, inventory: Inventory) -> None:
-        """Refuse to go on beside another instance that was started later.
+    async def check(self, inventory: Inventory) -> None:
+        """Give way to an instance that was started earlier; tell one that was started later.
 
         Raises:
-            TokenError: FAILED_PRECONDITION.
+            TokenError: FAILED_PRECONDITION, an earlier one lives; or the token failed.
         """
-        self.conflict = None
-        if not self.is_lost(inventory):
-            return
-        self.conflict = TokenError(
-            f'server id "{self._ledger.owner.server}" is in use by another instance; '
-            "it was started after this one: stop one of them, or give one an id of its own",
-            reason="hsm.owner_conflict",
-            operation="generate key pair",
-            device=self._pool.facts.device,
-            cure=Cure.OPERATOR,
-            kind=ErrorKind.FAILED_PRECONDITION,
-        )
-        raise self.conflict
+        self._give_way(inventory)
+        if self.is_lost(inventory):
+            server = self._ledger.owner.server
+            self._log.error("hsm.owner_challenged", server=server, kept="the later one has to stop")
+            async with self._writing:
+                now = await self._now()
+                await self._put(self._named(now), now.choices)
+
+    def _give_way(self, inventory: Inventory) -> None:
+        manifest = inventory.manifest
+        if self.conflict is None and manifest is not None and self._written is not None:
+            if manifest.nonce not in self._before:
+                return
+            self.conflict = TokenError(
+                f'server id "{self._ledger.owner.server}" is in use by another instance, which was '
+                "started before this one: stop one of them, or give one an id of its own; when the "
+                "other is gone, restart this one",
+                reason="hsm.owner_conflict",
+                operation="generate key pair",
+                device=self._pool.facts.device,
+                cure=Cure.OPERATOR,
+                kind=ErrorKind.FAILED_PRECONDITION,
+            )
+            self._log.error("hsm.owner_conflict", error=self.conflict.message)
+        if self.conflict is not None:
+            raise self.conflict
 
     async def _now(self) -> Inventory:
         """Return what the token tells now, which is written over: keys may have been named since.
 
         Raises:
-            TokenError: the token failed, or another instance was started later.
+            TokenError: the token failed, or another instance was started earlier.
         """
         owner = self._ledger.owner
         wanted = {"prefix": owner.manifest_label}
         listing = await self._pool.ask(Kind.LIST, wanted, what="read manifest")
         found = read_listing(owner, listing, choices=self._ledger.state.choices)
-        self.check(found)
+        self._give_way(found)
         return found
 
     def _named(self, now: Inventory) -> dict[str, str]:
@@ -217,7 +237,7 @@ class Claim:
         if self._holds_none:
             return
         owner, now = self._ledger.owner, self._clock.now().timestamp()
-        manifest = Manifest(owner, self._nonce, keys, now, choices)
+        manifest = Manifest(owner, self._nonce, keys, now, choices, self._before)
         fields = {
             "label": owner.manifest_label,
             "application": APPLICATION,

@@ -69,7 +69,7 @@ class Housekeeping:
             SpireHwError: it could not be done now.
         """
         inventory = await self._stock.take()
-        self._claim.check(inventory)
+        await self._claim.check(inventory)
         jump = abs(self._clock_offset() - self._started)
         if jump > JUMP_S:
             self._log.warning("hsm.clock_jumped", seconds=round(jump), kept="nothing is destroyed")

@@ -332,7 +332,7 @@ class Keyring:
     async def _make(self, key_id: str, key_type: KeyType) -> Entry:
         """Generate and prove the next generation; it is not current yet."""
         inventory = await self._stock.take()
-        self._claim.check(inventory)
+        await self._claim.check(inventory)
         await self._claim.check_writable(inventory)
         self._ledger.check_name(key_id, inventory)
         generation = self._next_generation(key_id, inventory)
@@ -348,7 +348,7 @@ class Keyring:
             entry = Entry.of(info, making.cka_id, label, generation)
             await self._proving.prove(entry)
             inventory = await self._stock.take()
-            self._claim.check(inventory)
+            await self._claim.check(inventory)
             await self._claim.add(inventory, key_id)
         except BaseException as e:
             # Another instance that was started meanwhile may use the new key, as it uses the others.

@@ -178,7 +178,7 @@ class Retention:
         async with self.turn:
             kept = self._kept(key_id, generation)
             inventory = await self._stock.take()
-            self._claim.check(inventory)
+            await self._claim.check(inventory)
             if key_id in inventory.existing:
                 raise self._shadowed(key_id)
             pair = inventory.pair(kept.known.cka_id)
@@ -221,7 +221,7 @@ class Retention:
                 return current.fingerprint == fingerprint
             if KeyInfo.of(key_id, *_key_of(pair.material)).fingerprint != fingerprint:
                 return False
-            self._claim.check(inventory)
+            await self._claim.check(inventory)
             await self._make_current(await self._proving.adopt(key_id, pair), None)
             await self._claim.add(inventory, key_id)
         self._log.info("hsm.key_copied", key_id=key_id, label=pair.label, fp=fingerprint)
@@ -234,7 +234,7 @@ class Retention:
             if old is None or old.is_existing or old.fingerprint != fingerprint:
                 return
             inventory = await self._stock.take()
-            self._claim.check(inventory)
+            await self._claim.check(inventory)
             # The manifest first: what it names and the token does not show would be a loss.
             await self._claim.remove(key_id)
             is_kept, now = self._keep_s > 0, self._now
@@ -253,7 +253,7 @@ class Retention:
         """Destroy a kept generation now; see `spire_hw.plugin.keymanager.KeyRetention`."""
         async with self.turn:
             kept = self._kept(key_id, generation)
-            self._claim.check(await self._stock.take())
+            await self._claim.check(await self._stock.take())
             label = self._ledger.owner.key_label(key_id, generation)
             place = {"id": pack_bytes(kept.known.cka_id), "label": label}
             await self._pool.ask(Kind.DESTROY, place, what="destroy key pair")

@@ -200,7 +200,7 @@ async def test_a_signer_finds_what_another_made_on_their_token(folder: Path) -> 
         async with running(world) as (_, workload, agent_id):
             await world.create_entry("/web", parent=agent_id)
             assert await verified(world, workload, folder) == "/web"
-            assert "GenerateKey" in methods(two)  # it was started last
+            assert "GenerateKey" in methods(one)  # it was started first
             signers[1].kill()
             await signed(workload, "elsewhere")
             assert await verified(world, workload, folder) == "/web"

@@ -92,7 +92,18 @@ def test_two_manifests_after_a_crash_add_up_and_belong_to_nobody() -> None:
         for nonce, key in (("1", "a"), ("2", "b"))
     ]
     manifest = read_listing(OWNER, {"halves": [], "data": data}).manifest
-    assert manifest == Manifest(OWNER, "", {"a": "a", "b": "b"})
+    assert manifest == Manifest(OWNER, "", {"a": "a", "b": "b"}, before=("1", "2"))
+
+
+def test_of_two_manifests_the_newest_tells_whose_the_keys_are() -> None:
+    one = Manifest(OWNER, "1", {"a": "a"}, 20.0, before=("0",))
+    two = Manifest(OWNER, "2", {"b": "b"}, 10.0, before=("1",))
+    data = [
+        {"label": OWNER.manifest_label, "value": pack_bytes(manifest.encode())}
+        for manifest in (one, two)
+    ]
+    manifest = read_listing(OWNER, {"halves": [], "data": data}).manifest
+    assert manifest == Manifest(OWNER, "1", {"a": "a", "b": "b"}, 20.0, before=("0", "2"))
 
 
 @pytest.mark.parametrize(
