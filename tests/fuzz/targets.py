@@ -6,6 +6,7 @@ would keep nearly all inputs out, a second target builds a frame that is right a
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -16,7 +17,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import SpireHwError
+from spire_hw.key import SoftwareSigner
 from spire_hw.posture import document
+from spire_hw.posture.appended import parse_appended
 from spire_hw.posture.evidence import Counters, EkFacts, Evidence, ImaState, Occasion, Tier
 from spire_hw.tpm import boot, der, ekcert, eventlog, ima, imalist, public, secureboot, verify, wire
 from spire_hw.tpm.cabinet import read_cabinet
@@ -26,6 +29,8 @@ from spire_hw.tpm.crl import parse_crl, split_crls
 from spire_hw.tpm.ekcert import EkRoots
 from spire_hw.tpm.inflate import inflate
 from spire_hw.tpm.wire import PcrSelection
+from spire_hw.x509.csr import build_csr, parse_csr
+from spire_hw_plugins.nodeattestor.tpm import dialects, rounds
 from spire_hw_plugins.nodeattestor.tpm import wire as tpm_wire
 from spire_hw_plugins.nodeattestor.tpm_devid import wire as devid_wire
 from spire_hw_plugins.nodeattestor.x509pop import wire as x509pop_wire
@@ -73,6 +78,13 @@ _LIST = ImaList.start(_VALUES).measure(
     Item(b"/c", bytes(20), "ima", "sha1"),
     Item(b"k", bytes(32), "ima-buf", extra=b"key"),
     Item(b"/v", bytes(32), violation=True),
+    Item(b"/d", bytes(32), "ima-ngv2"),
+    Item(b"/e", bytes(32), "ima-sigv2", "verity:sha256", extra=b"\x03\x02"),
+    Item(b"/m", bytes(32), "ima-modsig", content=bytes(32), appended=b"0\x00"),
+)
+_TEMPLATES = (
+    *(b"ima-ng", b"ima-sig", b"ima-buf", b"ima"),
+    *(b"ima-ngv2", b"ima-sigv2", b"ima-modsig"),
 )
 _EVIDENCE = Evidence(
     made_at=NOW,
@@ -87,6 +99,11 @@ _EVIDENCE = Evidence(
 )
 
 
+# ContentInfo, SignedData of version 1, SHA-256, no content, no signers.
+_SIGNED_DATA = (
+    "3030 06092a864886f70d010702 a023 3021 020101 310d300b0609608648016503040201"
+    " 300b06092a864886f70d010701 3100"
+)
 _BODIES, _REQUEST = signing.seeds()
 
 
@@ -148,7 +165,7 @@ def _replay(raw: bytes) -> None:
 def _ima_fields(raw: bytes) -> None:
     """Put a right template hash around any fields, in both forms."""
     column = hashlib.sha1(raw).digest()  # noqa: S324
-    for name in (b"ima-ng", b"ima-sig", b"ima-buf", b"ima"):
+    for name in _TEMPLATES:
         head = struct.pack("<I20sI", 10, column, len(name)) + name
         with contextlib.suppress(SpireHwError):
             list(imalist.read(head + struct.pack("<I", len(raw)) + raw, 0, BANK))
@@ -237,6 +254,11 @@ TARGETS: Final[dict[str, Target]] = {
         lambda raw: list(secureboot.signature_list(raw)),
         [firmware.signature_list(secureboot.CERT_SHA256, [bytes(32), bytes(32)])],
     ),
+    "ima_part": Target(
+        lambda raw: ima.replay([raw], None, {(BANK, 10): b"\1" * 32}, BANK),
+        [_LIST.ascii(), _LIST.binary()],
+        8192,
+    ),
     "ima_list": Target(_replay, [_LIST.ascii(), _LIST.binary(), _LIST.ascii(bank=BANK)], 8192),
     "ima_fields": Target(
         _ima_fields,
@@ -273,15 +295,24 @@ TARGETS: Final[dict[str, Target]] = {
     "cabinet": Target(read_cabinet, [make_cabinet({"a/b.cer": _CERTIFICATE, "c": b"text"})]),
     "tpm_messages": Target(
         _each(
-            tpm_wire.decode_attestation_data, tpm_wire.decode_challenge, tpm_wire.decode_response
+            tpm_wire.decode_attestation_data,
+            tpm_wire.decode_challenge,
+            tpm_wire.decode_response,
+            dialects.decode_challenge,
+            dialects.decode_response,
+            rounds.decode_part,
+            rounds.decode_part_request,
         ),
         [
             _NODE.payload(),
+            rounds.encode_part(rounds.ImaPart(b"x", 3, 4)),
+            dialects.encode_response(bytes(32)),
             b'{"EC":{"Credential":"AAAA","Secret":"AAAA"},"spire_hw":{"v":2,"nonce":"AA=="}}',
             b'{"Secret":"AAAA","spire_hw":{"quotes":[{"pcrs":{"sha256":{"0":"00"}}}]}}',
         ],
         8192,
     ),
+    "tpm_answer": Target(tpm_wire.decode_response, [b'{"Secret":"AAAA","spire_hw":{}}']),
     "devid_messages": Target(
         _each(
             devid_wire.decode_attestation_data,
@@ -302,6 +333,8 @@ TARGETS: Final[dict[str, Target]] = {
         ),
         [b'{"certificates":["AAAA"]}', b'{"rsa_signature":{"nonce":"AAAA"}}'],
     ),
+    "csr": Target(parse_csr, [asyncio.run(build_csr(SoftwareSigner(make_svid_key().private)))]),
+    "appended": Target(parse_appended, [bytes.fromhex(_SIGNED_DATA)]),
     "evidence": Target(document.decode_evidence, [document.encode_evidence(_EVIDENCE)], 8192),
     "signer_certificate": Target(signing.certificate, _BODIES),
     "signer_request": Target(signing.request, [_REQUEST]),

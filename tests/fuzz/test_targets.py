@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 
 import pytest
 
 from spire_hw.errors import SpireHwError
 from tests.fuzz import targets
 from tests.fuzz.targets import TARGETS
+from tests.fuzz.worker import MOST_BYTES
+from tests.fuzz.worst import WORST
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -36,6 +39,17 @@ SOUND = [
 def test_seeds_go_all_the_way(name: str) -> None:
     for seed in TARGETS[name].seeds:
         TARGETS[name].run(seed)
+
+
+@pytest.mark.parametrize("name", WORST)
+def test_the_worst_there_can_be_takes_less_than_64_mib(name: str) -> None:
+    for make in WORST[name]:
+        raw = make()
+        tracemalloc.start()
+        targets.run(name, raw)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < MOST_BYTES, (make, peak)
 
 
 def test_a_parser_that_breaks_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

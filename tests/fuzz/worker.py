@@ -1,7 +1,8 @@
 """One fuzzing process, or one look at what such processes found.
 
     python -m tests.fuzz.worker fuzz NAME FOLDER OPTIONS...  coverage-guided, with atheris
-    python -m tests.fuzz.worker check NAME FOLDER            each input in FOLDER again, measured
+    python -m tests.fuzz.worker check NAME FOLDER            each input in FOLDER again, measured,
+                                                             and the worst there can be
 
 libFuzzer ends the process it runs in, and what it watches is slow: bounds of time and memory are
 checked afterwards, without it.
@@ -34,12 +35,12 @@ def _fuzz(name: str, options: list[str]) -> None:
 
 
 def _check(name: str, folder: Path) -> int:
-    from tests.fuzz import targets  # noqa: PLC0415
+    from tests.fuzz import targets, worst  # noqa: PLC0415
 
     slowest, largest, status = 0.0, 0, 0
-    inputs = sorted(folder.iterdir())
-    for path in inputs:
-        raw = path.read_bytes()
+    inputs = [(str(path), path.read_bytes()) for path in sorted(folder.iterdir())]
+    inputs += [(f"worst {n}", make()) for n, make in enumerate(worst.WORST.get(name, []))]
+    for path, raw in inputs:
         taken = min(_seconds(targets.run, name, raw) for _ in range(_TRIES))
         tracemalloc.start()
         targets.run(name, raw)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _MAX_DIGITS = 20
 _MAX_NUMBER = 2**63
 _MAX_TEXT = 128
+_MAX_VALUES = 16_384
 _LONG_TEXT = 4096
 
 
@@ -162,11 +163,14 @@ def load(data: bytes, limit: int) -> StrictObject:
     """Read one JSON object of at most `limit` bytes.
 
     Raises:
-        LimitError: larger.
+        LimitError: larger, or with more values than any message has.
         InvalidInputError: not one JSON object in strict form.
     """
     if len(data) > limit:
         raise LimitError(f"envelope: payload is {len(data)} bytes, limit {limit}")
+    # A million bytes of small members cost more than all that is checked afterwards.
+    if data.count(b",") > _MAX_VALUES:
+        raise LimitError(f"envelope: more than {_MAX_VALUES} values")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as e:

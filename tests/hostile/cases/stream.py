@@ -186,6 +186,7 @@ CASES: Final = (
         RE,
         "too many|rate|limit",
         ("server/attestation:guessing_is_limited_to_a_trickle",),
+        "time stands still, so that guesses wait; cases 25 and 88 repeat the limit and the guess",
     ),
     Case(
         97,

@@ -379,7 +379,6 @@ async def test_guessing_is_limited_to_a_trickle(short_dir: Path, clock: SimClock
                     kinds.append(error.kind)
         assert kinds.count(IA) <= 1
         assert set(kinds) <= {IA, RE}
-        assert (await refused(lambda: stranger.attest("one more"))).kind is RE
     finally:
         await tasks.close()
         await operator.close()

@@ -1,5 +1,6 @@
 import pytest
 
+from spire_hw.errors import LimitError
 from spire_hw_plugins.nodeattestor import strictjson
 
 
@@ -20,3 +21,10 @@ def test_what_was_sent_is_read() -> None:
 def test_other_things_have_no_form(value: object) -> None:
     with pytest.raises(TypeError, match="has no form in JSON"):
         strictjson.dump({"a": value})
+
+
+def test_more_values_than_any_message_has_are_not_read() -> None:
+    text = '{"a":[' + "1," * 16_385 + "1]}"
+    with pytest.raises(LimitError, match="envelope: more than 16384 values"):
+        strictjson.load(text.encode(), 1 << 20)
+    assert strictjson.load(text.replace("1,", "", 2).encode(), 1 << 20).has("a")
