@@ -134,7 +134,8 @@ def seal(
         The end of the log.
 
     Raises:
-        NotReadyError: a signer has it open, it is not as it was, or it cannot be written.
+        NotReadyError: it is not as it was, or it cannot be written.
+        UnavailableError: a signer has it open.
     """
     folder = Folder(directory)
     folder.hold()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from spire_hw.clock import SystemClock
-from spire_hw.errors import NotReadyError
+from spire_hw.errors import NotReadyError, UnavailableError
 from spire_hw_signer.audit.chain import LogHead
 from spire_hw_signer.audit.folder import file_names
 from spire_hw_signer.audit.log import Outcome
@@ -225,6 +225,6 @@ async def test_a_seal_is_not_for_another_state(tmp_path: Path) -> None:
         examine(tmp_path)
     log = make_log(directory)
     await log.open()
-    with pytest.raises(NotReadyError, match="in use"):
+    with pytest.raises(UnavailableError, match="in use"):
         seal(directory, damage, operators=["alice"], comment="x", clock=SystemClock())
     await log.close()
