@@ -7,7 +7,8 @@ printed, nothing is asserted. A round of the key manager starts and ends with no
 it has to be long: while it fills and drains, one core of two is idle. Where other things run too, the
 CPU times of the processes, printed too, tell more than the rates, and so does the ratio that they
 allow on two cores with nothing else to do: verifiers share what is to be verified, so only the one
-worker and the host are bound to a core each.
+worker and the host are bound to a core each. Raw is python-pkcs11 as anybody starts it; our workers have
+glibc keep more freed memory, which is part of what they are: `--allocation` gives raw the same.
 Run as `python tests/bench/bench_pkcs11.py [workers...]` for other numbers of workers, and for the
 other types of keys with `--all`.
 """
@@ -32,6 +33,7 @@ from spire_hw.clock import SystemClock
 from spire_hw.config.hcl import Body
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions
 from spire_hw.log import get_logger
+from spire_hw.pkcs11.pool.process import ALLOCATION
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw.spiffeid import TrustDomain
 from spire_hw_plugins.keymanager import pkcs11
@@ -39,7 +41,7 @@ from spire_hw_sim.meter import tell
 from spire_hw_sim.softhsm import SoftHsm
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 SECONDS = 0.5
 ROUNDS = 24
@@ -107,7 +109,14 @@ class Cost:
 class RawLoops:
     """Processes that sign with python-pkcs11 and nothing else when they are told to."""
 
-    def __init__(self, hsm: SoftHsm, key_id: bytes, key_type: KeyType, processes: int) -> None:
+    def __init__(
+        self,
+        hsm: SoftHsm,
+        key_id: bytes,
+        key_type: KeyType,
+        processes: int,
+        environment: Mapping[str, str],
+    ) -> None:
         rsa = key_type is KeyType.RSA_2048
         prefix = "3031300d060960864801650304020105000420" if rsa else ""
         arguments = ["bench", key_id.hex(), "RSA_PKCS" if rsa else "ECDSA", prefix + "11" * 32]
@@ -115,7 +124,7 @@ class RawLoops:
         for _ in range(processes):
             process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-c", RAW, *arguments, str(SECONDS), "1234", hsm.module],
-                env={**os.environ, **hsm.environment},
+                env={**os.environ, **hsm.environment, **environment},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -174,13 +183,17 @@ def verifier_pids() -> list[int]:
 
 
 async def ratio(
-    manager: pkcs11.Pkcs11KeyManager, hsm: SoftHsm, key_type: KeyType, workers: int
+    manager: pkcs11.Pkcs11KeyManager,
+    hsm: SoftHsm,
+    key_type: KeyType,
+    workers: int,
+    raw_environment: Mapping[str, str],
 ) -> float:
     """Make a key and return how the rates compare."""
     name = key_type.config_name
     await manager.generate_key(name, key_type)
     cka_id = bytes.fromhex((await manager.key_evidence(name)).attributes["CKA_ID"])
-    loops = await asyncio.to_thread(RawLoops, hsm, cka_id, key_type, workers)
+    loops = await asyncio.to_thread(RawLoops, hsm, cka_id, key_type, workers, raw_environment)
     raw, worker, verifier, host = Cost(), Cost(), Cost(), Cost()
     costs = (worker, verifier, host)
     try:
@@ -208,7 +221,9 @@ async def ratio(
     return worker.best / raw.best
 
 
-async def measure(workers: int, folder: Path, key_types: Sequence[KeyType]) -> float:
+async def measure(
+    workers: int, folder: Path, key_types: Sequence[KeyType], raw_environment: Mapping[str, str]
+) -> float:
     """Return the ratio for the first key type; print those of all."""
     hsm = SoftHsm(folder / "hsm")
     hsm.init_token("bench", pin="1234")
@@ -233,7 +248,7 @@ async def measure(workers: int, folder: Path, key_types: Sequence[KeyType]) -> f
     }
     await manager.configure(Body.from_dict(config))
     try:
-        ratios = [await ratio(manager, hsm, key_type, workers) for key_type in key_types]
+        ratios = [await ratio(manager, hsm, one, workers, raw_environment) for one in key_types]
     finally:
         await manager.close()
     return ratios[0]
@@ -244,11 +259,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workers", type=int, nargs="*", default=[1])
     parser.add_argument("--all", action="store_true", help="all types of keys")
+    parser.add_argument(
+        "--allocation", action="store_true", help="raw has our workers' glibc settings"
+    )
     arguments = parser.parse_args()
+    raw_environment = ALLOCATION if arguments.allocation else {}
     for workers in arguments.workers:
         with tempfile.TemporaryDirectory() as folder:
             types = TYPES if arguments.all else TYPES[:1]
-            tell("softhsm_sign_vs_raw", asyncio.run(measure(workers, Path(folder), types)))
+            tell(
+                "softhsm_sign_vs_raw",
+                asyncio.run(measure(workers, Path(folder), types, raw_environment)),
+            )
 
 
 if __name__ == "__main__":

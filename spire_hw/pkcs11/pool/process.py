@@ -31,7 +31,7 @@ VERIFIER: Final = (sys.executable, "-P", "-m", "spire_hw.pkcs11.pool.verifier")
 
 # For one signature a token's library frees far more small pieces than glibc keeps at hand of each
 # size: with more of them kept, one of SoftHSM takes a fifteenth less. Other C libraries ignore it.
-_ALLOCATION: Final = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=500"}
+ALLOCATION: Final = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=500"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +280,7 @@ def _spawn(launch: Launch, theirs: socket.socket) -> subprocess.Popen[bytes]:
         [*launch.command, str(os.getpid())],
         stdin=theirs.fileno(),
         stdout=subprocess.DEVNULL,
-        env={**_ALLOCATION, **launch.environment},
+        env={**ALLOCATION, **launch.environment},
         cwd="/",
         close_fds=True,
         start_new_session=True,
