@@ -36,6 +36,19 @@ CORE = {
         "plugins/spire_hw_plugins/nodeattestor/tpm/wire.py",
         "plugins/spire_hw_plugins/nodeattestor/tpm/config.py",
     ),
+    "posture": ("spire_hw/posture/", "server/spire_hw_server/posture/"),
+    "pkcs11, host side": tuple(
+        f"spire_hw/pkcs11/{name}/" for name in ("pool", "inventory", "keyring", "cluster")
+    ),
+    "keymanager remote": ("plugins/spire_hw_plugins/keymanager/remote/",),
+    "signer": tuple(
+        f"server/spire_hw_signer/{name}"
+        for name in (
+            *("audit/", "policy.py", "purpose.py", "tokenpurpose.py", "rates.py", "replay.py"),
+            *("admission.py", "service.py", "generating.py", "orders.py", "actions.py", "keys.py"),
+        )
+    ),
+    "evidence": ("spire_hw/evidence/",),
     "transport": ("spire_hw/transport/",),
     "rpc": ("spire_hw/rpc/",),
 }
