@@ -6,7 +6,7 @@
 First every test of the cases runs as it is, so that it is known which acts there are; then each file
 of tests in a process of its own, with its acts repeated. A case's repetitions are shared by its acts.
 SPIRE_HW_SOAK says how often where --times does not. Results go to build/soak; it is killed and begun
-anew with --files (those whose path has one of these words in it) without loss.
+anew with --known and --files (those whose path has one of these words in it) without loss.
 """
 
 from __future__ import annotations
@@ -53,12 +53,15 @@ def run(
     return result
 
 
-def soak(chosen: Sequence[Case], times: int, place: Path, words: Sequence[str] = ()) -> int:
+def soak(
+    chosen: Sequence[Case], times: int, place: Path, words: Sequence[str] = (), *, known: bool
+) -> int:
     """Soak some cases; return the exit status."""
     place.mkdir(parents=True, exist_ok=True)
     files = sorted({file for case in chosen for file in case.files() if not case.beyond})
     files = [file for file in files if not words or any(word in file for word in words)]
-    seen, faults = report.read(run(place, files, chosen, {}, "once"))
+    once = place / "once.jsonl" if known else run(place, files, chosen, {}, "once")
+    seen, faults = report.read(once)
     planned = report.plan(seen, chosen, times)
     acts: list[report.Act] = []
     for file in files:
@@ -89,9 +92,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--times", type=int, default=default, help="for each case")
     parser.add_argument("--files", nargs="*", default=[], help="only tests in such files")
     parser.add_argument("--place", type=Path, default=PLACE, help="for results")
+    parser.add_argument("--known", action="store_true", help="acts are those of the last run")
     asked = parser.parse_args(arguments)
     chosen = [case for case in CASES if not asked.cases or case.number in asked.cases]
-    return soak(chosen, asked.times, asked.place, asked.files)
+    return soak(chosen, asked.times, asked.place, asked.files, known=asked.known)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tests.soak.worker import Repeater
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-TIMES: Final = 600
+TIMES: Final = 2000
 ERROR: Final = InvalidInputError("no")
 KEPT: list[Any] = []
 
@@ -120,7 +120,7 @@ async def _async(repeater: Repeater) -> None:
 
 def _main(place: Path) -> None:
     names = [*SYNC, *ASYNC]
-    times = {name: [TIMES] for name in names} | {"thread": [128]}
+    times = {name: [TIMES] for name in names} | {"thread": [128], "file": [600]}
     result = place / "leaks.jsonl"
     repeater = Repeater({"cases": [], "times": times}, result)
     for name, act in SYNC.items():

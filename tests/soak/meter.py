@@ -32,8 +32,8 @@ ENVIRONMENT: Final = {
 # Less than the smallest object and the place where it is kept.
 MOST_BYTES_EACH: Final = 16
 MOST_BYTES: Final = 1 << 20
-# By how much OpenSSL's and SQLite's pools differ from one look to another.
-NOISE_BYTES: Final = 4096
+# By how much pools differ from one look to another: sqlite3 keeps 200 references to closed cursors.
+NOISE_BYTES: Final = 16_384
 # Of descriptors, threads and tasks, for each repetition.
 MOST_EACH: Final = 0.02
 # More than asyncio keeps of timers that were cancelled.

@@ -1,4 +1,4 @@
-"""The soak finds leaks, its table is whole, and a case of each group is flat over 400 repetitions.
+"""The soak finds leaks, its table is whole, and a case of each group is flat over 2000 repetitions.
 
 `make soak` does all cases, 10 000 times each.
 """
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # Of most groups one: envelope, endorsement key, attestation key, quote, boot log, measurement list,
-# DevID, a banned node, a lying server.
-SAMPLE = (14, 34, 68, 113, 161, 178, 190, 200, 216)
+# DevID, a heartbeat, a lying server.
+SAMPLE = (14, 34, 68, 113, 161, 178, 190, 213, 216)
 
 
 def test_every_number_is_a_case_with_a_test_or_says_why_not() -> None:
@@ -97,7 +97,7 @@ def test_a_case_is_shared_by_its_acts_and_by_no_others() -> None:
     }
     many = [act(n) for n in range(1000)]
     planned = report.plan(many, [CASE], 10_000)[f"{TEST}[a]"]
-    assert 1 < sum(times > 0 for times in planned) <= 7
+    assert 1 < sum(times > 0 for times in planned) <= 5
     assert sum(planned) >= 10_000
     assert sum(report.plan(many, [CASE], 200)[f"{TEST}[a]"]) == 200
 
@@ -112,7 +112,7 @@ def test_a_case_that_was_not_repeated_is_a_fault() -> None:
 def test_a_case_of_each_group_leaves_memory_flat(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = main(["--times", "400", "--place", str(tmp_path), *map(str, SAMPLE)])
+    status = main(["--times", "2000", "--place", str(tmp_path), *map(str, SAMPLE)])
     shown = capsys.readouterr().out
     assert status == 0, shown
     assert f"{len(SAMPLE)} cases, 0 faults" in shown
