@@ -32,6 +32,8 @@ ENVIRONMENT: Final = {
 # Less than the smallest object and the place where it is kept.
 MOST_BYTES_EACH: Final = 16
 MOST_BYTES: Final = 1 << 20
+# What pools of OpenSSL and SQLite take once, however often something is done.
+POOLS_BYTES: Final = 96 << 10
 # By how much pools differ from one look to another: sqlite3 keeps 200 references to closed cursors.
 NOISE_BYTES: Final = 16_384
 # Of descriptors, threads and tasks, for each repetition.
@@ -162,7 +164,7 @@ class Growth:
     def faults(self) -> list[str]:
         """Return what grows that should not."""
         found = []
-        if self.heap >= MOST_BYTES_EACH:
+        if self.heap >= MOST_BYTES_EACH and self.bytes > POOLS_BYTES:
             found.append(f"{self.heap:.0f} bytes stay behind each time")
         if self.bytes > MOST_BYTES:
             found.append(f"{self.bytes} bytes stayed behind in all")

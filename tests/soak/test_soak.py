@@ -97,7 +97,7 @@ def test_a_case_is_shared_by_its_acts_and_by_no_others() -> None:
     }
     many = [act(n) for n in range(1000)]
     planned = report.plan(many, [CASE], 10_000)[f"{TEST}[a]"]
-    assert 1 < sum(times > 0 for times in planned) <= 5
+    assert 1 < sum(times > 0 for times in planned) <= 3
     assert sum(planned) >= 10_000
     assert sum(report.plan(many, [CASE], 200)[f"{TEST}[a]"]) == 200
 

@@ -168,12 +168,13 @@ class Asks:
     """A host's judge that asks the first node for something, and knows who showed more before."""
 
     def __init__(self, asked: EvidenceRequest, *, knows_better: bool = False) -> None:
-        self._asked: EvidenceRequest | None = asked
+        self._asked = asked
+        self._first = ""
         self._knows_better = knows_better
 
     async def request(self, agent_id: SpiffeId, ek: EkFacts) -> EvidenceRequest:
-        asked, self._asked = self._asked, None
-        return asked or EvidenceRequest()
+        self._first = self._first or ek.hash
+        return self._asked if ek.hash == self._first else EvidenceRequest()
 
     async def judge(self, agent_id: SpiffeId, evidence: Evidence) -> Verdict:
         if self._knows_better and evidence.tier is Tier.ACTIVATION:
