@@ -22,7 +22,7 @@ from tests.soak.worker import Repeater
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-TIMES: Final = 4000
+TIMES: Final = 6000
 ERROR: Final = InvalidInputError("no")
 KEPT: list[Any] = []
 

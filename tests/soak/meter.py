@@ -33,7 +33,7 @@ ENVIRONMENT: Final = {
 MOST_BYTES_EACH: Final = 16
 MOST_BYTES: Final = 1 << 20
 # What pools of OpenSSL and SQLite take once, however often something is done.
-POOLS_BYTES: Final = 96 << 10
+POOLS_BYTES: Final = 192 << 10
 # By how much pools differ from one look to another: sqlite3 keeps 200 references to closed cursors.
 NOISE_BYTES: Final = 16_384
 # Of descriptors, threads and tasks, for each repetition.

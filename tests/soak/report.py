@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from tests.hostile.cases.case import Case
 
-_MOST_ACTS: Final = 3
-_ACT_TIMES: Final = 3000  # of one act at least, where a case has several: less tells little
+_MOST_ACTS: Final = 2
+_ACT_TIMES: Final = 5000  # of one act at least, where a case has several: less tells little
 HEAD: Final = (
     f"{'case':>4} {'level':<13} {'acts':>4} {'times':>7} {'B each':>7} {'KiB':>6} {'rss KiB':>8}"
     f" {'fds':>5} {'tasks':>5} {'s':>6}  ends in"
