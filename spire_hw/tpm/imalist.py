@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 from spire_hw.errors import AttestationError, Finding, InvalidInputError, LimitError
 from spire_hw.tpm import wire
 from spire_hw.tpm.imatemplate import (
+    OLD,
     SHA1_BYTES,
     TEMPLATES,
     from_hex,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 PCR: Final = 10
 MAX_BYTES: Final = 8 * 1024 * 1024
-PART_BYTES: Final = 1024 * 1024
+PART_BYTES: Final = 768 * 1024
 MAX_ENTRIES: Final = 100_000
 MAX_LINE: Final = 8192
 
@@ -187,7 +188,7 @@ def _read_record(data: bytes, at: int) -> tuple[ImaEntry, bytes, bytes, int]:
     pcr, column, length = _RECORD.unpack_from(data, at)
     at += _RECORD.size + length
     template = TEMPLATES[data[at - length : at]]
-    if template.is_old:
+    if template is OLD:
         entry, body, at = _old_record(data, at)
     else:
         (size,) = _U32.unpack_from(data, at)

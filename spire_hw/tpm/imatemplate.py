@@ -70,11 +70,6 @@ class Template(NamedTuple):
     algorithms: Mapping[bytes, _Algorithm]
     has_signature: bool = False
 
-    @property
-    def is_old(self) -> bool:
-        """Tell whether this is the first one, whose fields have no lengths."""
-        return self.name == "ima"
-
 
 def _algorithm(prefix: str, name: str, size: int) -> tuple[bytes, _Algorithm]:
     written = (prefix + name).encode()
@@ -101,8 +96,10 @@ TEMPLATES: Final = {
         Template("ima", _NAME_AND_DIGEST, {}),
     )
 }
-# The latter takes half the time of ImaEntry().
-_join, _make = b"".join, tuple.__new__
+# The first one, whose fields have no lengths.
+OLD: Final = TEMPLATES[b"ima"]
+# The second takes half the time of ImaEntry().
+_join, _make, _unpack = b"".join, tuple.__new__, _U32.unpack_from
 
 
 def read_columns(template: Template, columns: Sequence[bytes]) -> tuple[ImaEntry, bytes]:
@@ -121,7 +118,7 @@ def read_columns(template: Template, columns: Sequence[bytes]) -> tuple[ImaEntry
     named, path = columns[:_NAME_AND_DIGEST]
     if not path:
         raise ValueError("no name")
-    if template.is_old:
+    if template is OLD:
         return old_entry(from_hex(named), path)
     kind, _, text = named.rpartition(b":")
     algorithm, size, head = algorithms[kind]
@@ -148,21 +145,27 @@ def read_data(template: Template, body: bytes) -> ImaEntry:
     Raises:
         ValueError: malformed; a struct.error or LookupError says the same.
     """
-    fields, at = [], 0
-    for _ in range(template.columns):
-        (size,) = _U32.unpack_from(body, at)
+    kind, count, algorithms, _ = template
+    (size,) = _unpack(body)
+    at = 4 + size
+    name, mark, digest = body[4:at].partition(_MARK)
+    algorithm = algorithms[name]
+    (size,) = _unpack(body, at)
+    at += 4 + size
+    path = body[at - size : at]
+    # One zero byte, at its end.
+    if not mark or len(digest) != algorithm.size or size < 2 or path.find(b"\x00") != size - 1:  # noqa: PLR2004
+        raise ValueError("wrong digest or name")
+    further = []
+    for _ in range(count - _NAME_AND_DIGEST):
+        (size,) = _unpack(body, at)
         at += 4 + size
-        fields.append(body[at - size : at])
+        further.append(body[at - size : at])
     if at != len(body):
         raise ValueError("bytes are left or missing")
-    name, mark, digest = fields[0].partition(_MARK)
-    algorithm, path = template.algorithms[name], fields[1]
-    if not mark or len(digest) != algorithm.size:
-        raise ValueError("wrong digest")
-    # One zero byte, at its end.
-    if len(path) < 2 or path.find(b"\x00") != len(path) - 1:  # noqa: PLR2004
-        raise ValueError("wrong name")
-    return _entry(template, path[:-1], algorithm.name, digest, fields[_NAME_AND_DIGEST:])
+    if not further:
+        return _make(ImaEntry, (path[:-1], algorithm.name, digest, kind, b"", None))
+    return _entry(template, path[:-1], algorithm.name, digest, further)
 
 
 def old_entry(digest: bytes, path: bytes) -> tuple[ImaEntry, bytes]:

@@ -306,7 +306,7 @@ RESPONSES: dict[str, tuple[Callable[[wire.Response], wire.Response], ErrorKind, 
     "list that is a bomb": (
         lambda r: replace(r, ima=_bomb(50 << 20)),
         RE,
-        "ima: part larger than 1048576 bytes",
+        "ima: part larger than 786432 bytes",
     ),
     "list that is not zlib": (
         lambda r: replace(r, ima=b"x" * 99),
@@ -426,7 +426,7 @@ PARTS: dict[str, tuple[Callable[[rounds.ImaPart], rounds.ImaPart], str]] = {
     "as much left as before": (lambda p: replace(p, left=p.left + 7), "do not fit together"),
     "nothing in it": (lambda p: replace(p, data=zlib.compress(b""), left=p.left + 7), "not fit"),
     "more left than before": (lambda p: replace(p, left=10**6), "more than 100000|not fit"),
-    "bomb": (lambda p: replace(p, data=_bomb(50 << 20)), "part larger than 1048576 bytes"),
+    "bomb": (lambda p: replace(p, data=_bomb(50 << 20)), "part larger than 786432 bytes"),
     "not zlib": (lambda p: replace(p, data=b"x"), "malformed"),
 }
 
