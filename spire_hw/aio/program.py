@@ -84,6 +84,7 @@ class Program(ABC):
         """Have the program end with an error."""
         if self._failure is not None and not self._failure.done():
             self._failure.set_exception(error)
+            self._failure.exception()  # whoever waited may have gone: not worth a warning
 
 
 async def run_program(
