@@ -57,7 +57,7 @@ bench: setup ## speed, as ratios; writes build/bench.json
 fuzz: setup ## parsers of what nodes send, coverage-guided, a minute each (ARGS="--seconds 600 ima_list"); needs atheris
 	@$(PY) -m tests.fuzz $(ARGS)
 
-soak: setup ## each hostile case 10,000 times, what is left behind by case; hours (SPIRE_HW_SOAK=500, ARGS="98 150")
+soak: setup ## each hostile case 10,000 times, what is left behind by case; hours (SPIRE_HW_SOAK=500, ARGS="--known" goes on, ARGS="98 150")
 	@$(PY) -m tests.soak $(ARGS)
 
 clean: ## remove what was built, not .venv

@@ -4,9 +4,9 @@
     python -m tests.soak --times 200 98 150    these cases, 200 times each
 
 First every test of the cases runs as it is, so that it is known which acts there are; then each file
-of tests in a process of its own, with its acts repeated. A case's repetitions are shared by its acts.
-SPIRE_HW_SOAK says how often where --times does not. Results go to build/soak; it is killed and begun
-anew with --known and --files (those whose path has one of these words in it) without loss.
+of tests in a process of its own, with its acts repeated, as many files at a time as --jobs says. A
+case's repetitions are shared by its acts. SPIRE_HW_SOAK says how often where --times does not. Results
+go to build/soak; killed and begun anew with --known it goes on with the files that were not finished.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -53,35 +55,66 @@ def run(
     return result
 
 
-def soak(
-    chosen: Sequence[Case], times: int, place: Path, words: Sequence[str] = (), *, known: bool
-) -> int:
-    """Soak some cases; return the exit status."""
-    place.mkdir(parents=True, exist_ok=True)
-    files = sorted({file for case in chosen for file in case.files() if not case.beyond})
-    files = [file for file in files if not words or any(word in file for word in words)]
-    once = place / "once.jsonl" if known else run(place, files, chosen, {}, "once")
-    seen, faults = report.read(once)
-    planned = report.plan(seen, chosen, times)
-    acts: list[report.Act] = []
-    for file in files:
-        part = {test: each for test, each in planned.items() if test.startswith(file)}
-        if not part:
-            continue
+@dataclass(frozen=True, slots=True)
+class Soak:
+    """A soak of some cases.
+
+    Attributes:
+        chosen: the cases.
+        times: that each is repeated.
+        place: for results.
+        words: only files of tests whose path has one of them; all without any.
+        known: acts, and the results of finished files, are those of the last run.
+        jobs: files at a time.
+    """
+
+    chosen: Sequence[Case]
+    times: int
+    place: Path
+    words: Sequence[str] = ()
+    known: bool = False
+    jobs: int = 1
+
+    def run(self) -> int:
+        """Soak; return the exit status."""
+        self.place.mkdir(parents=True, exist_ok=True)
+        files = sorted({file for case in self.chosen for file in case.files() if not case.beyond})
+        files = [f for f in files if not self.words or any(word in f for word in self.words)]
+        once = self.place / "once.jsonl"
+        if not self.known:
+            run(self.place, files, self.chosen, {}, "once")
+        seen, faults = report.read(once)
+        planned = report.plan(seen, self.chosen, self.times)
+        parts = [{t: each for t, each in planned.items() if t.startswith(f)} for f in files]
+        weighed = sorted(zip(files, parts, strict=True), key=lambda each: -report.size(each[1]))
+        acts: list[report.Act] = []
+        with ThreadPoolExecutor(self.jobs) as pool:
+            running = {pool.submit(self._file, file, part): file for file, part in weighed if part}
+            for each in as_completed(running):
+                done, failures = each.result()
+                acts += done
+                faults += failures
+                self._show(running[each], done)
+        lines, found = report.table(acts, self.chosen, self.times)
+        faults += found
+        text = "\n".join([*lines, "", *(f"FAULT {fault}" for fault in faults)]) + "\n"
+        (self.place / "table.txt").write_text(text)
+        sys.stdout.write(f"\n{text}{len(self.chosen)} cases, {len(faults)} faults\n")
+        return 1 if faults else 0
+
+    def _file(self, file: str, part: dict[str, list[int]]) -> tuple[list[report.Act], list[str]]:
         name = file.removeprefix("tests/").removesuffix(".py").replace("/", "-")
-        done, failures = report.read(run(place, [file], chosen, part, name))
-        acts += done
-        faults += failures
+        if self.known:
+            done, failures = report.read(self.place / f"{name}.jsonl")
+            if not failures and report.has(done, part):
+                return done, failures
+        return report.read(run(self.place, [file], self.chosen, part, name))
+
+    def _show(self, file: str, done: Sequence[report.Act]) -> None:
         repeated = {case.number for act in done if act.growth is not None for case in act.cases}
-        lines, found = report.table(done, [c for c in chosen if c.number in repeated], 0)
+        lines, _ = report.table(done, [c for c in self.chosen if c.number in repeated], 0)
         sys.stdout.write(f"\n{file}\n" + "\n".join(lines) + "\n")
         sys.stdout.flush()
-    lines, found = report.table(acts, chosen, times)
-    faults += found
-    text = "\n".join([*lines, "", *(f"FAULT {fault}" for fault in faults)]) + "\n"
-    (place / "table.txt").write_text(text)
-    sys.stdout.write(f"\n{text}{len(chosen)} cases, {len(faults)} faults\n")
-    return 1 if faults else 0
 
 
 def main(arguments: list[str]) -> int:
@@ -92,10 +125,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--times", type=int, default=default, help="for each case")
     parser.add_argument("--files", nargs="*", default=[], help="only tests in such files")
     parser.add_argument("--place", type=Path, default=PLACE, help="for results")
-    parser.add_argument("--known", action="store_true", help="acts are those of the last run")
+    parser.add_argument("--known", action="store_true", help="go on with the last run")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="files at a time")
     asked = parser.parse_args(arguments)
     chosen = [case for case in CASES if not asked.cases or case.number in asked.cases]
-    return soak(chosen, asked.times, asked.place, asked.files, known=asked.known)
+    return Soak(
+        chosen, asked.times, asked.place, asked.files, known=asked.known, jobs=asked.jobs
+    ).run()
 
 
 if __name__ == "__main__":

@@ -93,6 +93,22 @@ def plan(acts: Iterable[Act], chosen: Sequence[Case], times: int) -> dict[str, l
     return {test: each for test, each in planned.items() if any(each)}
 
 
+def size(planned: dict[str, list[int]]) -> int:
+    """Return how many repetitions are planned."""
+    return sum(map(sum, planned.values()))
+
+
+def has(acts: Iterable[Act], planned: dict[str, list[int]]) -> bool:
+    """Tell whether everything that is planned was repeated so often."""
+    done = {(a.test, a.number): a.growth.times for a in acts if a.growth is not None}
+    return all(
+        done.get((test, number), 0) >= times
+        for test, each in planned.items()
+        for number, times in enumerate(each)
+        if times
+    )
+
+
 def table(acts: Sequence[Act], chosen: Sequence[Case], times: int) -> tuple[list[str], list[str]]:
     """Return one line for each case, and what is wrong."""
     lines, faults = [HEAD], []

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,7 +20,7 @@ from tests.hostile.cases.case import IA, Case
 from tests.hostile.cases.table import CASES
 from tests.soak import report
 from tests.soak.__main__ import ROOT, main
-from tests.soak.meter import ENVIRONMENT, Held
+from tests.soak.meter import ENVIRONMENT, Growth, Held
 from tests.soak.report import Act
 
 if TYPE_CHECKING:
@@ -101,6 +102,15 @@ def test_a_case_is_shared_by_its_acts_and_by_no_others() -> None:
     assert 1 < sum(times > 0 for times in planned) <= 2
     assert sum(planned) >= 10_000
     assert sum(report.plan(many, [CASE], 200)[f"{TEST}[a]"]) == 200
+
+
+def test_a_file_is_finished_only_when_all_its_acts_were_repeated() -> None:
+    planned = {f"{TEST}[a]": [0, 50]}
+    growth = Growth(times=50, heap=0, files=0, threads=0, tasks=0, bytes=0, resident=0)
+    assert report.size(planned) == 50
+    assert report.has([act(0), replace(act(1), growth=growth)], planned)
+    assert not report.has([act(0), act(1)], planned)
+    assert not report.has([replace(act(1), growth=replace(growth, times=49))], planned)
 
 
 def test_a_case_that_was_not_repeated_is_a_fault() -> None:
