@@ -27,9 +27,8 @@ from spire_hw.errors import (
 
 DETAILS_KEY: Final = "grpc-status-details-bin"
 _MAX_MESSAGE: Final = 2048
-# Codes without a kind of their own: ABORTED, OUT_OF_RANGE, DATA_LOSS.
+# Codes without a kind of their own: OUT_OF_RANGE, DATA_LOSS.
 _NEAREST: Final = {
-    10: ErrorKind.UNAVAILABLE,
     11: ErrorKind.INVALID_ARGUMENT,
     15: ErrorKind.INTERNAL,
 }

@@ -39,6 +39,7 @@ _STATUS_WORDS: Final = {
     ErrorKind.PERMISSION_DENIED: "PermissionDenied",
     ErrorKind.RESOURCE_EXHAUSTED: "ResourceExhausted",
     ErrorKind.FAILED_PRECONDITION: "FailedPrecondition",
+    ErrorKind.ABORTED: "Aborted",
     ErrorKind.UNIMPLEMENTED: "Unimplemented",
     ErrorKind.INTERNAL: "Internal",
     ErrorKind.UNAVAILABLE: "Unavailable",

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo, KeySignature, RetainedKey
 
 _PROBE_S: Final = 5.0
+# What keeps a token from making keys, and says nothing of those it has.
+_ABOUT_KEYS: Final = frozenset({ErrorKind.FAILED_PRECONDITION, ErrorKind.ABORTED})
 
 
 class Cluster:
@@ -143,7 +145,7 @@ class Cluster:
                         raise
                     self._log.warning("hsm.generate_failed", hsm=name, error=e.message)
                     failure = failure or e
-                    if e.kind is not ErrorKind.FAILED_PRECONDITION:
+                    if e.kind not in _ABOUT_KEYS:
                         member.failed(e)
                     continue
                 del self._begun[key_id]

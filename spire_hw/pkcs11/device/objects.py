@@ -147,7 +147,7 @@ class TokenObjects:
             reason=ID_TAKEN,
             operation="generate key pair",
             device=self._token.device,
-            kind=ErrorKind.UNAVAILABLE,
+            kind=ErrorKind.ABORTED,
         )
 
     def _generate_error(self, cause: PKCS11Error) -> TokenError:

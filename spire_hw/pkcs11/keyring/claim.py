@@ -187,7 +187,7 @@ class Claim:
         """Give way to an instance that was started earlier; tell one that was started later.
 
         Raises:
-            TokenError: FAILED_PRECONDITION, an earlier one lives; or the token failed.
+            TokenError: ABORTED, an earlier one lives; or the token failed.
         """
         self._give_way(inventory)
         if self.is_lost(inventory):
@@ -210,7 +210,7 @@ class Claim:
                 operation="generate key pair",
                 device=self._pool.facts.device,
                 cure=Cure.OPERATOR,
-                kind=ErrorKind.FAILED_PRECONDITION,
+                kind=ErrorKind.ABORTED,
             )
             self._log.error("hsm.owner_conflict", error=self.conflict.message)
         if self.conflict is not None:

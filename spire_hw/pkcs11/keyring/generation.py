@@ -72,8 +72,8 @@ class Making:
         only the token may know, another one is drawn.
 
         Raises:
-            TokenError: the token refused, or made something else than was asked for; UNAVAILABLE
-                when every id that was drawn is taken.
+            TokenError: the token refused, or made something else than was asked for; ABORTED when
+                every id that was drawn is taken.
         """
         for _ in range(_IDS - 1):
             try:

@@ -212,7 +212,7 @@ async def test_fault_67_an_id_that_is_taken_is_drawn_again_three_times(rig: Toke
     rig.faults.set(refuse)
     with pytest.raises(TokenError, match="another object has it") as caught:
         await making(taken, taken, taken).generate(manager._keyring.disposal)
-    assert caught.value.kind is ErrorKind.UNAVAILABLE
+    assert caught.value.kind is ErrorKind.ABORTED
     free = secrets.token_bytes(16)
     rig.faults.set(Fault("C_GenerateKeyPair", returns=0x13, instead=True, times=2))
     made = await making(taken, taken, free).generate(manager._keyring.disposal)
