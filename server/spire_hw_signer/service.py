@@ -1,5 +1,8 @@
 """The signer's service: check against policy, write it down, sign, write down what became of it.
 
+A signature leaves once what it is for is on the disk. Where the disk has room for that already, the
+device signs while it is written.
+
 What was let through is carried out whether or not its caller still waits: an intent that is in the
 audit log gets its outcome.
 """
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from spire_hw.aio.tasks import Tasks
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
+    from spire_hw.plugin.keymanager import KeySignature
     from spire_hw.rpc.service import Call
     from spire_hw.telemetry.metrics import Metrics
     from spire_hw_signer.audit.log import AuditLog, Begun, Intent, LogHead
@@ -107,6 +111,21 @@ class Work:
     held: HeldKey
     intent: Intent
     answer: Answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What the device made of an item.
+
+    Attributes:
+        seq: of its intent.
+        result: the signature, or why there is none.
+        latency_s: how long it took.
+    """
+
+    seq: int
+    result: KeySignature | SpireHwError
+    latency_s: float
 
 
 class SignerService:
@@ -193,7 +212,7 @@ class SignerService:
         return response
 
     async def sign(self, request: Any, call: Call) -> Any:
-        """Sign up to 64 items; all that is let through is in the audit log first."""
+        """Sign up to 64 items; nothing leaves that is not in the audit log."""
         caller = self._gate.caller(call)
         items = request.items
         if not 1 <= len(items) <= MAX_BATCH:
@@ -361,10 +380,12 @@ class SignerService:
             if begun is None:
                 await keys.notes.save_uses({one.intent.key_id for one in work})
                 begun = self._audit.begin(_intents(work))
-            seqs = await self._audit.on_disk(begun)
-            jobs = [self._sign(one, seq, deadline_s) for one, seq in zip(work, seqs, strict=True)]
-            # One alone needs no task of its own: that is a turn of the loop less for its caller.
-            outcomes = await asyncio.gather(*jobs) if len(jobs) > 1 else [await jobs[0]]
+            if not begun.has_room:
+                await self._audit.on_disk(begun)
+            made = await self._signed(work, begun.seqs, deadline_s)
+            if begun.has_room:  # the disk wrote it down while the device signed
+                await self._audit.on_disk(begun)
+            outcomes = [self._settle(one, each) for one, each in zip(work, made, strict=True)]
             try:
                 await asyncio.sleep(0)  # whoever waits gets the answer first
             finally:
@@ -381,39 +402,49 @@ class SignerService:
                 elif not one.answer.result.signature:
                     self._replay(caller).forget(one.item.request_id)
 
-    async def _sign(self, one: Work, seq: int, deadline_s: float | None) -> Outcome:
+    async def _signed(
+        self, work: Sequence[Work], seqs: Sequence[int], deadline_s: float | None
+    ) -> list[_Made]:
+        jobs = [self._sign(one, seq, deadline_s) for one, seq in zip(work, seqs, strict=True)]
+        # One alone needs no task of its own: that is a turn of the loop less for its caller.
+        return await asyncio.gather(*jobs) if len(jobs) > 1 else [await jobs[0]]
+
+    async def _sign(self, one: Work, seq: int, deadline_s: float | None) -> _Made:
         began = self._clock.monotonic()
-        item = one.item
+        made: KeySignature | SpireHwError
         try:
             async with asyncio.timeout(deadline_s):
-                made = await one.keys.sign(one.held, item.digest, one.options)
+                made = await one.keys.sign(one.held, one.item.digest, one.options)
         except TimeoutError:
             text = "the device did not sign before the deadline"
-            error = SpireHwError(text, kind=ErrorKind.DEADLINE_EXCEEDED)
-            return self._failed(one, seq, error, began)
+            made = SpireHwError(text, kind=ErrorKind.DEADLINE_EXCEEDED)
         except SpireHwError as e:
-            return self._failed(one, seq, e, began)
+            made = e
         except Exception as e:  # noqa: BLE001 - the intent needs its outcome, the others theirs
             self._log.error("Unexpected error while signing", exc_info=e)
-            return self._failed(one, seq, SpireHwError("internal error"), began)
-        self._metrics.count(_SIGNED, labels=self._labels(one, None))
-        one.answer.settle(
-            hw_signer_pb2.SignResult(signature=made.signature, fingerprint=made.fingerprint)
-        )
-        return Outcome(seq, "done", latency_s=self._clock.monotonic() - began)
+            made = SpireHwError("internal error")
+        return _Made(seq, made, self._clock.monotonic() - began)
 
-    def _failed(self, one: Work, seq: int, error: SpireHwError, began: float) -> Outcome:
-        self._metrics.count(_SIGNED, labels=self._labels(one, error))
+    def _settle(self, one: Work, made: _Made) -> Outcome:
+        """Answer an item; its intent is on the disk."""
+        seq, result = made.seq, made.result
+        if not isinstance(result, SpireHwError):
+            self._metrics.count(_SIGNED, labels=self._labels(one, None))
+            one.answer.settle(
+                hw_signer_pb2.SignResult(signature=result.signature, fingerprint=result.fingerprint)
+            )
+            return Outcome(seq, "done", latency_s=made.latency_s)
+        self._metrics.count(_SIGNED, labels=self._labels(one, result))
         self._log.error(
             "Signing failed",
             key_id=one.item.key_id,
             client=one.intent.client,
-            error=error.message,
+            error=result.message,
             record=seq,
         )
-        told = device_error(error, seq)
+        told = device_error(result, seq)
         one.answer.settle(hw_signer_pb2.SignResult(refusal=failure_message(told)))
-        return Outcome(seq, "failed", error.message, self._clock.monotonic() - began)
+        return Outcome(seq, "failed", result.message, made.latency_s)
 
     @staticmethod
     def _labels(one: Work, error: SpireHwError | None) -> dict[str, str]:

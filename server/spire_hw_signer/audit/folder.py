@@ -2,11 +2,13 @@
 
 Blocking; everything here runs in the log's own thread. A write that failed is cut off again before
 the next one, so that a file holds whole batches and nothing else. What somebody else changes in the
-file that is being written is noticed at the next write.
+file that is being written is noticed at the next write. Where the file system can, room for the
+records to come is taken ahead.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 
 _LOCK: Final = "lock"
 _PIECE: Final = 1024 * 1024
+_AHEAD: Final = 256 * 1024
+_KEEP_SIZE: Final = 1  # FALLOC_FL_KEEP_SIZE of fallocate(2)
+
+_fallocate: Final = ctypes.CDLL(None, use_errno=True).fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class ForeignHandError(NotReadyError):
@@ -56,12 +63,18 @@ class Folder:
 
     Args:
         path: the directory; made with mode 0700 when it is not there.
+
+    Attributes:
+        name: of the file that is being written.
+        size: of its records.
+        room: bytes that the file system has set aside for more of them.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = ""
         self.size = 0
+        self.room = 0
         self._lock = -1
         self._file = -1
         self._torn = False  # something after `size` has to be cut off first
@@ -98,6 +111,8 @@ class Folder:
 
     def release(self) -> None:
         """Let go of everything."""
+        if self._file >= 0:
+            self._give_back()
         for descriptor in (self._file, self._lock):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -156,10 +171,27 @@ class Folder:
             view = view[written:]
         self.size += len(data)
         self._torn = False
+        self.room -= min(self.room, len(data))
+        if self.room < _AHEAD // 2:
+            self._set_aside()
+
+    def _set_aside(self) -> None:
+        """Have room for records to come, where the disk has it and its file system can."""
+        if _fallocate(self._file, _KEEP_SIZE, self.size, _AHEAD) == 0:
+            self.room = _AHEAD
+
+    def _give_back(self) -> None:
+        """Let go of room that is not needed any more; without it the file takes more of the disk."""
+        if self.room and not self._torn:
+            self.room = 0
+            with suppress(OSError):
+                os.ftruncate(self._file, self.size)
 
     def _begin(self, name: str) -> None:
         made = self._open(name, os.O_CREAT | os.O_EXCL)
-        before, self._file = self._file, made
+        if self._file >= 0:
+            self._give_back()
+        before, self._file, self.room = self._file, made, 0
         self.name, self.size, self._torn, self._named = name, 0, False, False
         if before >= 0:
             # Nobody writes it any more. On file systems without modes it stays as it is.

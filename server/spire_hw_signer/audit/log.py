@@ -1,11 +1,11 @@
-"""The audit log as the signer uses it: what is about to be signed is on the disk before it is.
+"""The audit log as the signer uses it: no signature leaves before what it is for is on the disk.
 
 Records get their place in the chain in the event loop; one thread writes them, everything that came
 together in one go (group commit). Intents wait for the disk. Outcomes, refusals and notes do not:
 they go with the next batch, a moment later at the latest. A head that is handed out is always that
 of records on the disk, so nobody can have witnessed one that a power cut takes back.
 
-While the disk takes nothing, intents are refused and nothing is signed. What already has its place
+While the disk has no room or takes nothing, intents are refused and nothing is signed. What already has its place
 in the chain is kept and written, the same to the byte, as soon as that is possible again.
 """
 
@@ -140,10 +140,13 @@ class Begun:
     Attributes:
         seqs: their numbers.
         written: settled once that is done, or cannot be done; None when there are none.
+        has_room: the disk has room for them already. What they are about may be done meanwhile,
+            as long as nothing of it leaves before they are on the disk.
     """
 
     seqs: list[int]
     written: asyncio.Future[str] | None
+    has_room: bool = False
 
 
 class AuditLog:
@@ -273,7 +276,9 @@ class AuditLog:
         if self.trouble:
             raise self._writer.unavailable(self.trouble)
         seqs = [self._add(Kind.INTENT, _request(intent)) for intent in intents]
-        return Begun(seqs, self._writer.written() if seqs else None)
+        if not seqs:
+            return Begun(seqs, None)
+        return Begun(seqs, self._writer.written(), self._writer.has_room(self._file))
 
     async def on_disk(self, begun: Begun) -> list[int]:
         """Wait until intents are on the disk; to be called once, results as of `intend`."""

@@ -136,6 +136,11 @@ class Writer:
             loop.call_soon(self._begin)
         return told
 
+    def has_room(self, file: str) -> bool:
+        """Tell whether a file takes what was added even if its disk becomes full meanwhile."""
+        folder = self._folder
+        return not self.trouble and folder.name == file and self.waiting_bytes <= folder.room
+
     def unavailable(self, reason: str) -> UnavailableError:
         """Return the error of whoever needs the log while it cannot be written."""
         return UnavailableError(f"audit log unavailable: {reason}")

@@ -81,8 +81,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 async def fill_slack(log: AuditLog) -> UnavailableError:
-    """Have things done until the page that was begun is full, too; return the refusal."""
-    for number in range(100):
+    """Have things done until what the log had set aside is full, too; return the refusal."""
+    for number in range(1000):
         try:
             (seq,) = await log.intend([intent(number)])
         except UnavailableError as e:
@@ -213,7 +213,7 @@ async def test_fault_108_a_signer_signs_nothing_it_cannot_write_down(
         await rig.generate("x509-CA-A")
         filler = fill(disk)
         refused = False
-        for _ in range(60):
+        for _ in range(1000):
             result = await rig.sign("x509-CA-A", digest=DIGEST)
             if result.refusal.code:
                 refused = True
@@ -226,6 +226,37 @@ async def test_fault_108_a_signer_signs_nothing_it_cannot_write_down(
         await until(lambda: not rig.signer.audit.trouble)
         assert (await rig.sign("x509-CA-A", digest=DIGEST)).signature
     assert verify(disk / "audit").findings == []
+
+
+async def test_fault_108_what_is_signed_while_the_disk_fails_does_not_leave(tmp_path: Path) -> None:
+    """There was room, so the device signed while the record was written; the write failed."""
+    policy = client_policy(raw="true")
+    async with SignerRig(tmp_path / "s", keys="disk", policy=policy) as rig:
+        await rig.generate("x509-CA-A")
+        log = rig.signer.audit
+        begun = log.begin([intent()])
+        if not begun.has_room:
+            pytest.skip("the file system sets no room aside")
+        (seq,) = await log.on_disk(begun)
+        log.conclude([Outcome(seq, "done")])
+        await rig.sign("x509-CA-A", digest=DIGEST)
+        before = log.head
+        size = max(one.stat().st_size for one in log.directory.glob("*.log"))
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, hard))
+        try:
+            result = await rig.sign("x509-CA-A", digest=DIGEST)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert not result.signature
+        assert result.refusal.code == ErrorKind.UNAVAILABLE.value
+        assert "audit log unavailable: File too large" in result.refusal.message
+        await until(lambda: not log.trouble)
+        assert (await rig.sign("x509-CA-A", digest=DIGEST)).signature
+    assert verify(log.directory).findings == []
+    since = [r for r in records(log.directory) if r.seq > before.seq and r.kind is Kind.OUTCOME]
+    reasons = [r.body["reason"] for r in since if r.body["result"] == "failed"]
+    assert reasons == ["audit log unavailable"]
 
 
 # -- 109, 110: crashes -------------------------------------------------------------------------

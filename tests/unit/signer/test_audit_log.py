@@ -6,6 +6,7 @@ import asyncio
 import os
 import resource
 import stat
+import subprocess
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,42 @@ async def test_what_is_intended_is_on_the_disk_first(tmp_path: Path) -> None:
     assert (made[6].body["class"], made[6].body["count"]) == (5, 9)
     assert len(made[7].body["fields"]["policy"]) < 600
     assert verify(tmp_path / "audit").findings == []
+
+
+async def test_room_is_taken_ahead_and_given_back(tmp_path: Path) -> None:
+    log = make_log(tmp_path / "audit", max_bytes=8 * 1024)
+    await log.open()
+    (first,) = file_names(tmp_path / "audit")
+    if not fallocates(tmp_path):
+        pytest.skip("the file system sets no room aside")
+    begun = log.begin([intent()])
+    assert begun.has_room
+    assert log.begin([]).has_room is False
+    log.conclude([Outcome(seq, "done") for seq in await log.on_disk(begun)])
+    held = (tmp_path / "audit" / first).stat()
+    assert held.st_blocks * 512 > held.st_size + 64 * 1024
+    while len(file_names(tmp_path / "audit")) < 2:
+        begun = log.begin([intent()])
+        log.conclude([Outcome(seq, "done") for seq in await log.on_disk(begun)])
+    assert not begun.has_room, "a new file has none yet"
+    assert log.begin([intent()]).has_room
+    await log.close()
+    for name in file_names(tmp_path / "audit"):
+        left = (tmp_path / "audit" / name).stat()
+        assert left.st_blocks * 512 < left.st_size + 16 * 1024
+    assert verify(tmp_path / "audit").findings == []
+
+
+def fallocates(directory: Path) -> bool:
+    """Tell whether blocks can be taken beyond the end of a file."""
+    place = directory / "probe"
+    place.touch()
+    tool = subprocess.run(  # noqa: S603
+        ["fallocate", "--keep-size", "--length", "65536", str(place)],  # noqa: S607
+        check=False,
+        capture_output=True,
+    )
+    return tool.returncode == 0
 
 
 async def test_heads_that_are_handed_out_are_on_the_disk(tmp_path: Path) -> None:
