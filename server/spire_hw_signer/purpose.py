@@ -17,9 +17,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import InvalidInputError, VerificationError
-from spire_hw.key import KeyType, SignOptions, parse_spki
+from spire_hw.key import EC_SPKI_HEADS, KeyType, SignOptions, parse_spki, spki_der
 from spire_hw.spiffeid import SpiffeId, TrustDomain
 from spire_hw.x509 import der
+from spire_hw.x509.dnsname import check_dns_name
 from spire_hw.x509.name import check_name, decode_name
 from spire_hw.x509.scheme import algorithm_identifier
 
@@ -49,12 +50,15 @@ _ARC: Final = b"\x55\x1d"  # 2.5.29
 _SKI, _KU, _SAN = _ARC + b"\x0e", _ARC + b"\x0f", _ARC + b"\x11"
 _BC, _AKI, _EKU = _ARC + b"\x13", _ARC + b"\x23", _ARC + b"\x25"
 _KNOWN: Final = frozenset({_SKI, _KU, _SAN, _BC, _AKI, _EKU})
+_REQUESTABLE: Final = frozenset({_SKI, _KU, _SAN, _BC})
 _EXTENSION_REQUEST: Final = der.oid("1.2.840.113549.1.9.14")[2:]
 _TLS_USES: Final = frozenset({der.oid("1.3.6.1.5.5.7.3.1")[2:], der.oid("1.3.6.1.5.5.7.3.2")[2:]})
 # Bits of a KeyUsage's first byte, from the left: digitalSignature 0, keyCertSign 5, cRLSign 6.
 _DIGITAL_SIGNATURE, _KEY_CERT_SIGN, _CRL_SIGN = 0x80, 0x04, 0x02
 
 _EC_TYPES: Final = frozenset({KeyType.EC_P256, KeyType.EC_P384})
+_POINTS: Final = tuple(head + b"\x04" for head in EC_SPKI_HEADS.values())
+_COMMON_NAME: Final = "2.5.4.3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +151,8 @@ def check_certificate(
         if own:
             raise VerificationError("certificate of the signing key itself is not that of a CA")
         _check_leaf(found, usage, uris[0], trust_domain)
-        if dns_names and not rule.dns_names:
-            raise VerificationError("DNS names are not allowed")
+        if not rule.dns_names:
+            _check_nameless(found.subject, dns_names)
         _check_end(found.not_after, now, rule.max_svid_ttl)
     if is_ca and dns_names:
         raise VerificationError("CA certificate has DNS names")
@@ -187,6 +191,8 @@ def check_request(body: bytes, *, key: SigningKey, trust_domain: TrustDomain) ->
         attribute.finish()
         extensions = _read_extensions(values)
         values.finish()
+    for oid in extensions.keys() - _REQUESTABLE:
+        raise VerificationError(f"extension {der.dotted(oid)} of the request is not allowed")
     uris, dns_names = _names(extensions.get(_SAN))
     if uris != [trust_domain.id.text] or dns_names:
         raise VerificationError(f"request is not for the name {trust_domain.id.text} alone")
@@ -226,7 +232,7 @@ def _read_body(body: bytes) -> _Body:
     validity.finish()
     subject = _name(inside)
     spki = inside.element(der.SEQUENCE)
-    parse_spki(spki)
+    _check_key(spki)
     wrapped = inside.enter(_EXTENSIONS)
     inside.finish()
     extensions = _read_extensions(wrapped)
@@ -249,6 +255,13 @@ def _read_extensions(wrapped: der.Reader) -> dict[bytes, _Extension]:
             raise VerificationError(f"extension {der.dotted(oid)} is there twice")
         found[oid] = _Extension(critical, value)
     return found
+
+
+def _check_key(spki: bytes) -> None:
+    """Refuse a key that is not written as usual: written in two ways, one would seem two."""
+    key = parse_spki(spki)
+    if not spki.startswith(_POINTS) and spki_der(key) != spki:
+        raise VerificationError("public key is not in its one usual form")
 
 
 def _name(level: der.Reader) -> bytes:
@@ -345,7 +358,11 @@ def _names(extension: _Extension | None) -> tuple[list[str], list[str]]:
         content = level.content(tag)
         if not content.isascii():
             raise VerificationError("a name is not ASCII")
-        (uris if tag == _URI else dns_names).append(content.decode("ascii"))
+        text = content.decode("ascii")
+        if tag == _URI:
+            uris.append(text)
+        else:
+            dns_names.append(check_dns_name(text))
     return uris, dns_names
 
 
@@ -381,6 +398,17 @@ def _check_ca(
     most = rule.max_path_length
     if most is not None and (path_length is None or path_length > most):
         raise VerificationError(f"CA certificate has no path length up to {most}")
+
+
+def _check_nameless(subject: bytes, dns_names: list[str]) -> None:
+    if dns_names:
+        raise VerificationError("DNS names are not allowed")
+    for kind, text in decode_name(subject):
+        # OpenSSL takes it for the host's name where there is no DNS name.
+        if kind == _COMMON_NAME and not any(c.isspace() for c in text):
+            raise VerificationError(
+                "DNS names are not allowed, and a common name can stand for one"
+            )
 
 
 def _check_leaf(found: _Body, usage: int, uri: str, trust_domain: TrustDomain) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -210,6 +211,23 @@ def test_leaves_that_are_not_signed(name: str) -> None:
     refused(certificate(**values), match)
 
 
+def test_workloads_may_have_rsa_keys() -> None:
+    check(certificate(key=rsa.generate_private_key(65537, 2048)))
+
+
+def test_the_cas_own_key_is_known_however_it_is_written() -> None:
+    from spire_hw.x509 import der  # noqa: PLC0415 - for this check alone
+
+    numbers = CA_KEY.public_key()
+    point = numbers.public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
+    algorithm = der.sequence(der.oid("1.2.840.10045.2.1"), der.oid("1.2.840.10045.3.1.7"))
+    hybrid = bytes([point[0] + 4]) + KEY.spki[-64:]
+    content = der.Reader(certificate(key=CA_KEY), "body").content(der.SEQUENCE)
+    for written in (point, hybrid):
+        other = der.sequence(algorithm, der.bit_string(written))
+        refused(der.sequence(content.replace(KEY.spki, other)), "one usual form")
+
+
 def test_the_good_leaf_differs_in_nothing_else() -> None:
     check(certificate())
     check(certificate(ca=None))
@@ -249,6 +267,25 @@ def test_dns_names_can_be_forbidden() -> None:
     body = certificate(names=(x509.DNSName("a.b"),))
     check(body)
     refused(body, "DNS names", replace(RULE, dns_names=False))
+
+
+@pytest.mark.parametrize("name", ["bank.example", "web", "*.bank.example", "BANK.example"])
+def test_without_dns_names_a_common_name_is_none_either(name: str) -> None:
+    """Programs on OpenSSL take it for the host's where no DNS name is there."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    body = certificate(subject=subject)
+    check(body)
+    refused(body, "common name", replace(RULE, dns_names=False))
+
+
+def test_a_common_name_in_words_is_no_dns_name() -> None:
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "billing, second floor")])
+    check(certificate(subject=subject), replace(RULE, dns_names=False))
+
+
+@pytest.mark.parametrize("name", ["bank.example\0.example.org", "a b", "", "a..b", "*", "a\nb"])
+def test_dns_names_are_dns_names(name: str) -> None:
+    refused(certificate(names=(x509.DNSName(name),)), "DNS name")
 
 
 def test_the_key_identifier_of_newer_go_programs_is_known() -> None:
@@ -321,11 +358,17 @@ def test_what_is_too_long_is_not_read() -> None:
         check(bytes(20_000))
 
 
-def request(key: Any = CA_KEY, uris: tuple[str, ...] = ("spiffe://example.org",)) -> bytes:
+def request(
+    key: Any = CA_KEY,
+    uris: tuple[str, ...] = ("spiffe://example.org",),
+    more: tuple[x509.ExtensionType, ...] = (),
+) -> bytes:
     builder = x509.CertificateSigningRequestBuilder().subject_name(NAME)
     if uris:
         names = [x509.UniformResourceIdentifier(u) for u in uris]
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    for extension in more:
+        builder = builder.add_extension(extension, critical=False)
     return builder.sign(key, hashes.SHA256()).tbs_certrequest_bytes
 
 
@@ -337,6 +380,8 @@ def request(key: Any = CA_KEY, uris: tuple[str, ...] = ("spiffe://example.org",)
         (request(uris=("spiffe://example.org/web",)), "name"),
         (request(uris=()), "name"),
         (request(uris=("spiffe://example.org", "spiffe://evil.org")), "name"),
+        (request(more=(x509.NameConstraints([x509.DNSName("")], None),)), "extension 2.5.29.30"),
+        (request(more=(x509.ExtendedKeyUsage(list(TLS)),)), "extension 2.5.29.37"),
     ],
 )
 def test_requests_that_are_not_signed(body: bytes, match: str) -> None:
