@@ -8,6 +8,7 @@ open for longer than an honest TPM needs gives way; nothing younger is ever brok
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from spire_hw.errors import LimitError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Hashable, Iterator
 
     from spire_hw.clock import Clock
 
@@ -70,13 +71,39 @@ class Place:
             self._interrupt()
 
 
+class _Groups:
+    """Places by what they have in common, the oldest of each group first."""
+
+    def __init__(self) -> None:
+        self._groups: defaultdict[Hashable, OrderedDict[Place, None]] = defaultdict(OrderedDict)
+
+    def add(self, key: Hashable, place: Place) -> None:
+        """Put a place, the youngest, into a group."""
+        self._groups[key][place] = None
+
+    def remove(self, key: Hashable, place: Place) -> None:
+        """Take a place out of a group that it is in."""
+        group = self._groups[key]
+        del group[place]
+        if not group:
+            del self._groups[key]
+
+    def of(self, key: Hashable) -> OrderedDict[Place, None]:
+        """Return a group, not to be changed."""
+        return self._groups.get(key) or OrderedDict()
+
+
 class Exchanges:
-    """The open exchanges of one attestor; all use is on one event loop."""
+    """The open exchanges of one attestor; all use is on one event loop.
+
+    What a stranger's first message costs here does not depend on how many exchanges are open.
+    """
 
     def __init__(self, clock: Clock, *, max_open: int = MAX_OPEN) -> None:
         self._clock = clock
         self._max_open = max_open
-        self._places: dict[Place, None] = {}  # oldest first
+        self._places: OrderedDict[Place, None] = OrderedDict()  # oldest first
+        self._groups = _Groups()
 
     def __len__(self) -> int:
         return len(self._places)
@@ -92,20 +119,23 @@ class Exchanges:
         Raises:
             LimitError: there is none, and none that is old enough to be taken.
         """
-        if self._is_taken(lambda p: (p.ek_hash, p.source) == (ek_hash, source), 1):
-            raise LimitError(_BUSY)
-        if source and self._is_taken(lambda p: p.source == source, MAX_PER_SOURCE):
-            raise LimitError(_TOO_MANY)
-        if self._is_taken(lambda p: p.ek_hash == ek_hash, MAX_PER_EK):
-            raise LimitError(_TOO_MANY)
-        if self._is_taken(lambda _: True, self._max_open):
-            raise LimitError(_TOO_MANY)
         place = Place(ek_hash, source, self._clock.monotonic())
+        both, by_source, by_ek = _keys_of(place)
+        if self._is_taken(self._groups.of(both), 1):
+            raise LimitError(_BUSY)
+        if source and self._is_taken(self._groups.of(by_source), MAX_PER_SOURCE):
+            raise LimitError(_TOO_MANY)
+        if self._is_taken(self._groups.of(by_ek), MAX_PER_EK):
+            raise LimitError(_TOO_MANY)
+        if self._is_taken(self._places, self._max_open):
+            raise LimitError(_TOO_MANY)
         self._places[place] = None
+        for key in (both, by_source, by_ek):
+            self._groups.add(key, place)
         try:
             yield place
         finally:
-            self._places.pop(place, None)
+            self._remove(place)
 
     def win(self, place: Place) -> None:
         """Note that an exchange proved its endorsement key: no other one of that key goes on.
@@ -114,18 +144,31 @@ class Exchanges:
             LimitError: another one did before.
         """
         place.check()
-        for other in [p for p in self._places if p.ek_hash == place.ek_hash and p is not place]:
-            del self._places[other]
+        _, _, by_ek = _keys_of(place)
+        for other in [p for p in self._groups.of(by_ek) if p is not place]:
+            self._remove(other)
             other.give_way(_BUSY)
 
-    def _is_taken(self, alike: Callable[[Place], bool], limit: int) -> bool:
+    def _is_taken(self, held: OrderedDict[Place, None], limit: int) -> bool:
         """Tell whether a limit is reached and its oldest place has to be left alone."""
-        held = [place for place in self._places if alike(place)]
         if len(held) < limit:
             return False
-        oldest = held[0]
+        oldest = next(iter(held))
         if self._clock.monotonic() - oldest.since < GIVE_WAY_S:
             return True
-        del self._places[oldest]
+        self._remove(oldest)
         oldest.give_way(_DISPLACED)
         return False
+
+    def _remove(self, place: Place) -> None:
+        """Give a place back; one that was taken is none any more."""
+        if place not in self._places:
+            return
+        del self._places[place]
+        for key in _keys_of(place):
+            self._groups.remove(key, place)
+
+
+def _keys_of(place: Place) -> tuple[Hashable, Hashable, Hashable]:
+    """Return the groups that a place is in: of key and source, of the source, of the key."""
+    return ("both", place.ek_hash, place.source), ("source", place.source), ("ek", place.ek_hash)
