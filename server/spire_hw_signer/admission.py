@@ -21,13 +21,12 @@ from spire_hw_signer.policy import Client, Denial, Policy, Reason
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cryptography.x509 import Certificate
-
     from spire_hw.clock import Clock
     from spire_hw.log import Logger
     from spire_hw.rpc.service import Call
     from spire_hw.telemetry.metrics import Metrics
     from spire_hw.transport.peer import Peer
+    from spire_hw_signer.tlsfiles import TlsFiles
 
 _QUIET_S: Final = 1.0
 _MAX_SEEN: Final = 4096
@@ -87,14 +86,14 @@ class Gate:
         policy: Callable[[], Policy],
         audit: AuditLog,
         *,
-        is_revoked: Callable[[Certificate], bool] | None = None,
+        tls: TlsFiles | None = None,
         metrics: Metrics,
         clock: Clock,
         log: Logger,
     ) -> None:
         self._policy = policy
         self._audit = audit
-        self._is_revoked = is_revoked
+        self._tls = tls
         self._metrics = metrics
         self._clock = clock
         self._log = log
@@ -176,10 +175,15 @@ class Gate:
         """Tell what became of a certificate since the connection was made."""
         if not isinstance(peer, TcpPeer):
             return None
-        if self._clock.now() > peer.chain[0].not_valid_after_utc:
+        now = self._clock.now()
+        if now > peer.chain[0].not_valid_after_utc:
             return Denial(Reason.CERTIFICATE_EXPIRED, "the client's certificate has expired")
-        if self._is_revoked is not None and self._is_revoked(peer.chain[0]):
-            return Denial(Reason.REVOKED, "the client's certificate is on a revocation list")
+        if self._tls is not None and self._tls.is_revoked(peer.chain):
+            text = "the client's certificate, or one above it, is on a revocation list"
+            return Denial(Reason.REVOKED, text)
+        if self._tls is not None and not self._tls.is_believed(peer.chain, now):
+            text = "the client's certificate leads to none of client_ca_files any more"
+            return Denial(Reason.UNKNOWN_CLIENT, text)
         return None
 
     def _admit(self, key: tuple[str, str], *, stranger: bool) -> int | None:

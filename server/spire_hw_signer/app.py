@@ -313,7 +313,7 @@ class Signer(Program):
         gate = Gate(
             lambda: revocations.apply(live.policy),
             audit,
-            is_revoked=None if tls is None else tls.is_revoked,
+            tls=tls,
             metrics=metrics,
             clock=self.clock,
             log=log,

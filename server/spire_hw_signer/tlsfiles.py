@@ -5,26 +5,28 @@ They are read at the start and again when the operator says so; what cannot be u
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 
-from spire_hw.errors import InvalidInputError, NotReadyError
+from spire_hw.errors import ChainError, InvalidInputError, NotReadyError
 from spire_hw.files import parse_file
 from spire_hw.key import spki_der
 from spire_hw.keyfile import load_private_key
 from spire_hw.transport.mutual import Pins
 from spire_hw.transport.tls import TlsIdentity
 from spire_hw.x509.certificate import encode_der, load_pem, public_key_of
+from spire_hw.x509.chain import verify_chain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from datetime import datetime
     from pathlib import Path
 
 _MAX_BYTES: Final = 1 << 20
+_MAX_BELIEVED: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class _Loaded:
     not_after: datetime
     revoked: frozenset[tuple[x509.Name, int]]
     crls_until: datetime | None
+    believed: dict[tuple[x509.Certificate, ...], datetime] = field(default_factory=dict)
 
 
 class TlsFiles:
@@ -108,12 +111,31 @@ class TlsFiles:
         """Return the end of the signer's certificate."""
         return self._now.not_after
 
-    def is_revoked(self, certificate: x509.Certificate) -> bool:
-        """Tell whether a client's certificate is on a revocation list."""
+    def is_revoked(self, chain: Sequence[x509.Certificate]) -> bool:
+        """Tell whether a client's certificate, or one above it, is on a revocation list."""
         revoked = self._now.revoked
-        if not revoked:
-            return False
-        return (certificate.issuer, certificate.serial_number) in revoked
+        return bool(revoked) and any((c.issuer, c.serial_number) in revoked for c in chain)
+
+    def is_believed(self, chain: tuple[x509.Certificate, ...], now: datetime) -> bool:
+        """Tell whether a client's certificate leads to an authority as they are now.
+
+        It did when the connection was made; authorities may have been taken out since.
+
+        Args:
+            chain: as the client showed it, its own first.
+            now: the time.
+        """
+        loaded = self._now
+        until = loaded.believed.get(chain)
+        if until is None:
+            try:
+                path = verify_chain(chain[0], chain[1:], loaded.pins.authorities, now)
+            except ChainError:
+                return False
+            if len(loaded.believed) >= _MAX_BELIEVED:
+                loaded.believed.clear()
+            until = loaded.believed[chain] = min(c.not_valid_after_utc for c in path)
+        return now <= until
 
     def fault(self, now: datetime) -> str:
         """Return what an operator has to do something about, "" for nothing."""

@@ -24,6 +24,7 @@ from spire_hw.errors import ErrorKind, SpireHwError, UnavailableError
 from spire_hw.jose.text import encode_base64url
 from spire_hw.key import KeyType, spki_der
 from spire_hw.transport.mutual import MUTUAL_LIMITS
+from spire_hw.x509.certificate import encode_pem
 from spire_hw_signer import service
 from spire_hw_signer.doors import LIMITS
 from spire_hw_sim.clock import SimClock
@@ -220,6 +221,44 @@ async def test_fault_98_a_certificate_on_a_revocation_list(tmp_path: Path) -> No
         crl_file.write_bytes(crl(Authority(INFRA)))
         assert not await rig.signer.reload()
         assert (await unauthenticated(rig)).kind is ErrorKind.UNAUTHENTICATED
+
+
+@pytest.mark.asyncio
+async def test_fault_98_an_intermediate_on_a_revocation_list(tmp_path: Path) -> None:
+    rig = SignerRig(tmp_path, keys="disk")
+    crl_file = tmp_path / "crl.pem"
+    crl_file.write_bytes(crl(rig.authority))
+    config = rig.config_file.read_text()
+    line = f'crl_files = ["{crl_file}"]\n    client_ca_files'
+    rig.config_file.write_text(config.replace("client_ca_files", line))
+    rig.signer = rig._signer()
+    lost, kept = rig.authority.below(), rig.authority.below()
+    async with rig:
+        stolen = await rig.channel(lost.identity(CLIENT_ID))
+        honest = await rig.channel(kept.identity(CLIENT_ID))
+        await rig.call("GetPublicKeys", LIST, channel=stolen)
+        crl_file.write_bytes(crl(rig.authority, lost.certificate.serial_number))
+        assert await rig.signer.reload()
+        for channel in (stolen, await rig.channel(lost.identity(CLIENT_ID))):
+            assert (await unauthenticated(rig, channel=channel)).kind is ErrorKind.UNAUTHENTICATED
+        assert await written(rig, "refusal", reason="revoked", client=CLIENT_ID)
+        await rig.call("GetPublicKeys", LIST, channel=honest)
+
+
+@pytest.mark.asyncio
+async def test_fault_98_an_authority_that_is_believed_no_more(rig: SignerRig) -> None:
+    """Who is connected already is out as well, not only those who come later."""
+    channel = await rig.channel()
+    await rig.call("GetPublicKeys", LIST, channel=channel)
+    other = Authority(INFRA)
+    (rig.folder / "ca.pem").write_bytes(encode_pem([other.der]))
+    assert await rig.signer.reload()
+    assert (await unauthenticated(rig, channel=channel)).kind is ErrorKind.UNAUTHENTICATED
+    assert await written(rig, "refusal", reason="unknown_client", client=CLIENT_ID)
+    await rig.call("GetPublicKeys", LIST, channel=await rig.channel(other.identity(CLIENT_ID)))
+    (rig.folder / "ca.pem").write_bytes(encode_pem([other.der, rig.authority.der]))
+    assert await rig.signer.reload()
+    await rig.call("GetPublicKeys", LIST, channel=channel)
 
 
 def crl(authority: Authority, *serials: int, printable: bool = False) -> bytes:
