@@ -250,12 +250,27 @@ def parse_policy(text: str, file: str = "") -> Policy:
             message = f'trust_domain and server of client "{label}" are those of "{other}"'
             faults.append(ConfigFault(keys.line("server"), message))
         clients[client.identity] = client
+    faults += _named_by_own_keys(raw)
     if not raw.client:
         faults.append(ConfigFault(0, "there is no client; nobody could use this signer"))
     if faults:
         raise ConfigError(file or "policy", sorted(faults, key=lambda f: f.line))
     digest = hashlib.sha256(body.to_hcl().encode()).hexdigest()
     return Policy(clients, frozenset(raw.revoked), raw.replay_window, digest)
+
+
+def _named_by_own_keys(raw: PolicyFile) -> Iterator[ConfigFault]:
+    """Find clients whose names could be had from keys that are kept here."""
+    held = {keys.trust_domain.name for keys in raw.client.values()}
+    for label, keys in raw.client.items():
+        domain = label.removeprefix("spiffe://").partition("/")[0]
+        if label.startswith("spiffe://") and domain in held:
+            message = (
+                f'client "{label}" has a name of trust domain {domain}, whose keys this signer holds:'
+                " a server that was taken over could have itself signed a certificate of that name;"
+                ' give it one of a trust domain for infrastructure, or write "sha256:<certificate>"'
+            )
+            yield ConfigFault(keys.line(""), message)
 
 
 class _Reader:

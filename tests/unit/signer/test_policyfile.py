@@ -122,6 +122,16 @@ def test_two_clients_do_not_share_keys() -> None:
     assert "are those of" in fault
 
 
+@pytest.mark.parametrize("kept", ["example.org", "other.org"])
+def test_no_client_has_a_name_that_keys_kept_here_can_give_away(kept: str) -> None:
+    """A server that was taken over could have a certificate of that name signed, its own or another's."""
+    named = LEAST.replace("infra.example/s1", f"{kept}/spire-server-1")
+    other = LEAST.replace("infra.example/s1", "infra.example/s2").replace('"s1"', '"s2"')
+    (fault,) = faults(named + other.replace("example.org", "other.org"))
+    assert fault.startswith(f'2: client "spiffe://{kept}/spire-server-1"')
+    assert f"trust domain {kept}, whose keys this signer holds" in fault
+
+
 def test_a_policy_without_clients_is_none() -> None:
     assert faults("") == ["0: there is no client; nobody could use this signer"]
 
