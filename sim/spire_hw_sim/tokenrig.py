@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final, Self
 from spire_hw.clock import SystemClock
 from spire_hw.config.hcl import Body
 from spire_hw.log import get_logger
+from spire_hw.pkcs11.pool.pin import Refusals
+from spire_hw.pkcs11.pool.place import Pins
 from spire_hw.pkcs11.pool.process import WORKER
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw.spiffeid import TrustDomain
@@ -64,6 +66,7 @@ class TokenRig:
         self._faults = Faults(folder / "faults", self.hsm.module) if tampered else None
         self.write_pin(PIN)
         self._stack = AsyncExitStack()
+        self._refusals = Refusals()
 
     async def __aenter__(self) -> Self:
         """Return itself."""
@@ -89,6 +92,10 @@ class TokenRig:
         """Put a PIN into the PIN file."""
         self.pin_file.write_text(pin + "\n")
         self.pin_file.chmod(0o600)
+
+    def forget_pins(self) -> None:
+        """Have key managers that are made from now on know as little of PINs as another process."""
+        self._refusals = Refusals()
 
     def config(self, **changes: object) -> Body:
         """Return a configuration; None takes a setting out."""
@@ -131,6 +138,7 @@ class TokenRig:
                 clock=self.clock,
             ),
             WORKER if self._faults is None else self._faults.command,
+            Pins(self._refusals),
         )
         self._stack.push_async_callback(manager.close)
         return manager

@@ -44,6 +44,7 @@ class Kind(IntEnum):
     PUT_DATA = 6
     PING = 7
     VERIFY = 8
+    LOGIN = 9
     OK = 100
     FAILED = 101
 

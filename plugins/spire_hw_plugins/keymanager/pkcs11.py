@@ -82,14 +82,16 @@ class Pkcs11KeyManager:
 
     verifies = True
 
-    def __init__(self, host: HostInfo, command: Sequence[str] = WORKER) -> None:
+    def __init__(
+        self, host: HostInfo, command: Sequence[str] = WORKER, pins: Pins | None = None
+    ) -> None:
         self._host = host
         self._command = command
         self._instance = secrets.token_hex(16)
         self._pool: Pool | None = None
         self._keyring: Keyring | None = None
         self._cluster: Cluster | None = None
-        self._pins = Pins()
+        self._pins = pins or Pins()
 
     def validate(self, config: Body) -> list[ConfigFault]:
         """Return the faults of a configuration without touching token or PIN."""
@@ -321,6 +323,8 @@ async def _close(keyring: Keyring | None, pool: Pool | None, cluster: Cluster | 
         await cluster.close()
 
 
-def build(host: HostInfo, command: Sequence[str] = WORKER) -> Pkcs11KeyManager:
+def build(
+    host: HostInfo, command: Sequence[str] = WORKER, pins: Pins | None = None
+) -> Pkcs11KeyManager:
     """Make the plugin; command starts its workers, see `spire_hw.pkcs11.pool.process.Launch`."""
-    return Pkcs11KeyManager(host, command)
+    return Pkcs11KeyManager(host, command, pins)

@@ -46,6 +46,13 @@ class TokenSession:
         self.is_pin_count_low = False
         self._read_write = True
 
+    @property
+    def name(self) -> str:
+        """Return what tells the token from others, by whatever module it is reached."""
+        token = self.token
+        parts = (token.manufacturer_id, token.model, serial_of(token), token.label)
+        return "\0".join(part.strip("\0 ") for part in parts)
+
     def words(self) -> list[str]:
         """Return what token, slot, library and module file call themselves."""
         token, slot, library = self.token, self.token.slot, self._library

@@ -28,7 +28,7 @@ from spire_hw.pkcs11.wire import (
 
 
 class Service:
-    """Answers requests; the first one has to be OPEN."""
+    """Answers requests; the first ones have to be OPEN and LOGIN."""
 
     def __init__(self) -> None:
         self._token: Any = None
@@ -45,6 +45,8 @@ class Service:
         """
         if kind is Kind.OPEN:
             return encode_json(self._open(decode_json(body)))
+        if kind is Kind.LOGIN:
+            return encode_json(self._log_in(decode_json(body)))
         if self._objects is None:
             raise TokenError("no token is open", reason="hsm.not_open", operation=kind.name.lower())
         if kind is Kind.SIGN:
@@ -97,9 +99,7 @@ class Service:
 
     def _open(self, fields: dict[str, Any]) -> dict[str, Any]:
         try:
-            from spire_hw.pkcs11.device.objects import TokenObjects  # noqa: PLC0415 - its absence is answered in words
-            from spire_hw.pkcs11.device.slots import TokenChoice, serial_of  # noqa: PLC0415 - its absence is answered in words
-            from spire_hw.pkcs11.device.strokes import Strokes  # noqa: PLC0415 - its absence is answered in words
+            from spire_hw.pkcs11.device.slots import TokenChoice  # noqa: PLC0415 - its absence is answered in words
             from spire_hw.pkcs11.device.token import TokenSession  # noqa: PLC0415 - likewise
         except ImportError as e:
             raise TokenError(
@@ -120,15 +120,29 @@ class Service:
         wanted = ProfileChoice.from_dict(fields["profile"])
         try:
             token = TokenSession(choice)
-            profile = wanted.resolve(token.words())
+            self._profile = wanted.resolve(token.words())
+        except TokenError:
+            raise
+        except Exception as e:
+            raise TokenError.of(e, "open token") from e
+        self._token = token
+        return {"token": token.name}
+
+    def _log_in(self, fields: dict[str, Any]) -> dict[str, Any]:
+        from spire_hw.pkcs11.device.objects import TokenObjects  # noqa: PLC0415 - after `_open` has found the library
+        from spire_hw.pkcs11.device.slots import serial_of  # noqa: PLC0415 - likewise
+        from spire_hw.pkcs11.device.strokes import Strokes  # noqa: PLC0415 - likewise
+
+        token, profile = self._token, self._profile
+        if token is None:
+            raise TokenError("no token is open", reason="hsm.not_open", operation="login")
+        try:
             mechanisms = token.mechanisms()
             token.log_in(fields.pop("pin"), read_write_only=profile.read_write_only)
         except TokenError:
             raise
         except Exception as e:
             raise TokenError.of(e, "open token") from e
-        self._token = token
-        self._profile = profile
         self._objects = TokenObjects(token, profile)
         self._strokes = Strokes(token)
         return {

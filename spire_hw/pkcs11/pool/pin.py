@@ -11,13 +11,15 @@ import hashlib
 import os
 import secrets
 import stat
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final, Protocol
+from weakref import WeakValueDictionary
 
 from spire_hw.errors import ErrorKind
 from spire_hw.pkcs11.errors import Cure, TokenError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
 _MAX_BYTES: Final = 256
@@ -99,29 +101,33 @@ class EnvironmentPin:
         return _unusable(f"PIN variable {self._name}: {reason}")
 
 
-class PinGuard:
-    """Hands a PIN out unless that very PIN was refused before.
+class Refusals:
+    """What tokens said to PINs: known to all of a process, whoever sent them.
 
-    Attributes:
-        turn: held from taking the PIN until it is known what the token says to it: nobody else may
-            send one that is about to be refused.
+    Tokens are told apart by what they call themselves, so that one is the same by whatever module and
+    configuration it is reached; two that call themselves the same count as one.
     """
 
-    def __init__(self, source: PinSource) -> None:
-        self.turn = asyncio.Lock()
-        self._source = source
+    def __init__(self) -> None:
         self._salt = secrets.token_bytes(32)
         self._refused: dict[bytes, str] = {}
         self._doubted: set[bytes] = set()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    def take(self) -> str:
-        """Return the PIN.
+    def turn(self, token: str) -> asyncio.Lock:
+        """Return what is held from the last look at these notes until a token has answered a login."""
+        turn = self._turns.get(token)
+        if turn is None:
+            turn = self._turns[token] = asyncio.Lock()
+        return turn
+
+    def check(self, token: str, pin: str) -> None:
+        """Refuse a PIN that a token refused.
 
         Raises:
-            TokenError: the source cannot be read, or holds a PIN that was refused.
+            TokenError: it did.
         """
-        pin = self._source.read()
-        refusal = self._refused.get(self._mark(pin))
+        refusal = self._refused.get(self._mark(token, pin))
         if refusal is not None:
             raise TokenError(
                 refusal,
@@ -130,18 +136,17 @@ class PinGuard:
                 cure=Cure.OPERATOR,
                 kind=ErrorKind.FAILED_PRECONDITION,
             )
-        return pin
 
-    def refuse(self, pin: str, message: str) -> None:
-        """Remember that the token refused this PIN, and in what words."""
-        self._refused[self._mark(pin)] = message
+    def refuse(self, token: str, pin: str, message: str) -> None:
+        """Remember that a token refused a PIN, and in what words."""
+        self._refused[self._mark(token, pin)] = message
 
-    def doubt(self, pin: str, message: str) -> None:
+    def doubt(self, token: str, pin: str, message: str) -> None:
         """Remember that a login failed and nobody knows why; at the second time it is a refusal.
 
         Tokens that count wrong PINs allow three, so one more try does not lock them.
         """
-        mark = self._mark(pin)
+        mark = self._mark(token, pin)
         if mark in self._doubted:
             self._refused[mark] = (
                 f"{message}; two logins failed so, which may have been counted as wrong PINs: this "
@@ -150,19 +155,66 @@ class PinGuard:
             )
         self._doubted.add(mark)
 
-    def accept(self, pin: str) -> None:
+    def accept(self, token: str, pin: str) -> None:
         """Forget doubts: the token took this PIN."""
-        self._doubted.discard(self._mark(pin))
+        self._doubted.discard(self._mark(token, pin))
 
-    def inherit(self, older: PinGuard) -> None:
-        """Take over what an older guard learnt, so that a new configuration forgets nothing."""
-        self.turn = older.turn
-        self._salt = older._salt
-        self._refused = older._refused
-        self._doubted = older._doubted
+    def _mark(self, token: str, pin: str) -> bytes:
+        text = f"{token}\0{pin}".encode("utf-8", "surrogateescape")
+        return hashlib.blake2b(text, key=self._salt, digest_size=32).digest()
 
-    def _mark(self, pin: str) -> bytes:
-        return hashlib.blake2b(pin.encode("utf-8"), key=self._salt, digest_size=32).digest()
+
+OF_THIS_PROCESS: Final = Refusals()
+
+
+class PinGuard:
+    """Hands a PIN out unless the token refused that very PIN before.
+
+    Args:
+        source: where the PIN is.
+        refusals: what is known of PINs.
+        turn: that of an earlier guard of the same token.
+
+    Attributes:
+        turn: held while one worker is started, so that the first login decides about the rest.
+    """
+
+    def __init__(
+        self,
+        source: PinSource,
+        refusals: Refusals = OF_THIS_PROCESS,
+        turn: asyncio.Lock | None = None,
+    ) -> None:
+        self.turn = turn or asyncio.Lock()
+        self._source = source
+        self._refusals = refusals
+        self._token = ""
+
+    def take(self) -> str:
+        """Return the PIN.
+
+        Raises:
+            TokenError: the source cannot be read, or holds a PIN that the token met last refused.
+        """
+        pin = self._source.read()
+        self._refusals.check(self._token, pin)
+        return pin
+
+    @asynccontextmanager
+    async def meeting(self, token: str, pin: str) -> AsyncIterator[Refusals]:
+        """Let nobody else log in to a token until it is known what it says to a PIN.
+
+        Args:
+            token: what the token calls itself.
+            pin: what `take` gave.
+
+        Raises:
+            TokenError: it has refused this one before.
+        """
+        self._token = token
+        async with self._refusals.turn(token):
+            self._refusals.check(token, pin)
+            yield self._refusals
 
 
 def _checked(content: bytes, unusable: Callable[[str], TokenError]) -> str:

@@ -19,7 +19,13 @@ from spire_hw.config.schema import Model
 from spire_hw.errors import ConfigFault, InvalidInputError
 from spire_hw.pkcs11 import uri as pkcs11_uri
 from spire_hw.pkcs11.module import check_module_path
-from spire_hw.pkcs11.pool.pin import EnvironmentPin, FilePin, PinGuard
+from spire_hw.pkcs11.pool.pin import (
+    OF_THIS_PROCESS,
+    EnvironmentPin,
+    FilePin,
+    PinGuard,
+    Refusals,
+)
 from spire_hw.pkcs11.pool.process import WORKER, Launch
 from spire_hw.pkcs11.pool.seat import Opening
 from spire_hw.pkcs11.profile import ProfileChoice
@@ -178,22 +184,23 @@ def place_of_uri(text: str) -> Place:
 
 
 class Pins:
-    """Gives each token its PIN; what was refused stays refused over new configurations."""
+    """Gives each token its PIN; workers of one token start in turns over new configurations, too.
 
-    def __init__(self) -> None:
-        self._guards: dict[tuple[object, ...], PinGuard] = {}
+    Args:
+        refusals: what is known of PINs; as a rule what the whole process knows.
+    """
+
+    def __init__(self, refusals: Refusals = OF_THIS_PROCESS) -> None:
+        self._refusals = refusals
+        self._turns: dict[tuple[object, ...], asyncio.Lock] = {}
         self._environment: dict[str, EnvironmentPin] = {}
 
     def guard(self, place: Place) -> PinGuard:
         """Return what hands out the PIN of a token."""
-        fresh = PinGuard(self._source(place))
         token = place.token
         key = (place.module, token.get("label"), token.get("serial"), token.get("slot_id"))
-        older = self._guards.get(key)
-        if older is not None:
-            fresh.inherit(older)
-        self._guards[key] = fresh
-        return fresh
+        turn = self._turns.setdefault(key, asyncio.Lock())
+        return PinGuard(self._source(place), self._refusals, turn)
 
     def _source(self, place: Place) -> FilePin | EnvironmentPin:
         name = place.pin_env

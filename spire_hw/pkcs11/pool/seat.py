@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
     from spire_hw.log import Logger
     from spire_hw.pkcs11.pool.breaker import Breaker
-    from spire_hw.pkcs11.pool.pin import PinGuard
+    from spire_hw.pkcs11.pool.pin import PinGuard, Refusals
 
 _PING_EVERY_S: Final = 15.0
 _PING_LIMIT_S: Final = 10.0
+_SETTLE_S: Final = 2.0
 _STEADY_S: Final = 60.0
 _BROKEN_AFTER: Final = 2
 _LATCH_DEATHS: Final = 5
@@ -71,9 +72,9 @@ class Opening:
 
     Attributes:
         launch: how the process is started.
-        token: the fields of an OPEN request but for the PIN.
+        token: the fields of an OPEN request.
         guard: gives the PIN.
-        limit_s: seconds that opening may take.
+        limit_s: seconds that opening may take, and logging in.
     """
 
     launch: Launch
@@ -90,19 +91,44 @@ class Opening:
         pin = await asyncio.to_thread(self.guard.take)
         worker = await WorkerProcess.start(self.launch, name)
         try:
-            body = encode_json({**self.token, "pin": pin})
-            answer = await worker.ask(Kind.OPEN, body, limit_s=self.limit_s, what="open token")
-            facts = _facts(decode_json(answer), self.token["profile"])
-        except BaseException as e:
-            # Only what C_Login answered is held against the PIN: flags are asked before each try.
-            if isinstance(e, TokenError) and e.is_pin_refusal:
-                self.guard.refuse(pin, e.message)
-            elif isinstance(e, TokenError) and e.may_be_pin_refusal:
-                self.guard.doubt(pin, e.message)
+            opened = worker.ask(
+                Kind.OPEN, encode_json(self.token), limit_s=self.limit_s, what="open token"
+            )
+            token = str(decode_json(await opened).get("token"))
+            # Whose PIN it is shows only now: another plugin may have sent it to this token before.
+            async with self.guard.meeting(token, pin) as refusals:
+                facts = await self._log_in(worker, token, pin, refusals)
+        except BaseException:
             await worker.end()
             raise
-        self.guard.accept(pin)
         return worker, facts
+
+    async def _log_in(
+        self, worker: WorkerProcess, token: str, pin: str, refusals: Refusals
+    ) -> TokenFacts:
+        body = encode_json({"pin": pin})
+        answer = worker.ask(Kind.LOGIN, body, limit_s=self.limit_s, what="log in")
+        try:
+            facts = _facts(decode_json(await asyncio.shield(answer)), self.token["profile"])
+        except asyncio.CancelledError:
+            # What is given up now may still have been counted by the token: that is to be known.
+            await asyncio.wait({answer}, timeout=_SETTLE_S)
+            if not answer.cancel():
+                _note(answer.exception(), token, pin, refusals)
+            raise
+        except TokenError as e:
+            _note(e, token, pin, refusals)
+            raise
+        refusals.accept(token, pin)
+        return facts
+
+
+def _note(error: BaseException | None, token: str, pin: str, refusals: Refusals) -> None:
+    # Only what C_Login answered is held against the PIN: flags are asked before each try.
+    if isinstance(error, TokenError) and error.is_pin_refusal:
+        refusals.refuse(token, pin, error.message)
+    elif isinstance(error, TokenError) and error.may_be_pin_refusal:
+        refusals.doubt(token, pin, error.message)
 
 
 def _facts(fields: dict[str, Any], profile: dict[str, Any]) -> TokenFacts:

@@ -44,6 +44,7 @@ async def keys_are_intact(rig: TokenRig, fingerprint: str) -> None:
     """Check that the key of before is there once nothing goes wrong any more."""
     rig.faults.clear()
     rig.write_pin(PIN)
+    rig.forget_pins()
     again = await rig.start()
     assert [k.fingerprint for k in await again.get_public_keys()] == [fingerprint]
     assert (await again.sign_data("a", DIGEST, SHA256)).fingerprint == fingerprint
@@ -124,6 +125,59 @@ async def test_fault_16_a_wrong_pin_is_sent_once_by_all_who_open_the_token_at_a_
     for result in await asyncio.gather(*tries, return_exceptions=True):
         assert isinstance(result, TokenError)
         assert result.reason in {"hsm.pin_incorrect", "hsm.pin_latched"}
+    assert tampered.faults.calls("C_Login") == before + 1
+    await keys_are_intact(tampered, made)
+
+
+async def test_fault_16_a_wrong_pin_is_sent_once_by_all_plugins_of_a_process(
+    tampered: TokenRig,
+) -> None:
+    made = await one_key(tampered)
+    before = tampered.faults.calls("C_Login")
+    tampered.write_pin("wrong-5678")
+    for naming in (
+        {},
+        {"token_label": None, "token_serial": tampered.serial},
+        {
+            "token_label": None,
+            "pin_file": None,
+            "uri": f"pkcs11:token=spire?pin-source={tampered.pin_file}",
+        },
+    ):
+        with pytest.raises(TokenError, match="PIN refused"):
+            await tampered.start(**naming)
+    tries = (tampered.start() for _ in range(3))
+    for result in await asyncio.gather(*tries, return_exceptions=True):
+        assert isinstance(result, TokenError)
+        assert result.reason == "hsm.pin_latched"
+    assert tampered.faults.calls("C_Login") == before + 1
+    # What the source holds instead is sent, by each of them, and once if it is wrong, too.
+    tampered.write_pin("wrong-9012")
+    for _ in range(2):
+        with pytest.raises(TokenError, match="PIN refused"):
+            await tampered.start()
+    assert tampered.faults.calls("C_Login") == before + 2
+    tampered.write_pin(PIN)
+    assert (await (await tampered.start()).get_public_key("a")).fingerprint == made
+
+
+async def test_fault_16_a_start_that_is_given_up_leaves_no_pin_unjudged(
+    tampered: TokenRig,
+) -> None:
+    made = await one_key(tampered)
+    before = tampered.faults.calls("C_Login")
+    tampered.write_pin("wrong-3456")
+    tampered.faults.set(Fault("C_Login", sleep_s=0.5))
+    starting = asyncio.gather(tampered.start())
+    async with asyncio.timeout(30):
+        while tampered.faults.calls("C_Login") == before:  # noqa: ASYNC110 - no event of it
+            await asyncio.sleep(0.02)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    with pytest.raises(TokenError) as caught:
+        await tampered.start()
+    assert caught.value.reason == "hsm.pin_latched"
     assert tampered.faults.calls("C_Login") == before + 1
     await keys_are_intact(tampered, made)
 

@@ -160,6 +160,10 @@ async def test_a_worker_that_is_restarted_does_not_send_a_pin_again_that_failed_
         assert token.logins == before + 1
         # The PIN was right: a new process, as after a restart, may send it.
         token.answers("a0")
+        with pytest.raises(SpireHwError, match="refused"):
+            await token.configure(rig.build())
+        assert token.logins == before + 1
+        rig.forget_pins()
         again = rig.build()
         await token.configure(again)
         await again.sign_data("a", bytes(32), SHA256)

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives import serialization
 from spire_hw.config import hcl
 from spire_hw.errors import InvalidInputError, NotFoundError, NotReadyError, SpireHwError
 from spire_hw.log import get_logger
+from spire_hw.pkcs11.errors import TokenError
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw.spiffeid import TrustDomain
 from spire_hw_plugins.nodeattestor.x509pop import agent, wire
@@ -153,6 +154,12 @@ async def test_a_refused_pin_is_sent_once(machine: Machine) -> None:
         with pytest.raises(SpireHwError) as caught:
             await machine.prove(plugin)
         assert "00000000" not in caught.value.message
+    # Nor by another plugin of this process.
+    with pytest.raises(SpireHwError, match="PIN refused") as caught:
+        await machine.prove(await machine.agent(machine.uri()))
+    cause = caught.value if isinstance(caught.value, TokenError) else caught.value.__cause__
+    assert isinstance(cause, TokenError)
+    assert cause.reason == "hsm.pin_latched"
     (machine.directory / "pin").write_text(PIN)
     await machine.prove(plugin)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import TYPE_CHECKING
 
@@ -7,7 +8,7 @@ import pytest
 
 from spire_hw.errors import ErrorKind
 from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.pool.pin import EnvironmentPin, FilePin, PinGuard
+from spire_hw.pkcs11.pool.pin import EnvironmentPin, FilePin, PinGuard, Refusals
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,9 +60,27 @@ def test_the_environment_variable_is_gone_after_reading(monkeypatch: pytest.Monk
         EnvironmentPin("SPIRE_HW_TEST_PIN").read()
 
 
+def sent(guard: PinGuard, refusals: Refusals, answer: str, name: str = "HSM") -> None:
+    """Hand a PIN to a token, which answers that it was refused, that it was taken, or nothing clear."""
+
+    async def log_in() -> None:
+        pin = guard.take()
+        async with guard.meeting(name, pin) as notes:
+            assert notes is refusals
+            if answer == "taken":
+                notes.accept(name, pin)
+            else:
+                {"refused": notes.refuse, "unclear": notes.doubt}[answer](
+                    name, pin, f"PIN {answer}"
+                )
+
+    asyncio.run(log_in())
+
+
 def test_a_refused_pin_is_not_handed_out_until_the_source_changes(tmp_path: Path) -> None:
-    guard = PinGuard(write(tmp_path / "pin", b"1111"))
-    guard.refuse(guard.take(), "PIN refused")
+    refusals = Refusals()
+    guard = PinGuard(write(tmp_path / "pin", b"1111"), refusals)
+    sent(guard, refusals, "refused")
     with pytest.raises(TokenError, match="PIN refused"):
         guard.take()
     write(tmp_path / "pin", b"2222")
@@ -69,28 +88,59 @@ def test_a_refused_pin_is_not_handed_out_until_the_source_changes(tmp_path: Path
     write(tmp_path / "pin", b"1111")
     with pytest.raises(TokenError):
         guard.take()
-    heir = PinGuard(FilePin(tmp_path / "pin"))
-    heir.inherit(guard)
-    with pytest.raises(TokenError):
-        heir.take()
-    assert "1111" not in repr(vars(guard))
+    assert "1111" not in repr(vars(guard)) + repr(vars(refusals))
+
+
+def test_fault_16_a_refused_pin_is_sent_to_that_token_by_nobody(tmp_path: Path) -> None:
+    refusals = Refusals()
+    sent(PinGuard(write(tmp_path / "pin", b"1111"), refusals), refusals, "refused")
+    other = PinGuard(FilePin(tmp_path / "pin"), refusals)
+    for _ in range(2):
+        with pytest.raises(TokenError, match="PIN refused") as caught:
+            sent(other, refusals, "taken")
+        assert caught.value.reason == "hsm.pin_latched"
+    # Another token may well take it.
+    sent(PinGuard(FilePin(tmp_path / "pin"), refusals), refusals, "taken", "another token")
+    write(tmp_path / "pin", b"2222")
+    sent(other, refusals, "taken")
+
+
+@pytest.mark.asyncio
+async def test_who_sends_a_pin_waits_for_what_the_token_says_to_it_before(tmp_path: Path) -> None:
+    refusals = Refusals()
+    one = PinGuard(write(tmp_path / "pin", b"1111"), refusals)
+    other = PinGuard(FilePin(tmp_path / "pin"), refusals)
+
+    async def meets(guard: PinGuard, token: str) -> None:
+        async with guard.meeting(token, guard.take()):
+            return
+
+    async with one.meeting("token", one.take()):
+        late = asyncio.gather(meets(other, "token"))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        await meets(PinGuard(FilePin(tmp_path / "pin"), refusals), "another token")
+        assert not late.done()
+        refusals.refuse("token", "1111", "PIN refused")
+    with pytest.raises(TokenError, match="PIN refused"):
+        await late
 
 
 def test_a_doubted_pin_is_handed_out_once_more_unless_it_was_taken_since(tmp_path: Path) -> None:
-    guard = PinGuard(write(tmp_path / "pin", b"1111"))
+    refusals = Refusals()
+    guard = PinGuard(write(tmp_path / "pin", b"1111"), refusals)
     for _ in range(3):
-        guard.doubt(guard.take(), "login failed")
-        guard.accept(guard.take())
-    guard.doubt(guard.take(), "login failed")
-    heir = PinGuard(FilePin(tmp_path / "pin"))
-    heir.inherit(guard)
-    heir.doubt(heir.take(), "login failed")
-    for one in (guard, heir):
-        with pytest.raises(TokenError, match="login failed; two logins") as caught:
+        sent(guard, refusals, "unclear")
+        sent(guard, refusals, "taken")
+    sent(guard, refusals, "unclear")
+    other = PinGuard(FilePin(tmp_path / "pin"), refusals)
+    sent(other, refusals, "unclear")
+    for one in (guard, other):
+        with pytest.raises(TokenError, match="PIN unclear; two logins") as caught:
             one.take()
         assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
     write(tmp_path / "pin", b"2222")
-    assert heir.take() == "2222"
+    assert other.take() == "2222"
 
 
 def test_a_credential_of_systemd_may_show_the_mask_of_its_access_list(
