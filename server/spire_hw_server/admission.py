@@ -38,6 +38,7 @@ from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId, TrustDomain, agent_id, check_agent_id, check_segment
 from spire_hw.telemetry.metrics import NO_METRICS, Timed
 from spire_hw_server.datastore.records import (
+    NO_CERTIFICATES,
     NO_KEYS,
     KeyInUseError,
     KeyRole,
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from spire_hw.posture.evidence import Evidence
     from spire_hw.telemetry.metrics import Metrics
     from spire_hw_server.datastore.interface import Datastore
-    from spire_hw_server.datastore.records import NodeKeys, PostureUpdate
+    from spire_hw_server.datastore.records import Certificates, NodeKeys, PostureUpdate
     from spire_hw_server.posture.judge import NodeJudge
     from spire_hw_server.posture.outcome import Outcome
 
@@ -99,6 +100,7 @@ class Admission:
         keys: digests of the keys no other node may have.
         evidence: what was proved about its machine, None when nothing was.
         caller: IP address, for the audit record.
+        certificates: what it was let in with, to be looked at again.
     """
 
     agent_id: SpiffeId
@@ -109,6 +111,7 @@ class Admission:
     keys: NodeKeys
     evidence: Evidence | None = None
     caller: str = ""
+    certificates: Certificates = NO_CERTIFICATES
 
 
 class Admissions:
@@ -235,7 +238,9 @@ class Admissions:
             with self.own_faults("cannot store the attestation", admission.agent_id):
                 shown = await self._shown(admission)
                 update = None if shown is None else shown[0]
-                stored = await self._datastore.put_node(node, admission.keys, update)
+                stored = await self._datastore.put_node(
+                    node, admission.keys, update, admission.certificates
+                )
         except (DeniedError, AttestationError) as e:
             refusal: SpireHwError = e
             if isinstance(e, KeyInUseError):
@@ -432,6 +437,7 @@ class Admissions:
             keys=keys,
             evidence=identity.evidence,
             caller=caller,
+            certificates=identity.certificates,
         )
 
     def _check_id(self, name: str, identity: SpiffeId) -> None:

@@ -37,6 +37,9 @@ class Watch:
 
     Attributes:
         settings: text of the block `posture`, without the directory of policies.
+        attestor: further settings of the attestor.
+        plugins: further plugin blocks.
+        keys: of the machines, and of who made them.
     """
 
     def __init__(self, directory: Path, clock: SimClock) -> None:
@@ -48,8 +51,10 @@ class Watch:
         """
         self.clock = clock
         self.settings = ""
+        self.attestor = ""
+        self.plugins = ""
         self._directory = directory
-        self._keys = FleetKeys(directory / "fleet")
+        self.keys = FleetKeys(directory / "fleet")
         self._policies = directory / "policies"
         self._policies.mkdir()
         self._servers: list[tuple[Server, Operator]] = []
@@ -85,10 +90,10 @@ class Watch:
         directory = self._directory / name
         directory.mkdir(exist_ok=True)
         plugin = (
-            f'NodeAttestor "tpm" {{ plugin_data {{ endorsement_ca_path = "{self._keys.roots}"'
-            f" pcrs {{ sha256 = [0, 2, 4, 7] }} }} }}"
+            f'NodeAttestor "tpm" {{ plugin_data {{ endorsement_ca_path = "{self.keys.roots}"'
+            f" pcrs {{ sha256 = [0, 2, 4, 7] }} {self.attestor} }} }}"
         )
-        text = server_config(directory, plugins="", more=UNLIMITED).replace(
+        text = server_config(directory, plugins=self.plugins, more=UNLIMITED).replace(
             'NodeAttestor "join_token"', f'{plugin}\n  NodeAttestor "join_token"'
         )
         block = f'posture {{ policy_dir = "{self._policies}" {self.settings} }}'
@@ -112,7 +117,7 @@ class Watch:
     async def machine(self) -> Beater:
         """Return another machine; all of them booted the same."""
         self._made += 1
-        node = self._keys.node(self._made)
+        node = self.keys.node(self._made)
         node.tpm.pcrs = dict(node.tpm.pcrs)
         return Beater(node, self.server.port, await self.operator.bundle(), self.clock)
 

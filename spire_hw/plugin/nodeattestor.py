@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from spire_hw.spiffeid import SpiffeId
 
 if TYPE_CHECKING:
+    from spire_hw.errors import Finding
     from spire_hw.key import PublicKey
     from spire_hw.plugin.keymanager import KeyManager
     from spire_hw.posture.evidence import Evidence
@@ -86,6 +87,8 @@ class AttestedIdentity:
             sees to it that no other node has it. None when there is none.
         evidence: what was proved about the machine, for the host to keep; None when nothing was.
         verdict: what the host's judge made of it, None when there was no judge.
+        certificates: chains of DER the node was let in with, at most 128 KiB in all, for the host
+            to keep and to show to `Rechecks.recheck` later.
     """
 
     agent_id: SpiffeId
@@ -94,6 +97,7 @@ class AttestedIdentity:
     attestation_key: bytes | None = None
     evidence: Evidence | None = None
     verdict: Verdict | None = None
+    certificates: tuple[tuple[bytes, ...], ...] = ()
 
 
 # Sends one challenge to the agent, returns its answer.
@@ -137,5 +141,30 @@ class ServerNodeAttestor(Protocol):
                 (invalid argument, permission denied, deadline exceeded) tells which.
             LimitError: a message too large, or too many exchanges at once.
             DeniedError: the node is banned.
+        """
+        ...
+
+
+@runtime_checkable
+class Rechecks(Protocol):
+    """Optional ability of a server half: what it let nodes in with is looked at again.
+
+    Certificates are revoked while nodes are attested, and the next attestation may be hours away.
+    """
+
+    async def lists_version(self) -> int:
+        """Return a number that grows with every change of the lists of revoked certificates."""
+        ...
+
+    async def recheck(self, certificates: tuple[tuple[bytes, ...], ...]) -> list[Finding]:
+        """Return why a node would be refused for good by now; empty when nothing is revoked.
+
+        That a list is missing or has run out is no reason: it will be there again.
+
+        Args:
+            certificates: as in `AttestedIdentity`, perhaps of an earlier release.
+
+        Raises:
+            InvalidInputError: they do not parse.
         """
         ...

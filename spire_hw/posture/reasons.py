@@ -14,6 +14,12 @@ from spire_hw.posture.verdict import Action
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+# What an authority said of a certificate after the node was let in with it.
+EK_REVOKED: Final = "ek_revoked"
+DEVID_REVOKED: Final = "devid_revoked"
+REVOKED: Final = frozenset({EK_REVOKED, DEVID_REVOKED})
+_REVOCATION: Final = dict.fromkeys(sorted(REVOKED), Action.QUARANTINE)
+
 # What evidence shows; found by evaluating a policy.
 _POLICY: Final = {
     "no_policy": Action.REFUSE,
@@ -65,13 +71,17 @@ _DRIFT: Final = {
     "tpm_reset_without_reboot": Action.QUARANTINE,
 }
 
-DEFAULT_ACTIONS: Final[Mapping[str, Action]] = MappingProxyType({**_POLICY, **_DRIFT})
+DEFAULT_ACTIONS: Final[Mapping[str, Action]] = MappingProxyType(
+    {**_POLICY, **_DRIFT, **_REVOCATION}
+)
 
-# What nothing can make up for: evidence is not there, or was tampered with.
+# What nothing can make up for: evidence is not there, was tampered with, or its
+# authority took back what it had said.
 NEVER_ACCEPTED: Final = frozenset(
     {
         "activation_only",
         "bank_unused",
+        *REVOKED,
         "ima_missing",
         "ima_rollback",
         "log_missing",

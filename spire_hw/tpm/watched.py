@@ -46,6 +46,7 @@ class Watched(Generic[T]):
         self._files = files
         self._read = read
         self._looked_at: float | None = None
+        self._version = 0
         self._state = self._look()
         self._value = self._load()
 
@@ -53,6 +54,11 @@ class Watched(Generic[T]):
     def value(self) -> T:
         """Return it as it was last read."""
         return self._value
+
+    @property
+    def version(self) -> int:
+        """Return how often it was read again."""
+        return self._version
 
     async def current(self, clock: Clock, log: Logger) -> T:
         """Return it, read again when files have changed since the last look."""
@@ -74,6 +80,7 @@ class Watched(Generic[T]):
             return False
         self._value = self._load()
         self._state = state
+        self._version += 1
         return True
 
     def _look(self) -> _State:

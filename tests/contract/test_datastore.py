@@ -517,6 +517,34 @@ async def test_a_node_is_found_by_its_attestation_key_alone(store: Datastore) ->
 
 
 @pytest.mark.asyncio
+async def test_certificates_of_nodes_are_kept_replaced_and_listed(store: Datastore) -> None:
+    first, second, none = make_node("first"), make_node("second"), make_node("none")
+    chains = ((b"leaf", b"issuer" * 1000), (b"other",))
+    await store.put_node(first, certificates=chains)
+    await store.put_node(second, certificates=((b"x",),))
+    await store.put_node(none)
+    assert await store.get_certificates(first.agent_id) == chains
+    assert await store.get_certificates(none.agent_id) == ()
+    assert await store.get_certificates(make_node("stranger").agent_id) == ()
+    page, token = await store.list_certificates(Page(1))
+    assert [(c.agent_id, c.attestation_type) for c in page] == [
+        (first.agent_id, first.attestation_type)
+    ]
+    assert page[0].certificates == chains
+    rest, end = await store.list_certificates(Page(1, token))
+    assert [c.agent_id for c in rest] == [second.agent_id]
+    assert end == ""
+    await store.put_node(first, certificates=((b"y", b""),))
+    assert await store.get_certificates(first.agent_id) == ((b"y", b""),)
+    with pytest.raises(InvalidInputError, match="certificates of a node"):
+        await store.put_node(first, certificates=((bytes(129 << 10),),))
+    assert await store.get_certificates(first.agent_id) == ((b"y", b""),)
+    await store.put_node(second)
+    await store.delete_node(first.agent_id)
+    assert await store.list_certificates(Page()) == ([], "")
+
+
+@pytest.mark.asyncio
 async def test_renewed_key_is_the_nodes_beside_the_current_one(store: Datastore) -> None:
     node, other = make_node("n"), make_node("other")
     await store.put_node(node, {KeyRole.SVID: KEY_A})

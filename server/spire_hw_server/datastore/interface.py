@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from spire_hw_server.datastore.records import (
+    NO_CERTIFICATES,
     NO_KEYS,
     BundleDeletion,
+    Certificates,
     Change,
     EkChange,
     EnrolledEk,
@@ -25,6 +27,7 @@ from spire_hw_server.datastore.records import (
     JoinToken,
     JournalRow,
     Node,
+    NodeCertificates,
     NodeFilter,
     NodeKeys,
     NodePage,
@@ -128,7 +131,11 @@ class Datastore(Protocol):
         ...
 
     async def put_node(
-        self, node: Node, keys: NodeKeys = NO_KEYS, update: PostureUpdate | None = None
+        self,
+        node: Node,
+        keys: NodeKeys = NO_KEYS,
+        update: PostureUpdate | None = None,
+        certificates: Certificates = NO_CERTIFICATES,
     ) -> Node:
         """Store a node with its selectors and keys, replacing one with the same agent ID.
 
@@ -138,13 +145,23 @@ class Datastore(Protocol):
             node: its quarantine is what `update` says, none without one.
             keys: what it alone may have.
             update: what its evidence changes.
+            certificates: what it was let in with, in place of those of the time before.
 
         Raises:
+            InvalidInputError: the certificates are larger than 128 KiB.
             DeniedError: the stored node is banned; only deleting it lifts that.
             QuarantinedError: it is in quarantine, and there is no update or an operator put it
                 there.
             KeyInUseError: one of the keys is another node's.
         """
+        ...
+
+    async def get_certificates(self, agent_id: SpiffeId) -> Certificates:
+        """Return the certificates a node was let in with, none when there is no such node."""
+        ...
+
+    async def list_certificates(self, page: Page) -> tuple[list[NodeCertificates], str]:
+        """Return a part of the nodes that have certificates, and the token of the next part."""
         ...
 
     async def set_posture(self, update: PostureUpdate) -> Node:

@@ -171,6 +171,25 @@ class KeyRole(Enum):
     NEW_SVID = 3  # of a renewed SVID that was not used yet
 
 
+# Certificates a node was let in with: chains, each DER from its leaf on; no key is in them.
+Certificates = tuple[tuple[bytes, ...], ...]
+NO_CERTIFICATES: Final[Certificates] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeCertificates:
+    """The certificates one node was let in with.
+
+    Attributes:
+        attestation_type: the attestor that took them.
+        certificates: what its attestor wants kept of them.
+    """
+
+    agent_id: SpiffeId
+    attestation_type: str
+    certificates: Certificates
+
+
 # Keys a node has for itself: SHA-256 of the DER SubjectPublicKeyInfo by role.
 NodeKeys = Mapping[KeyRole, bytes]
 NO_KEYS: Final[NodeKeys] = MappingProxyType({})
@@ -220,7 +239,8 @@ class EvidenceRecord:
 
     Attributes:
         made_at: server's time.
-        occasion: `attestation`, `heartbeat`, `policy_update`, `silence` or `operator`.
+        occasion: `attestation`, `heartbeat`, `policy_update`, `silence`, `revocation` or
+            `operator`.
         verdict: what became of it: accept, refuse, quarantine or ban.
         state: of the node after it.
         findings: JSON, ASCII.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from spire_hw_server.posture.judge import NodeJudge
     from spire_hw_server.posture.ledger import Known, Ledger
     from spire_hw_server.posture.reevaluate import Reevaluation
+    from spire_hw_server.posture.revocation import Revocation
     from spire_hw_server.posture.states import Standing
 
 MAX_COMMENT = 1024
@@ -35,6 +36,7 @@ class Operators:
         ledger: Ledger,
         judge: NodeJudge,
         reevaluation: Reevaluation,
+        revocation: Revocation,
         *,
         clock: Clock,
     ) -> None:
@@ -42,6 +44,7 @@ class Operators:
         self._ledger = ledger
         self._judge = judge
         self._reevaluation = reevaluation
+        self._revocation = revocation
         self._clock = clock
 
     async def quarantine(self, agent_id: SpiffeId, comment: str) -> Posture:
@@ -67,7 +70,8 @@ class Operators:
 
         Raises:
             NotFoundError: no such node.
-            NotReadyError: it is in no quarantine, or its policy does not allow what it showed.
+            NotReadyError: it is in no quarantine, its policy does not allow what it showed, or
+                its certificates are revoked.
             InvalidInputError: the comment is too long or cannot be shown.
         """
         _check_comment(comment)
@@ -78,6 +82,10 @@ class Operators:
         if verdict is not None and not verdict.holds:
             findings = "; ".join(f"{c.message} [{c.code}]" for c in verdict.checks if not c.holds)
             raise NotReadyError(f"what is stored of the node does not hold: {findings}")
+        revoked = await self._revocation.findings(agent_id)
+        if revoked:
+            findings = "; ".join(f"{f.message} [{f.code}]" for f in revoked)
+            raise NotReadyError(f"what the node was let in with does not hold: {findings}")
         now = self._clock.now()
         after = states.released(now)
         posture = posture_of(agent_id, after, known)

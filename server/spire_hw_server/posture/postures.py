@@ -14,6 +14,7 @@ from spire_hw_server.posture.ledger import Ledger
 from spire_hw_server.posture.operators import Operators
 from spire_hw_server.posture.policies import Policies
 from spire_hw_server.posture.reevaluate import Reevaluation
+from spire_hw_server.posture.revocation import Revocation
 from spire_hw_server.posture.silence import Silence
 
 if TYPE_CHECKING:
@@ -106,7 +107,12 @@ class Postures:
             clock=clock,
             log=log,
         )
-        self.operators = Operators(store, self.ledger, self.judge, self._reevaluation, clock=clock)
+        self._revocation = Revocation(
+            store, self.ledger, self.judge, settings, clock=clock, log=log
+        )
+        self.operators = Operators(
+            store, self.ledger, self.judge, self._reevaluation, self._revocation, clock=clock
+        )
         self._silence = Silence(store, self.ledger, self.judge, settings, clock=clock, log=log)
 
     async def start(self) -> None:
@@ -119,10 +125,11 @@ class Postures:
         await self.policies.start()
 
     def use(self, attestors: Mapping[str, object], notifiers: Mapping[str, object]) -> None:
-        """Take the plugins that know of heartbeats and of states of nodes."""
+        """Take the plugins that know of heartbeats, certificates and states of nodes."""
         self.heartbeats.verifiers.update(
             {n: a for n, a in attestors.items() if isinstance(a, HeartbeatVerifier)}
         )
+        self._revocation.use(attestors)
         self._hooks.use(notifiers)
 
     async def latest(self, agent_id: SpiffeId) -> bytes:
@@ -142,6 +149,7 @@ class Postures:
             "heartbeat store": self.ledger.run(),
             "silent nodes": self._silence.run(),
             "policy changes": self._reevaluation.run(),
+            "revoked certificates": self._revocation.run(),
             "state changes": self._hooks.run(),
         }
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
+from spire_hw.posture.reasons import REVOKED
 from spire_hw.posture.verdict import Action, NodeState
 from spire_hw_server.datastore.records import BY_OPERATOR
 
@@ -37,6 +38,8 @@ class Heal(Enum):
 HEALS: Final = {
     "tpm_reset_without_reboot": Heal.BOOT,
     "cloned_tpm": Heal.OPERATOR,
+    # No evidence speaks of certificates.
+    **dict.fromkeys(REVOKED, Heal.OPERATOR),
     BY_OPERATOR: Heal.OPERATOR,
 }
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from spire_hw.tpm import wire
-from spire_hw_sim.ekca import EkCa, ek_spec
+from spire_hw_sim.ekca import CrlSpec, EkCa, ek_spec
 from spire_hw_sim.softtpm import (
     AK_ATTRIBUTES,
     OWNER,
@@ -65,6 +65,10 @@ class FleetKeys:
         digest = hmac.digest(self._seed, label.encode(), hashlib.sha512)
         number = int.from_bytes(digest, "big") % (_P256_ORDER - 1) + 1
         return ec.derive_private_key(number, ec.SECP256R1())
+
+    def revocations(self, *serials: int) -> bytes:
+        """Return the vendor's list of revoked endorsement certificates, DER."""
+        return self._vendor.issue_crl(CrlSpec(list(serials)))
 
     def node(self, number: int) -> TpmNode:
         """Return a machine: endorsement key with certificate, attestation key, key for its SVID."""

@@ -433,7 +433,7 @@ async def test_ban_outlives_restarts_and_new_certificates(site: Site) -> None:
     await site.start()
     beater.port = site.watch.server.port
     await refused(site, Bent(beater), PD, "is banned")
-    beater.node.certificate = site.watch._keys.node(1).certificate
+    beater.node.certificate = site.watch.keys.node(1).certificate
     beater.boot_id = "another"
     await refused(site, Bent(beater), PD, "is banned")
     assert (await site.watch.state(beater)).state == "banned"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from spire_hw.errors import AttestationError, ErrorKind, Finding, InvalidInputError, WeakKeyError
 from spire_hw.key import parse_spki
 from spire_hw.posture.evidence import EkFacts
+from spire_hw.posture.reasons import EK_REVOKED
 from spire_hw.tpm.certificate import parse_certificate
 from spire_hw.tpm.ekarea import build_ek_area
 from spire_hw.tpm.ekcert import EkRoots, VerifiedEk, verify_ek_certificate
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from spire_hw_plugins.nodeattestor.tpm.wire import AttestationData
 
 # An entry in a hash list does not make up for these: the maker or the mathematics disowned the key.
-_FINAL: Final = frozenset({"ek_revoked", "ek_weak"})
+_FINAL: Final = frozenset({EK_REVOKED, "ek_weak"})
 _NO_ROOTS: Final = EkRoots.of(())
 
 
@@ -39,12 +40,15 @@ class Endorsement:
         hash: lower-case hex SHA-256 of its SubjectPublicKeyInfo.
         methods: how it was allowed, of `ca` and `hash`.
         verified: what its certificate says, None without a verified one.
+        certificates: the certificate and what the node sent with it, none where nobody asks for
+            certificates.
     """
 
     public: TpmPublic
     hash: str
     methods: tuple[str, ...]
     verified: VerifiedEk | None
+    certificates: tuple[bytes, ...] = ()
 
     @property
     def facts(self) -> EkFacts:
@@ -147,7 +151,26 @@ async def accept_ek(
             denied.append(Finding("ek_unlisted", text, ErrorKind.PERMISSION_DENIED))
     if not methods or (settings.need_both and denied):
         raise AttestationError(denied)
-    return Endorsement(public, key_hash, tuple(methods), verified)
+    shown = () if leaf is None or not settings.use_ca else (leaf.der, *chain)
+    return Endorsement(public, key_hash, tuple(methods), verified, shown)
+
+
+async def find_revoked(
+    settings: Settings, host: HostInfo, certificates: tuple[bytes, ...]
+) -> list[Finding]:
+    """Return why the certificates of an accepted key are revoked, empty when they are not.
+
+    Args:
+        settings: the attestor's.
+        host: its time.
+        certificates: as in `Endorsement`, at least one.
+
+    Raises:
+        InvalidInputError: they do not parse.
+    """
+    leaf, *chain = certificates
+    _, denied = await _check_certificate(settings, host, parse_certificate(leaf), tuple(chain))
+    return [finding for finding in denied if finding.code == EK_REVOKED]
 
 
 async def _check_certificate(

@@ -27,7 +27,7 @@ from spire_hw_plugins.nodeattestor.tpm import dialects, replay, statements, wire
 from spire_hw_plugins.nodeattestor.tpm.answer import Asked, check_answer, check_secret, draw
 from spire_hw_plugins.nodeattestor.tpm.claims import check_claims, check_signer
 from spire_hw_plugins.nodeattestor.tpm.config import build_settings, find_faults
-from spire_hw_plugins.nodeattestor.tpm.endorsement import accept_ek, read_ek
+from spire_hw_plugins.nodeattestor.tpm.endorsement import accept_ek, find_revoked, read_ek
 from spire_hw_plugins.nodeattestor.tpm.exchanges import MAX_OPEN, Exchanges
 from spire_hw_plugins.nodeattestor.tpm.heartbeat import check_heartbeat
 from spire_hw_plugins.nodeattestor.tpm.selectors import selectors
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from spire_hw.config.hcl import Body
-    from spire_hw.errors import ConfigFault
+    from spire_hw.errors import ConfigFault, Finding
     from spire_hw.plugin.info import HostInfo
     from spire_hw.plugin.nodeattestor import AttestationRequest
     from spire_hw.posture.heartbeat import HeartbeatAnswer, HeartbeatChallenge, KnownNode
@@ -163,6 +163,25 @@ class TpmServer:
         """Return what a heartbeat proved; see `spire_hw.posture.heartbeat.HeartbeatVerifier`."""
         return await check_heartbeat(node, challenge, answer, now)
 
+    async def lists_version(self) -> int:
+        """Return a number of the revocation lists; see `spire_hw.plugin.nodeattestor.Rechecks`."""
+        settings = self._settings
+        if settings is None or settings.crls is None:
+            return 0
+        await settings.crls.current(self._host.clock, self._log)
+        return settings.crls.version
+
+    async def recheck(self, certificates: tuple[tuple[bytes, ...], ...]) -> list[Finding]:
+        """Return what is revoked by now; see `spire_hw.plugin.nodeattestor.Rechecks`."""
+        settings = self._settings
+        if settings is None or settings.crls is None:
+            return []
+        return [
+            finding
+            for chain in certificates
+            for finding in await find_revoked(settings, self._host, chain)
+        ]
+
     async def _attest(
         self, settings: Settings, request: AttestationRequest, claimed: dict[str, str]
     ) -> AttestedIdentity:
@@ -193,6 +212,7 @@ class TpmServer:
             attestation_key=ak.spki,
             evidence=evidence,
             verdict=verdict,
+            certificates=(ek.certificates,) if ek.certificates else (),
         )
 
     async def _asked(self, settings: Settings, identity: SpiffeId, ek: Endorsement) -> Asked:

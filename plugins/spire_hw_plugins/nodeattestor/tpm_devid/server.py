@@ -14,9 +14,16 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from spire_hw.errors import AttestationError, EncodingError, NotReadyError, SpireHwError
+from spire_hw.errors import (
+    AttestationError,
+    EncodingError,
+    InvalidInputError,
+    NotReadyError,
+    SpireHwError,
+)
 from spire_hw.key import HashAlgorithm, SignOptions, spki_der, verify_digest
 from spire_hw.plugin.nodeattestor import AttestedIdentity
+from spire_hw.posture.reasons import REVOKED
 from spire_hw.spiffeid import agent_id
 from spire_hw.tpm import public as areas
 from spire_hw.tpm import verify
@@ -32,13 +39,15 @@ from spire_hw_plugins.nodeattestor.tpm_devid.certificates import check_devid, re
 from spire_hw_plugins.nodeattestor.tpm_devid.config import build_settings, find_faults
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from datetime import datetime
 
     from spire_hw.config.hcl import Body
-    from spire_hw.errors import ConfigFault
+    from spire_hw.errors import ConfigFault, Finding
     from spire_hw.key import PublicKey
     from spire_hw.plugin.info import HostInfo
     from spire_hw.plugin.nodeattestor import AttestationRequest
+    from spire_hw.tpm.certificate import Certificate
     from spire_hw.tpm.crl import Revocations
     from spire_hw.tpm.ekcert import ChainTime, EkRoots
     from spire_hw.tpm.public import TpmPublic
@@ -102,7 +111,7 @@ class DevIdServer:
             raise NotReadyError("attestor is not configured")
         data = wire.decode_attestation_data(request.payload)
         now = self._host.clock.now()
-        devid = await self._check_certificate(settings, data, now)
+        devid = await self._check_certificate(settings, data.certificates, now)
         name = sha1_fingerprint(devid.leaf)
         identity = agent_id(self._host.trust_domain, NAME, name)
         await request.admit(identity)
@@ -118,16 +127,52 @@ class DevIdServer:
             raise refusal("secret_mismatch", "challenge: secret does not match")
         _check_possession(devid.key, nonce, response.signature)
         self._host.log.debug("DevID attested", fingerprint=name, common_name=devid.common_name)
-        return AttestedIdentity(identity, _selectors(devid), can_reattest=True)
+        return AttestedIdentity(
+            identity,
+            _selectors(devid),
+            can_reattest=True,
+            certificates=(data.certificates, (data.ek_certificate, *data.ek_chain)),
+        )
+
+    async def lists_version(self) -> int:
+        """Return a number of the revocation lists; see `spire_hw.plugin.nodeattestor.Rechecks`."""
+        settings = self._settings
+        watched = [] if settings is None else [settings.devid_crls, settings.ek_crls]
+        lists = [one for one in watched if one is not None]
+        for one in lists:
+            await one.current(self._host.clock, self._host.log)
+        return sum(one.version for one in lists)
+
+    async def recheck(self, certificates: tuple[tuple[bytes, ...], ...]) -> list[Finding]:
+        """Return what is revoked by now; see `spire_hw.plugin.nodeattestor.Rechecks`."""
+        settings = self._settings
+        if settings is None:
+            return []
+        try:
+            devid, (endorsement, *chain) = certificates
+        except ValueError as e:
+            raise InvalidInputError("devid: these are not two chains of certificates") from e
+        now = self._host.clock.now()
+        found: list[Finding] = []
+        try:
+            await self._check_certificate(settings, devid, now)
+        except AttestationError as e:
+            found += e.findings
+        try:
+            leaf = parse_certificate(endorsement)
+            _check_maker(await self._makers(settings), leaf, tuple(chain), now)
+        except AttestationError as e:
+            found += e.findings
+        return [finding for finding in found if finding.code in REVOKED]
 
     async def _check_certificate(
-        self, settings: Settings, data: wire.AttestationData, now: datetime
+        self, settings: Settings, certificates: Sequence[bytes], now: datetime
     ) -> DevId:
         clock, log = self._host.clock, self._host.log
         issuers = await settings.issuers.current(clock, log)
         watched = settings.devid_crls
         crls = None if watched is None else await watched.current(clock, log)
-        return check_devid(issuers, crls, data.certificates, now)
+        return check_devid(issuers, crls, certificates, now)
 
     async def _makers(self, settings: Settings) -> _Makers:
         clock, log = self._host.clock, self._host.log
@@ -161,15 +206,19 @@ def _check_ek(makers: _Makers, data: wire.AttestationData, now: datetime) -> Tpm
     check_ek(ek)
     if leaf.spki != ek.spki:
         raise refusal("ek_key_mismatch", "ek: certificate and public key are different keys")
+    _check_maker(makers, leaf, data.ek_chain, now)
+    return ek
+
+
+def _check_maker(makers: _Makers, leaf: Certificate, chain: Sequence[bytes], now: datetime) -> None:
     verify_ek_certificate(
         leaf,
-        data.ek_chain,
+        chain,
         makers.roots,
         now,
         chain_time=makers.chain_time,
         revocations=makers.crls,
     )
-    return ek
 
 
 def _signer_of(data: wire.AttestationData, ak: TpmPublic) -> bytes:

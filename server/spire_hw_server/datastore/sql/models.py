@@ -165,6 +165,17 @@ node_keys = Table(
     sqlite_with_rowid=False,
 )
 
+# What a node was let in with, by chain: a count, then each certificate's length and DER.
+node_certificates = Table(
+    "node_certificates",
+    metadata,
+    Column(
+        "node_row", row_number(), ForeignKey("nodes.row_id", ondelete="CASCADE"), nullable=False
+    ),
+    Column("certificates", blob(), nullable=False),
+    PrimaryKeyConstraint("node_row"),
+)
+
 # What is known of a node's machine; `memory` is what the next evidence is compared with, `evidence`
 # the last that was accepted (deflated document), without the entries of its IMA list.
 node_postures = Table(

@@ -30,6 +30,7 @@ from spire_hw_server.datastore.records import (
     Page,
     QuarantinedError,
 )
+from spire_hw_server.datastore.sql import certificates as node_certificates
 from spire_hw_server.datastore.sql import entries as entry_queries
 from spire_hw_server.datastore.sql import keys as node_keys
 from spire_hw_server.datastore.sql import postures
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
     from datetime import datetime
 
-    from spire_hw_server.datastore.records import NodeKeys, PostureUpdate
+    from spire_hw_server.datastore.records import Certificates, NodeKeys, PostureUpdate
     from spire_hw_server.datastore.sql.transaction import Transaction
 
 _VALUES: Final = [column.name for column in nodes.c if column.name != "row_id"]
@@ -82,7 +83,13 @@ _MAX_JSON_BYTES: Final = 8 << 20
 _JOIN_TOKEN: Final = "join_token"  # noqa: S105 - a name
 
 
-def put(tx: Transaction, node: Node, keys: NodeKeys, update: PostureUpdate | None) -> Node:
+def put(
+    tx: Transaction,
+    node: Node,
+    keys: NodeKeys,
+    update: PostureUpdate | None,
+    certificates: Certificates,
+) -> Node:
     """Store a node; see `Datastore.put_node`."""
     _check_version(node.agent_version)
     if node.banned:
@@ -110,6 +117,7 @@ def put(tx: Transaction, node: Node, keys: NodeKeys, update: PostureUpdate | Non
     if stored is None or stored.selectors != node.selectors:
         _put_selectors(tx, number, node, is_new=stored is None)
     node_keys.replace_all(tx, number, keys, is_new=stored is None)
+    node_certificates.replace(tx, number, certificates, is_new=stored is None)
     if update is not None:
         postures.put(tx, number, update)
     tx.changed(ChangeKind.NODE, node.agent_id.text, node)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from spire_hw_server.datastore.interface import Datastore
-from spire_hw_server.datastore.records import NO_KEYS, BundleDeletion
+from spire_hw_server.datastore.records import NO_CERTIFICATES, NO_KEYS, BundleDeletion
 from spire_hw_server.datastore.sql import (
     bundles,
     eks,
@@ -21,6 +21,7 @@ from spire_hw_server.datastore.sql import (
     postures,
     tokens,
 )
+from spire_hw_server.datastore.sql import certificates as node_certs
 from spire_hw_server.datastore.sql.sets import seconds_of
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from spire_hw.spiffeid import SpiffeId, TrustDomain
     from spire_hw_server.datastore.config import DatastoreConfig
     from spire_hw_server.datastore.records import (
+        Certificates,
         Change,
         EkChange,
         EnrolledEk,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
         JoinToken,
         JournalRow,
         Node,
+        NodeCertificates,
         NodeFilter,
         NodeKeys,
         NodePage,
@@ -119,11 +122,23 @@ class SqlDatastore(Datastore):
 
     @override
     async def put_node(
-        self, node: Node, keys: NodeKeys = NO_KEYS, update: PostureUpdate | None = None
+        self,
+        node: Node,
+        keys: NodeKeys = NO_KEYS,
+        update: PostureUpdate | None = None,
+        certificates: Certificates = NO_CERTIFICATES,
     ) -> Node:
         return await self._database.write(
-            lambda tx: nodes.put(tx, node, keys, update), prepared=True
+            lambda tx: nodes.put(tx, node, keys, update, certificates), prepared=True
         )
+
+    @override
+    async def get_certificates(self, agent_id: SpiffeId) -> Certificates:
+        return await self._database.read(lambda tx: node_certs.get(tx, agent_id))
+
+    @override
+    async def list_certificates(self, page: Page) -> tuple[list[NodeCertificates], str]:
+        return await self._database.read(lambda tx: node_certs.list_page(tx, page))
 
     @override
     async def set_posture(self, update: PostureUpdate) -> Node:

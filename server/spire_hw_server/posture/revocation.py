@@ -1,0 +1,168 @@
+"""Nodes whose certificates were revoked while they are attested lose their identity.
+
+An attestor looks at revocation lists when a node attests, which may be hours ago. What a node was
+let in with is therefore kept, and held against the lists again when these have changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+from spire_hw.errors import AttestationError, DeniedError, NotFoundError, SpireHwError
+from spire_hw.plugin.nodeattestor import Rechecks
+from spire_hw.posture.reasons import action_of
+from spire_hw.posture.verdict import Action, Check
+from spire_hw_server.datastore.records import EvidenceRecord, Page, PostureUpdate
+from spire_hw_server.posture import states
+from spire_hw_server.posture.history import encode_findings, posture_of
+from spire_hw_server.posture.outcome import StateChange
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from spire_hw.clock import Clock
+    from spire_hw.errors import Finding
+    from spire_hw.log import Logger
+    from spire_hw.spiffeid import SpiffeId
+    from spire_hw_server.datastore.interface import Datastore
+    from spire_hw_server.datastore.records import NodeCertificates
+    from spire_hw_server.posture.judge import NodeJudge
+    from spire_hw_server.posture.ledger import Known, Ledger
+    from spire_hw_server.postureconfig import PostureSettings
+
+# Attestors look at their files once a minute.
+LOOK_S: Final = 30.0
+_OCCASION: Final = "revocation"
+_RULE: Final = "certificates"
+_PAGE: Final = 200
+
+
+class Revocation:
+    """Holds the certificates of attested nodes against lists that have changed.
+
+    Args:
+        store: where nodes are.
+        ledger: what is known of them.
+        judge: knows policies, and tells of changes.
+        settings: the operator's.
+        clock: time.
+        log: where trouble is reported.
+    """
+
+    def __init__(
+        self,
+        store: Datastore,
+        ledger: Ledger,
+        judge: NodeJudge,
+        settings: PostureSettings,
+        *,
+        clock: Clock,
+        log: Logger,
+    ) -> None:
+        self._store = store
+        self._ledger = ledger
+        self._judge = judge
+        self._settings = settings
+        self._clock = clock
+        self._log = log
+        self._attestors: dict[str, Rechecks] = {}
+        # By attestor; a server that starts has not looked at any.
+        self._seen: dict[str, int] = {}
+
+    def use(self, attestors: Mapping[str, object]) -> None:
+        """Take the attestors that can look at certificates again."""
+        self._attestors.update({n: a for n, a in attestors.items() if isinstance(a, Rechecks)})
+
+    async def run(self) -> None:
+        """Look now and on a schedule; ends only when cancelled."""
+        while True:
+            try:
+                await self.look()
+            except SpireHwError as e:
+                self._log.error("Could not look for revoked certificates", error=e.message)
+            await self._clock.sleep(LOOK_S)
+
+    async def look(self) -> None:
+        """Look at the nodes of all attestors whose lists have changed since the last look.
+
+        Raises:
+            SpireHwError: the store is away; the next look starts again.
+        """
+        versions = {name: await a.lists_version() for name, a in self._attestors.items()}
+        changed = {name for name, number in versions.items() if self._seen.get(name) != number}
+        token = ""
+        while changed:
+            page, token = await self._store.list_certificates(Page(_PAGE, token))
+            for shown in page:
+                if shown.attestation_type in changed:
+                    await self._look_at(shown)
+                    await asyncio.sleep(0)
+            if not token:
+                break
+        self._seen = versions
+
+    async def findings(self, agent_id: SpiffeId) -> list[Finding]:
+        """Return why a node's certificates are revoked, empty when they are not.
+
+        Raises:
+            NotFoundError: no such node.
+            InvalidInputError: what is stored cannot be read.
+        """
+        node = await self._store.get_node(agent_id)
+        attestor = self._attestors.get(node.attestation_type)
+        certificates = await self._store.get_certificates(agent_id)
+        if attestor is None or not certificates:
+            return []
+        return await attestor.recheck(certificates)
+
+    async def _look_at(self, shown: NodeCertificates) -> None:
+        attestor = self._attestors[shown.attestation_type]
+        try:
+            found = await attestor.recheck(shown.certificates)
+            if found:
+                await self._cut_off(shown.agent_id, found)
+        except (NotFoundError, DeniedError):
+            return  # gone, banned or an operator's meanwhile
+        except SpireHwError as e:
+            self._log.error(
+                "Certificates of a node cannot be looked at again",
+                agent_id=str(shown.agent_id),
+                error=e.message,
+            )
+
+    async def _cut_off(self, agent_id: SpiffeId, found: list[Finding]) -> None:
+        known = await self._ledger.get(agent_id, fresh=True)
+        actions = self._actions(known)
+        checks = [Check(_RULE, False, f.message, f.code, action_of(f.code, actions)) for f in found]
+        now = self._clock.now()
+        before = states.new(now) if known is None else known.standing
+        after = states.after_evidence(before, checks, now)
+        if after == before:
+            return
+        posture = posture_of(agent_id, after, known)
+        record = EvidenceRecord(
+            made_at=now,
+            occasion=_OCCASION,
+            verdict=max((c.action for c in checks), key=lambda action: action.weight).value,
+            state=after.state.value,
+            findings=encode_findings(checks),
+            policy=posture.policy,
+            policy_version=posture.policy_version,
+            summary=after.message,
+        )
+        await self._store.set_posture(PostureUpdate(posture, record))
+        self._ledger.forget(agent_id)
+        self._judge.tell(StateChange(agent_id, None if known is None else before, after, _OCCASION))
+
+    def _actions(self, known: Known | None) -> Mapping[str, Action]:
+        """Return what the node's policy and the operator's configuration say of reasons."""
+        actions = dict(self._settings.drift)
+        if known is not None and known.memory is not None:
+            try:
+                policy = self._judge.policy_for(known.memory.last.ek)
+            except AttestationError:
+                return actions  # none applies to it any more
+            if policy is not None:
+                actions |= policy.drift
+        return actions
