@@ -44,7 +44,15 @@ CORE = {
     "signer": tuple(
         f"server/spire_hw_signer/{name}"
         for name in (
-            *("audit/", "policy.py", "purpose.py", "tokenpurpose.py", "rates.py", "replay.py"),
+            *(
+                "audit/",
+                "devicelog/",
+                "policy.py",
+                "purpose.py",
+                "tokenpurpose.py",
+                "rates.py",
+                "replay.py",
+            ),
             *("admission.py", "service.py", "generating.py", "orders.py", "actions.py", "keys.py"),
         )
     ),

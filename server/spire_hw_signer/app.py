@@ -34,6 +34,8 @@ from spire_hw_signer.audit.checkpoint import Checkpoints
 from spire_hw_signer.audit.log import AuditLog
 from spire_hw_signer.audit.places import FilePlace, SyslogPlace
 from spire_hw_signer.config import SIGNER_RULES, owner_config
+from spire_hw_signer.devicelog.drain import DeviceLog
+from spire_hw_signer.devicelog.program import find_faults as find_device_log_faults
 from spire_hw_signer.doors import Doors
 from spire_hw_signer.generating import Generating
 from spire_hw_signer.keys import LOG_KEY_ID, HeldSigner, OwnerKeys, open_owner, own_owner
@@ -49,7 +51,7 @@ from spire_hw_signer.telling import CustodyService, custody_methods
 from spire_hw_signer.tlsfiles import TlsFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from spire_hw.plugin.info import Builder
@@ -101,6 +103,8 @@ async def check_settings(
         faults += [ConfigFault(0, f"{place}:{f.line}: {f.message}") for f in e.faults]
     except SpireHwError as e:
         faults.append(ConfigFault(0, e.message))
+    if settings.device_log is not None:
+        faults += await asyncio.to_thread(_device_log_faults, settings)
     if settings.tls is not None:
         try:
             await asyncio.to_thread(TlsFiles(settings.tls).load)
@@ -187,11 +191,12 @@ class Signer(Program):
         self._stack.push_async_callback(live.close)
         await live.open()
         self._live = live
+        device_log = await self._start_device_log(audit)
         self._steady = steady = SteadyTime(self.clock)
         steady.anchor(max((k.notes.newest for k in live.owners.values()), default=0.0))
         fingerprint = fingerprint_of(checkpoints.log_key)
         audit.note("start", {"version": __version__, "name": settings.name, "log_key": fingerprint})
-        health = self._health(audit, live, tls, log_keys)
+        health = self._health(audit, live, tls, log_keys, device_log)
         gate, service = self._service(
             audit, checkpoints, live, revocations=revocations, steady=steady, tls=tls
         )
@@ -279,6 +284,21 @@ class Signer(Program):
         self._stack.push_async_callback(checkpoints.close)
         return checkpoints
 
+    async def _start_device_log(self, audit: AuditLog) -> dict[str, Check]:
+        """Begin to read the device's log, where there is one; return what health asks of it."""
+        if self.settings.device_log is None:
+            return {}
+        made = DeviceLog(
+            self.settings.device_log,
+            audit,
+            metrics=self.telemetry.metrics,
+            clock=self.clock,
+            log=logs.get_logger("device_log"),
+        )
+        await made.start()
+        self._stack.push_async_callback(made.close)
+        return {"signer.device_log": made.check}
+
     async def _open_log_keys(self) -> OwnerKeys:
         """Open the signer's own keys; the one that signs checkpoints is made when there is none."""
         owner = own_owner(self.settings.name)
@@ -338,7 +358,12 @@ class Signer(Program):
         return gate, service
 
     def _health(
-        self, audit: AuditLog, live: Live, tls: TlsFiles | None, log_keys: OwnerKeys
+        self,
+        audit: AuditLog,
+        live: Live,
+        tls: TlsFiles | None,
+        log_keys: OwnerKeys,
+        more: Mapping[str, Check],
     ) -> Health:
         async def audit_log() -> None:
             if audit.trouble:
@@ -362,7 +387,7 @@ class Signer(Program):
         checks: dict[str, Check] = {"signer.keys": devices, "signer.clock": clock}
         return Health(
             quick={"signer.audit": audit_log},
-            waiting={**checks, "signer.files": files},
+            waiting={**checks, "signer.files": files, **more},
             clock=self.clock,
             log=logs.get_logger("health"),
         )
@@ -386,6 +411,11 @@ class Signer(Program):
     def _call_failed(self, name: str, error: BaseException) -> None:
         if not isinstance(error, SpireHwError):
             self.log.error("Unexpected error", task=name, exc_info=error)
+
+
+def _device_log_faults(settings: SignerSettings) -> list[ConfigFault]:
+    given = settings.device_log
+    return [] if given is None else list(find_device_log_faults(given, settings.data_dir))
 
 
 class _OpenedKeys:

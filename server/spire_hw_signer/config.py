@@ -37,6 +37,10 @@ from spire_hw.telemetry.config import (
     telemetry_settings,
 )
 from spire_hw_signer.audit.log import AuditSettings
+from spire_hw_signer.devicelog.settings import (  # noqa: TC001 - public field types stay real
+    DeviceLogKeys,
+    DeviceLogSettings,
+)
 from spire_hw_signer.operators import OperatorSettings, WitnessSettings
 from spire_hw_signer.orders import check_name
 from spire_hw_signer.tlsfiles import TlsPaths
@@ -118,6 +122,7 @@ class SignerKeys(LogKeys):
     tls: TlsKeys | None = None
     audit: AuditKeys = AuditKeys()
     operators: OperatorsKeys | None = None
+    device_log: DeviceLogKeys | None = None
 
 
 class SignerFile(Model):
@@ -143,6 +148,7 @@ class SignerSettings:
         witness: where checkpoints of the audit log go besides.
         operators: who has to agree to what is done by hand.
         keys: the KeyManager's block.
+        device_log: how the device's own log is read, None when it is not.
         health: None when probes are not answered over HTTP.
         telemetry: where metrics can be read, None for nowhere.
         notices: what the operator should hear at start.
@@ -162,6 +168,7 @@ class SignerSettings:
     witness: WitnessSettings
     operators: OperatorSettings
     keys: PluginConfig
+    device_log: DeviceLogSettings | None = None
     health: HealthSettings | None = None
     telemetry: TelemetrySettings | None = None
     notices: tuple[str, ...] = ()
@@ -271,6 +278,8 @@ def _cross_faults(raw: SignerFile) -> Iterator[ConfigFault]:
         yield ConfigFault(keys.line("socket_path"), message)
     if keys.operators is not None:
         yield from _operator_faults(keys.operators)
+    if keys.device_log is not None:
+        yield from keys.device_log.find_faults()
     yield from find_telemetry_faults(raw.telemetry)
 
 
@@ -323,6 +332,7 @@ def _build(raw: SignerFile, keys: PluginConfig, file: str) -> SignerSettings:
         witness=_witness(given.audit),
         operators=_operators(given.operators),
         keys=keys,
+        device_log=None if given.device_log is None else given.device_log.settings(),
         health=health_settings(raw.health_checks),
         telemetry=telemetry_settings(raw.telemetry),
         file=file,
