@@ -127,6 +127,7 @@ async def test_fault_18_a_locked_pin_is_not_tried_again(rig: TokenRig, token: Tp
         assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
     await manager.close()
     token.reset_lockout()
+    rig.forget_pins()
     manager = await start(rig, token)
     assert (await manager.get_public_key("a")).fingerprint == before.fingerprint
     await signs(manager, "a")
