@@ -137,12 +137,17 @@ class TlsFiles:
             until = loaded.believed[chain] = min(c.not_valid_after_utc for c in path)
         return now <= until
 
+    def crls_are_old(self, now: datetime) -> bool:
+        """Tell whether a revocation list has run out."""
+        until = self._now.crls_until
+        return until is not None and now >= until
+
     def fault(self, now: datetime) -> str:
         """Return what an operator has to do something about, "" for nothing."""
         loaded = self._now
         if now >= loaded.not_after:
             return f"certificate {self._paths.cert_file} has expired; renew it and send SIGHUP"
-        if loaded.crls_until is not None and now >= loaded.crls_until:
+        if self.crls_are_old(now):
             return "a revocation list of crl_files has run out; fetch a new one and send SIGHUP"
         return ""
 

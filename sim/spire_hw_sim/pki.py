@@ -154,6 +154,21 @@ class Authority:
         leaf = self.leaf(public_key, spiffe_id, start=start, end=end, uris=uris, ca=ca)
         return TlsIdentity((leaf, *self.chain), private_key, signer, version)
 
+    def revocation_list(
+        self, *serials: int, until: datetime | None = None, name: x509.Name | None = None
+    ) -> bytes:
+        """Return a revocation list, PEM; the issuer's name may be written another way."""
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(name or self.name)
+            .last_update(now() - 2 * HOUR)
+            .next_update(until or now() + HOUR)
+        )
+        for serial in serials:
+            revoked = x509.RevokedCertificateBuilder().serial_number(serial)
+            builder = builder.add_revoked_certificate(revoked.revocation_date(now()).build())
+        return builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
 
 def dated_pem(begins: datetime, ends: datetime) -> str:
     """Return a self-signed CA certificate for a time that may be over, as PEM."""

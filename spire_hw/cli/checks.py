@@ -26,7 +26,7 @@ from spire_hw.cli.output import count_of, relative
 from spire_hw.cli.socket import check_socket
 from spire_hw.clock import SystemClock
 from spire_hw.config.hcl import Body, Item
-from spire_hw.errors import DeniedError, SpireHwError, UnavailableError
+from spire_hw.errors import ConfigError, DeniedError, SpireHwError, UnavailableError
 from spire_hw.files import parse_file
 from spire_hw.hardening import check_directory
 from spire_hw.rpc.client import connect_unix
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from cryptography import x509
+
+    from spire_hw.errors import ConfigFault
 
 _HEALTH: Final = "/grpc.health.v1.Health/Check"
 _ANSWER_S: Final = 5.0
@@ -48,20 +50,31 @@ _TPM: Final = Path("/dev/tpmrm0")
 _SOON: Final = 0.15  # of a certificate's life that is left
 
 
-def check_config(faults: Sequence[str], notices: Sequence[str], valid: str) -> list[Finding]:
+def check_config(
+    file: str, faults: Sequence[ConfigFault], notices: Sequence[str], valid: str
+) -> list[Finding]:
     """Return what is found about a configuration that could be read.
 
     Args:
+        file: where it is.
         faults: what is wrong all the same.
         notices: what is odd.
         valid: what to say when nothing is wrong.
     """
-    found = [problem("config.invalid", fault, "correct the file") for fault in faults]
+    found = faults_found(ConfigError(file, list(faults)), "correct the file")
     found += [
         warning("config.notice", notice, "change it, or leave it if it is meant")
         for notice in notices
     ]
     return found if faults else [*found, ok("config", valid)]
+
+
+def faults_found(error: ConfigError, remedy: str) -> list[Finding]:
+    """Return each fault of a configuration with its file and line."""
+    return [
+        problem("config.invalid", ConfigError(error.file, [fault]).message, remedy)
+        for fault in error.faults
+    ]
 
 
 def check_versions() -> list[Finding]:

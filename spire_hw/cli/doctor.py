@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
-from spire_hw.cli.checks import check_time, check_versions
-from spire_hw.cli.findings import Finding, Level, problem
+from spire_hw.cli.checks import check_time, check_versions, faults_found
+from spire_hw.cli.findings import Finding, Level
 from spire_hw.cli.flags import GoCommand, flag
 from spire_hw.cli.output import Printer, count_of, output_flags, shown
 from spire_hw.cli.run import ExitCode
@@ -58,7 +58,7 @@ def doctor_command(
             settings = load(Path(config), expand_env=expand_env)
         except ConfigError as e:
             remedy = "correct the file; nothing else was looked at"
-            findings.append(problem("config.invalid", e.message, remedy))
+            findings += faults_found(e, remedy)
         else:
             findings += examine(settings, login=login)
         printer = Printer(as_json=output == "json", field=field)

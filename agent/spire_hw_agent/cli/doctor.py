@@ -44,8 +44,8 @@ _FETCH: Final = (
 
 
 def _examine(settings: AgentSettings, *, login: bool) -> Iterator[Finding]:
-    faults = [f"{settings.file} line {f.line}: {f.message}" for f in find_faults(settings)]
-    yield from check_config(faults, settings.notices, f"{settings.file} is valid")
+    valid = f"{settings.file} is valid"
+    yield from check_config(settings.file, find_faults(settings), settings.notices, valid)
     yield from check_data_dir(settings.data_dir)
     for plugin in settings.plugins:
         if plugin.enabled and not plugin.cmd:

@@ -53,8 +53,8 @@ _SECRET_KEYS: Final = ("key_file_path", "keys_path")
 
 
 def _examine(settings: ServerSettings, *, login: bool) -> Iterator[Finding]:
-    faults = [f"{settings.file} line {f.line}: {f.message}" for f in find_faults(settings)]
-    yield from check_config(faults, settings.notices, f"{settings.file} is valid")
+    valid = f"{settings.file} is valid"
+    yield from check_config(settings.file, find_faults(settings), settings.notices, valid)
     yield from check_data_dir(settings.data_dir)
     if settings.data_dir.is_dir():
         yield from check_clock_against(_files(settings.data_dir), SystemClock().now())

@@ -25,10 +25,10 @@ from spire_hw.cli.hsmchecks import check_hsm
 from spire_hw.clock import SystemClock
 from spire_hw.errors import SpireHwError
 from spire_hw_signer.cli.livechecks import (
-    check_checkpoint_file,
     check_deciding_files,
     check_policy,
     check_revocation_lists,
+    check_witness,
 )
 from spire_hw_signer.cli.run import find_faults
 from spire_hw_signer.config import DEFAULT_CONFIG, SignerSettings, load_settings
@@ -53,7 +53,7 @@ def _examine(settings: SignerSettings, *, login: bool) -> Iterator[Finding]:
     is_running = is_answering(found)
     yield from check_policy(settings, is_running=is_running)
     yield from check_deciding_files(settings)
-    yield from check_checkpoint_file(settings.witness.file)
+    yield from check_witness(settings.witness)
     if settings.tls is not None and settings.bind_port:
         yield from check_port(settings.bind_address, settings.bind_port, is_running=is_running)
 

@@ -17,10 +17,11 @@ from spire_hw.cli.program import (
     settings_flags,
     validate_command,
 )
+from spire_hw.errors import ConfigFault, SpireHwError
 from spire_hw_signer.config import DEFAULT_CONFIG, load_settings
+from spire_hw_signer.operators import load_operators
 
 if TYPE_CHECKING:
-    from spire_hw.errors import ConfigFault
     from spire_hw_signer.config import SignerSettings
 
 _FLAGS: Final = settings_flags(
@@ -58,7 +59,12 @@ def find_faults(settings: SignerSettings) -> list[ConfigFault]:
     """Return what is wrong with settings although they could be loaded."""
     from spire_hw_signer import app  # noqa: PLC0415 - loads what the signer is made of
 
-    return run_check(app.check_settings(settings))
+    faults = run_check(app.check_settings(settings))
+    try:
+        load_operators(settings.operators)
+    except SpireHwError as e:
+        faults.append(ConfigFault(0, f"operators: {e.message}"))
+    return faults
 
 
 validate = validate_command("signer", _FLAGS, load_settings, find_faults)

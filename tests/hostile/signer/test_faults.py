@@ -262,19 +262,9 @@ async def test_fault_98_an_authority_that_is_believed_no_more(rig: SignerRig) ->
 
 
 def crl(authority: Authority, *serials: int, printable: bool = False) -> bytes:
-    now = SystemClock().now()
     kind = _ASN1Type.PrintableString if printable else None
     name = x509.Name([x509.NameAttribute(a.oid, a.value, kind) for a in authority.name])
-    builder = (
-        x509.CertificateRevocationListBuilder()
-        .issuer_name(name)
-        .last_update(now - HOUR)
-        .next_update(now + HOUR)
-    )
-    for serial in serials:
-        revoked = x509.RevokedCertificateBuilder().serial_number(serial)
-        builder = builder.add_revoked_certificate(revoked.revocation_date(now).build())
-    return builder.sign(authority.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    return authority.revocation_list(*serials, name=name)
 
 
 @pytest.mark.asyncio

@@ -12,8 +12,9 @@ import pytest
 
 from spire_hw.cli.run import run
 from spire_hw.clock import SystemClock
+from spire_hw.x509.certificate import encode_pem
 from spire_hw_signer.cli.commands import PROGRAM, root
-from spire_hw_sim.pki import dated_pem
+from spire_hw_sim.pki import dated_pem, now
 from spire_hw_sim.programs import Program
 from spire_hw_sim.signer import CLIENT_ID, PIN, TOKEN, SignerRig
 from spire_hw_sim.site import free_port
@@ -91,11 +92,15 @@ def test_a_signer_starts_with_what_init_wrote(
     try:
         signer.wait_until_healthy("-socketPath", site.admin)
         found = doctor(site, capsys, "-login")
+        site.policy.write_text(site.policy.read_text().replace("per_day = 12", "per_day = 11"))
+        later = doctor(site, capsys)
     finally:
         signer.stop()
     assert {c for c, f in found.items() if f["level"] == "problem"} == set(), log.read_text()
-    for check in ("config", "data_dir", "audit", "hsm.token", "hsm.login", "socket", "port"):
+    well = ("config", "data_dir", "audit", "hsm.token", "hsm.login", "socket", "port", "policy")
+    for check in well:
         assert found[check]["level"] == "ok", found[check]
+    assert "policy reload" in later["policy.not_in_force"]["remedy"]
 
 
 def test_what_is_missing_or_wrong_is_told(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,6 +119,61 @@ def test_what_is_missing_or_wrong_is_told(site: Site, capsys: pytest.CaptureFixt
     assert found["audit.missing"]["level"] == "warning"
     assert {"hsm.token_missing", "hsm.module"} & set(found)
     assert found["socket.missing"]["level"] == "warning"
+
+
+def test_faults_say_in_which_file_and_line_they_are(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(root, PROGRAM, site.arguments("-pinCredential=false")) == 0
+    text = site.config.read_text()
+    assert text.count("token_label") == 1
+    site.config.write_text(text.replace("token_label", "token_lable = 1\ntoken_label"))
+    lines = site.config.read_text().splitlines()
+    line = next(n for n, one in enumerate(lines, start=1) if "token_lable" in one)
+    message = doctor(site, capsys)["config.invalid"]["message"]
+    assert message.startswith(f"{site.config}:{line}: ")
+    # Those that keep it from being read at all as well, each for itself.
+    site.config.write_text(text.replace("bind_port ", "bind_prt ").replace("data_dir ", "dat_dir "))
+    capsys.readouterr()
+    assert run(root, PROGRAM, ["doctor", "-config", str(site.config), "-output", "json"]) == 1
+    found = json.loads(capsys.readouterr().out)["findings"]
+    told = [f["message"] for f in found if f["check"] == "config.invalid"]
+    assert len(told) >= 3
+    assert all(one.startswith(f"{site.config}:") and "\n" not in one for one in told)
+
+
+def test_files_that_decide_who_is_let_in_are_looked_at(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(root, PROGRAM, site.arguments("-pinCredential=false")) == 0
+    found = doctor(site, capsys)
+    assert (found["deciding"]["level"], found["witness.none"]["level"]) == ("ok", "warning")
+    site.policy.chmod(0o666)
+    site.policy.write_text(site.policy.read_text().replace("raw  = false", "raw  = true"))
+    authority, crl = site.rig.authority, site.folder / "crl.pem"
+    (site.folder / "clients.pem").write_bytes(encode_pem([authority.der]))
+    for hours, check, level in ((1, "crl", "ok"), (-1, "crl.expired", "problem")):
+        crl.write_bytes(authority.revocation_list(until=now() + timedelta(hours=hours)))
+        extra = f'crl_files = ["{crl}"]\n    client_ca_files'
+        text = site.config.read_text()
+        if "crl_files" not in text:
+            site.config.write_text(
+                text.replace("client_ca_files", extra).replace(
+                    "  tls {",
+                    f'  audit {{ checkpoint_file = "{site.folder}/far/c.log" }}\n  tls {{',
+                )
+            )
+        found = doctor(site, capsys)
+        assert found[check]["level"] == level
+    assert "0666" in found["deciding.mode"]["message"]
+    assert "bare digests" in found["policy.notice"]["message"]
+    assert found["witness.missing"]["level"] == "problem"
+    (site.folder / "far").mkdir()
+    assert doctor(site, capsys)["witness"]["level"] == "ok"
+    operators = f'  operators {{ required = 1 keys {{ alice = "{site.folder}/none.pub" }} }}\n'
+    site.config.write_text(site.config.read_text().replace("  tls {", operators + "  tls {"))
+    found = doctor(site, capsys)
+    assert "none.pub" in found["config.invalid"]["message"]
 
 
 def test_tls_files_that_are_not_there_yet_are_doubts(
