@@ -278,7 +278,8 @@ class AuditLog:
         seqs = [self._add(Kind.INTENT, _request(intent)) for intent in intents]
         if not seqs:
             return Begun(seqs, None)
-        return Begun(seqs, self._writer.written(), self._writer.has_room(self._file))
+        has_room = self._writer.has_room(self._file)
+        return Begun(seqs, self._writer.written(patient=has_room), has_room)
 
     async def on_disk(self, begun: Begun) -> list[int]:
         """Wait until intents are on the disk; to be called once, results as of `intend`."""
