@@ -5,6 +5,7 @@ This module is pure.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 MAX_DIGEST_BYTES: Final = 64
 # With its digest before it an entry fits into a text of the audit log.
 MAX_TEXT: Final = 380
-_HEX: Final = frozenset("0123456789abcdef")
+_DIGEST: Final = re.compile(rf"(?:[0-9a-f]{{2}}){{1,{MAX_DIGEST_BYTES}}}", re.ASCII)
 _MAX_DIGITS: Final = 19
 
 
@@ -57,8 +58,7 @@ class Mark:
         """Return what `str` made, None for another text."""
         number, _, digest = text.partition(":")
         is_number = number.isascii() and number.isdigit() and len(number) <= _MAX_DIGITS
-        is_digest = set(digest) <= _HEX and not len(digest) % 2
-        if not is_number or not is_digest or len(digest) > 2 * MAX_DIGEST_BYTES:
+        if not is_number or _DIGEST.fullmatch(digest) is None:
             return None
         return cls(int(number), bytes.fromhex(digest))
 
