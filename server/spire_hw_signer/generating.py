@@ -21,6 +21,7 @@ from spire_hw_signer.policy import (
     check_form,
     check_replace,
     check_type,
+    soonest,
 )
 from spire_hw_signer.rates import check_budget
 
@@ -161,12 +162,13 @@ class Generating:
         rule = client.rule(key_id)
         if rule is None or client.generate is None:
             return FOREIGN_KEY
-        denial = check_type(rule, key_type)
-        if denial is None and keys.notes.unfinished(key_id, key_type) is None:
-            denial = check_budget(client.generate, keys.notes.made(), key_id, now)
-        return denial or check_replace(
+        budget = None
+        if keys.notes.unfinished(key_id, key_type) is None:
+            budget = check_budget(client.generate, keys.notes.made(), key_id, now)
+        swap = check_replace(
             client, exists=keys.find(key_id) is not None, idle_s=keys.notes.idle_s(key_id, now)
         )
+        return soonest((check_type(rule, key_type), budget, swap))
 
     async def _make(
         self,

@@ -9,7 +9,7 @@ has a stable word; what an honest server never runs into raises an alarm.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from enum import Enum
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
@@ -374,6 +374,15 @@ def fits_any(patterns: Iterable[Pattern], key_id: str) -> bool:
     return any(pattern.fits(key_id) for pattern in patterns)
 
 
+def soonest(denials: Iterable[Denial | None]) -> Denial | None:
+    """Return the first of several denials of one request, with the time when none is left of them."""
+    found = [denial for denial in denials if denial is not None]
+    if not found:
+        return None
+    waits = [denial.retry_after_s for denial in found]
+    return replace(found[0], retry_after_s=max(waits) if all(waits) else 0.0)
+
+
 def is_key_id(text: str) -> bool:
     """Tell whether a text may be a key id: 1 to 255 of `A-Za-z0-9._+-`."""
     return _KEY_ID.fullmatch(text) is not None
@@ -445,6 +454,9 @@ def check_replace(client: Client, *, exists: bool, idle_s: float | None) -> Deni
         return Denial(Reason.REPLACE_NEVER, "keys of this client are not replaced")
     window_s = client.active_window.total_seconds()
     if idle_s is not None and idle_s < window_s:
-        text = "the key is in use: it signed a short while ago"
+        text = (
+            f"the key is in use: it signed {idle_s:.0f} s ago, and is not replaced within"
+            f" {window_s:.0f} s of that (active_window)"
+        )
         return Denial(Reason.REPLACE_ACTIVE, text, window_s - idle_s)
     return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from spire_hw_signer.policy import Client, Denial, GenerateRule, Rate, Reason
+from spire_hw_signer.policy import Client, Denial, GenerateRule, Rate, Reason, soonest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -115,12 +115,17 @@ def check_budget(
     times = list(made)
     same = [at for name, at in times if name == key_id]
     interval_s = rule.per_key_min_interval.total_seconds()
+    too_soon = too_many = None
     if same and now - same[-1] < interval_s:
-        text = "this key was made a short while ago"
-        return Denial(Reason.GENERATE_INTERVAL, text, interval_s - (now - same[-1]))
+        ago_s = now - same[-1]
+        text = (
+            f"this key was made {ago_s:.0f} s ago, and is made once in {interval_s:.0f} s"
+            " (per_key_min_interval)"
+        )
+        too_soon = Denial(Reason.GENERATE_INTERVAL, text, interval_s - ago_s)
     recent = sorted(at for _, at in times if now - at < DAY_S)
     if len(recent) >= rule.per_day:
         text = f"more than {rule.per_day} keys in a day"
         wait_s = DAY_S - (now - recent[-rule.per_day]) if rule.per_day else DAY_S
-        return Denial(Reason.GENERATE_BUDGET, text, wait_s)
-    return None
+        too_many = Denial(Reason.GENERATE_BUDGET, text, wait_s)
+    return soonest((too_soon, too_many))

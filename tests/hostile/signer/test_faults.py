@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import secrets
 import socket
 import ssl
@@ -23,12 +24,17 @@ from spire_hw.clock import SystemClock
 from spire_hw.errors import ErrorKind, SpireHwError, UnavailableError
 from spire_hw.jose.text import encode_base64url
 from spire_hw.key import KeyType, spki_der
+from spire_hw.plugin.keymanager import ManagedSigner
+from spire_hw.spiffeid import TrustDomain
 from spire_hw.transport.mutual import MUTUAL_LIMITS
 from spire_hw.x509.certificate import encode_pem
+from spire_hw.x509.csr import build_csr
 from spire_hw_signer import service
 from spire_hw_signer.doors import LIMITS
 from spire_hw_sim.clock import SimClock
+from spire_hw_sim.liarsigner import write_client
 from spire_hw_sim.pki import Authority
+from spire_hw_sim.remoterig import RemoteRig
 from spire_hw_sim.signer import (
     CLIENT_ID,
     INFRA,
@@ -401,6 +407,30 @@ async def test_fault_102_swap_of_the_live_key(tmp_path: Path) -> None:
 def long_lived(authority: Authority) -> Any:
     now = SystemClock().now()
     return authority.identity(CLIENT_ID, start=now - 24 * HOUR, end=now + 100_000 * HOUR)
+
+
+@pytest.mark.parametrize(
+    ("interval", "reason"), [("1m", "generate_interval"), ("0s", "replace_active")]
+)
+@pytest.mark.asyncio
+async def test_fault_102_whoever_asks_again_for_a_ca_by_hand_is_told_when_it_will_work(
+    tmp_path: Path, interval: str, reason: str
+) -> None:
+    """The request for a certificate is a signature: `ca csr -replace` has to wait for its key."""
+    rule = f'{{ per_key_min_interval = "{interval}" per_day = 12 }}'
+    rig = SignerRig(tmp_path / "s", keys="disk", policy=client_policy(generate=rule))
+    async with rig, RemoteRig(tmp_path) as servers:
+        servers.files = write_client(rig.authority, tmp_path / "client")
+        manager = await servers.manager(f"127.0.0.1:{rig.port}")
+        made = await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+        signer = ManagedSigner(manager, "keymanager(remote)", made)
+        await build_csr(signer, spiffe_id=TrustDomain("example.org").id)
+        with pytest.raises(SpireHwError) as caught:
+            await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+        said = re.search(r" s ago, .* it may work in (\d+) s \[(\w+)\]", caught.value.message)
+        assert said is not None, caught.value.message
+        assert said[2] == reason
+        assert 0 <= 600 - int(said[1]) < 60
 
 
 @pytest.mark.asyncio

@@ -31,6 +31,7 @@ from spire_hw_signer.policy import (
     check_replace,
     check_type,
     is_key_id,
+    soonest,
 )
 
 SHA256 = SignOptions(HashAlgorithm.SHA256)
@@ -206,6 +207,25 @@ def test_a_key_that_signed_a_short_while_ago_is_not_replaced(
     exists: bool, idle_s: float | None, expected: Reason | None
 ) -> None:
     assert reason(check_replace(client(), exists=exists, idle_s=idle_s)) is expected
+
+
+def test_of_several_reasons_the_first_is_told_with_the_time_when_none_is_left() -> None:
+    interval = Denial(Reason.GENERATE_INTERVAL, "made", 50.0)
+    active = Denial(Reason.REPLACE_ACTIVE, "signed", 500.0)
+    never = Denial(Reason.REPLACE_NEVER, "never")
+    assert soonest((None, interval, active)) == Denial(Reason.GENERATE_INTERVAL, "made", 500.0)
+    assert soonest((active, interval)) == active
+    # Waiting for what never comes is nothing to tell somebody to do.
+    assert soonest((interval, never)) == Denial(Reason.GENERATE_INTERVAL, "made")
+    assert soonest((None, None)) is None
+
+
+def test_who_may_not_replace_a_key_is_told_why_and_when_it_will_work() -> None:
+    denial = check_replace(client(), exists=True, idle_s=150.0)
+    assert denial is not None
+    assert "signed 150 s ago" in denial.text
+    assert "600 s" in denial.text
+    assert denial.retry_after_s == 450.0
 
 
 def test_replacement_can_be_forbidden() -> None:

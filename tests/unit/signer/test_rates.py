@@ -93,8 +93,16 @@ def test_a_key_is_not_made_twice_in_its_interval() -> None:
     denial = check_budget(RULE, [("a", 1000.0)], "a", 1000.0 + 3599)
     assert denial is not None
     assert (denial.reason, denial.retry_after_s) == (Reason.GENERATE_INTERVAL, 1.0)
+    assert "made 3599 s ago, and is made once in 3600 s" in denial.text
     assert check_budget(RULE, [("a", 1000.0)], "a", 1000.0 + 3600) is None
     assert check_budget(RULE, [("a", 1000.0)], "b", 1000.0) is None
+
+
+def test_who_runs_into_both_is_told_when_neither_is_left() -> None:
+    made = [("b", 0.0), ("b", 1.0), ("a", 4000.0)]
+    denial = check_budget(RULE, made, "a", 4000.0)
+    assert denial is not None
+    assert (denial.reason, denial.retry_after_s) == (Reason.GENERATE_INTERVAL, DAY_S - 4000.0)
 
 
 def test_alternating_between_keys_does_not_help() -> None:
