@@ -6,7 +6,8 @@ log.do(SIGN_ECDSA, target=0x1234)
 log.command("get-logs")     # what runs `yubihsm-shell -a get-logs` on it
 
 Sources: yubihsm-shell 2.7, `src/commands.c` and `src/main.c`; Yubico, "YubiHSM 2 User Guide": Logging
-and Logs, GET LOG ENTRIES, SET LOG INDEX. That the counters start anew at SET LOG INDEX is a guess.
+and Logs, GET LOG ENTRIES, SET LOG INDEX. That the counters start anew at SET LOG INDEX, and what the
+first entry follows, are guesses.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import secrets
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -114,7 +116,7 @@ class YubiHsmLog:
     def reset(self) -> None:
         """Reset it to factory settings: its log begins anew."""
         with self.change() as state:
-            state.items, state.digests, state.before = [], [], ""
+            state.items, state.digests, state.before = [], [], secrets.token_hex(16)
             state.add(_RESET)
         self.boot()
 

@@ -25,6 +25,14 @@ item:    49 -- cmd: 0x03 -- length:   10 -- session key: 0xffff -- target key: 0
 item:    50 -- cmd: 0x04 -- length:   17 -- session key: 0xffff -- target key: 0x0001 -- second key: 0xffff -- result: 0x84 -- tick: 139 -- hash: ebfae425c319ac7a0afbb8b92597de7c
 item:    51 -- cmd: 0x67 -- length:    2 -- session key: 0x0001 -- target key: 0xffff -- second key: 0xffff -- result: 0xe7 -- tick: 697 -- hash: 2e395d1b706668737e1d2215813db47e
 """
+# The first two of another one after a reset: karalabe, "Publicly auditable YubiHSM logs" (2025).
+RESET = """\
+0 unlogged boots found
+0 unlogged authentications found
+Found 2 items
+item:     1 -- cmd: 0xff -- length: 65535 -- session key: 0xffff -- target key: 0xffff -- second key: 0xffff -- result: 0xff -- tick: 4294967295 -- hash: 33012657537e4842f57fa6ed3b09b25b
+item:     2 -- cmd: 0x00 -- length:    0 -- session key: 0xffff -- target key: 0x0000 -- second key: 0x0000 -- result: 0x00 -- tick: 0 -- hash: fc153091560e18bca82621522c85bdba
+"""
 NONE = "0 unlogged boots found\n0 unlogged authentications found\nNo logs to extract\n"
 NO_COUNTERS = {"boots": 0, "authentications": 0}
 
@@ -61,6 +69,7 @@ def test_entries_of_a_real_device_are_read_and_their_chain_holds() -> None:
     )
     news = compare(dump, None, {}, 62)
     assert (news.entries, list(news.faults)) == (dump.entries, [])
+    assert [e.number for e in compare(shown(RESET), None, {}, 62).entries] == [1, 2]
 
 
 @pytest.mark.parametrize(
