@@ -139,7 +139,7 @@ class Gate:
             stranger: the caller is nobody whom the policy knows.
         """
         reason = denial.reason
-        self._metrics.count(REFUSED, labels={"reason": reason.word})
+        self._metrics.count(REFUSED, labels={"key": self._name(intent), "reason": reason.word})
         if reason.alarms:
             self._metrics.count(ALARM, labels={"reason": reason.word})
         # Not by key id: that can be any of millions.
@@ -170,6 +170,12 @@ class Gate:
             name, reason = known or proved[-1], Reason.CERTIFICATE_EXPIRED
         intent = _stranger(name, cert_hash, address, "TLS", policy.hash)
         self.refuse(intent, Denial(reason, error.message), stranger=True)
+
+    def _name(self, intent: Intent) -> str:
+        """Return the key as the policy names it, "" for one that is none of the client's."""
+        client = self._policy().clients.get(intent.client)
+        rule = client.rule(intent.key_id) if client is not None and intent.key_id else None
+        return "" if rule is None else rule.name
 
     def _out_of_force(self, peer: Peer) -> Denial | None:
         """Tell what became of a certificate since the connection was made."""

@@ -187,6 +187,8 @@ class Generating:
             generation=making.generation,
             fingerprint=making.before,
         )
+        rule = caller.client.rule(making.key_id)
+        named = "" if rule is None else rule.name
         try:
             (seq,) = await self._audit.intend([intent])
         except SpireHwError:
@@ -216,7 +218,7 @@ class Generating:
             raise
         finally:
             if outcome is not None:
-                self._metrics.count(_GENERATED, labels={"result": outcome.result})
+                self._metrics.count(_GENERATED, labels={"key": named, "result": outcome.result})
                 self._audit.conclude([outcome])
         return held
 

@@ -484,13 +484,15 @@ telemetry { Prometheus { port = 0 } }
         await rig.generate("x509-CA-A")
         await rig.sign("x509-CA-A", digest=DIGEST)
         await rig.sign("other", digest=DIGEST)
+        await rig.sign("x509-CA-A", digest=DIGEST[1:])
         status, text = await get(rig.signer.telemetry.port, "/metrics")
         assert status == 200
         for line in (
             'spire_signer_sign{key="x509_CA_A",status="OK"} 1',
-            'spire_signer_refused{reason="key_id"} 1',
+            'spire_signer_refused{key="",reason="key_id"} 1',
+            'spire_signer_refused{key="x509_CA_A",reason="digest_length"} 1',
             'spire_signer_alarm{reason="key_id"} 1',
-            'spire_signer_generate_key{result="done"} 1',
+            'spire_signer_generate_key{key="x509_CA_A",result="done"} 1',
         ):
             assert without_host(line) in without_host(text), text
         rig.write_policy("client {")
