@@ -7,9 +7,10 @@ list that is consistent again, or renders a list that does not fit the PCR.
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from spire_hw.posture.evidence import AppendedSignature, ImaEntry
 from spire_hw.tpm import wire
@@ -22,6 +23,52 @@ if TYPE_CHECKING:
 PCR = 10
 
 
+class _Made(NamedTuple):
+    """A field in both forms."""
+
+    data: bytes
+    text: str | None = None
+
+    @property
+    def column(self) -> str:
+        return self.data.hex() if self.text is None else self.text
+
+
+_EVM = "d-ng|n-ng|evmsig|xattrnames|xattrlengths|xattrvalues|iuid|igid|imode"
+_NO_INODE = {name: _Made(b"") for name in _EVM.split("|")[2:]}
+
+
+@dataclass(frozen=True, slots=True)
+class Inode:
+    """What the fields of `evm-sig` tell of a file.
+
+    Attributes:
+        evmsig: EVM's portable signature.
+        xattrs: the file's attributes by name.
+        uid: owner; group and mode with it.
+    """
+
+    evmsig: bytes = b""
+    xattrs: Mapping[str, bytes] = field(default_factory=dict)
+    uid: int = 0
+    gid: int = 0
+    mode: int = 0o100755
+
+    def fields(self) -> dict[str, _Made]:
+        """Return the fields by the kernel's names."""
+        names = "|".join(self.xattrs)
+        lengths = b"".join(struct.pack("<I", len(value)) for value in self.xattrs.values())
+        return {
+            "evmsig": _Made(self.evmsig),
+            "xattrnames": _Made(names.encode() + b"\0" if names else b"", names),
+            "xattrlengths": _Made(lengths),
+            "xattrvalues": _Made(b"".join(self.xattrs.values())),
+            "iuid": _Made(struct.pack("<I", self.uid), str(self.uid)),
+            "igid": _Made(struct.pack("<I", self.gid), str(self.gid)),
+            "imode": _Made(struct.pack("<H", self.mode), str(self.mode)),
+        }
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One entry.
@@ -29,12 +76,14 @@ class Item:
     Attributes:
         path: of the file, or name of the buffer.
         digest: of its content.
-        template: one of the kernel's, without those of EVM.
+        template: one of the kernel's, or a format of one's own (`d-ng|n-ng|…`), made of the fields
+            of `evm-sig`, `sig` and `buf`.
         algorithm: of the digest; `verity:sha256` for fs-verity's, with the templates that tell.
         extra: signature or buffer.
         content: SHA-256 of the content without the appended signature, for `ima-modsig`.
         appended: PKCS#7 message of that signature.
         violation: the kernel could not vouch for it: listed as zeros, extended as ones.
+        inode: what the kernel says of the file itself, None for a buffer.
     """
 
     path: bytes
@@ -45,6 +94,7 @@ class Item:
     content: bytes = b""
     appended: bytes = b""
     violation: bool = False
+    inode: Inode | None = None
 
     def body(self) -> bytes:
         """Return the template data."""
@@ -54,7 +104,7 @@ class Item:
         return out + b"".join(map(_field, self._further()))
 
     def _kind(self) -> str:
-        typed = self.template.endswith("v2") and not self.algorithm.startswith("verity:")
+        typed = ("v2" in self.template) and not self.algorithm.startswith("verity:")
         return f"ima:{self.algorithm}" if typed else self.algorithm
 
     def _further(self) -> tuple[bytes, ...]:
@@ -63,7 +113,18 @@ class Item:
         if self.template == "ima-modsig":
             content = b"sha256:\0" + self.content if self.content else b""
             return self.extra, content, self.appended
+        if self._is_made_up():
+            return tuple(field.data for field in self._made_up())
         return (self.extra,)
+
+    def _is_made_up(self) -> bool:
+        return self.template == "evm-sig" or "|" in self.template
+
+    def _made_up(self) -> list[_Made]:
+        form = _EVM if self.template == "evm-sig" else self.template
+        fields = {"sig": _Made(self.extra), "buf": _Made(self.extra)}
+        fields |= _NO_INODE if self.inode is None else self.inode.fields()
+        return [fields[name] for name in form.split("|")[2:]]
 
     def template_hash(self, bank: str = "sha1") -> bytes:
         """Return the column of the list."""
@@ -88,15 +149,19 @@ class Item:
         columns = [field.hex() for field in self._further()]
         if self.template == "ima-modsig" and self.content:
             columns[1] = f"sha256:{self.content.hex()}"
+        if self._is_made_up():
+            columns = [field.column for field in self._made_up()]
         return b" ".join([head + named, self.path, *(text.encode() for text in columns)])
 
     def entry(self) -> ImaEntry:
         """Return what a reader makes of it."""
-        signature = self.extra if "sig" in self.template else b""
+        has_signature = re.search(r"ima-(mod)?sig|\|sig\b", self.template)
+        signature = self.extra if has_signature else b""
         appended = None
         if self.appended:
             appended = AppendedSignature("sha256", self.content, self.appended)
-        named = self.path, self.algorithm, self.digest, self.template
+        name = "custom" if "|" in self.template else self.template
+        named = self.path, self.algorithm, self.digest, name
         return ImaEntry(*named, signature, appended)
 
     def record(self) -> bytes:

@@ -198,7 +198,8 @@ class ImaEntry(NamedTuple):
         algorithm: of the digest, such as `sha256`; `verity:sha256` for fs-verity's digest, which is
             not that of the content alone.
         digest: of the file's content.
-        template: `ima`, `ima-ng`, `ima-sig`, `ima-ngv2`, `ima-sigv2`, `ima-modsig` or `ima-buf`.
+        template: the kernel's name of it (`ima-ng`, `evm-sig`, …), or `custom` for a format of the
+            machine's own.
         signature: the file's signature as the kernel listed it, b"" without one.
         appended: the signature inside the file, None without one.
     """

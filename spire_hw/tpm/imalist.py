@@ -19,6 +19,7 @@ from spire_hw.tpm.imatemplate import (
     OLD,
     SHA1_BYTES,
     TEMPLATES,
+    custom_template,
     from_hex,
     old_entry,
     read_columns,
@@ -110,7 +111,7 @@ def _read_line(line: bytes) -> tuple[ImaEntry, bytes, bytes]:
     pcr, column, name, *columns = line.split(b" ")
     if pcr != b"10":
         raise ValueError("another PCR")
-    entry, body = read_columns(TEMPLATES[name], columns)
+    entry, body = read_columns(TEMPLATES.get(name) or custom_template(name), columns)
     return entry, body, column
 
 
@@ -187,7 +188,8 @@ def _read_record(data: bytes, at: int) -> tuple[ImaEntry, bytes, bytes, int]:
     """
     pcr, column, length = _RECORD.unpack_from(data, at)
     at += _RECORD.size + length
-    template = TEMPLATES[data[at - length : at]]
+    name = data[at - length : at]
+    template = TEMPLATES.get(name) or custom_template(name)
     if template is OLD:
         entry, body, at = _old_record(data, at)
     else:

@@ -38,7 +38,7 @@ from spire_hw_sim import firmware
 from spire_hw_sim.cabinets import make_cabinet
 from spire_hw_sim.ekca import CrlSpec
 from spire_hw_sim.firmware import Boot, Firmware, Measurement
-from spire_hw_sim.imawriter import ImaList, Item
+from spire_hw_sim.imawriter import ImaList, Inode, Item
 from spire_hw_sim.softtpm import SoftTpm, make_ak, make_ek, make_svid_key
 from spire_hw_sim.tpmnode import TpmNode, Vendor
 from tests.fuzz import signing
@@ -81,10 +81,13 @@ _LIST = ImaList.start(_VALUES).measure(
     Item(b"/d", bytes(32), "ima-ngv2"),
     Item(b"/e", bytes(32), "ima-sigv2", "verity:sha256", extra=b"\x03\x02"),
     Item(b"/m", bytes(32), "ima-modsig", content=bytes(32), appended=b"0\x00"),
+    Item(b"/f", bytes(32), "evm-sig", inode=Inode(b"\5\2", {"security.ima": b"x"}, 1, 2, 3)),
+    Item(b"/g", bytes(32), "d-ng|n-ng|iuid|sig", inode=Inode(), extra=b"\x03\x02"),
 )
 _TEMPLATES = (
     *(b"ima-ng", b"ima-sig", b"ima-buf", b"ima"),
     *(b"ima-ngv2", b"ima-sigv2", b"ima-modsig"),
+    *(b"evm-sig", b"d-ng|n-ng|iuid|sig"),
 )
 _EVIDENCE = Evidence(
     made_at=NOW,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 import zlib
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from spire_hw.tpm import eventlog, imalist, secureboot
 from spire_hw_sim import ekca, firmware
 from spire_hw_sim.firmware import Firmware, Measurement
-from spire_hw_sim.imawriter import Item
+from spire_hw_sim.imawriter import Inode, Item
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,6 +70,33 @@ def _buffers() -> bytes:
     return _filled(item.line() + b"\n", imalist.PART_BYTES)
 
 
+def _own_formats() -> bytes:
+    """Return lines that each have another format, of as many fields as there may be."""
+    fields = ["sig", "buf", "evmsig", "xattrnames", "xattrlengths", "xattrvalues", "iuid", "igid"]
+    forms = ("|".join(["d-ng|n-ng", *order]) for order in itertools.permutations(fields))
+    out, size = [], 0
+    for form in forms:
+        line = Item(b"1", bytes(16), form, "md5", inode=Inode()).line() + b"\n"
+        size += len(line)
+        if size > imalist.PART_BYTES:
+            break
+        out.append(line)
+    return b"".join(out)
+
+
+def _inodes() -> bytes:
+    item = Item(b"1", bytes(16), "evm-sig", "md5", inode=Inode(mode=0))
+    return _filled(item.line() + b"\n", imalist.PART_BYTES)
+
+
+def _inode_records() -> bytes:
+    return _filled(Item(b"1", bytes(16), "evm-sig", "md5").record(), imalist.PART_BYTES)
+
+
+def _unread_format() -> bytes:
+    return b"10 " + b"0" * 40 + b" d-ng|n-ng" + b"|sig" * (imalist.MAX_LINE // 4 - 20) + b"\n"
+
+
 def _members(size: int) -> bytes:
     names = ",".join(f'"{n}":0' for n in range(size // 10))
     return f"{{{names}}}".encode()[:size]
@@ -115,7 +143,10 @@ WORST: Final[dict[str, list[Callable[[], bytes]]]] = {
     "boot_log": [_many_events, _large_events, _revocations],
     "signature_list": [_long_list],
     "boot_variable": [lambda: firmware.variable(secureboot.IMAGE_SECURITY, "dbx", _long_list())],
-    "ima_part": [_records, _lines, _short_lines, _one_line, _buffers],
+    "ima_part": [
+        *(_records, _lines, _short_lines, _one_line, _buffers),
+        *(_own_formats, _inodes, _inode_records, _unread_format),
+    ],
     "inflate": [lambda: zlib.compress(bytes(50_000_000), 9)],
     "tpm_structures": [lambda: bytes(ANSWER), lambda: b"\xff" * ANSWER],
     "tpm_statement": [lambda: bytes(ANSWER), lambda: b"\xffTCG\x80\x18" + b"\xff" * ANSWER],

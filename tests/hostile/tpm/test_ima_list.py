@@ -120,6 +120,30 @@ def test_lines_of_the_limit_are_read() -> None:
     assert _replay(long.ascii(), long.pcr()).entries[-1].template == "ima-buf"
 
 
+# Formats of one's own that are not read: names, digests or fields are missing, twice or unknown.
+OWN_FORMS = [
+    b"d-ng",
+    b"n-ng",
+    b"d-ng|",
+    b"d-ng|n-ng|",
+    b"|d-ng|n-ng",
+    b"n-ng|d-ng",
+    b"d|n",
+    b"d-ng|n",
+    b"d-ng|n-ng|n-ng",
+    b"d-ng|n-ng|d-ng",
+    b"d-ng|n-ng|sig|sig",
+    b"d-ng|n-ng|SIG",
+    b"d-ng|n-ng|ns",
+    b"d-ng|n-ng" + b"|sig" * 14,
+    b"d-ng|n-ng|" + b"x" * 300,
+]
+
+
+def _evm(*columns: bytes) -> bytes:
+    return b" ".join([LINE.replace(b"ima-ng", b"evm-sig"), *columns])
+
+
 MALFORMED_LINES = [
     b"",
     b"10",
@@ -184,6 +208,23 @@ MALFORMED_LINES = [
     LINE.replace(b"ima-ng", b"ima-modsig") + b"  " + NAMED[7:] + b" 3082",
     LINE.replace(b"ima-ng", b"ima-modsig") + b"  " + NAMED + b" 308",
     LINE.replace(b"ima-ng", b"ima-modsig") + b" AA " + NAMED + b" 3082",
+    _evm(),
+    _evm(b"", b"", b"", b"", b"", b""),
+    _evm(b"", b"", b"", b"", b"", b"", b"", b""),
+    _evm(b"AA", b"", b"", b"", b"", b"", b""),
+    _evm(b"", b"", b"0", b"", b"", b"", b""),
+    _evm(b"", b"", b"", b"0x", b"", b"", b""),
+    _evm(b"", b"", b"", b"", b"4294967296", b"0", b"0"),
+    _evm(b"", b"", b"", b"", b"0", b"99999999999999999999", b"0"),
+    _evm(b"", b"", b"", b"", b"0", b"0", b"65536"),
+    *(_evm(b"", b"", b"", b"", n, b"0", b"0") for n in (b"-1", b"+1", b"01", b"0x1", b"1_0")),
+    _evm(b"", b"", b"", b"", b"\xd9\xa1", b"0", b"0"),
+    *(LINE.replace(b"ima-ng", form) for form in OWN_FORMS),
+    LINE.replace(b"ima-ng", b"d-ng|n-ng|sig"),
+    LINE.replace(b"ima-ng", b"d-ng|n-ng|iuid") + b" x",
+    LINE.replace(b"ima-ng", b"d-ng|n-ng") + b" ",
+    LINE.replace(b"ima-ng", b"d-ngv2|n-ng"),
+    LINE.replace(b"ima-ng", b"d-ng|n-ng|d-modsig|modsig") + b" " + NAMED + b" ",
 ]
 
 
@@ -204,6 +245,10 @@ def test_lines_are_numbered_over_all_parts(line: bytes) -> None:
     lines[3] = line
     text = _malformed(b"\n".join(lines), start=_state(11))
     assert text == "ima: line 15 is malformed"
+
+
+def _evm_record(*fields: bytes) -> bytes:
+    return _record(NAMED_A + b"".join(map(_field, fields)), b"evm-sig")
 
 
 RECORD = LIST.items[4].record()
@@ -264,6 +309,18 @@ MALFORMED_RECORDS = [
     _record(NAMED_A + _field(b"") + TYPED + _field(b"\x30"), b"ima-modsig"),
     _record(NAMED_A + _field(b"") + NG[:-1] + _field(b"\x30"), b"ima-modsig"),
     _record(NAMED_A + _field(b"") + NG + struct.pack("<I", 2**32 - 1), b"ima-modsig"),
+    _evm_record(),
+    _evm_record(*6 * (b"",)),
+    _evm_record(*8 * (b"",)),
+    _evm_record(b"", b"security.ima", *5 * (b"",)),
+    _evm_record(b"", b"a\0b\0", *5 * (b"",)),
+    _evm_record(b"", b"\0\0", *5 * (b"",)),
+    *(_evm_record(*4 * (b"",), bytes(n), b"", b"") for n in (1, 2, 3, 5, 8)),
+    *(_evm_record(*6 * (b"",), bytes(n)) for n in (1, 3, 4)),
+    *(_record(NAMED_A, form) for form in OWN_FORMS),
+    _record(NAMED_A, b"d-ng|n-ng|sig"),
+    _record(NAMED_A + _field(b""), b"d-ng|n-ng"),
+    _record(NAMED_A + _field(bytes(2)), b"d-ng|n-ng|iuid"),
     struct.pack("<I20sI", 10, bytes(20), 2**32 - 1) + b"ima-ng",
     struct.pack("<I20sI", 10, bytes(20), 3) + b"ima" + bytes(20) + _field(b""),
     struct.pack("<I20sI", 10, bytes(20), 3) + b"ima" + bytes(20) + _field(b"a" * 256),

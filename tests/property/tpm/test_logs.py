@@ -16,7 +16,7 @@ from spire_hw.tpm import boot, eventlog, ima, secureboot
 from spire_hw.tpm.boot import BootRules
 from spire_hw.tpm.inflate import inflate
 from spire_hw_sim.firmware import PROFILES, Boot, Firmware, Measurement
-from spire_hw_sim.imawriter import ImaList, Item
+from spire_hw_sim.imawriter import ImaList, Inode, Item
 
 if TYPE_CHECKING:
     from spire_hw.posture.evidence import BootFacts, ImaEntry, ImaFacts
@@ -183,7 +183,26 @@ paths = st.one_of(
     st.sampled_from(["/usr/bin/a", "/..", "\x1b[m", "ü"]),
 ).map(lambda text: text.encode()[:200].decode("utf-8", "ignore").encode())
 digests = st.binary(min_size=32, max_size=32)
+inodes = st.none() | st.builds(
+    Inode,
+    st.binary(max_size=40),
+    st.dictionaries(
+        st.sampled_from(["security.ima", "security.selinux", "user.x"]), st.binary(max_size=9)
+    ),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**16 - 1),
+)
+further = st.lists(
+    st.sampled_from(["sig", "evmsig", "xattrnames", "xattrlengths", "xattrvalues"])
+    | st.sampled_from(["buf", "iuid", "igid", "imode"]),
+    unique=True,
+).map(lambda fields: "|".join(["n-ng", *fields]))
 items = st.one_of(
+    st.builds(
+        Item, paths, digests, st.just("evm-sig") | further.map("d-ng|".__add__), inode=inodes
+    ),
+    st.builds(Item, paths, digests, further.map("d-ngv2|".__add__), inode=inodes),
     st.builds(Item, paths, digests, st.just("ima-ng")),
     st.builds(Item, paths, digests, st.just("ima-ng"), violation=st.just(True)),
     st.builds(

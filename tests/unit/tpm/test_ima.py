@@ -10,11 +10,14 @@ from spire_hw.errors import AttestationError
 from spire_hw.posture.evidence import ImaEntry, ImaFacts, ImaState
 from spire_hw.tpm import ima
 from spire_hw_sim.firmware import PROFILES
-from spire_hw_sim.imawriter import ImaList, Item
+from spire_hw_sim.imawriter import ImaList, Inode, Item
 
 BOOT = PROFILES["clean"].boot()
 BANKS = ("sha1", "sha256")
 DIGEST = hashlib.sha256(b"content").digest()
+XATTRS = {"security.selinux": b"system_u:object_r:bin_t:s0\0", "security.ima": bytes(range(40))}
+INODE = Inode(b"\x05\x02" + bytes(70), XATTRS, 1000, 2**32 - 1, 0o104755)
+OWN = "d-ng|n-ng|imode|sig|xattrnames"
 ITEMS = (
     Item(b"/usr/bin/a", DIGEST),
     Item(b"/usr/bin/b", DIGEST, "ima-sig", extra=b"\x03\x02" + bytes(70)),
@@ -34,6 +37,12 @@ ITEMS = (
     Item(b"/lib/a.ko", DIGEST, "ima-modsig", content=DIGEST[::-1], appended=b"\x30\x82" * 99),
     Item(b"/lib/b.ko", DIGEST, "ima-modsig", extra=b"\x03\x02" + bytes(70)),
     Item(b"/v.ko", bytes(32), "ima-modsig", violation=True),
+    Item(b"/usr/bin/j", DIGEST, "evm-sig", inode=INODE),
+    Item(b"/usr/bin/k", DIGEST, "evm-sig", inode=Inode(mode=0)),
+    Item(b"kexec-cmdline", DIGEST, "evm-sig"),
+    Item(b"/usr/bin/l", DIGEST, OWN, inode=INODE, extra=b"\x03\x02" + bytes(70)),
+    Item(b"/usr/bin/m", DIGEST, "d-ngv2|n-ng|iuid", "verity:sha256", inode=INODE),
+    Item(b"/usr/bin/n", DIGEST, "d-ng|n-ng"),
 )
 LIST = ImaList.start(BOOT.values("sha256")).measure(*ITEMS)
 ENTRIES = tuple(item.entry() for item in ITEMS if not item.violation)
@@ -111,7 +120,7 @@ def test_the_running_digest_follows_the_entries() -> None:
     assert state.sha256 == hashlib.sha256(bytes(32) + joined).digest()
 
 
-TEMPLATES = ["ima-ng", "ima-sig", "ima-ngv2", "ima-sigv2", "ima-modsig"]
+TEMPLATES = ["ima-ng", "ima-sig", "ima-ngv2", "ima-sigv2", "ima-modsig", "evm-sig", OWN]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
