@@ -418,13 +418,15 @@ def _check_leaf(found: _Body, usage: int, uri: str, trust_domain: TrustDomain) -
     if spiffe_id.trust_domain != trust_domain or not spiffe_id.path:
         raise VerificationError(f"SPIFFE ID is not a member of trust domain {trust_domain.name}")
     extension = found.extensions.get(_EKU)
-    if extension is not None:
-        level = _only(extension)
-        while level.more():
-            oid = level.content(der.OBJECT_IDENTIFIER)
-            if oid not in _TLS_USES:
-                name = der.dotted(oid)
-                raise VerificationError(f"extended key usage {name} is not that of an SVID")
+    level = None if extension is None else _only(extension)
+    if level is None or not level.more():
+        # It would be good for anything: code, mail.
+        raise VerificationError("SVID does not say what it is for (extended key usage)")
+    while level.more():
+        oid = level.content(der.OBJECT_IDENTIFIER)
+        if oid not in _TLS_USES:
+            name = der.dotted(oid)
+            raise VerificationError(f"extended key usage {name} is not that of an SVID")
 
 
 def explain(error: InvalidInputError | VerificationError) -> str:

@@ -17,7 +17,11 @@ import pytest_asyncio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_der_public_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_der_public_key,
+)
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from spire_hw._pb import hw_signer_pb2 as pb
@@ -27,6 +31,7 @@ from spire_hw.jose.text import encode_base64url, encode_json
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions
 from spire_hw.plugin.keymanager import KeyHealth
 from spire_hw.rpc.status import from_code
+from spire_hw.x509 import der
 from spire_hw_sim.liarsigner import write_client
 from spire_hw_sim.remoterig import RemoteRig
 from spire_hw_sim.signer import CLIENT_ID, SignerRig, client_policy
@@ -100,6 +105,7 @@ class Forger:
             "usage": (True, False),
             "path_length": None,
             "eku": True,
+            "dns": "",
             "hash": hashes.SHA256(),
             **changes,
         }
@@ -122,7 +128,12 @@ class Forger:
                 x509.AuthorityKeyIdentifier.from_issuer_public_key(wanted["aki"]), critical=False
             )
             .add_extension(
-                x509.SubjectAlternativeName([x509.UniformResourceIdentifier(wanted["uri"])]),
+                x509.SubjectAlternativeName(
+                    [
+                        x509.UniformResourceIdentifier(wanted["uri"]),
+                        *(x509.DNSName(name) for name in [wanted["dns"]] if name),
+                    ]
+                ),
                 critical=False,
             )
         )
@@ -131,6 +142,32 @@ class Forger:
             builder = builder.add_extension(x509.ExtendedKeyUsage(uses), critical=False)
         throwaway = ec.generate_private_key(ec.SECP256R1())
         return builder.sign(throwaway, wanted["hash"]).tbs_certificate_bytes
+
+    def rewritten(self) -> bytes:
+        """Return a leaf of the signing key, its point compressed."""
+        usual, point = (
+            self.public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo),
+            self.public_key.public_bytes(Encoding.X962, PublicFormat.CompressedPoint),
+        )
+        kind = der.sequence(der.oid("1.2.840.10045.2.1"), der.oid("1.2.840.10045.3.1.7"))
+        other = der.sequence(kind, der.bit_string(point))
+        content = der.Reader(self.tbs(key=self.public_key), "body").content(der.SEQUENCE)
+        return der.sequence(content.replace(usual, other))
+
+    def request(self, *names: str, own: bool = True, more: Any = None) -> bytes:
+        """Return the body of a request for a certificate."""
+        uris = [x509.UniformResourceIdentifier(name) for name in names]
+        builder = (
+            x509.CertificateSigningRequestBuilder()
+            .subject_name(x509.Name([]))
+            .add_extension(x509.SubjectAlternativeName(uris), critical=False)
+        )
+        if more is not None:
+            builder = builder.add_extension(more, critical=False)
+        made = builder.sign(self.workload, hashes.SHA256()).tbs_certrequest_bytes
+        spki = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        theirs = self.workload.public_key().public_bytes(*spki)
+        return made.replace(theirs, self.public_key.public_bytes(*spki)) if own else made
 
     def ca(self, **changes: Any) -> bytes:
         """Return the body of a CA certificate."""
@@ -173,6 +210,9 @@ FORGED: dict[str, Callable[[Forger], bytes]] = {
     "another issuer's key id": lambda f: f.tbs(aki=stranger()),
     "another hash than said": lambda f: f.tbs(hash=hashes.SHA384()),
     "the CA's own key as a leaf": lambda f: f.tbs(key=f.public_key),
+    "good for anything": lambda f: f.tbs(eku=False),
+    "the CA's own key in another form": lambda f: f.rewritten(),
+    "a DNS name with a zero in it": lambda f: f.tbs(dns="bank.example\0.example.org"),
     "bytes behind it": lambda f: f.tbs() + b"\0",
     "cut off": lambda f: f.tbs()[:-1],
     "nothing": lambda _: b"",
@@ -190,6 +230,38 @@ async def test_certificates_that_no_honest_server_asks_for(
         result = await rig.sign(CA, x509=forge(forger))
         refused(result, "tbs_policy", ErrorKind.PERMISSION_DENIED, what)
     assert await refusals(rig) == {(CLIENT_ID, "tbs_policy")}
+    assert "Signer alarm" in "".join(capsys.readouterr())
+
+
+OWN: Final = "spiffe://example.org"
+BAD_REQUESTS: dict[str, Callable[[Forger], bytes]] = {
+    "for the intruder's key": lambda f: f.request(OWN, own=False),
+    "for another trust domain": lambda f: f.request("spiffe://evil.example"),
+    "for a member": lambda f: f.request(f"{OWN}/web"),
+    "for two": lambda f: f.request(OWN, "spiffe://evil.example"),
+    "with what a CA may be for": lambda f: f.request(
+        OWN, more=x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CODE_SIGNING])
+    ),
+    "with names it may sign for": lambda f: f.request(
+        OWN, more=x509.NameConstraints([x509.DNSName("bank.example")], None)
+    ),
+    "that is a certificate": lambda f: f.tbs(),
+    "nothing": lambda _: b"",
+}
+
+
+async def test_requests_that_no_honest_server_makes(
+    rig: SignerRig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forger = Forger((await rig.generate(CA)).public_key)
+    assert (await rig.sign(CA, csr=forger.request(OWN))).signature
+    for what, forge in BAD_REQUESTS.items():
+        result = await rig.sign(CA, csr=forge(forger))
+        refused(result, "csr_policy", ErrorKind.PERMISSION_DENIED, what)
+    # A certificate is not signed as a request, nor a request as a certificate.
+    swapped = await rig.sign(CA, x509=forger.request(OWN))
+    refused(swapped, "tbs_policy", ErrorKind.PERMISSION_DENIED)
+    assert await refusals(rig) == {(CLIENT_ID, "csr_policy"), (CLIENT_ID, "tbs_policy")}
     assert "Signer alarm" in "".join(capsys.readouterr())
 
 

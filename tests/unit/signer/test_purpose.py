@@ -175,6 +175,10 @@ def test_a_path_length_can_be_required() -> None:
     refused(self_signed(key=OTHER, subject=LEAF, path_length=2), "path length", rule)
 
 
+def _extension(oid: str, value: bytes) -> x509.UnrecognizedExtension:
+    return x509.UnrecognizedExtension(x509.ObjectIdentifier(oid), value)
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "foreign trust domain": ({"uris": ("spiffe://evil.org/web",)}, "not a member"),
     "the trust domain itself": ({"uris": ("spiffe://example.org",)}, "not a member"),
@@ -192,6 +196,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "the CA's own key": ({"key": CA_KEY}, "not that of a CA"),
     "code signing": ({"uses": (ExtendedKeyUsageOID.CODE_SIGNING,)}, "not that of an SVID"),
     "any use": ({"uses": (ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE,)}, "not that of an SVID"),
+    "any use, for none is named": ({"uses": None}, "does not say what it is for"),
+    "no use": (
+        {"uses": None, "more": ((_extension("2.5.29.37", b"0\0"), False),)},
+        "does not say what it is for",
+    ),
     "mail address": ({"names": (x509.RFC822Name("a@b.c"),)}, "neither a URI nor a DNS"),
     "name constraints": (
         {"more": ((x509.NameConstraints([x509.DNSName("a.b")], None), True),)},
@@ -231,7 +240,7 @@ def test_the_cas_own_key_is_known_however_it_is_written() -> None:
 def test_the_good_leaf_differs_in_nothing_else() -> None:
     check(certificate())
     check(certificate(ca=None))
-    check(certificate(uses=None))
+    check(certificate(uses=TLS[:1]))
 
 
 BAD_CA: dict[str, tuple[dict[str, Any], str]] = {
