@@ -717,6 +717,9 @@ def body(key: Any, **more: Any) -> bytes:
             critical=False,
         )
     )
+    if not ca:
+        uses = x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.SERVER_AUTH])
+        builder = builder.add_extension(uses, critical=False)
     return builder.sign(throw_away, hashes.SHA256()).tbs_certificate_bytes
 
 
