@@ -372,6 +372,33 @@ async def test_a_signer_reads_the_log_while_it_runs(
     assert verify(data / "audit").verdict is Verdict.HOLDS
 
 
+async def test_a_signer_that_is_killed_goes_on_without_a_gap_and_without_a_double(
+    folder: Path,
+) -> None:
+    device = YubiHsmLog(folder / "device")
+    rig = SignerRig(folder, keys="disk", more=block(device))
+    data = folder / "data"
+    (data / "audit").mkdir(parents=True, mode=0o700)
+    data.chmod(0o700)
+    for turn in range(4):
+        before = len(numbers(data))
+        process = await asyncio.create_subprocess_exec(*rig.command, env=dict(rig.environment))
+        try:
+            # While it reads, while it writes, while it tells the device, and later.
+            await until(lambda n=before: len(numbers(data)) > n)  # type: ignore[misc]
+            await asyncio.sleep(0.15 * turn)
+            device.do(SIGN_ECDSA)
+        finally:
+            process.kill()
+            await process.wait()
+    async with SignerRig(folder, keys="disk", more=block(device)):
+        last = device.state.number
+        await until(lambda: numbers(data)[-1] >= last)
+    assert numbers(data) == list(range(1, numbers(data)[-1] + 1))
+    assert reasons(data) <= {"consume"}
+    assert verify(data / "audit").verdict is Verdict.HOLDS
+
+
 async def test_a_signer_tells_of_a_log_that_cannot_be_read(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
