@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from spire_hw.errors import NotFoundError
+from spire_hw.errors import NotFoundError, UnavailableError
 from spire_hw.evidence.document import KeyReport
 from spire_hw.evidence.making import Witness, check_nonce, make_evidence
 from spire_hw.key import spki_der
@@ -81,6 +81,8 @@ class Attesting:
             attestation: certificates the device gave out another way, that of the key first.
             by: the client that asked, "" for an operator.
         """
+        if self._audit.trouble:
+            raise UnavailableError(f"audit log unavailable: {self._audit.trouble}")
         key = f"{keys.owner}/{held.info.key_id}"
         noted = {"key": key, "fingerprint": held.info.fingerprint}
         self._audit.note("key_attested", {**noted, "client": by} if by else noted)

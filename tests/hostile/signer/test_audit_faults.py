@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from spire_hw._pb import hw_signer_admin_pb2 as pb
+from spire_hw._pb import hw_signer_pb2 as signer_pb
 from spire_hw.clock import SystemClock
 from spire_hw.errors import ErrorKind, NotReadyError, SpireHwError, UnavailableError
 from spire_hw.log import get_logger
@@ -222,6 +223,11 @@ async def test_fault_108_a_signer_signs_nothing_it_cannot_write_down(
         assert result.refusal.code == ErrorKind.UNAVAILABLE.value
         assert "audit log unavailable" in result.refusal.message
         assert not result.signature
+        request = signer_pb.AttestOwnKeyRequest(key_id="x509-CA-A", nonce=bytes(16))
+        channel, attest = await rig.channel(), "/spire_hw.signer.v1.Custody/AttestOwnKey"
+        with pytest.raises(SpireHwError) as caught:
+            await channel.unary(attest, request, signer_pb.AttestOwnKeyResponse, timeout_s=20)
+        assert caught.value.kind is ErrorKind.UNAVAILABLE
         filler.unlink()
         await until(lambda: not rig.signer.audit.trouble)
         assert (await rig.sign("x509-CA-A", digest=DIGEST)).signature

@@ -18,6 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.name import _ASN1Type
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from spire_hw._pb import hw_signer_pb2
 from spire_hw.clock import SystemClock
@@ -718,7 +719,7 @@ def body(key: Any, **more: Any) -> bytes:
         )
     )
     if not ca:
-        uses = x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.SERVER_AUTH])
+        uses = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
         builder = builder.add_extension(uses, critical=False)
     return builder.sign(throw_away, hashes.SHA256()).tbs_certificate_bytes
 
