@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 from contextlib import AsyncExitStack
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from spire_hw.clock import SystemClock
 from spire_hw.config.hcl import Body
@@ -23,9 +24,13 @@ from spire_hw_sim.pkcs11faults import Faults
 from spire_hw_sim.softhsm import SoftHsm
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
     from types import TracebackType
 
     from spire_hw.clock import Clock
+    from spire_hw_sim.clock import SimClock
+
+T = TypeVar("T")
 
 PIN: Final = "secret-4321"
 SPY: Final = Path("/usr/lib/x86_64-linux-gnu/pkcs11/pkcs11-spy.so")
@@ -181,3 +186,18 @@ async def settled(manager: pkcs11.Pkcs11KeyManager) -> None:
         raise ValueError("the key manager was not configured")
     async with asyncio.timeout(60):
         await keyring.disposal.wait_empty()
+
+
+async def waited(clock: SimClock, call: Awaitable[T]) -> T:
+    """Move a clock for as long as a call takes that waits for it.
+
+    Raises:
+        TimeoutError: it waits for something else.
+    """
+    work = asyncio.gather(call)
+    async with asyncio.timeout(60):
+        while not work.done():
+            await clock.advance(timedelta(seconds=1))
+            await asyncio.sleep(0.05)
+    (result,) = await work
+    return result

@@ -22,6 +22,7 @@ modules that are set up that way (SOFTHSM2_CONF, P11_KIT_SERVER_ADDRESS, ...).
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 import uuid
 from contextlib import asynccontextmanager
@@ -30,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from spire_hw.bootid import read_boot_id
 from spire_hw.config.schema import decode, faults
 from spire_hw.errors import ConfigError, NotReadyError
 from spire_hw.files import NoFileError, create_file, read_bounded
@@ -143,6 +145,7 @@ class Pkcs11KeyManager:
             file,
             policy=_policy(config, settings, token),
             instance=self._instance,
+            place=await asyncio.to_thread(_place_of, self._host.data_dir),
             clock=self._host.clock,
             log=self._host.log,
             key_ids=key_ids,
@@ -287,6 +290,18 @@ class Pkcs11KeyManager:
         if not is_identifier(identifier):
             raise NotReadyError(f"key identifier file {path} does not hold an identifier")
         return identifier
+
+
+def _place_of(data_dir: Path) -> str:
+    """Return what tells a data directory from its copies, on this host and others, until a reboot.
+
+    One process at a time holds a data directory: an instance that was there before is dead.
+    """
+    boot_id, status = read_boot_id(), data_dir.stat()
+    if boot_id is None:
+        return ""
+    text = f"{boot_id} {status.st_dev} {status.st_ino}"
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
 
 
 def _limits(config: Config, tokens: int) -> Limits:

@@ -241,7 +241,9 @@ def _manifest(owner: Owner, data: list[dict[str, Any]]) -> Manifest | None:
     nonce = newest.pop() if len(newest) == 1 else ""
     older = [n for manifest in found for n in (*manifest.before, manifest.nonce)]
     before = tuple(dict.fromkeys(n for n in older if n != nonce))
-    return Manifest(owner, nonce, keys, time, choices, before)
+    places = {manifest.place for manifest in found}
+    place = places.pop() if len(places) == 1 else ""
+    return Manifest(owner, nonce, keys, time, choices, before, place)
 
 
 def read_material(fields: object) -> PublicMaterial | None:

@@ -28,6 +28,7 @@ class Manifest:
         time: when it was written, Unix seconds; 0 when it does not say.
         choices: key ids of which an older generation was taken back.
         before: instances whose manifests that one wrote over when it started, the last one last.
+        place: where that instance runs, such that no two can run there; "" when it does not say.
     """
 
     owner: Owner
@@ -36,6 +37,7 @@ class Manifest:
     time: float = 0.0
     choices: Mapping[str, Choice] = field(default_factory=dict)
     before: tuple[str, ...] = ()
+    place: str = ""
 
     def encode(self) -> bytes:
         """Return the object's value."""
@@ -48,6 +50,7 @@ class Manifest:
             "time": self.time,
             "choices": {key_id: choice.fields() for key_id, choice in self.choices.items()},
             "before": list(self.before[-MAX_BEFORE:]),
+            "place": self.place,
         }
         return json.dumps(fields, sort_keys=True).encode("utf-8")
 
@@ -70,6 +73,7 @@ class Manifest:
             if not math.isfinite(time):
                 raise ValueError("no time")  # noqa: TRY301 - one answer to all that is odd
             before = tuple(str(nonce) for nonce in fields.get("before", ()))[-MAX_BEFORE:]
-            return cls(owner, str(fields["nonce"]), keys, time, choices, before)
+            place = str(fields.get("place", ""))
+            return cls(owner, str(fields["nonce"]), keys, time, choices, before, place)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise EncodingError("key manifest", "does not decode") from None

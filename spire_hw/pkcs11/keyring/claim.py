@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from spire_hw.pkcs11.pool.pool import Pool
 
 _PROTECTED: Final = frozenset({"hsm.session_read_only", "hsm.token_write_protected"})
+# How often an instance says that it lives, and looks whether another one says so.
+MARK_EVERY_S: Final = 1800.0
+LOOK_EVERY_S: Final = 10.0
+# So long an instance that was started later waits for what an earlier one has to say.
+_SETTLE_S: Final = 2 * LOOK_EVERY_S
 # A write that fails without saying why costs a worker: it is not tried for every caller.
 _LOOK_AGAIN_S: Final = 30.0
 # How SoftHSM says that its store cannot be written to; also how tokens say that they are away.
@@ -35,10 +40,12 @@ class Claim:
     """One instance's claim on its owner's keys.
 
     Whoever starts writes its own mark over that of the one before, which may be dead. If that one lives
-    it writes its own again, and the later one, which knows whom it wrote over, gives way for good.
+    it writes its own again, as soon as it looks, and the later one gives way for good: what stands there
+    did not write over its mark. Until the one before has had time to look, nothing is made or destroyed.
 
     Args:
         nonce: tells this instance from others that use the same server id.
+        place: where it runs, such that an earlier instance there is dead; "" when that is not known.
 
     Attributes:
         refusal: why the token takes no writing, None while it does.
@@ -52,6 +59,7 @@ class Claim:
         policy: Policy,
         *,
         nonce: str,
+        place: str,
         clock: Clock,
         log: Logger,
     ) -> None:
@@ -59,12 +67,15 @@ class Claim:
         self._ledger = ledger
         self._policy = policy
         self._nonce = nonce
+        self._place = place
         self._clock = clock
         self._log = log
         self._written: Manifest | None = None
         self._before: tuple[str, ...] = ()
         self._holds_none = False
         self._look_again = 0.0
+        self._is_settled = True
+        self._settled_at = 0.0
         self._writing = asyncio.Lock()
         self.refusal: TokenError | None = None
         self.conflict: TokenError | None = None
@@ -88,6 +99,9 @@ class Claim:
         found = inventory.manifest
         if found is not None:
             self._before = tuple(n for n in (*found.before, found.nonce) if n != self._nonce)
+            if self._may_live(found):
+                self._is_settled = False
+                self._settled_at = self._clock.monotonic() + _SETTLE_S
         entries = self._ledger.entries
         kept = {} if inventory.manifest is None else dict(inventory.manifest.keys)
         if self._policy.accept_key_loss:
@@ -105,6 +119,27 @@ class Claim:
                 await self._pool.ask(Kind.LIST, prefix, what="list objects")
                 self._look_again = self._clock.monotonic() + _LOOK_AGAIN_S
             self._refused(e)
+
+    def _may_live(self, found: Manifest) -> bool:
+        """Tell whether the instance of a manifest may still be running."""
+        if found.place == self._place and (self._place or found.nonce == self._nonce):
+            return False
+        return abs(self._clock.now().timestamp() - found.time) < MARK_EVERY_S + _SETTLE_S
+
+    async def settle(self) -> None:
+        """Return once an earlier instance that lives would have said so; as a rule at once.
+
+        Raises:
+            TokenError: ABORTED, it lives; or the token failed.
+        """
+        if self._is_settled:
+            return
+        left = self._settled_at - self._clock.monotonic()
+        if left > 0.0:
+            self._log.warning("hsm.owner_unsettled", wait_s=round(left), kept="nothing is made yet")
+            await self._clock.sleep(left)
+        await self.look()
+        self._is_settled = True
 
     def _refused(self, error: TokenError) -> None:
         self.refusal = TokenError(
@@ -191,16 +226,32 @@ class Claim:
         """
         self._give_way(inventory)
         if self.is_lost(inventory):
+            async with self._writing:
+                await self._answer(await self._now())
+
+    async def look(self) -> None:
+        """Do the same as `check` with the manifest as it is now; that is all that is read.
+
+        Raises:
+            TokenError: as `check`.
+        """
+        if self.conflict is not None:
+            raise self.conflict
+        if self._written is not None:
+            async with self._writing:
+                await self._answer(await self._now())
+
+    async def _answer(self, now: Inventory) -> None:
+        if self.is_lost(now):
             server = self._ledger.owner.server
             self._log.error("hsm.owner_challenged", server=server, kept="the later one has to stop")
-            async with self._writing:
-                now = await self._now()
-                await self._put(self._named(now), now.choices)
+            await self._put(self._named(now), now.choices)
 
     def _give_way(self, inventory: Inventory) -> None:
         manifest = inventory.manifest
-        if self.conflict is None and manifest is not None and self._written is not None:
-            if manifest.nonce not in self._before:
+        if self.conflict is None and manifest is not None and self.is_lost(inventory):
+            # Who was started later has written over this one's mark, and says so.
+            if manifest.nonce not in self._before and self._nonce in manifest.before:
                 return
             self.conflict = TokenError(
                 f'server id "{self._ledger.owner.server}" is in use by another instance, which was '
@@ -223,7 +274,7 @@ class Claim:
             TokenError: the token failed, or another instance was started earlier.
         """
         owner = self._ledger.owner
-        wanted = {"prefix": owner.manifest_label}
+        wanted = {"prefix": owner.manifest_label, "data_only": True}
         listing = await self._pool.ask(Kind.LIST, wanted, what="read manifest")
         found = read_listing(owner, listing, choices=self._ledger.state.choices)
         self._give_way(found)
@@ -237,7 +288,9 @@ class Claim:
         if self._holds_none:
             return
         owner, now = self._ledger.owner, self._clock.now().timestamp()
-        manifest = Manifest(owner, self._nonce, keys, now, choices, self._before)
+        # Who is not settled yet says no place: the next one there must not take it for the only one.
+        place = self._place if self._is_settled else ""
+        manifest = Manifest(owner, self._nonce, keys, now, choices, self._before, place)
         fields = {
             "label": owner.manifest_label,
             "application": APPLICATION,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import SpireHwError
 from spire_hw.pkcs11.inventory.tenants import JUMP_S
+from spire_hw.pkcs11.keyring.claim import LOOK_EVERY_S, MARK_EVERY_S
 
 if TYPE_CHECKING:
     from spire_hw.clock import Clock
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from spire_hw.pkcs11.keyring.stock import Stock
 
 _HALF_AGE_S: Final = 3600.0
-_EVERY_S: Final = 1800.0
 _LEAST_S: Final = 1.0
+# A token that could not be asked is left alone for a while.
+_REST_S: Final = 60.0
 
 
 class Housekeeping:
@@ -59,8 +61,20 @@ class Housekeeping:
                     due = self._retention.next_s()
             except SpireHwError as e:
                 self._log.warning("hsm.housekeeping_failed", error=e.message)
-            pause = _EVERY_S if due is None else min(_EVERY_S, max(_LEAST_S, due))
+            pause = MARK_EVERY_S if due is None else min(MARK_EVERY_S, max(_LEAST_S, due))
             await self._clock.sleep(pause)
+
+    async def watch(self) -> None:
+        """Look whether another instance is at work, until cancelled or given way."""
+        pause = LOOK_EVERY_S
+        while self._claim.conflict is None:
+            await self._clock.sleep(pause)
+            try:
+                await self._claim.look()
+                pause = LOOK_EVERY_S
+            except SpireHwError as e:
+                self._log.debug("hsm.look_failed", error=e.message)
+                pause = _REST_S
 
     async def sweep(self) -> bool:
         """Do all of it once; False when nothing was done, because the clock cannot be trusted.
@@ -68,6 +82,7 @@ class Housekeeping:
         Raises:
             SpireHwError: it could not be done now.
         """
+        await self._claim.settle()
         inventory = await self._stock.take()
         await self._claim.check(inventory)
         jump = abs(self._clock_offset() - self._started)

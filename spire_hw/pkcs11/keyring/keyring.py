@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from spire_hw.plugin.keymanager import DeviceHealth, KeySignature, RetainedKey
 
 _MAX_ID: Final = 255
+_REST_S: Final = 60.0
 
 
 class Keyring:
@@ -61,6 +62,7 @@ class Keyring:
         file: the host's note.
         policy: what the operator allows.
         instance: tells this instance from others that use the same server id.
+        place: where it runs, such that no two can run there; "" when that is not known.
         key_ids: what keys are called that may be on the token though its manifest does not say so.
     """
 
@@ -72,6 +74,7 @@ class Keyring:
         *,
         policy: Policy,
         instance: str,
+        place: str = "",
         clock: Clock,
         log: Logger,
         key_ids: Iterable[str] = (),
@@ -79,11 +82,14 @@ class Keyring:
         self._pool = pool
         self._owner = owner
         self._policy = policy
+        self._clock = clock
         self._log = log
         self._ledger = Ledger(owner, file, key_ids)
         self._stock = Stock(pool, self._ledger, policy, log)
         self._proving = Proving(pool, self._ledger, policy, log)
-        self._claim = Claim(pool, self._ledger, policy, nonce=instance, clock=clock, log=log)
+        self._claim = Claim(
+            pool, self._ledger, policy, nonce=instance, place=place, clock=clock, log=log
+        )
         self._signing = Signing(pool, self._stock, self.get, clock, log)
         self.disposal = Disposal(pool, log)
         self.test_key = TestKey(pool, owner, self.disposal, clock=clock, log=log)
@@ -139,9 +145,22 @@ class Keyring:
         await self._ledger.save(lambda state: self._opened(state, inventory))
         replaced = await self._retention.sort_out(inventory)
         self.disposal.add((p.cka_id, p.label) for p in (*replaced, *orphans))
-        self._tasks.start("hsm-disposal", self.disposal.run())
+        self._tasks.start("hsm-disposal", self._dispose())
         self._tasks.start("hsm-test-key", self.test_key.run())
         self._tasks.start("hsm-housekeeping", self._house.run())
+        self._tasks.start("hsm-watch", self._house.watch())
+
+    async def _dispose(self) -> None:
+        """Destroy what waits for it, but nothing that another instance may still use."""
+        while True:
+            try:
+                await self._claim.settle()
+                break
+            except TokenError as e:
+                if e is self._claim.conflict:
+                    return
+                await self._clock.sleep(_REST_S)
+        await self.disposal.run()
 
     async def close(self) -> None:
         """Stop what runs in the background; the pool is closed by its owner."""
@@ -331,6 +350,7 @@ class Keyring:
 
     async def _make(self, key_id: str, key_type: KeyType) -> Entry:
         """Generate and prove the next generation; it is not current yet."""
+        await self._claim.settle()
         inventory = await self._stock.take()
         await self._claim.check(inventory)
         await self._claim.check_writable(inventory)

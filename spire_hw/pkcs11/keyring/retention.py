@@ -175,6 +175,7 @@ class Retention:
 
     async def restore(self, key_id: str, generation: int, above: int) -> Entry:
         """Make a kept generation current; see `spire_hw.pkcs11.keyring.keyring.Keyring.restore`."""
+        await self._claim.settle()
         async with self.turn:
             kept = self._kept(key_id, generation)
             inventory = await self._stock.take()
@@ -211,6 +212,7 @@ class Retention:
 
     async def adopt_copy(self, key_id: str, fingerprint: str) -> bool:
         """Make a copy of another token's key current; see `spire_hw.pkcs11.keyring.keyring.Keyring`."""
+        await self._claim.settle()
         async with self.turn:
             inventory = await self._stock.take()
             pair = inventory.current.get(key_name(key_id))
@@ -229,6 +231,7 @@ class Retention:
 
     async def drop(self, key_id: str, fingerprint: str) -> None:
         """Give a key up; see `spire_hw.pkcs11.keyring.keyring.Keyring.drop`."""
+        await self._claim.settle()
         async with self.turn:
             old = self._ledger.entries.get(key_id)
             if old is None or old.is_existing or old.fingerprint != fingerprint:
@@ -251,6 +254,7 @@ class Retention:
 
     async def destroy(self, key_id: str, generation: int) -> None:
         """Destroy a kept generation now; see `spire_hw.plugin.keymanager.KeyRetention`."""
+        await self._claim.settle()
         async with self.turn:
             kept = self._kept(key_id, generation)
             await self._claim.check(await self._stock.take())

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,8 +16,10 @@ import pytest
 from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, verify_digest
 from spire_hw.pkcs11.inventory.labels import Owner
+from spire_hw.plugin.keymanager import KeyHealth
+from spire_hw_sim.clock import SimClock
 from spire_hw_sim.softhsm import SoftHsm
-from spire_hw_sim.tokenrig import PIN, SPY, TokenRig, settled
+from spire_hw_sim.tokenrig import PIN, SPY, TokenRig, settled, waited
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -381,16 +384,26 @@ async def test_fault_37_foreign_objects_are_neither_listed_nor_touched(rig: Toke
     assert objects(rig) == sorted(before + mine)
 
 
+async def blind(rig: TokenRig, data: str = "one") -> Pkcs11KeyManager:
+    """Start an instance whose time stands still: it looks at nothing unless it is asked something."""
+    rig.clock = SimClock()
+    return await rig.start(data)
+
+
 @pytest.mark.asyncio
-async def test_fault_38_the_later_of_two_instances_stops_generating(rig: TokenRig) -> None:
-    first = await rig.start("one")
-    await first.generate_key("a", P256)
-    second = await rig.start("two")
+async def test_fault_38_the_later_of_two_instances_makes_and_destroys_nothing(
+    timed: TokenRig, clock: SimClock
+) -> None:
+    first = await timed.start("one")
     made = await first.generate_key("a", P256)
+    second = await timed.start("two")
+    before = [line for line in objects(timed) if ".test" not in line]
     for _ in range(2):
         with pytest.raises(SpireHwError, match="in use by another instance") as caught:
-            await second.generate_key("a", P256)
+            await waited(clock, second.generate_key("a", P256))
         assert caught.value.kind is ErrorKind.ABORTED
+    assert [line for line in objects(timed) if ".test" not in line] == before
+    made = await first.generate_key("a", P256)
     assert await second.get_public_keys() == [made]
     for manager in (first, second):
         assert (await manager.sign_data("a", DIGEST, SHA256)).fingerprint == made.fingerprint
@@ -399,19 +412,82 @@ async def test_fault_38_the_later_of_two_instances_stops_generating(rig: TokenRi
     with pytest.raises(SpireHwError, match="restart this one"):
         await second.generate_key("a", P256)
     await second.close()
-    again = await rig.start("two")
-    await again.generate_key("a", P256)
+    again = await timed.start("two")
+    await waited(clock, again.generate_key("a", P256))
 
 
 @pytest.mark.asyncio
-async def test_fault_38_of_three_instances_the_first_goes_on(rig: TokenRig) -> None:
-    managers = [await rig.start(name) for name in ("one", "two", "three")]
+async def test_fault_38_who_follows_a_dead_instance_waits_for_a_word_of_it_and_goes_on(
+    timed: TokenRig, clock: SimClock
+) -> None:
+    first = await timed.start("one")
+    made = await first.generate_key("a", P256)
+    await first.close()
+    second = await timed.start("two")
+    making = asyncio.gather(second.generate_key("b", P256))
+    # Signing and listing wait for nobody.
+    assert await second.get_public_keys() == [made]
+    await second.sign_data("a", DIGEST, SHA256)
+    assert not making.done()
+    began = clock.monotonic()
+    await waited(clock, making)
+    assert clock.monotonic() - began >= 20.0
+    # Where it was alive itself nobody else is, and a mark that is too old is a dead one's.
+    await second.close()
+    again = await timed.start("two")
+    await again.generate_key("b", P256)
+    await again.close()
+    await clock.advance(timedelta(minutes=31))
+    third = await timed.start("three")
+    await third.generate_key("b", P256)
+
+
+@pytest.mark.asyncio
+async def test_fault_38_who_was_not_heard_out_before_a_restart_is_waited_for_again(
+    timed: TokenRig, clock: SimClock
+) -> None:
+    first = await blind(timed)
+    await first.generate_key("a", P256)
+    timed.clock = clock
+    second = await timed.start("two")
+    await second.close()
+    again = await timed.start("two")
+    making = asyncio.gather(again.generate_key("a", P256), return_exceptions=True)
+    await first.generate_key("a", P256)
+    assert not making.done()
+    (caught,) = await waited(clock, making)
+    assert isinstance(caught, SpireHwError)
+    assert caught.kind is ErrorKind.ABORTED
+
+
+@pytest.mark.asyncio
+async def test_fault_38_an_earlier_instance_that_is_restarted_meanwhile_goes_on(
+    timed: TokenRig, clock: SimClock
+) -> None:
+    first = await blind(timed)
+    await first.generate_key("a", P256)
+    timed.clock = clock
+    second = await timed.start("two")
+    await first.generate_key("a", P256)
+    await first.close()
+    again = await timed.start("one")
+    with pytest.raises(SpireHwError, match="in use by another instance"):
+        await waited(clock, second.generate_key("a", P256))
+    await again.generate_key("a", P256)
+    assert again.key_health().health is KeyHealth.GOOD
+
+
+@pytest.mark.asyncio
+async def test_fault_38_of_three_instances_the_first_goes_on(
+    timed: TokenRig, clock: SimClock
+) -> None:
+    managers = [await timed.start(name) for name in ("one", "two", "three")]
     first, *others = managers
     # The two that came later may hold each other off until the first has looked.
     for manager in (*others, first) * 2:
         assert manager._keyring is not None
         with suppress(SpireHwError):
-            await manager._keyring._house.sweep()
+            await waited(clock, manager._keyring._house.sweep())
     for _ in range(2):
         await first.generate_key("a", P256)
         for manager in others:
@@ -419,7 +495,7 @@ async def test_fault_38_of_three_instances_the_first_goes_on(rig: TokenRig) -> N
                 await manager.generate_key("a", P256)
     # Started again, it writes over nobody who lives and has not given way.
     await first.close()
-    again = await rig.start("one")
+    again = await timed.start("one")
     await again.generate_key("a", P256)
     for manager in others:
         with pytest.raises(SpireHwError, match="in use by another instance"):
@@ -428,33 +504,35 @@ async def test_fault_38_of_three_instances_the_first_goes_on(rig: TokenRig) -> N
 
 
 @pytest.mark.asyncio
-async def test_fault_38_the_earlier_of_two_instances_finds_what_the_later_makes(
-    rig: TokenRig,
+async def test_fault_38_an_instance_that_could_not_speak_up_finds_what_the_later_makes(
+    timed: TokenRig, clock: SimClock
 ) -> None:
-    first = await rig.start("one")
+    first = await blind(timed)
     await first.generate_key("a", P256)
-    second = await rig.start("two")
-    made = [await second.generate_key(key_id, P256) for key_id in ("a", "b", "a")]
+    timed.clock = clock
+    second = await timed.start("two")
+    made = [await waited(clock, second.generate_key(key_id, P256)) for key_id in ("a", "b", "a")]
     await settled(second)
     assert {k.key_id: k for k in await first.get_public_keys()} == {k.key_id: k for k in made}
     for key in made[1:]:
         assert (await first.sign_data(key.key_id, DIGEST, SHA256)).fingerprint == key.fingerprint
     await first.close()
-    again = await rig.start("one")
+    again = await timed.start("one")
     assert {k.key_id: k for k in await again.get_public_keys()} == {k.key_id: k for k in made}
 
 
 @pytest.mark.asyncio
 async def test_fault_38_what_the_later_instance_gives_up_is_given_up_by_the_earlier(
-    rig: TokenRig,
+    timed: TokenRig, clock: SimClock
 ) -> None:
-    first = await rig.start("one")
+    first = await blind(timed)
     made = await first.generate_key("a", P256)
-    second = await rig.start("two", retain_replaced="1h")
-    await second.generate_key("a", P256)
+    timed.clock = clock
+    second = await timed.start("two", retain_replaced="1h")
+    await waited(clock, second.generate_key("a", P256))
     assert await first.get_public_keys() != [made]
     # As when it was not current yet, and whoever wanted it went away.
-    rig.meddle(f"[o.destroy() for o in find(LABEL={OWNER.key_label('a', 2)!r})]")
+    timed.meddle(f"[o.destroy() for o in find(LABEL={OWNER.key_label('a', 2)!r})]")
     assert await first.get_public_keys() == [made]
     assert (await first.sign_data("a", DIGEST, SHA256)).fingerprint == made.fingerprint
 

@@ -11,7 +11,7 @@ from spire_hw.errors import ErrorKind, NotFoundError, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, verify_digest
 from spire_hw.pkcs11.inventory.labels import Owner
 from spire_hw_sim.softhsm import SoftHsm
-from spire_hw_sim.tokenrig import TokenRig, settled
+from spire_hw_sim.tokenrig import TokenRig, settled, waited
 
 if TYPE_CHECKING:
     from spire_hw_plugins.keymanager.pkcs11 import Pkcs11KeyManager
@@ -127,7 +127,7 @@ async def test_a_restored_generation_stays_current_though_a_higher_one_exists(
 
 @pytest.mark.asyncio
 async def test_a_host_that_lost_its_note_learns_from_the_token_what_was_restored(
-    timed: TokenRig,
+    timed: TokenRig, clock: SimClock
 ) -> None:
     manager = await timed.start(**KEEP)
     first = await manager.generate_key("a", P256)
@@ -137,7 +137,7 @@ async def test_a_host_that_lost_its_note_learns_from_the_token_what_was_restored
     manager = await timed.start("another-host", **KEEP)
     assert (await manager.get_public_key("a")).fingerprint == first.fingerprint
     assert await kept(manager) == [2]
-    await manager.restore_key("a", 2)
+    await waited(clock, manager.restore_key("a", 2))
     await manager.close()
     # The first host's note is older than what the token tells.
     manager = await timed.start(**KEEP)
@@ -145,18 +145,20 @@ async def test_a_host_that_lost_its_note_learns_from_the_token_what_was_restored
 
 
 @pytest.mark.asyncio
-async def test_what_one_host_restored_is_no_loss_to_another(timed: TokenRig) -> None:
+async def test_what_one_host_restored_is_no_loss_to_another(
+    timed: TokenRig, clock: SimClock
+) -> None:
     manager = await timed.start(**KEEP)
     first = await manager.generate_key("a", P256)
     await manager.generate_key("a", P256)
     await manager.close()
     manager = await timed.start("another-host", **KEEP)
-    await manager.restore_key("a", 1)
+    await waited(clock, manager.restore_key("a", 1))
     await manager.close()
     manager = await timed.start(**KEEP)
     assert (await manager.get_public_key("a")).fingerprint == first.fingerprint
     assert [k.fingerprint for k in await manager.get_public_keys()] == [first.fingerprint]
-    await manager.generate_key("a", P256)
+    await waited(clock, manager.generate_key("a", P256))
     await manager.close()
     # A choice that a later generation ended accounts for nothing.
     timed.meddle(f"[o.destroy() for o in find(LABEL={OWNER.key_label('a', 3)!r})]")
