@@ -43,7 +43,14 @@ _TEMPLATE_REFUSED: Final = frozenset({"TEMPLATE_INCONSISTENT", _VALUE_INVALID})
 # Also how tpm2-pkcs11 answers a template with explicit FALSE usage flags.
 _TEMPLATE_MAYBE: Final = _TEMPLATE_REFUSED | {"GENERAL_ERROR", "ATTRIBUTE_TYPE_INVALID"}
 _MORE_LISTINGS: Final = 4
-_ODD: Final = (PKCS11Error, ValueError, NotImplementedError, UnicodeDecodeError)
+_ODD: Final = (ValueError, NotImplementedError, UnicodeDecodeError)
+_NO_ANSWER: Final = frozenset(
+    {
+        *("DEVICE_ERROR", "DEVICE_MEMORY", "DEVICE_REMOVED", "HOST_MEMORY", "TOKEN_NOT_PRESENT"),
+        *("SESSION_CLOSED", "SESSION_HANDLE_INVALID", "USER_NOT_LOGGED_IN"),
+        *("CRYPTOKI_NOT_INITIALIZED", "OBJECT_HANDLE_INVALID"),
+    }
+)
 
 
 class TokenObjects:
@@ -53,26 +60,30 @@ class TokenObjects:
         self._token = token
         self._profile = profile
 
-    def listing(self, prefix: str) -> dict[str, Any]:
+    def listing(self, prefix: str, *, data_only: bool = False) -> dict[str, Any]:
         """Return all key halves and data objects whose label starts with prefix.
+
+        Args:
+            prefix: what labels start with.
+            data_only: leave the key halves out, which take longest.
 
         Raises:
             TokenError: not logged in, or the search failed.
         """
         for _ in range(_MORE_LISTINGS):
             try:
-                return self._list(prefix)
+                return self._list(prefix, data_only=data_only)
             except TokenError as e:
                 # What others destroy between being found and being read is no fault of the token.
                 if e.cure is not Cure.KEY:
                     raise
-        return self._list(prefix)
+        return self._list(prefix, data_only=data_only)
 
-    def _list(self, prefix: str) -> dict[str, Any]:
+    def _list(self, prefix: str, *, data_only: bool) -> dict[str, Any]:
         self._token.check_logged_in()
         try:
-            halves = self._halves(ObjectClass.PRIVATE_KEY, prefix)
-            halves += self._halves(ObjectClass.PUBLIC_KEY, prefix)
+            kinds = () if data_only else (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY)
+            halves = [half for kind in kinds for half in self._halves(kind, prefix)]
             data = self._data(prefix)
         except PKCS11Error as e:
             error = TokenError.of(e, "list objects", self._token.device)
@@ -270,9 +281,14 @@ def _template(all_names: Iterable[str], sent: Mapping[str, bool]) -> dict[Attrib
 
 
 def _read(item: Any, attribute: Attribute) -> object:
-    # An attribute that cannot be read or decoded counts as not proven, see inventory.
+    # An attribute that cannot be read or decoded counts as not proven, see inventory; a device that
+    # fails just now has said nothing of it.
     try:
         return item[attribute]
+    except PKCS11Error as e:
+        if ckr_of(e).name in _NO_ANSWER:
+            raise
+        return None
     except _ODD:
         return None
 

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import os
 import signal
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -234,6 +235,33 @@ async def test_fault_34_an_attribute_that_cannot_be_read_proves_nothing(
     again = await tampered.start(accept_weak_keys=["a"])
     assert "hsm.key_weak" in capsys.readouterr().out
     assert (await again.sign_data("a", DIGEST, SHA256)).fingerprint == made.fingerprint
+
+
+@pytest.mark.parametrize("code", [0x30, 0x101, 0xB3])
+async def test_fault_34_a_device_that_fails_while_it_is_asked_has_proved_nothing_either_way(
+    tampered: TokenRig, code: int
+) -> None:
+    first = await tampered.start()
+    made = [await first.generate_key(key_id, P256) for key_id in ("a", "b")]
+    tampered.faults.set(Fault("C_GetAttributeValue", returns=code))
+    with pytest.raises(SpireHwError) as caught:
+        await first.get_public_keys()
+    assert caught.value.kind is ErrorKind.UNAVAILABLE
+    with pytest.raises(SpireHwError) as caught:
+        await tampered.start(start_timeout="10s")
+    assert caught.value.kind is ErrorKind.UNAVAILABLE
+    with pytest.raises(SpireHwError) as caught:
+        await first.generate_key("a", P256)
+    assert caught.value.kind is ErrorKind.UNAVAILABLE
+    tampered.faults.clear()
+    async with asyncio.timeout(30):
+        while True:
+            with suppress(SpireHwError):
+                assert await first.get_public_keys() == made
+                break
+            await asyncio.sleep(0.1)
+    again = await tampered.start()
+    assert await again.get_public_keys() == made
 
 
 async def test_fault_36_a_key_of_another_type_is_ignored_unless_the_note_names_it(
