@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Final
 from cryptography.hazmat.primitives.asymmetric import ec, rsa, utils
 
 from spire_hw.errors import InvalidInputError, SpireHwError
-from spire_hw.key import HashAlgorithm, KeyType, PublicKey, SignOptions, check_digest
+from spire_hw.key import (
+    HashAlgorithm,
+    KeyType,
+    PublicKey,
+    SignOptions,
+    check_digest,
+    check_public_key,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -194,7 +201,8 @@ def public_key_of(material: PublicMaterial) -> PublicKey:
     start with 0x04: the exact length decides.
 
     Raises:
-        InvalidInputError: `undecodable EC point`; OtherKeyTypeError when it is none of ours.
+        InvalidInputError: `undecodable EC point`, or `spire_hw.key.check_public_key` refuses it;
+            OtherKeyTypeError when it is none of ours.
     """
     if material.key_type == CKK_EC:
         return _ec_key_of(material)
@@ -205,9 +213,10 @@ def public_key_of(material: PublicMaterial) -> PublicKey:
     if modulus.bit_length() not in _MODULUS_BITS.values():
         raise OtherKeyTypeError(f"RSA-{modulus.bit_length()} is not a supported key type")
     try:
-        return rsa.RSAPublicNumbers(exponent, modulus).public_key()
+        public_key = rsa.RSAPublicNumbers(exponent, modulus).public_key()
     except ValueError as e:
         raise InvalidInputError("undecodable RSA key") from e
+    return check_public_key(public_key)
 
 
 def _ec_key_of(material: PublicMaterial) -> PublicKey:

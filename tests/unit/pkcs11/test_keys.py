@@ -105,7 +105,8 @@ def test_rsa_keys_of_other_sizes_and_other_kinds_are_refused() -> None:
     ) == spki_der(key)
     with pytest.raises(InvalidInputError, match="RSA-1024"):
         public_key_of(PublicMaterial(CKK_RSA, modulus=b"\xff" * 128, exponent=b"\1\0\1"))
-    with pytest.raises(InvalidInputError):
-        public_key_of(PublicMaterial(CKK_RSA, modulus=modulus, exponent=b""))
+    for exponent, words in ((b"", "undecodable"), (b"\3", "exponent below 65537")):
+        with pytest.raises(InvalidInputError, match=words):
+            public_key_of(PublicMaterial(CKK_RSA, modulus=modulus, exponent=exponent))
     with pytest.raises(InvalidInputError):
         public_key_of(PublicMaterial(0x40))
