@@ -49,6 +49,7 @@ class Pkcs11Uri:
         attributes: text path attributes by name (`token`, `serial`, `object` ...).
         id: CKA_ID bytes.
         slot_id: a hint only, slot numbers change.
+        type: class of the object that is meant.
         pin_source: where the PIN is: a path or `file:` URI.
         module_path: absolute path of the module.
         module_name: name of the module without directory.
@@ -58,6 +59,7 @@ class Pkcs11Uri:
     attributes: dict[str, str] = field(default_factory=dict)
     id: bytes | None = None
     slot_id: int | None = None
+    type: str | None = None
     pin_source: str | None = None
     module_path: str | None = None
     module_name: str | None = None
@@ -72,6 +74,11 @@ class Pkcs11Uri:
     def serial(self) -> str | None:
         """Return the token's serial number."""
         return self.attributes.get("serial")
+
+    @property
+    def names_other_object(self) -> bool:
+        """Tell whether what is meant is something else than a private key."""
+        return self.type not in {None, "private"}
 
     @property
     def pin_file(self) -> str | None:
@@ -109,6 +116,7 @@ def parse(text: str) -> Pkcs11Uri:
         attributes={n: _text(n, v) for n, v in path_pairs.items() if n in _TEXT},
         id=_convert(path_pairs, "id", lambda v: v),
         slot_id=_convert(path_pairs, "slot-id", _decimal),
+        type=_convert(path_pairs, "type", lambda v: _text("type", v)),
         pin_source=_convert(query_pairs, "pin-source", _pin_source),
         module_path=_convert(query_pairs, "module-path", _module_path),
         module_name=_convert(query_pairs, "module-name", _module_name),
@@ -123,6 +131,8 @@ def encode(uri: Pkcs11Uri) -> str:
         path.append("id=" + "".join(f"%{b:02X}" for b in uri.id))
     if uri.slot_id is not None:
         path.append(f"slot-id={uri.slot_id}")
+    if uri.type is not None:
+        path.append(f"type={uri.type}")
     queries = (
         ("pin-source", uri.pin_source),
         ("module-path", uri.module_path),

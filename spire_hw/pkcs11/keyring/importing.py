@@ -59,6 +59,7 @@ class Import:
         odd = sorted(set(parsed.attributes) - _ATTRIBUTES)
         others = {
             "slot-id": parsed.slot_id,
+            "type": parsed.type if parsed.names_other_object else None,
             "pin-source": parsed.pin_source,
             "module-path": parsed.module_path,
             "module-name": parsed.module_name,
@@ -66,8 +67,8 @@ class Import:
         odd += [name for name, value in others.items() if value is not None]
         if odd:
             raise InvalidInputError(
-                f"pkcs11 URI attribute {odd[0]} cannot be used here: token and module are those of "
-                "the key manager"
+                f"pkcs11 URI attribute {odd[0]} cannot be used here: what is named is a private key, "
+                "token and module are those of the key manager"
             )
         return cls(
             key_id,

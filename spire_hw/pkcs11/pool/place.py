@@ -79,6 +79,7 @@ class Place:
         environment: additions to the workers' environment.
         object_label: CKA_LABEL of a key the URI names.
         object_id: CKA_ID of a key the URI names.
+        ignored: query attributes of the URI that mean nothing here.
     """
 
     module: str
@@ -88,6 +89,7 @@ class Place:
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     object_label: str | None = None
     object_id: bytes | None = None
+    ignored: tuple[str, ...] = ()
 
 
 class Faults:
@@ -144,6 +146,7 @@ def place_of(config: TokenConfig, found: Faults, *, with_key: bool = False) -> P
         environment,
         parsed.attributes.get(_OBJECT),
         parsed.id,
+        parsed.ignored,
     )
 
 
@@ -165,6 +168,7 @@ def place_of_uri(text: str) -> Place:
     if parsed.pin_file is None:
         raise InvalidInputError("pkcs11 URI names no PIN file: &pin-source=file:/... is required")
     odd = sorted(set(parsed.attributes) - _NAMED - _NARROWING - {_OBJECT})
+    odd += ["type"] if parsed.names_other_object else []
     if odd:
         raise InvalidInputError(f"pkcs11 URI attribute {odd[0]} cannot be used here")
     token: dict[str, object] = {
@@ -180,6 +184,7 @@ def place_of_uri(text: str) -> Place:
         parsed.pin_file,
         object_label=parsed.attributes.get(_OBJECT),
         object_id=parsed.id,
+        ignored=parsed.ignored,
     )
 
 
@@ -227,7 +232,7 @@ async def opening_of(place: Place, guard: PinGuard, command: Sequence[str] = WOR
     module = await asyncio.to_thread(check_module_path, place.module)
     inherited = {n: v for n, v in os.environ.items() if n != place.pin_env}
     launch = Launch({**inherited, **place.environment}, command)
-    return Opening(launch, {"module": module, **place.token}, guard)
+    return Opening(launch, {"module": module, **place.token}, guard, ignored=place.ignored)
 
 
 def _uri_of(config: TokenConfig, found: Faults, *, with_key: bool) -> pkcs11_uri.Pkcs11Uri:
@@ -244,6 +249,8 @@ def _uri_of(config: TokenConfig, found: Faults, *, with_key: bool) -> pkcs11_uri
         odd.append("id")
     if parsed.module_name is not None:
         odd.append("module-name")
+    if parsed.names_other_object or (parsed.type is not None and not with_key):
+        odd.append("type")
     if odd:
         what = "a key or a token" if with_key else "a token"
         found.add("uri", f"uri must name {what}; {', '.join(odd)} cannot be used here")

@@ -102,6 +102,8 @@ class Pool:
         self._limits = limits
         self._log = log
         turn = opening.guard.turn
+        if opening.ignored:
+            log.warning("hsm.uri_ignored", attributes=", ".join(opening.ignored))
         self._changed = asyncio.Event()
         self._breaker = Breaker(limits.probe_s)
         self._admin = Seat("admin", opening, turn, self._on_change, log)

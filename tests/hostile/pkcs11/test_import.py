@@ -131,6 +131,7 @@ async def test_the_key_of_a_running_server_is_not_taken(rig: TokenRig) -> None:
         ({"uri": "pkcs11:token=spire"}, "names no key"),
         ({"uri": "pkcs11:object=a?pin-value=1"}, "pin-value"),
         ({"uri": "pkcs11:object=a?module-path=/x.so"}, "module-path cannot be used here"),
+        ({"uri": "pkcs11:object=a;type=public"}, "type cannot be used here"),
         ({"uri": "pkcs11:id=7331"}, "percent-encoded"),
         ({"uri": "pkcs11:object=a;object=b"}, "given twice"),
     ],

@@ -175,6 +175,7 @@ async def test_a_refused_pin_is_sent_once(machine: Machine) -> None:
         ("pkcs11:token=t;object=o?module-path=m&pin-source=file:/p", "not absolute"),
         ("pkcs11:token=t;object=o?module-path=/m&pin-source=|cat", "is a command"),
         ("pkcs11:token=t;object=o;library-version=1?module-path=/m&pin-source=file:/p", "cannot"),
+        ("pkcs11:token=t;object=o;type=cert?module-path=/m&pin-source=file:/p", "type cannot"),
         ("pkcs11:nonsense", "name=value"),
     ],
 )

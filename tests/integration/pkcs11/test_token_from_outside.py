@@ -97,11 +97,13 @@ async def test_evidence_says_where_the_key_is(rig: TokenRig) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_stanza_with_a_uri_opens_the_token(rig: TokenRig) -> None:
+async def test_a_stanza_with_a_uri_opens_the_token(
+    rig: TokenRig, capsys: pytest.CaptureFixture[str]
+) -> None:
     manager = rig.build()
     stanza = f"""
         module_path = "{rig.hsm.module}"
-        uri = "pkcs11:token=spire;serial={rig.serial}?pin-source=file:{rig.pin_file}"
+        uri = "pkcs11:token=spire;serial={rig.serial}?pin-source=file:{rig.pin_file}&x-made-by=us"
         workers = 2
         sign_timeout = "5s"
         key_types = ["ec-p256"]
@@ -114,6 +116,7 @@ async def test_a_stanza_with_a_uri_opens_the_token(rig: TokenRig) -> None:
     assert signed.fingerprint == made.fingerprint
     identifier = (rig.folder / "data" / "pkcs11-key-identifier").read_text()
     assert len(identifier) == 36
+    assert "hsm.uri_ignored" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -126,6 +129,7 @@ async def test_a_stanza_with_a_uri_opens_the_token(rig: TokenRig) -> None:
         ('module_path = "/x.so"\ntoken_label = "a"\npin_file = "/p"\npin_env = "P"', "exactly one"),
         ('uri = "pkcs11:object=a"', "must name a token"),
         ('uri = "pkcs11:token=a?pin-value=1"', "pin-value"),
+        ('uri = "pkcs11:token=a;type=private"', "type cannot be used here"),
         ('token_label = "b"\nuri = "pkcs11:token=a"', "exclude each other"),
         ('key_types = ["dsa"]', "dsa"),
         ('key_identifier_value = "a b"', "key_identifier_value"),
