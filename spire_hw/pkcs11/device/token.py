@@ -45,6 +45,7 @@ class TokenSession:
         self.can_write = True
         self.is_pin_count_low = False
         self._read_write = True
+        self._reopened = 0
 
     @property
     def name(self) -> str:
@@ -155,7 +156,13 @@ class TokenSession:
             self._session = self._another(old)
         except PKCS11Error as e:
             raise self._lost("a new session cannot be opened") from e
+        self._reopened += 1
         self.check_logged_in()
+
+    def take_reopened(self) -> int:
+        """Return how often a session was thrown away since this was asked last."""
+        reopened, self._reopened = self._reopened, 0
+        return reopened
 
     def _another(self, old: Session | None) -> Session:
         try:

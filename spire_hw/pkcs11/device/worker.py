@@ -70,7 +70,9 @@ class Service:
     def _control(self, kind: Kind, fields: dict[str, Any]) -> dict[str, Any]:
         objects = self._objects
         if kind is Kind.LIST:
-            listing: dict[str, Any] = objects.listing(str(fields["prefix"]))
+            listing: dict[str, Any] = objects.listing(
+                str(fields["prefix"]), data_only=fields.get("data_only") is True
+            )
             return listing
         if kind is Kind.GENERATE:
             key_type = dict(fields["type"])
@@ -94,7 +96,7 @@ class Service:
             self._token.check_logged_in()
             if self._profile.keepalive:
                 self._token.touch()
-            return {}
+            return {"reopened": self._token.take_reopened()}
         raise EncodingError("worker frame", f"{kind.name} is no request")
 
     def _open(self, fields: dict[str, Any]) -> dict[str, Any]:

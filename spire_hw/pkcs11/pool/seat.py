@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.aio.backoff import Backoff
-from spire_hw.errors import ErrorKind, SpireHwError
+from spire_hw.errors import EncodingError, ErrorKind, SpireHwError
 from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.pkcs11.pool.process import Launch, WorkerProcess
 from spire_hw.pkcs11.profile import Profile, ProfileChoice
@@ -75,12 +75,14 @@ class Opening:
         token: the fields of an OPEN request.
         guard: gives the PIN.
         limit_s: seconds that opening may take, and logging in.
+        ignored: query attributes of the token's URI that mean nothing here.
     """
 
     launch: Launch
     token: dict[str, Any]
     guard: PinGuard = field(repr=False)
     limit_s: float = 20.0
+    ignored: tuple[str, ...] = ()
 
     async def start(self, name: str) -> tuple[WorkerProcess, TokenFacts]:
         """Start a worker and log it in.
@@ -370,14 +372,21 @@ class Seat:
             if worker.depth:
                 continue
             try:
-                await worker.ask(
+                answer = await worker.ask(
                     Kind.PING, encode_json({}), limit_s=_PING_LIMIT_S, what="answer a ping"
                 )
+                self._tell_reopened(decode_json(answer).get("reopened"))
             except TokenError as e:
                 worker.kill(e)
+            except EncodingError:
+                worker.kill()
             else:
                 # What came meanwhile found no room beside the ping.
                 self._changed()
+
+    def _tell_reopened(self, times: object) -> None:
+        if isinstance(times, int) and times > 0:
+            self._log.warning("hsm.session_reopened", worker=self.name, times=times)
 
 
 def _death_error(how: str) -> TokenError:

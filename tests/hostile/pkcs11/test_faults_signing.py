@@ -113,6 +113,25 @@ async def test_fault_43_a_session_closed_under_us_costs_nothing(
     await traces.check()
 
 
+@pytest.mark.slow
+@pytest.mark.asyncio
+async def test_fault_43_sessions_that_were_opened_anew_are_told(
+    rig: TokenRig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager = await started(rig)
+    for _ in range(2):
+        rig.faults.set(Fault("C_Sign", times=1, returns=0xB3))
+        await signs(manager)
+    told = ""
+    async with asyncio.timeout(40):
+        while "hsm.session_reopened" not in told:  # with the next ping of a worker that rests
+            await asyncio.sleep(0.2)
+            told += capsys.readouterr().out
+    (line,) = [line for line in told.splitlines() if "hsm.session_reopened" in line]
+    assert "sign-0" in line
+    assert "2" in line
+
+
 @pytest.mark.parametrize("code", [0x82, 0x60])
 @pytest.mark.asyncio
 async def test_fault_44_a_handle_that_is_stale_is_found_again(rig: TokenRig, code: int) -> None:
