@@ -49,6 +49,12 @@ _SIGNER_PORT: Final = 8445
 _LOCKED_S: Final = 5.0
 _QUICK: Final = 256 << 20  # a larger database is not read through
 _CERTIFICATE_KEYS: Final = ("cert_file_path", "bundle_file_path", "ca_bundle_path")
+_ACCEPTING: Final = (
+    "accept_listed_keys",
+    "accept_changed_keys",
+    "accept_key_loss",
+    "accept_log",
+)
 _SECRET_KEYS: Final = ("key_file_path", "keys_path")
 
 
@@ -159,6 +165,10 @@ def _check_signers(plugin: PluginConfig) -> Iterator[Finding]:
             check_socket(Path(local), "spire-hw-signer")
         except SpireHwError as e:
             yield problem("signer.unreachable", e.message, "start it, or correct socket")
+    for name in _ACCEPTING:
+        if given.get(name):
+            text = f"{plugin.prefix}: {name} is set, and a signer believed what it would not be"
+            yield warning("signer.accepted", text, "take it out: it is for one start")
     addresses = given.get("addresses")
     found = [
         finding

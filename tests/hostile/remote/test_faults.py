@@ -407,6 +407,23 @@ async def test_fault_95_log_that_goes_back_stops_signing_where_a_witness_is_requ
     await signs(again)
 
 
+@pytest.mark.asyncio
+async def test_fault_95_whoever_goes_on_accepting_is_told_at_every_start(
+    rig: RemoteRig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A log accepted for ever is not witnessed over restarts any more."""
+    signer = await rig.signer()
+    await (await rig.manager(signer.address)).close()
+    assert "take it out" not in "".join(capsys.readouterr())
+    for _ in range(2):
+        lax = await rig.manager(signer.address, accept_log=[signer.address], accept_key_loss=True)
+        await lax.close()
+        said = "".join(capsys.readouterr())
+        assert said.count("take it out") == 2
+        assert "accept_log" in said
+        assert "accept_key_loss" in said
+
+
 def _rewind(signer: LiarSigner, lie: str) -> None:
     if lie == "rewind":
         signer.lies.rewind = 5

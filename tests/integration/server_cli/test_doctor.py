@@ -290,6 +290,13 @@ def test_signers_that_cannot_be_reached(doctor: Doctor, site: Site) -> None:
         assert str(dead) in found["signer.unreachable"]["message"]
         assert found["signer.unreachable"]["level"] == "warning"
         assert found["signer.reachable"]["level"] == "ok"
+        assert "signer.accepted" not in found
+        site.config.write_text(
+            site.config.read_text().replace(
+                "      signer_id", f'      accept_log = ["127.0.0.1:{alive}"]\n      signer_id'
+            )
+        )
+        assert "accept_log" in doctor()["signer.accepted"]["message"]
 
 
 def test_text_says_what_to_do(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

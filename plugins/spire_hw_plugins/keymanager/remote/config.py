@@ -129,6 +129,17 @@ class Accepted:
     key_loss: bool = False
     logs: frozenset[str] = frozenset()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the settings that say so, as they are written in the configuration."""
+        said = {
+            "accept_listed_keys": self.listed_keys,
+            "accept_changed_keys": self.changed_keys,
+            "accept_key_loss": self.key_loss,
+            "accept_log": self.logs,
+        }
+        return tuple(name for name, value in said.items() if value)
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:

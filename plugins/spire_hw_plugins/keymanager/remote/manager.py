@@ -60,7 +60,14 @@ class RemoteKeyManager:
             NotReadyError: files, keys or audit log are not what they have to be.
             SpireHwError: UNAVAILABLE, no signer answered in time.
         """
-        session = await Session.open(read_settings(config), self._host)
+        settings = read_settings(config)
+        session = await Session.open(settings, self._host)
+        for name in settings.accepted.names:
+            self._log.warning(
+                "a signer is believed what it would not be otherwise, at every start as long as this "
+                "is set; take it out of the configuration again",
+                setting=name,
+            )
         old, self._session = self._session, session
         if old is not None:
             await old.close(is_replaced=True)
