@@ -1,13 +1,19 @@
-"""The agent's end of an AttestAgent stream."""
+"""The agent's end of an AttestAgent stream.
+
+The stream begins with the first message: a server waits for that one a few seconds, while a slow
+TPM may take a minute until it can say who it is.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from spire_hw._pb import server_agent_pb2
-from spire_hw.errors import SpireHwError
+from spire_hw.errors import ErrorKind, SpireHwError
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from spire_hw.rpc.client import Bidi
 
 
@@ -17,7 +23,7 @@ class Exchange:
     Args:
         attestor: its name.
         csr: DER, sent along with the first message.
-        stream: open, nothing sent yet.
+        open_stream: begins the call.
         server_verified: whether the server's certificate was verified by a bundle.
     """
 
@@ -25,15 +31,15 @@ class Exchange:
         self,
         attestor: str,
         csr: bytes,
-        stream: Bidi[server_agent_pb2.AttestAgentResponse],
+        open_stream: Callable[[], Awaitable[Bidi[server_agent_pb2.AttestAgentResponse]]],
         *,
         server_verified: bool,
     ) -> None:
         self._attestor = attestor
         self._csr = csr
-        self._stream = stream
+        self._open_stream = open_stream
+        self._stream: Bidi[server_agent_pb2.AttestAgentResponse] | None = None
         self._server_verified = server_verified
-        self._sent = False
         self._result: server_agent_pb2.AttestAgentResponse | None = None
 
     @property
@@ -44,10 +50,10 @@ class Exchange:
     async def send(self, data: bytes) -> None:
         """Send the payload, later the answer to a challenge."""
         message = server_agent_pb2.AttestAgentRequest()
-        if self._sent:
+        if self._stream is not None:
             message.challenge_response = data
         else:
-            self._sent = True
+            self._stream = await self._open_stream()
             message.params.data.type = self._attestor
             message.params.data.payload = data
             message.params.params.csr = self._csr
@@ -89,6 +95,8 @@ class Exchange:
         return answer.result
 
     async def _next(self) -> server_agent_pb2.AttestAgentResponse:
+        if self._stream is None:
+            raise SpireHwError("the attestor has sent nothing yet", kind=ErrorKind.INTERNAL)
         answer = await self._stream.receive()
         if answer is None:
             raise SpireHwError("server ended the attestation without a result")

@@ -7,7 +7,7 @@ here: a page without end, entries nobody asked for or a token for somebody else 
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from spire_hw_agent.trust import Trust
 
 _TIMEOUT_S = 30.0
-_ATTEST_TIMEOUT_S = 90.0
+# More than a server grants the slowest TPM.
+_ATTEST_TIMEOUT_S = 150.0
 _AGENT = "/spire.api.server.agent.v1.Agent/"
 _BUNDLE = "/spire.api.server.bundle.v1.Bundle/"
 _ENTRY = "/spire.api.server.entry.v1.Entry/"
@@ -196,12 +197,18 @@ class Upstream:
         dialer = self._dialer(None if trusted is None else lambda: trusted)
         async with await connect(dialer) as channel:
             with self._noting():
-                async with channel.bidi(
-                    _AGENT + "AttestAgent",
-                    server_agent_pb2.AttestAgentResponse,
-                    timeout_s=_ATTEST_TIMEOUT_S,
-                ) as stream:
-                    exchange = Exchange(attestor, csr, stream, server_verified=trusted is not None)
+                async with AsyncExitStack() as stack:
+                    stream = channel.bidi(
+                        _AGENT + "AttestAgent",
+                        server_agent_pb2.AttestAgentResponse,
+                        timeout_s=_ATTEST_TIMEOUT_S,
+                    )
+                    exchange = Exchange(
+                        attestor,
+                        csr,
+                        lambda: stack.enter_async_context(stream),
+                        server_verified=trusted is not None,
+                    )
                     await drive(exchange)
                     result = await exchange.result()
                 bundle = await self._get_bundle(channel)

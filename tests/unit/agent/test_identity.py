@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import pytest
 import pytest_asyncio
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from spire_hw.config.hcl import Body, parse
 from spire_hw.errors import (
@@ -20,11 +21,13 @@ from spire_hw.errors import (
     SpireHwError,
     UnavailableError,
 )
+from spire_hw.key import SoftwareSigner
 from spire_hw.log import get_logger
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw.plugin.keymanager import Keys
 from spire_hw.posture.verdict import NodeState
 from spire_hw.rpc.convert import bundle_to_pb
+from spire_hw.x509.csr import build_csr
 from spire_hw_agent.config import build_settings
 from spire_hw_agent.enroll import Enroller
 from spire_hw_agent.identity import AgentIdentity
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from spire_hw.key import PublicKey
+    from spire_hw.plugin.nodeattestor import AgentExchange
 
 pytestmark = pytest.mark.asyncio
 
@@ -131,6 +135,22 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
         yield Site(liar, identity, upstream, watched, told, tmp_path / "data")
         await upstream.close()
     storage.close()
+
+
+async def test_a_slow_attestor_does_not_try_the_servers_patience(site: Site) -> None:
+    """A server waits for the first message a few seconds; a TPM may need longer for its key."""
+    site.liar.patience_s = 0.2
+    key = ec.generate_private_key(ec.SECP256R1())
+    csr = await build_csr(SoftwareSigner(key), spiffe_id=None)
+
+    async def drive(exchange: AgentExchange) -> None:
+        with pytest.raises(SpireHwError, match="has sent nothing yet"):
+            await exchange.receive()
+        await asyncio.sleep(0.6)
+        await exchange.send(b"who I am")
+
+    issued, _ = await site.upstream.attest("tpm", csr, drive, site.liar.authority.bundle())
+    assert len(issued.chain) == 1
 
 
 def fail_times(site: Site, count: int, error: SpireHwError) -> None:

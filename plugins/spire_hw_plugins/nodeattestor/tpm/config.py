@@ -34,7 +34,7 @@ _HEX: Final = re.compile(r"[0-9a-f]*")
 _SHA256_CHARS: Final = 64
 _POLICY_CHARS: Final = frozenset({64, 96, 128})
 _MIN_TIMEOUT: Final = timedelta(seconds=1)
-_MAX_TIMEOUT: Final = timedelta(minutes=1)
+_MAX_TIMEOUT: Final = timedelta(minutes=2)
 _MAX_HASH_FILE_BYTES: Final = 16 << 20
 # Firmware and boot loader (0-7), unified kernel images and their arguments (11, 12), MOK (14).
 _DEFAULT_PCRS: Final = (PcrSelection("sha256", (0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 14)),)
@@ -202,7 +202,7 @@ def _meaning_faults(config: ServerConfig, *, has_ek_list: bool) -> list[ConfigFa
     if not config.endorsement_ca_path and not has_hashes:
         fault("ek_policy", "needs endorsement_ca_path, ek_hashes or hash_path")
     if not _MIN_TIMEOUT <= config.challenge_timeout <= _MAX_TIMEOUT:
-        fault("challenge_timeout", "must be between 1s and 1m")
+        fault("challenge_timeout", "must be between 1s and 2m")
     if config.pcrs is not None and not _selections(config):
         fault("pcrs", "names no PCR")
     if not all(len(digest) in _POLICY_CHARS for digest in config.key_policies):
