@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import struct
 import zlib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from spire_hw.posture.policy import ima_start
 from spire_hw.posture.verdict import Verdict
 from spire_hw.tpm import imalist
 from spire_hw_plugins.nodeattestor.tpm import rounds, wire
-from spire_hw_sim.firmware import Firmware
+from spire_hw_sim.firmware import EV_SEPARATOR, Boot, Firmware, Measurement
 from spire_hw_sim.imawriter import ImaList
 from spire_hw_sim.softtpm import OWNER, SoftTpm, make_ak, make_ek
 from spire_hw_sim.tpmlab import Lab
@@ -365,6 +366,36 @@ async def test_a_log_of_another_boot_is_refused(tmp_path: Path) -> None:
     error = await refusal(lab, node)
     assert "log_replay" in codes(error)
     assert error.kind is IA
+
+
+def _failed(m: Measurement) -> Measurement:
+    """Turn the separator of PCR 3 into the one of firmware that failed."""
+    is_it = (m.pcr, m.type) == (3, EV_SEPARATOR)
+    return replace(m, data=struct.pack("<I", 1)) if is_it else m
+
+
+@pytest.mark.parametrize(
+    ("boot", "code", "text"),
+    [
+        (Firmware(debug_mode=True).boot(), "debug_mode", "log: firmware is in debug mode"),
+        (Firmware().boot().change(_failed), "firmware_error", "log: firmware reported an error"),
+    ],
+    ids=["debug mode", "error"],
+)
+async def test_an_unsound_boot_is_refused_where_no_policy_looks_at_it(
+    tmp_path: Path, boot: Boot, code: str, text: str
+) -> None:
+    lab = await Lab.make(tmp_path, "boot_log = true")
+    node = lab.node(SoftTpm(ek=make_ek("L-2"), pcrs=boot.pcrs("sha256")))
+    node.boot_log = boot.log()
+    error = await lab.refused(node)
+    assert (error.kind, error.message) == (PD, f"{text} [{code}]")
+    # A policy that looks at it decides by itself.
+    judge = Wants(EvidenceRequest(boot_log=True))
+    lab = await Lab.make(tmp_path, "boot_log = true", vendor=lab.vendor, judge=judge)
+    made = await lab.attest(node)
+    assert made.evidence is not None
+    assert made.evidence.findings == ()
 
 
 async def test_a_log_that_is_not_announced_ends_it_before_the_challenge(tmp_path: Path) -> None:

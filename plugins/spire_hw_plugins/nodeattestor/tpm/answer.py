@@ -25,9 +25,10 @@ from spire_hw_plugins.nodeattestor.tpm.statements import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from datetime import datetime
 
-    from spire_hw.posture.evidence import Counters
+    from spire_hw.posture.evidence import BootFacts, Counters
     from spire_hw.posture.judge import EvidenceRequest
     from spire_hw.tpm.wire import PcrSelection
     from spire_hw_plugins.nodeattestor.tpm.claims import Claims
@@ -53,11 +54,14 @@ class Asked:
         wanted: as the host or this attestor's configuration says.
         selections: what is quoted, one quote per bank.
         policy: this attestor's own allowed values.
+        judge_boot: no policy looks at the boot log, so this attestor refuses what each of them would
+            unless told otherwise.
     """
 
     wanted: EvidenceRequest
     selections: tuple[PcrSelection, ...]
     policy: PcrPolicy
+    judge_boot: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +272,18 @@ async def _add_logs(
         logs = await fetch_list(logs, response, talk)
     shown = await _replayed(node.asked, logs, proved, talk)
     findings = (*evidence.findings, *shown.findings)
+    if node.asked.judge_boot and shown.boot is not None:
+        findings += tuple(_boot_findings(shown.boot))
     return replace(evidence, boot=shown.boot, ima=shown.ima, findings=findings)
+
+
+def _boot_findings(boot: BootFacts) -> Iterator[Finding]:
+    """Yield why a log that replays is that of no sound boot, whatever Secure Boot was set to."""
+    denied = ErrorKind.PERMISSION_DENIED
+    if boot.debug_mode:
+        yield Finding("debug_mode", "log: firmware is in debug mode", denied)
+    if boot.firmware_error:
+        yield Finding("firmware_error", "log: firmware reported an error", denied)
 
 
 async def _replayed(

@@ -223,11 +223,13 @@ class TpmServer:
             wanted = await judge.request(identity, ek.facts)
         pcrs = statements.selections(wanted.pcrs) or settings.selections
         pcrs = statements.with_pcrs(pcrs, settings.policy)
+        # A log that no policy asks for is judged by nobody else.
+        alone = settings.boot_log and not wanted.boot_log
         if settings.boot_log:
             wanted = replace(wanted, boot_log=True)
         if settings.ima and wanted.ima is None:
             wanted = replace(wanted, ima=ima_start(replay.log_bank(wanted, pcrs)))
-        return Asked(wanted, replay.extended(wanted, pcrs), settings.policy)
+        return Asked(wanted, replay.extended(wanted, pcrs), settings.policy, judge_boot=alone)
 
     async def _prove(
         self, settings: Settings, request: AttestationRequest, exchange: _Exchange
