@@ -81,6 +81,9 @@ class Fault:
         signature: what C_Sign's output becomes: `flipped`, `zero_r`, `zero_s`, `short`, `random`.
         attributes: what C_GetAttributeValue says: type to hex text, None for unreadable.
         without: mechanisms missing in C_GetMechanismList.
+        mechanism: which one C_GetMechanismInfo tells something else about.
+        longest: the longest key that it takes, by its words.
+        uses: CKF flags of what it is good for; 0 leaves both as they are.
         flags_on: token flags shown set by C_GetTokenInfo.
         flags_off: token flags shown unset.
         finds_nothing: C_FindObjects gives no object.
@@ -98,6 +101,9 @@ class Fault:
     signature: str = ""
     attributes: dict[int, str | None] = field(default_factory=dict)
     without: tuple[int, ...] = ()
+    mechanism: int = 0
+    longest: int = 0
+    uses: int = 0
     flags_on: int = 0
     flags_off: int = 0
     finds_nothing: bool = False
@@ -251,6 +257,10 @@ class _Entry:
             _alter_signature(fault.signature, *arguments[3:5])
         if fault.without and arguments[1]:
             _drop_mechanisms(fault.without, *arguments[1:3])
+        if fault.uses and arguments[1] == fault.mechanism:
+            # CK_MECHANISM_INFO: shortest key, longest key, flags.
+            _word_at(arguments[2] + _WORD).value = fault.longest
+            _word_at(arguments[2] + 2 * _WORD).value = fault.uses
         if fault.flags_on or fault.flags_off:
             flags = _word_at(arguments[1] + _FLAGS_OFFSET)
             flags.value = (flags.value | fault.flags_on) & ~fault.flags_off

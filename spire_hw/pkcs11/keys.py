@@ -117,6 +117,11 @@ def modulus_bits(key_type: KeyType) -> int:
     return _MODULUS_BITS[key_type]
 
 
+def key_bits(key_type: KeyType) -> int:
+    """Return the size of a key type: of the RSA modulus, or of the curve."""
+    return modulus_bits(key_type) if not is_ec(key_type) else 8 * _HALF_BYTES[key_type]
+
+
 def mechanisms_for(key_type: KeyType) -> tuple[int, int]:
     """Return the mechanisms a token must have: key pair generation and signing."""
     if is_ec(key_type):

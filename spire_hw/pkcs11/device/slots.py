@@ -12,16 +12,28 @@ from pathlib import Path, PurePath
 from typing import Any, Final
 
 import pkcs11
-from pkcs11 import Token, TokenFlag
+from pkcs11 import Mechanism, MechanismFlag, Token, TokenFlag
 from pkcs11.exceptions import PKCS11Error
 
 from spire_hw.errors import ErrorKind
+from spire_hw.pkcs11 import keys
 from spire_hw.pkcs11.errors import Cure, TokenError, ckr_of
 from spire_hw.pkcs11.module import load_fault
+from spire_hw.pkcs11.profile import RSA_KEY_GEN
 
 _LOCAL: Final = (
     "look at the device or its service, and at the module's own configuration and directories"
 )
+# What we use a mechanism for, and up to which size the longest key cannot be meant in bits.
+_USES: Final = {
+    keys.CKM_RSA_PKCS_KEY_PAIR_GEN: (MechanismFlag.GENERATE_KEY_PAIR, 1024),
+    RSA_KEY_GEN["x9.31"]: (MechanismFlag.GENERATE_KEY_PAIR, 1024),
+    keys.CKM_EC_KEY_PAIR_GEN: (MechanismFlag.GENERATE_KEY_PAIR, 128),
+    keys.CKM_RSA_PKCS: (MechanismFlag.SIGN, 1024),
+    keys.CKM_RSA_PKCS_PSS: (MechanismFlag.SIGN, 1024),
+    keys.CKM_ECDSA: (MechanismFlag.SIGN, 128),
+}
+_UNKNOWN: Final = 1 << 31  # CK_UNAVAILABLE_INFORMATION and the like
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +70,34 @@ class TokenChoice:
 def serial_of(token: Token) -> str:
     """Return a token's serial number as text, without padding."""
     return token.serial.decode("ascii", "replace").strip("\0 ")
+
+
+def mechanisms_of(slot: Any) -> tuple[list[int], dict[int, int]]:
+    """Return the mechanisms that can be used, and the longest keys of some in bits.
+
+    A slot may list what it only verifies with, or does with short keys alone. What it says nothing
+    about, with an error or with zeros, it is believed to do.
+
+    Raises:
+        PKCS11Error: the slot does not list them.
+
+    Spec: PKCS #11 v2.40 section 5.5 (C_GetMechanismInfo).
+    """
+    listed = sorted(int(m) for m in slot.get_mechanisms())
+    longest: dict[int, int] = {}
+    for number in [m for m in listed if m in _USES]:
+        use, bytes_up_to = _USES[number]
+        try:
+            info = slot.get_mechanism_info(Mechanism(number))
+        except (PKCS11Error, ValueError):
+            continue
+        if info.flags and not info.flags & use:
+            listed.remove(number)
+        size = info.max_key_length or 0
+        if 0 < size < _UNKNOWN:
+            # In bits, says the standard for these mechanisms; some modules count bytes.
+            longest[number] = size * 8 if size <= bytes_up_to else size
+    return listed, longest
 
 
 def load(module: str) -> Any:

@@ -74,6 +74,8 @@ def _slot(slot: Any, library: Any, module: str) -> dict[str, Any]:
 def _token(token: Any, slot: Any, library: Any, module: str) -> dict[str, Any]:
     from pkcs11 import TokenFlag  # noqa: PLC0415 - after `survey` has found it
 
+    from spire_hw.pkcs11.device.slots import mechanisms_of  # noqa: PLC0415 - likewise
+
     words = [token.manufacturer_id, token.model, slot.manufacturer_id, slot.slot_description]
     words += [library.manufacturer_id, library.library_description, Path(module).name]
     return {
@@ -82,7 +84,7 @@ def _token(token: Any, slot: Any, library: Any, module: str) -> dict[str, Any]:
         "manufacturer": token.manufacturer_id,
         "model": token.model,
         "flags": [word for name, word in _FLAGS.items() if token.flags & TokenFlag[name]],
-        "mechanisms": sorted(int(m) for m in slot.get_mechanisms()),
+        "mechanisms": mechanisms_of(slot)[0],
         "words": words,
     }
 

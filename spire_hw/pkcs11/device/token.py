@@ -15,7 +15,13 @@ from pkcs11.exceptions import PKCS11Error, SessionCount, SessionReadOnly, TokenW
 
 from spire_hw.errors import ErrorKind
 from spire_hw.pkcs11.device.functions import CkrError, Functions
-from spire_hw.pkcs11.device.slots import TokenChoice, choose, load, serial_of
+from spire_hw.pkcs11.device.slots import (
+    TokenChoice,
+    choose,
+    load,
+    mechanisms_of,
+    serial_of,
+)
 from spire_hw.pkcs11.errors import Cure, TokenError, ckr_of
 
 _CKS_LOGGED_IN: Final = frozenset({1, 3})  # CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS
@@ -232,10 +238,10 @@ class TokenSession:
             kind=ErrorKind.UNAVAILABLE,
         )
 
-    def mechanisms(self) -> list[int]:
-        """Return the mechanism numbers the token lists."""
+    def mechanisms(self) -> tuple[list[int], dict[int, int]]:
+        """Return mechanisms and lengths of keys, see `spire_hw.pkcs11.device.slots.mechanisms_of`."""
         try:
-            return sorted(int(m) for m in self.token.slot.get_mechanisms())
+            return mechanisms_of(self.token.slot)
         except PKCS11Error as e:
             raise TokenError.of(e, "list mechanisms", self.device) from e
 

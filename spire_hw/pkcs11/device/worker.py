@@ -139,7 +139,7 @@ class Service:
         if token is None:
             raise TokenError("no token is open", reason="hsm.not_open", operation="login")
         try:
-            mechanisms = token.mechanisms()
+            mechanisms, longest = token.mechanisms()
             token.log_in(fields.pop("pin"), read_write_only=profile.read_write_only)
         except TokenError:
             raise
@@ -154,6 +154,7 @@ class Service:
             "can_write": token.can_write,
             "pin_count_low": token.is_pin_count_low,
             "mechanisms": mechanisms,
+            "longest": sorted(longest.items()),
             "profile": profile.name,
         }
 

@@ -11,6 +11,7 @@ from spire_hw.pkcs11.keys import (
     CKM_RSA_PKCS_PSS,
     MECHANISM_NAMES,
     is_ec,
+    key_bits,
     mechanisms_for,
     modulus_bits,
 )
@@ -140,4 +141,11 @@ def _unfit(key_type: KeyType, facts: TokenFacts) -> str:
     lacking = [m for m in (generate, sign) if m not in facts.mechanisms]
     if lacking:
         return f"token lacks {mechanism_text(lacking)} needed for {key_type.config_name}"
+    for mechanism in (generate, sign):
+        most = facts.longest.get(mechanism)
+        if most is not None and most < key_bits(key_type):
+            return (
+                f"token makes no {key_type.config_name} keys: its {mechanism_text([mechanism])} ends "
+                f"at {most} bits; choose another key type"
+            )
     return ""

@@ -16,7 +16,7 @@ from spire_hw.pkcs11.profile import Profile, ProfileChoice
 from spire_hw.pkcs11.wire import Kind, decode_json, encode_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from spire_hw.log import Logger
     from spire_hw.pkcs11.pool.breaker import Breaker
@@ -48,7 +48,8 @@ class TokenFacts:
         model: token model.
         can_write: False when the token is write-protected.
         is_pin_count_low: a wrong PIN was given to it since the last right one.
-        mechanisms: CKM numbers the token lists.
+        mechanisms: CKM numbers the token lists, but for those that it does not do what we want with.
+        longest: the longest key of some of them in bits.
         profile: what is particular to this kind of token.
     """
 
@@ -59,6 +60,7 @@ class TokenFacts:
     mechanisms: frozenset[int]
     profile: Profile
     is_pin_count_low: bool = False
+    longest: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def device(self) -> str:
@@ -142,6 +144,7 @@ def _facts(fields: dict[str, Any], profile: dict[str, Any]) -> TokenFacts:
         is_pin_count_low=fields.get("pin_count_low") is True,
         mechanisms=frozenset(m for m in fields.get("mechanisms", ()) if isinstance(m, int)),
         profile=ProfileChoice(str(fields.get("profile")), profile["overrides"]).resolve(()),
+        longest={m: bits for m, bits in fields.get("longest", ()) if isinstance(bits, int)},
     )
 
 

@@ -30,7 +30,8 @@ SHA256 = SignOptions(HashAlgorithm.SHA256)
 PSS = SignOptions(HashAlgorithm.SHA256, pss=True)
 DIGEST = bytes(32)
 P256 = KeyType.EC_P256
-CKM_EC_KEY_PAIR_GEN, CKM_RSA_PKCS_PSS = 0x1040, 0xD
+CKM_EC_KEY_PAIR_GEN, CKM_ECDSA, CKM_RSA_PKCS_PSS = 0x1040, 0x1041, 0xD
+SIGNS, VERIFIES, GENERATES = 0x800, 0x2000, 0x10000  # CKF flags of mechanisms
 CKR_GENERAL_ERROR, CKR_CANT_LOCK, CKR_ALREADY_INITIALIZED = 0x05, 0x0A, 0x191
 CKR_MECHANISM_INVALID = 0x70
 
@@ -198,6 +199,31 @@ async def test_fault_09_a_token_without_a_mechanism_that_is_needed(tampered: Tok
     with pytest.raises(SpireHwError, match="lacks CKM_EC_KEY_PAIR_GEN") as caught:
         await again.generate_key("b", P256)
     assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "longest", "uses", "words"),
+    [
+        (CKM_EC_KEY_PAIR_GEN, 256, GENERATES, "CKM_EC_KEY_PAIR_GEN ends at 256 bits"),
+        (CKM_EC_KEY_PAIR_GEN, 32, GENERATES, "CKM_EC_KEY_PAIR_GEN ends at 256 bits"),
+        (CKM_ECDSA, 521, VERIFIES, "lacks CKM_ECDSA needed for ec-p384"),
+        (CKM_ECDSA, 66, SIGNS, ""),
+        (CKM_ECDSA, 0, SIGNS, ""),
+        (CKM_ECDSA, 2**64 - 1, SIGNS, ""),
+    ],
+)
+async def test_fault_09_what_a_token_says_of_its_mechanisms_is_heard(
+    tampered: TokenRig, mechanism: int, longest: int, uses: int, words: str
+) -> None:
+    fault = Fault("C_GetMechanismInfo", mechanism=mechanism, longest=longest, uses=uses)
+    tampered.faults.set(fault)
+    if words:
+        with pytest.raises(SpireHwError, match=words) as caught:
+            await tampered.start(key_types=["ec-p384"])
+        assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
+        assert tampered.faults.calls("C_GenerateKeyPair") == 0
+    manager = await tampered.start(key_types=["rsa-2048"] if words else ["ec-p384"])
+    await manager.generate_key("a", KeyType.RSA_2048 if words else KeyType.EC_P384)
 
 
 async def test_fault_09_a_token_without_pss_signs_everything_else(tampered: TokenRig) -> None:
