@@ -189,6 +189,7 @@ class X509Rule:
         downstream: whether CA certificates for other keys are signed.
         max_path_length: the path length those have to have at most, None when they need none.
         dns_names: whether SVIDs may have DNS names.
+        dns_suffixes: domains, lower-case, in or below which those have to be; empty for anywhere.
         csr: whether requests for the client's own keys are signed.
         extensions: dotted OIDs of further extensions that are let through, not critical.
     """
@@ -199,6 +200,7 @@ class X509Rule:
     downstream: bool = False
     max_path_length: int | None = None
     dns_names: bool = True
+    dns_suffixes: tuple[str, ...] = ()
     csr: bool = True
     extensions: frozenset[str] = frozenset()
 

@@ -30,6 +30,7 @@ from spire_hw.errors import ConfigError, ConfigFault, InvalidInputError
 from spire_hw.files import read_bounded
 from spire_hw.key import HashAlgorithm, KeyType
 from spire_hw.spiffeid import SpiffeId, TrustDomain
+from spire_hw.x509.dnsname import check_dns_name
 from spire_hw_signer.policy import (
     MAX_KEY_ID,
     ByKey,
@@ -108,6 +109,12 @@ def _parse_oid(text: str) -> str:
     return text
 
 
+def _parse_suffix(text: str) -> str:
+    if text.startswith("*"):
+        raise InvalidInputError(f"write {text[:64]!a} without the star: names below are meant too")
+    return check_dns_name(text).lower()
+
+
 def parse_identity(text: str) -> str:
     """Return what a client is known by, in its one form.
 
@@ -163,6 +170,7 @@ class X509Keys(Model):
     downstream: bool = False
     max_path_length: Annotated[int, Field(ge=0, le=10)] | None = None
     dns_names: bool = True
+    dns_suffixes: list[Annotated[str, parsed(_parse_suffix)]] = Field(default_factory=list)
     csr: bool = True
     extensions: list[Annotated[str, parsed(_parse_oid)]] = Field(default_factory=list)
 
@@ -389,6 +397,7 @@ def _x509_rule(raw: X509Keys | None) -> X509Rule | None:
         downstream=raw.downstream,
         max_path_length=raw.max_path_length,
         dns_names=raw.dns_names,
+        dns_suffixes=tuple(raw.dns_suffixes),
         csr=raw.csr,
         extensions=frozenset(raw.extensions),
     )

@@ -151,8 +151,7 @@ def check_certificate(
         if own:
             raise VerificationError("certificate of the signing key itself is not that of a CA")
         _check_leaf(found, usage, uris[0], trust_domain)
-        if not rule.dns_names:
-            _check_nameless(found.subject, dns_names)
+        _check_hosts(found.subject, dns_names, rule)
         _check_end(found.not_after, now, rule.max_svid_ttl)
     if is_ca and dns_names:
         raise VerificationError("CA certificate has DNS names")
@@ -400,15 +399,16 @@ def _check_ca(
         raise VerificationError(f"CA certificate has no path length up to {most}")
 
 
-def _check_nameless(subject: bytes, dns_names: list[str]) -> None:
-    if dns_names:
-        raise VerificationError("DNS names are not allowed")
-    for kind, text in decode_name(subject):
-        # OpenSSL takes it for the host's name where there is no DNS name.
-        if kind == _COMMON_NAME and not any(c.isspace() for c in text):
-            raise VerificationError(
-                "DNS names are not allowed, and a common name can stand for one"
-            )
+def _check_hosts(subject: bytes, dns_names: list[str], rule: X509Rule) -> None:
+    if rule.dns_names and not rule.dns_suffixes:
+        return
+    # OpenSSL takes a common name for the host's where there is no DNS name.
+    common = [text for kind, text in decode_name(subject) if kind == _COMMON_NAME]
+    for name in (*dns_names, *(text for text in common if not any(c.isspace() for c in text))):
+        if not rule.dns_names:
+            raise VerificationError(f"DNS names are not allowed, nor a common name as one: {name}")
+        if not any(f".{name.lower()}".endswith(f".{suffix}") for suffix in rule.dns_suffixes):
+            raise VerificationError(f"DNS name {name} is below none of dns_suffixes")
 
 
 def _check_leaf(found: _Body, usage: int, uri: str, trust_domain: TrustDomain) -> None:

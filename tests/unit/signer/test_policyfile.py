@@ -25,6 +25,9 @@ client "spiffe://infra.example/s1" {
 """
 
 
+_TTLS = 'max_ca_ttl = "1h" max_svid_ttl = "1h"'
+
+
 def faults(text: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         parse_policy(text, "policy.conf")
@@ -52,6 +55,13 @@ def test_the_sample_says_what_it_shows() -> None:
     assert client.generate is not None
     assert client.generate.per_day == 12
     assert not list(describe(policy))
+
+
+def test_dns_suffixes_are_read_in_small_letters() -> None:
+    text = LEAST.replace("raw = true", f'x509 {{ {_TTLS} dns_suffixes = ["Example.ORG"] }}')
+    (client,) = parse_policy(text).clients.values()
+    assert client.x509 is not None
+    assert client.x509.dns_suffixes == ("example.org",)
 
 
 def test_what_is_not_said_is_not_allowed() -> None:
@@ -92,6 +102,10 @@ def test_the_hash_is_that_of_what_is_said_not_of_how_it_is_written() -> None:
         ("raw = true", "raw = true x509 {}", "max_ca_ttl"),
         ("raw = true", 'raw = true x509 { max_ca_ttl = "1h" }', "max_svid_ttl"),
         ("raw = true", 'raw = true jwt { max_ttl = "-1h" }', "max_ttl"),
+        *(
+            ("raw = true", f"x509 {{ {_TTLS} dns_suffixes = [{name}] }}", "dns_suffixes")
+            for name in ('"*.example.org"', '".example.org"', '""', '"a b"')
+        ),
         ("raw = true", 'raw = true import "other" { label = "x" }', "none of the client's keys"),
         ("raw = true", 'raw = true import "x509-CA-A" {}', "one of uri and label"),
         ('client "spiffe://infra.example/s1"', 'client "infra.example"', "is no client"),

@@ -284,12 +284,44 @@ def test_without_dns_names_a_common_name_is_none_either(name: str) -> None:
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     body = certificate(subject=subject)
     check(body)
-    refused(body, "common name", replace(RULE, dns_names=False))
+    refused(body, "DNS names are not allowed", replace(RULE, dns_names=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [
+        ("example.org", True),
+        ("web.Example.org", True),
+        ("*.example.org", True),
+        ("a.b.example.net", True),
+        ("example.com", False),
+        ("badexample.org", False),
+        ("example.org.bank.example", False),
+        ("org", False),
+        ("*.org", False),
+    ],
+)
+def test_dns_names_can_be_held_below_some_of_ones_own(name: str, fits: bool) -> None:
+    rule = replace(RULE, dns_suffixes=("example.org", "example.net"))
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    bodies = (
+        certificate(names=(x509.DNSName(name),)),
+        certificate(names=(x509.DNSName("example.org"), x509.DNSName(name))),
+        certificate(subject=subject),
+    )
+    check(certificate(), rule)
+    for body in bodies:
+        check(body)
+        if fits:
+            check(body, rule)
+        else:
+            refused(body, "dns_suffixes", rule)
 
 
 def test_a_common_name_in_words_is_no_dns_name() -> None:
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "billing, second floor")])
     check(certificate(subject=subject), replace(RULE, dns_names=False))
+    check(certificate(subject=subject), replace(RULE, dns_suffixes=("example.org",)))
 
 
 @pytest.mark.parametrize("name", ["bank.example\0.example.org", "a b", "", "a..b", "*", "a\nb"])
