@@ -192,13 +192,19 @@ async def _make(
         cka_id = secrets.token_bytes(facts.profile.id_bytes)
         return fresh_id() if cka_id in taken else cka_id
 
-    making = Making(pool, key_type, fresh_id, label)
-    made = await making.generate(Disposal(pool, log))
-    check_evidence(f'generated key "{label}"', made.evidence, key_type, facts.profile)
-    key = ExistingKey(pool, label, making.cka_id, made.public_key, made.evidence)
-    # Workers that were there before may not see it.
-    pool.recycle()
-    await _prove(key)
+    making, disposal = Making(pool, key_type, fresh_id, label), Disposal(pool, log)
+    try:
+        made = await making.generate(disposal)
+        check_evidence(f'generated key "{label}"', made.evidence, key_type, facts.profile)
+        key = ExistingKey(pool, label, making.cka_id, made.public_key, made.evidence)
+        # Workers that were there before may not see it.
+        pool.recycle()
+        await _prove(key)
+    except BaseException:
+        # What is not fit to be a CA's key is not left behind under its name.
+        disposal.add([(making.cka_id, label)])
+        await disposal.now()
+        raise
     return key
 
 
