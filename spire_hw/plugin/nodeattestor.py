@@ -152,8 +152,11 @@ class Rechecks(Protocol):
     Certificates are revoked while nodes are attested, and the next attestation may be hours away.
     """
 
-    async def lists_version(self) -> int:
-        """Return a number that grows with every change of the lists of revoked certificates."""
+    async def lists_version(self) -> int | None:
+        """Return a number that grows with every change of the lists of revoked certificates.
+
+        None when there are no lists to ask.
+        """
         ...
 
     async def recheck(self, certificates: tuple[tuple[bytes, ...], ...]) -> list[Finding]:

@@ -24,6 +24,7 @@ from spire_hw.errors import (
     AlreadyExistsError,
     DeniedError,
     DeniedReason,
+    EncodingError,
     ErrorKind,
     InvalidInputError,
     NotFoundError,
@@ -542,6 +543,20 @@ async def test_certificates_of_nodes_are_kept_replaced_and_listed(store: Datasto
     await store.put_node(second)
     await store.delete_node(first.agent_id)
     assert await store.list_certificates(Page()) == ([], "")
+
+
+@pytest.mark.asyncio
+async def test_certificates_that_were_spoilt_in_the_database(store: Datastore, raw: Engine) -> None:
+    node = make_node("first")
+    await store.put_node(node, certificates=((b"leaf",),))
+    table = metadata.tables["node_certificates"]
+    for blob in (b"\0", b"\0\0\0\2\0\0\0\1x"):
+        with raw.begin() as connection:
+            connection.execute(update(table).values(certificates=blob))
+        with pytest.raises(EncodingError, match="cannot be read"):
+            await store.get_certificates(node.agent_id)
+        with pytest.raises(EncodingError):
+            await store.list_certificates(Page())
 
 
 @pytest.mark.asyncio

@@ -68,7 +68,7 @@ class Revocation:
         self._log = log
         self._attestors: dict[str, Rechecks] = {}
         # By attestor; a server that starts has not looked at any.
-        self._seen: dict[str, int] = {}
+        self._seen: dict[str, int | None] = {}
 
     def use(self, attestors: Mapping[str, object]) -> None:
         """Take the attestors that can look at certificates again."""
@@ -90,7 +90,11 @@ class Revocation:
             SpireHwError: the store is away; the next look starts again.
         """
         versions = {name: await a.lists_version() for name, a in self._attestors.items()}
-        changed = {name for name, number in versions.items() if self._seen.get(name) != number}
+        changed = {
+            name
+            for name, number in versions.items()
+            if number is not None and self._seen.get(name) != number
+        }
         token = ""
         while changed:
             page, token = await self._store.list_certificates(Page(_PAGE, token))

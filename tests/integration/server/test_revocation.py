@@ -11,13 +11,15 @@ import pytest_asyncio
 
 from spire_hw._pb import hw_posture_pb2 as pb
 from spire_hw._pb import server_entry_pb2
-from spire_hw.errors import ErrorKind, SpireHwError
+from spire_hw.config.hcl import parse
+from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError
 from spire_hw.posture.verdict import NodeState
 from spire_hw.tpm.certificate import parse_certificate
 from spire_hw_sim.devidnode import DevIdLab
 from spire_hw_sim.ekca import CrlSpec, EkCa
 from spire_hw_sim.nodepki import PEM, make_root
 from spire_hw_sim.servers import ENTRY, TIMEOUT_S, ScriptedAgent
+from spire_hw_sim.tpmlab import Lab
 from spire_hw_sim.watch import Watch
 
 if TYPE_CHECKING:
@@ -251,3 +253,36 @@ async def outcome(work: Awaitable[object]) -> object:
         return await work
     except SpireHwError as e:
         return e
+
+
+@pytest.mark.parametrize("lists_given", [True, False])
+async def test_attestors_tell_whether_there_are_lists_to_ask(
+    tmp_path: Path, lists: Path, *, lists_given: bool
+) -> None:
+    tpm = await Lab.make(tmp_path, f'crl_path = "{lists}"' if lists_given else "")
+    devid = await DevIdLab.make(tmp_path)
+    if lists_given:
+        text = (
+            f'devid_ca_path = "{tmp_path}/devid.pem" endorsement_ca_path = "{tmp_path}/makers.pem"'
+        )
+        await devid.server.configure(parse(f'{text} crl_path = "{lists}"'))
+    for lab in (tpm, devid):
+        assert await lab.server.lists_version() == (0 if lists_given else None)
+    (lists / "new.crl").write_bytes(tpm.vendor.intermediate.issue_crl(CrlSpec()))
+    for lab in (tpm, devid):
+        await lab.clock.advance(A_LOOK)
+        assert await lab.server.lists_version() == (1 if lists_given else None)
+
+
+async def test_certificates_that_do_not_parse_are_an_error_and_not_a_verdict(
+    tmp_path: Path, lists: Path
+) -> None:
+    tpm = await Lab.make(tmp_path, f'crl_path = "{lists}"')
+    devid = await DevIdLab.make(tmp_path)
+    for chains in (((b"garbage",),), ((b"a",), (b"b",)), ((),)):
+        with pytest.raises(SpireHwError):
+            await devid.server.recheck(chains)
+    for chains in (((b"garbage",),), ((),)):
+        with pytest.raises(InvalidInputError):
+            await tpm.server.recheck(chains)
+    assert await tpm.server.recheck(()) == []

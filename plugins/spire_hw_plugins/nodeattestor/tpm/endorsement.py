@@ -163,11 +163,13 @@ async def find_revoked(
     Args:
         settings: the attestor's.
         host: its time.
-        certificates: as in `Endorsement`, at least one.
+        certificates: as in `Endorsement`.
 
     Raises:
         InvalidInputError: they do not parse.
     """
+    if not certificates:
+        raise InvalidInputError("ek: no certificate was kept")
     leaf, *chain = certificates
     _, denied = await _check_certificate(settings, host, parse_certificate(leaf), tuple(chain))
     return [finding for finding in denied if finding.code == EK_REVOKED]

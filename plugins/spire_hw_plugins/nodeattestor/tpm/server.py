@@ -163,11 +163,11 @@ class TpmServer:
         """Return what a heartbeat proved; see `spire_hw.posture.heartbeat.HeartbeatVerifier`."""
         return await check_heartbeat(node, challenge, answer, now)
 
-    async def lists_version(self) -> int:
+    async def lists_version(self) -> int | None:
         """Return a number of the revocation lists; see `spire_hw.plugin.nodeattestor.Rechecks`."""
         settings = self._settings
         if settings is None or settings.crls is None:
-            return 0
+            return None
         await settings.crls.current(self._host.clock, self._log)
         return settings.crls.version
 

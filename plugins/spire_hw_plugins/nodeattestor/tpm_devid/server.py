@@ -134,14 +134,14 @@ class DevIdServer:
             certificates=(data.certificates, (data.ek_certificate, *data.ek_chain)),
         )
 
-    async def lists_version(self) -> int:
+    async def lists_version(self) -> int | None:
         """Return a number of the revocation lists; see `spire_hw.plugin.nodeattestor.Rechecks`."""
         settings = self._settings
         watched = [] if settings is None else [settings.devid_crls, settings.ek_crls]
         lists = [one for one in watched if one is not None]
         for one in lists:
             await one.current(self._host.clock, self._host.log)
-        return sum(one.version for one in lists)
+        return sum(one.version for one in lists) if lists else None
 
     async def recheck(self, certificates: tuple[tuple[bytes, ...], ...]) -> list[Finding]:
         """Return what is revoked by now; see `spire_hw.plugin.nodeattestor.Rechecks`."""

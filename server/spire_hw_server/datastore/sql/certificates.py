@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import bindparam, delete, insert, select, update
 
-from spire_hw.errors import InvalidInputError
+from spire_hw.errors import EncodingError, InvalidInputError
 from spire_hw.spiffeid import SpiffeId
 from spire_hw_server.datastore.records import NO_CERTIFICATES, NodeCertificates
 from spire_hw_server.datastore.sql.models import node_certificates, nodes
@@ -94,12 +94,15 @@ def _encoded(certificates: Certificates) -> Iterator[bytes]:
 
 def _decoded(blob: bytes) -> Iterator[tuple[bytes, ...]]:
     at = 0
-    while at < len(blob):
-        (count,) = _NUMBER.unpack_from(blob, at)
-        at += _NUMBER.size
-        chain = []
-        for _ in range(count):
-            (size,) = _NUMBER.unpack_from(blob, at)
-            at += _NUMBER.size + size
-            chain.append(blob[at - size : at])
-        yield tuple(chain)
+    try:
+        while at < len(blob):
+            (count,) = _NUMBER.unpack_from(blob, at)
+            at += _NUMBER.size
+            chain = []
+            for _ in range(count):
+                (size,) = _NUMBER.unpack_from(blob, at)
+                at += _NUMBER.size + size
+                chain.append(blob[at - size : at])
+            yield tuple(chain)
+    except struct.error as e:
+        raise EncodingError("certificates of a node", "cannot be read") from e
