@@ -326,6 +326,7 @@ def _policy(config: Config, settings: Settings, token: TokenSettings) -> Policy:
         retain_replaced_s=config.retain_replaced.total_seconds(),
         imports=token.imports,
         allowance=Allowance(config.generations_per_day, config.generation_burst),
+        max_keys=config.max_keys,
     )
 
 

@@ -63,6 +63,7 @@ class Config(TokenConfig):
         probe_interval: how long a token that fails is left alone between two tries.
         generations_per_day: how often one key id may be made anew; 0 lifts the limit.
         generation_burst: how often one after the other.
+        max_keys: how many key ids may have a key, on each token.
         key_types: key types that may be generated; all four when empty.
         accept_token: serial number of a token that may replace the one used so far.
         accept_key_loss: go on although keys are gone; take it out again after one start.
@@ -85,6 +86,7 @@ class Config(TokenConfig):
     probe_interval: Annotated[GoDuration, at_least(timedelta(seconds=1))] = parse_duration("30s")
     generations_per_day: Annotated[int, Field(ge=0, le=1_000_000)] = 12
     generation_burst: Annotated[int, Field(ge=1, le=1_000_000)] = 4
+    max_keys: Annotated[int, Field(ge=1, le=1_000_000)] = 64
     key_types: list[str] = Field(default_factory=list)
     accept_token: str = ""
     accept_key_loss: bool = False

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.aio.tasks import Tasks
-from spire_hw.errors import InvalidInputError, NotFoundError, SpireHwError
+from spire_hw.errors import InvalidInputError, LimitError, NotFoundError, SpireHwError
 from spire_hw.key import parse_spki
 from spire_hw.pkcs11.errors import TokenError
 from spire_hw.pkcs11.evidence import check_evidence, evidence_texts
@@ -115,6 +115,7 @@ class Keyring:
             log=log,
         )
         self._above: dict[str, int] = {}
+        self._new: set[str] = set()
         self._tasks = Tasks(self._on_task_failure)
         self._generation = Generation(self._tasks, self._make, self._abandon)
 
@@ -350,6 +351,23 @@ class Keyring:
 
     async def _make(self, key_id: str, key_type: KeyType) -> Entry:
         """Generate and prove the next generation; it is not current yet."""
+        self._check_number(key_id)
+        self._new.add(key_id)
+        try:
+            return await self._make_next(key_id, key_type)
+        finally:
+            self._new.discard(key_id)
+
+    def _check_number(self, key_id: str) -> None:
+        """Refuse one key id too many; those whose keys are just being made count as well."""
+        most, in_use = self._policy.max_keys, {*self._ledger.entries, *self._new}
+        if key_id not in self._ledger.entries and len(in_use) >= most:
+            raise LimitError(
+                f'key "{key_id}" would be one more than the {most} that are allowed on token '
+                f"{self._pool.facts.device}; find out who makes keys, or raise max_keys"
+            )
+
+    async def _make_next(self, key_id: str, key_type: KeyType) -> Entry:
         await self._claim.settle()
         inventory = await self._stock.take()
         await self._claim.check(inventory)

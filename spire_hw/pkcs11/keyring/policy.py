@@ -24,6 +24,7 @@ class Policy:
         retain_replaced_s: seconds that replaced generations are kept; 0 destroys them at once.
         imports: keys made elsewhere that are used as they are.
         allowance: how often a key may be made anew.
+        max_keys: how many key ids may have a key.
     """
 
     key_types: frozenset[KeyType] = frozenset(KeyType)
@@ -33,3 +34,4 @@ class Policy:
     retain_replaced_s: float = 0.0
     imports: tuple[Import, ...] = ()
     allowance: Allowance = DEFAULT_ALLOWANCE
+    max_keys: int = 64

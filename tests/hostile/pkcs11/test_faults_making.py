@@ -307,6 +307,23 @@ async def test_fault_70_two_that_make_one_key_take_turns(rig: TokenRig) -> None:
 
 
 @pytest.mark.asyncio
+async def test_no_more_key_ids_get_keys_than_policy_allows(rig: TokenRig) -> None:
+    manager = await rig.start(max_keys=3)
+    await manager.generate_key("a", P256)
+    wishes = [manager.generate_key(key_id, P256) for key_id in ("b", "c", "d", "e")]
+    results = await asyncio.gather(*wishes, return_exceptions=True)
+    refused = [r for r in results if isinstance(r, SpireHwError)]
+    assert [r.kind for r in refused] == [ErrorKind.RESOURCE_EXHAUSTED] * 2
+    assert "max_keys" in refused[0].message
+    # Those that there are are replaced all the same.
+    assert len(await manager.get_public_keys()) == 3
+    await manager.generate_key("a", P256)
+    await manager.close()
+    with pytest.raises(SpireHwError, match="one more than the 2"):
+        await (await rig.start(max_keys=2)).generate_key("f", P256)
+
+
+@pytest.mark.asyncio
 async def test_fault_71_a_loop_of_crashes_does_not_fill_the_token(tmp_path: Path) -> None:
     clock = SimClock()
     async with TokenRig(tmp_path, clock, tampered=True) as rig:
