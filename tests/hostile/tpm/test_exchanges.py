@@ -170,6 +170,22 @@ async def test_what_is_young_is_never_broken_off() -> None:
             first.check()
 
 
+async def test_a_slow_tpm_has_as_long_as_its_operator_allows(tmp_path: Path) -> None:
+    lab = await Lab.make(tmp_path, 'challenge_timeout = "2m"')
+    node, source = lab.node(), "192.0.2.1"
+    standoff = Standoff(lab, thief_of(lab, node))
+    held = await standoff.begin(source)
+    await lab.clock.advance(timedelta(seconds=39))
+    with pytest.raises(LimitError, match="attesting already"):
+        await lab.attest(node, source=source)
+    assert not held.done()
+    await lab.clock.advance(timedelta(seconds=1))
+    await lab.attest(node, source=source)
+    with pytest.raises(LimitError, match="made room"):
+        await held
+    await standoff.close()
+
+
 async def test_an_unknown_source_is_bound_by_the_key_alone() -> None:
     exchanges = Exchanges(SimClock())
     with ExitStack() as held:

@@ -3,7 +3,8 @@
 An endorsement certificate is public: whoever has seen one can begin an exchange in its owner's
 name, though not end it. So the one exchange that an endorsement key may have open is counted by
 source: a stranger elsewhere takes nothing from the node. Where a limit is reached, what has been
-open for longer than an honest TPM needs gives way; nothing younger is ever broken off.
+open for longer than an honest TPM needs gives way; nothing younger is ever broken off. Whoever
+allows slow TPMs more time for their answer allows them more time here.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ MAX_OPEN: Final = 1024
 MAX_PER_SOURCE: Final = 4
 MAX_PER_EK: Final = 64
 GIVE_WAY_S: Final = 10.0
+_GIVE_WAY_SHARE: Final = 1 / 3  # of the time for an answer
 
 _BUSY: Final = "envelope: this node is attesting already"
 _TOO_MANY: Final = "envelope: too many attestations in progress"
@@ -104,6 +106,11 @@ class Exchanges:
         self._max_open = max_open
         self._places: OrderedDict[Place, None] = OrderedDict()  # oldest first
         self._groups = _Groups()
+        self._give_way_s = GIVE_WAY_S
+
+    def expect(self, timeout_s: float) -> None:
+        """Take note of how long an honest TPM may take for its answer."""
+        self._give_way_s = max(GIVE_WAY_S, timeout_s * _GIVE_WAY_SHARE)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -154,7 +161,7 @@ class Exchanges:
         if len(held) < limit:
             return False
         oldest = next(iter(held))
-        if self._clock.monotonic() - oldest.since < GIVE_WAY_S:
+        if self._clock.monotonic() - oldest.since < self._give_way_s:
             return True
         self._remove(oldest)
         oldest.give_way(_DISPLACED)

@@ -115,6 +115,7 @@ class TpmServer:
         """
         has_list = self._host.ek_list is not None
         self._settings = await asyncio.to_thread(build_settings, config, has_ek_list=has_list)
+        self._open.expect(self._settings.timeout.total_seconds())
         if {n for _, n in self._settings.policy} == {7}:
             self._log.warning("PCR 7 alone does not identify what was booted; list others too")
 
