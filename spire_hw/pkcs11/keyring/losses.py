@@ -29,7 +29,7 @@ class Losses:
     Attributes:
         missing: key ids of which no usable generation is there.
         older: key ids of which only older generations are there.
-        unreadable: key ids of which a newer generation may be current, but shows no public half.
+        unreadable: key ids of which a generation has to be current, but shows no public half.
         expected: how many keys there have to be.
         shown: how many there are.
     """
@@ -62,9 +62,9 @@ class Losses:
             kind = ErrorKind.FAILED_PRECONDITION
         elif self.unreadable:
             message = (
-                f"token {device} shows newer generations of {', '.join(self.unreadable)} that lost "
-                "their public halves, which only the note of the host that made them could tell: "
-                "bring that file back"
+                f"token {device} shows private keys of {', '.join(self.unreadable)} that lost their "
+                "public halves, which only the note of the host that made them could tell: bring "
+                "that file back"
             )
             kind = ErrorKind.FAILED_PRECONDITION
         else:
@@ -86,7 +86,13 @@ def losses_of(inventory: Inventory, ledger: Ledger) -> Losses:
     expected = {key_name(k): k for k in (*ledger.state.keys, *in_use)}
     if inventory.manifest is not None:
         expected = {**inventory.manifest.keys, **expected}
-    missing = sorted(key_id for key_id in expected.values() if key_id not in shown)
+    private = [h for h in inventory.halves if h.privates and h.name in ids]
+    unreadable = {
+        ids[half.name]
+        for half in private
+        if _may_be_current(half, ids[half.name], shown, expected.values())
+    } - {*ledger.state.keys, *in_use}
+    missing = sorted(k for k in expected.values() if k not in shown and k not in unreadable)
     older = sorted(
         key_id
         for key_id, known in ledger.state.keys.items()
@@ -94,15 +100,8 @@ def losses_of(inventory: Inventory, ledger: Ledger) -> Losses:
         and shown[key_id].generation < known.generation
         and not _is_taken_back(shown[key_id], inventory.choices.get(key_id), known.generation)
     )
-    unreadable = sorted(
-        {
-            ids[half.name]
-            for half in inventory.halves
-            if half.privates and half.name in ids and _may_be_current(half, ids[half.name], shown)
-        }
-        - {*ledger.state.keys, *in_use}
-    )
-    return Losses(tuple(missing), tuple(older), tuple(unreadable), len(expected), len(shown))
+    lost = tuple(sorted(unreadable))
+    return Losses(tuple(missing), tuple(older), lost, len(expected), len(shown))
 
 
 def _is_taken_back(pair: Pair, choice: Choice | None, known: int) -> bool:
@@ -110,8 +109,13 @@ def _is_taken_back(pair: Pair, choice: Choice | None, known: int) -> bool:
     return choice is not None and choice.generation == pair.generation and choice.over >= known
 
 
-def _may_be_current(half: Pair, key_id: str, shown: Mapping[str, Pair]) -> bool:
-    return key_id in shown and shown[key_id].generation < half.generation
+def _may_be_current(
+    half: Pair, key_id: str, shown: Mapping[str, Pair], expected: Collection[str]
+) -> bool:
+    if key_id not in shown:
+        # What nobody tells of is what a crash left of a first generation.
+        return key_id in expected
+    return shown[key_id].generation < half.generation
 
 
 def find_moved(

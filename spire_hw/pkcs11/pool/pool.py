@@ -102,6 +102,10 @@ class Pool:
         self._limits = limits
         self._log = log
         turn = opening.guard.turn
+        if "pkcs11-spy" in str(opening.token["module"]):
+            log.warning(
+                "hsm.traced", remedy="pkcs11-spy writes the PIN down: not where keys matter"
+            )
         if opening.ignored:
             log.warning("hsm.uri_ignored", attributes=", ".join(opening.ignored))
         self._changed = asyncio.Event()

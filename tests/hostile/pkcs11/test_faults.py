@@ -123,7 +123,9 @@ async def test_fault_15_another_token_of_the_same_name_is_noticed(rig: TokenRig)
 
 @needs_spy
 @pytest.mark.asyncio
-async def test_faults_16_and_17_a_wrong_pin_is_sent_once(rig: TokenRig) -> None:
+async def test_faults_16_and_17_a_wrong_pin_is_sent_once(
+    rig: TokenRig, capsys: pytest.CaptureFixture[str]
+) -> None:
     rig.write_pin("wrong-9999")
     manager = rig.build()
     for _ in range(3):
@@ -132,6 +134,8 @@ async def test_faults_16_and_17_a_wrong_pin_is_sent_once(rig: TokenRig) -> None:
         assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
         assert "wrong-9999" not in repr(caught.value) + str(caught.value)
     assert rig.calls("C_Login") == 1
+    # What stands between has seen the PIN.
+    assert "hsm.traced" in capsys.readouterr().out
     rig.write_pin(PIN)
     await manager.configure(rig.config(workers=3, **rig.spied()))
     assert rig.calls("C_Login") == 1 + 4

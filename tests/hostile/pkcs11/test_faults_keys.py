@@ -148,6 +148,8 @@ async def test_fault_28_a_private_half_that_is_current_is_never_cleared_away(
     with pytest.raises(TokenError) as caught:
         await timed.start("another-host", retain_replaced="100h")
     assert caught.value.reason == "hsm.keys_missing"
+    assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
+    assert "bring that file back" in caught.value.message
     assert objects(timed) == left
 
 
