@@ -1081,14 +1081,15 @@ async def test_quarantine_is_in_the_node_and_evidence_lifts_it(store: Datastore)
 
 
 @pytest.mark.asyncio
-async def test_quarantine_of_an_operator_ends_by_an_operator_only(store: Datastore) -> None:
+@pytest.mark.parametrize("reason", ["operator", "ek_revoked", "devid_revoked"])
+async def test_quarantines_that_end_by_an_operator_only(store: Datastore, reason: str) -> None:
     node = await store.put_node(make_node())
-    hold = make_posture(node, "quarantined", "operator")
-    await store.set_posture(PostureUpdate(hold, by_operator=True))
+    hold = make_posture(node, "quarantined", reason)
+    await store.set_posture(PostureUpdate(hold, by_operator=reason == "operator"))
     for posture in (make_posture(node), make_posture(node, "quarantined", "stale")):
-        with pytest.raises(QuarantinedError, match="operator"):
+        with pytest.raises(QuarantinedError, match=reason):
             await store.set_posture(PostureUpdate(posture))
-        with pytest.raises(QuarantinedError, match="operator"):
+        with pytest.raises(QuarantinedError, match=reason):
             await store.put_node(node, {}, PostureUpdate(posture))
     assert (await store.get_posture(node.agent_id)) == hold
     freed = await store.set_posture(PostureUpdate(make_posture(node), by_operator=True))

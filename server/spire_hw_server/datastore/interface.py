@@ -150,8 +150,8 @@ class Datastore(Protocol):
         Raises:
             InvalidInputError: the certificates are larger than 128 KiB.
             DeniedError: the stored node is banned; only deleting it lifts that.
-            QuarantinedError: it is in quarantine, and there is no update or an operator put it
-                there.
+            QuarantinedError: it is in quarantine, and there is no update or an operator alone lifts
+                it.
             KeyInUseError: one of the keys is another node's.
         """
         ...
@@ -172,7 +172,8 @@ class Datastore(Protocol):
         Raises:
             NotFoundError: no such node.
             DeniedError: it is banned.
-            QuarantinedError: an operator put it in quarantine, and the update is no operator's.
+            QuarantinedError: it is in a quarantine that an operator alone lifts, and the update is
+                no operator's.
         """
         ...
 

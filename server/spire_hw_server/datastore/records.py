@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.errors import AlreadyExistsError, DeniedError
+from spire_hw.posture.reasons import REVOKED
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -195,8 +196,11 @@ NodeKeys = Mapping[KeyRole, bytes]
 NO_KEYS: Final[NodeKeys] = MappingProxyType({})
 
 
-# Reason code of a quarantine that an operator alone lifts.
+# Reason code of a quarantine that an operator ordered.
 BY_OPERATOR: Final = "operator"
+# Those that an operator alone lifts: what evidence that is under way says of the machine was never
+# a reason for them.
+LIFTED_BY_HAND: Final = REVOKED | {BY_OPERATOR}
 QUARANTINED: Final = "quarantined"
 BANNED: Final = "banned"
 

@@ -21,7 +21,7 @@ from spire_hw.errors import DeniedError, DeniedReason, InvalidInputError, NotFou
 from spire_hw.selector import Selector
 from spire_hw.spiffeid import SpiffeId
 from spire_hw_server.datastore.records import (
-    BY_OPERATOR,
+    LIFTED_BY_HAND,
     ChangeKind,
     KeyRole,
     Node,
@@ -140,10 +140,10 @@ def set_posture(tx: Transaction, update: PostureUpdate) -> Node:
 
 
 def _check_quarantine(stored: Node | None, update: PostureUpdate | None) -> None:
-    """Refuse to lift a quarantine without evidence, and one of an operator by evidence."""
+    """Refuse to lift a quarantine without evidence, and by evidence one that it does not end."""
     if stored is None or not stored.quarantine:
         return
-    if update is None or (stored.quarantine == BY_OPERATOR and not update.by_operator):
+    if update is None or (stored.quarantine in LIFTED_BY_HAND and not update.by_operator):
         raise QuarantinedError(stored.agent_id, stored.quarantine)
 
 
