@@ -31,6 +31,7 @@ ENVIRONMENT: Final = {
 }
 # Less than the smallest object and the place where it is kept.
 MOST_BYTES_EACH: Final = 16
+# Queues of bounded length fill and empty meanwhile: this is held against the least there is.
 MOST_BYTES: Final = 1 << 20
 # What pools of OpenSSL and SQLite take once, however often something is done.
 POOLS_BYTES: Final = 192 << 10
@@ -122,6 +123,7 @@ class Growth:
         threads: likewise.
         tasks: likewise.
         bytes: more in all.
+        floor: likewise, the least of the second half against the least of the first.
         resident: bytes of memory more in all.
     """
 
@@ -131,6 +133,7 @@ class Growth:
     threads: float
     tasks: float
     bytes: int
+    floor: int
     resident: int
 
     @classmethod
@@ -158,6 +161,7 @@ class Growth:
             threads=rate("threads"),
             tasks=rate("tasks"),
             bytes=last.heap - first.heap,
+            floor=min(m.heap for m in moments[-half:]) - min(m.heap for m in moments[:half]),
             resident=last.resident - first.resident,
         )
 
@@ -166,8 +170,8 @@ class Growth:
         found = []
         if self.heap >= MOST_BYTES_EACH and self.bytes > POOLS_BYTES:
             found.append(f"{self.heap:.0f} bytes stay behind each time")
-        if self.bytes > MOST_BYTES:
-            found.append(f"{self.bytes} bytes stayed behind in all")
+        if self.floor > MOST_BYTES:
+            found.append(f"{self.floor} bytes stayed behind in all")
         counts = {"files": self.files, "threads": self.threads, "tasks": self.tasks}
         return found + [
             f"{each:.2f} {name} stay behind each time"

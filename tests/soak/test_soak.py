@@ -106,7 +106,7 @@ def test_a_case_is_shared_by_its_acts_and_by_no_others() -> None:
 
 def test_a_file_is_finished_only_when_all_its_acts_were_repeated() -> None:
     planned = {f"{TEST}[a]": [0, 50]}
-    growth = Growth(times=50, heap=0, files=0, threads=0, tasks=0, bytes=0, resident=0)
+    growth = Growth(times=50, heap=0, files=0, threads=0, tasks=0, bytes=0, floor=0, resident=0)
     assert report.size(planned) == 50
     assert report.has([act(0), replace(act(1), growth=growth)], planned)
     assert not report.has([act(0), act(1)], planned)

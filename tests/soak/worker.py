@@ -38,7 +38,7 @@ _CHANGING: Final = re.compile(r"[0-9a-fA-F]{8,}|\d+")
 
 def _warm(times: int) -> int:
     """Return how many repetitions fill what is filled once."""
-    return max(times // 20, 200)
+    return max(times // 10, 200)
 
 
 def _plain(error: SpireHwError) -> tuple[str, str]:
