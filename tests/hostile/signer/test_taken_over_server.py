@@ -24,12 +24,14 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from spire_hw._pb import hw_signer_admin_pb2 as admin_pb
 from spire_hw._pb import hw_signer_pb2 as pb
 from spire_hw.clock import SystemClock
 from spire_hw.errors import ErrorKind, NotReadyError, SpireHwError
 from spire_hw.jose.text import encode_base64url, encode_json
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions
 from spire_hw.plugin.keymanager import KeyHealth
+from spire_hw.rpc.client import connect_unix
 from spire_hw.rpc.status import from_code
 from spire_hw.x509 import der
 from spire_hw_sim.liarsigner import write_client
@@ -368,6 +370,36 @@ async def test_the_live_key_is_not_swapped(
     assert (await rig.generate(CA)).refusal.reason == "replace_active"
     assert "Signer alarm" in "".join(capsys.readouterr())
     assert await refusals(rig) == {(CLIENT_ID, "replace_active")}
+
+
+async def test_who_lies_low_long_enough_swaps_a_key_and_an_operator_takes_it_back(
+    tmp_path: Path,
+) -> None:
+    async with SignerRig(tmp_path, policy=client_policy(active_window='"1s"')) as rig:
+        before = (await rig.generate(CA)).public_key
+        assert (await rig.sign(CA, x509=Forger(before).tbs())).signature
+        async with asyncio.timeout(60):
+            while (answer := await rig.generate(CA)).HasField("refusal"):
+                assert answer.refusal.reason == "replace_active"
+                await asyncio.sleep(answer.refusal.retry_after_ms / 1000)
+        assert answer.public_key.fingerprint != before.fingerprint
+        order = admin_pb.CarryOutRequest.Direct(
+            action="key.restore", target=f"example.org/s1/{CA}@1", comment="swapped by the intruder"
+        )
+        async with connect_unix(rig.admin_socket) as channel:
+            await channel.unary(
+                "/spire_hw.signer.v1.SignerAdmin/CarryOut",
+                admin_pb.CarryOutRequest(direct=order),
+                admin_pb.CarryOutResponse,
+                timeout_s=30,
+            )
+        (listed,) = (await rig.call("GetPublicKeys", pb.GetPublicKeysRequest())).public_keys
+        assert listed.fingerprint == before.fingerprint
+        assert (await rig.sign(CA, x509=Forger(before).tbs())).signature
+        log = await records(rig)
+        made = [r["made_fingerprint"] for r in log if r.get("made_generation")]
+        assert made == [before.fingerprint, answer.public_key.fingerprint]
+        assert [r["action"] for r in log if r["kind"] == "order"] == ["key.restore"]
 
 
 async def test_a_flood_of_generations_ends_at_the_budget(tmp_path: Path) -> None:
