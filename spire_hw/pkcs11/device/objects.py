@@ -65,7 +65,7 @@ class TokenObjects:
 
         Args:
             prefix: what labels start with.
-            data_only: leave the key halves out, which take longest.
+            data_only: only the data objects that have it for their whole label: that is quick.
 
         Raises:
             TokenError: not logged in, or the search failed.
@@ -82,9 +82,13 @@ class TokenObjects:
     def _list(self, prefix: str, *, data_only: bool) -> dict[str, Any]:
         self._token.check_logged_in()
         try:
-            kinds = () if data_only else (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY)
-            halves = [half for kind in kinds for half in self._halves(kind, prefix)]
-            data = self._data(prefix)
+            halves: list[dict[str, Any]] = []
+            if data_only:
+                data = self._data(prefix, {Attribute.LABEL: prefix})
+            else:
+                halves += self._halves(ObjectClass.PRIVATE_KEY, prefix)
+                halves += self._halves(ObjectClass.PUBLIC_KEY, prefix)
+                data = self._data(prefix, {})
         except PKCS11Error as e:
             error = TokenError.of(e, "list objects", self._token.device)
             self._token.renew()
@@ -103,9 +107,9 @@ class TokenObjects:
                 found.append(_describe(item, label, is_private=kind is ObjectClass.PRIVATE_KEY))
         return found
 
-    def _data(self, prefix: str) -> list[dict[str, Any]]:
+    def _data(self, prefix: str, narrowed: dict[Attribute, Any]) -> list[dict[str, Any]]:
         found = []
-        for item in self._find({Attribute.CLASS: ObjectClass.DATA}):
+        for item in self._find({Attribute.CLASS: ObjectClass.DATA, **narrowed}):
             label = _read(item, Attribute.LABEL)
             if isinstance(label, str) and label.startswith(prefix):
                 value = _read(item, Attribute.VALUE)

@@ -346,6 +346,23 @@ async def test_fault_38_who_is_started_while_another_makes_a_key_may_use_it(
         await second.generate_key("a", P256)
 
 
+async def test_a_look_for_other_instances_reads_the_manifest_alone(tampered: TokenRig) -> None:
+    manager = await tampered.start()
+    assert manager._keyring is not None
+    claim, read = manager._keyring._claim, list[int]()
+    for key_id in ("a", "b"):
+        await manager.generate_key(key_id, P256)
+        counts = {name: -tampered.faults.calls(name) for name in ("C_FindObjectsInit", "C_Login")}
+        attributes = tampered.faults.calls("C_GetAttributeValue")
+        await claim.look()
+        assert {n: c + tampered.faults.calls(n) for n, c in counts.items()} == {
+            "C_FindObjectsInit": 1,
+            "C_Login": 0,
+        }
+        read.append(tampered.faults.calls("C_GetAttributeValue") - attributes)
+    assert read[0] == read[1]
+
+
 async def test_keys_made_at_the_same_time_are_all_named_on_the_token(timed: TokenRig) -> None:
     manager = await timed.start()
     names = [f"a long name, number {number}" for number in range(4)]
