@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from spire_hw_signer.audit.chain import LogHead
     from spire_hw_signer.audit.checkpoint import Checkpoints
     from spire_hw_signer.audit.log import AuditLog
+    from spire_hw_signer.devicelog.drain import DeviceLog
     from spire_hw_signer.keys import HeldKey, OwnerKeys
     from spire_hw_signer.live import Live
     from spire_hw_signer.revocations import Revocations
@@ -53,6 +54,7 @@ class SignerAdmin:
         revocations: Revocations,
         actions: Actions,
         attesting: Attesting,
+        device_log: DeviceLog | None,
     ) -> None:
         """Make it.
 
@@ -64,6 +66,7 @@ class SignerAdmin:
             revocations: who is shut out.
             actions: what can be done.
             attesting: evidence about keys.
+            device_log: what the device logs itself, None where that is not read.
         """
         self._name = name
         self._audit = audit
@@ -72,6 +75,7 @@ class SignerAdmin:
         self._revocations = revocations
         self._actions = actions
         self._attesting = attesting
+        self._device_log = device_log
 
     async def get_status(self, request: Any, call: Call) -> Any:
         """Return how the signer is."""
@@ -97,6 +101,7 @@ class SignerAdmin:
             operators=sorted(operators.keys),
             required=operators.required,
             revoked=sorted(self._live.policy.revoked | self._revocations.identities),
+            device_log_trouble=None if self._device_log is None else self._device_log.trouble,
         )
 
     async def list_keys(self, request: Any, call: Call) -> Any:

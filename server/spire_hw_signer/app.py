@@ -51,7 +51,7 @@ from spire_hw_signer.telling import CustodyService, custody_methods
 from spire_hw_signer.tlsfiles import TlsFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
     from spire_hw.plugin.info import Builder
@@ -228,6 +228,7 @@ class Signer(Program):
             revocations=revocations,
             actions=actions,
             attesting=attesting,
+            device_log=device_log,
         )
         self._doors = Doors(
             settings,
@@ -284,10 +285,10 @@ class Signer(Program):
         self._stack.push_async_callback(checkpoints.close)
         return checkpoints
 
-    async def _start_device_log(self, audit: AuditLog) -> dict[str, Check]:
-        """Begin to read the device's log, where there is one; return what health asks of it."""
+    async def _start_device_log(self, audit: AuditLog) -> DeviceLog | None:
+        """Begin to read the device's log, where that was asked for."""
         if self.settings.device_log is None:
-            return {}
+            return None
         made = DeviceLog(
             self.settings.device_log,
             audit,
@@ -297,7 +298,7 @@ class Signer(Program):
         )
         await made.start()
         self._stack.push_async_callback(made.close)
-        return {"signer.device_log": made.check}
+        return made
 
     async def _open_log_keys(self) -> OwnerKeys:
         """Open the signer's own keys; the one that signs checkpoints is made when there is none."""
@@ -363,7 +364,7 @@ class Signer(Program):
         live: Live,
         tls: TlsFiles | None,
         log_keys: OwnerKeys,
-        more: Mapping[str, Check],
+        device_log: DeviceLog | None,
     ) -> Health:
         async def audit_log() -> None:
             if audit.trouble:
@@ -376,18 +377,21 @@ class Signer(Program):
                     raise UnavailableError(f"keys of {keys.owner}: {state.message}")
 
         async def files() -> None:
-            fault = live.fault or ("" if tls is None else tls.fault(self.clock.now()))
-            if fault:
-                raise NotReadyError(fault)
+            _refuse(live.fault or ("" if tls is None else tls.fault(self.clock.now())))
 
         async def clock() -> None:
-            if fault := self._clock_fault():
-                raise NotReadyError(fault)
+            _refuse(self._clock_fault())
 
-        checks: dict[str, Check] = {"signer.keys": devices, "signer.clock": clock}
+        waiting: dict[str, Check] = {
+            "signer.keys": devices,
+            "signer.clock": clock,
+            "signer.files": files,
+        }
+        if device_log is not None:
+            waiting["signer.device_log"] = device_log.check
         return Health(
             quick={"signer.audit": audit_log},
-            waiting={**checks, "signer.files": files, **more},
+            waiting=waiting,
             clock=self.clock,
             log=logs.get_logger("health"),
         )
@@ -411,6 +415,11 @@ class Signer(Program):
     def _call_failed(self, name: str, error: BaseException) -> None:
         if not isinstance(error, SpireHwError):
             self.log.error("Unexpected error", task=name, exc_info=error)
+
+
+def _refuse(fault: str) -> None:
+    if fault:
+        raise NotReadyError(fault)
 
 
 def _device_log_faults(settings: SignerSettings) -> list[ConfigFault]:

@@ -14,13 +14,16 @@ from spire_hw._pb import hw_signer_pb2 as pb
 from spire_hw.aio.tasks import Tasks
 from spire_hw.clock import SystemClock
 from spire_hw.errors import NotFoundError, NotReadyError
+from spire_hw.evidence.checkpoint import statement_of
 from spire_hw.evidence.document import Document, KeyReport, sign
+from spire_hw.jose.text import encode_json
 from spire_hw.key import (
     HashAlgorithm,
     KeyType,
     PrivateKey,
     SignOptions,
     SoftwareSigner,
+    default_hash,
     fingerprint,
     generate_private_key,
     sign_digest,
@@ -68,6 +71,8 @@ class Lies:
         rewind: records that its head is behind.
         fork: heads have another hash than they should.
         log_key: another key that signs its checkpoints.
+        no_log_key: it shows none.
+        checkpoint: changes one that was signed.
         custody: where it says that keys are.
         custody_of: fingerprint it says that of, in place of the key's.
         evidence: changes a document before it is signed with the log key.
@@ -85,6 +90,8 @@ class Lies:
     rewind: int = 0
     fork: bool = False
     log_key: PrivateKey | None = None
+    no_log_key: bool = False
+    checkpoint: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda body: body)
     custody: pb.KeyCustody = field(
         default_factory=lambda: pb.KeyCustody(
             custody="hsm reported",
@@ -237,10 +244,28 @@ class LiarSigner:
 
     async def get_log_head(self, request: Any, call: Call) -> pb.GetLogHeadResponse:
         """Serve GetLogHead."""
-        key = self.lies.log_key or self._log_key
+        key, lies = self.lies.log_key or self._log_key, self.lies
+        head = self._written(b"head")
         return pb.GetLogHeadResponse(
-            log_head=self._written(b"head"), log_key=spki_der(key.public_key())
+            log_head=head,
+            checkpoint=await self._vouched(head, key),
+            log_key=b"" if lies.no_log_key else spki_der(key.public_key()),
         )
+
+    async def _vouched(self, head: pb.LogHead, key: PrivateKey) -> bytes:
+        """Return a checkpoint for a head, as it would stand in the log."""
+        body: dict[str, Any] = {
+            "at": head.seq,
+            "clock": "",
+            "head": head.hash.hex(),
+            "key": fingerprint(spki_der(key.public_key())),
+            "log": "0" * 32,
+            "taken": "2026-11-22T08:12:00.000000Z",
+        }
+        algorithm = default_hash(key.public_key())
+        digest = algorithm.digest(statement_of(body))
+        signature = await SoftwareSigner(key).sign(digest, SignOptions(algorithm))
+        return encode_json(self.lies.checkpoint({**body, "signature": signature.hex()}))
 
     async def get_key_custody(self, request: Any, call: Call) -> pb.GetKeyCustodyResponse:
         """Serve GetKeyCustody."""

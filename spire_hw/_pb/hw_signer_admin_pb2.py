@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from spire_hw._pb import hw_signer_pb2 as spire__hw_dot___pb_dot_hw__signer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"spire_hw/_pb/hw_signer_admin.proto\x12\x12spire_hw.signer.v1\x1a\x1cspire_hw/_pb/hw_signer.proto\"\x12\n\x10GetStatusRequest\"\x88\x03\n\x06Status\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12-\n\x08log_head\x18\x03 \x01(\x0b\x32\x1b.spire_hw.signer.v1.LogHead\x12\x0e\n\x06log_id\x18\x04 \x01(\t\x12\x15\n\rlog_directory\x18\x05 \x01(\t\x12\x13\n\x0blog_trouble\x18\x06 \x01(\t\x12\x12\n\ncheckpoint\x18\x07 \x01(\x0c\x12\x1a\n\x12\x63heckpoint_trouble\x18\x08 \x01(\t\x12\x0f\n\x07log_key\x18\t \x01(\x0c\x12\x13\n\x0b\x63lock_fault\x18\n \x01(\t\x12\x0e\n\x06policy\x18\x0b \x01(\t\x12\x30\n\x06places\x18\x0c \x03(\x0b\x32 .spire_hw.signer.v1.Status.Place\x12\x11\n\toperators\x18\r \x03(\t\x12\x10\n\x08required\x18\x0e \x01(\r\x12\x0f\n\x07revoked\x18\x0f \x03(\t\x1a&\n\x05Place\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07trouble\x18\x02 \x01(\t\"\x11\n\x0fListKeysRequest\">\n\x10ListKeysResponse\x12*\n\x04keys\x18\x01 \x03(\x0b\x32\x1c.spire_hw.signer.v1.AdminKey\"\xcc\x01\n\x08\x41\x64minKey\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x31\n\npublic_key\x18\x02 \x01(\x0b\x32\x1d.spire_hw.signer.v1.PublicKey\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x16\n\x0eretained_until\x18\x04 \x01(\x03\x12\x10\n\x08retained\x18\x05 \x01(\x08\x12/\n\x07\x63ustody\x18\x06 \x01(\x0b\x32\x1e.spire_hw.signer.v1.KeyCustody\x12\x0f\n\x07trouble\x18\x07 \x01(\t\"C\n\x10\x41ttestKeyRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x13\n\x0b\x61ttestation\x18\x03 \x03(\x0c\"%\n\x11\x41ttestKeyResponse\x12\x10\n\x08\x65vidence\x18\x01 \x01(\t\"\xa3\x01\n\x0f\x43\x61rryOutRequest\x12\x0f\n\x05order\x18\x01 \x01(\x0cH\x00\x12<\n\x06\x64irect\x18\x02 \x01(\x0b\x32*.spire_hw.signer.v1.CarryOutRequest.DirectH\x00\x1a\x39\n\x06\x44irect\x12\x0e\n\x06\x61\x63tion\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x0f\n\x07\x63omment\x18\x03 \x01(\tB\x06\n\x04what\"r\n\x10\x43\x61rryOutResponse\x12\x0e\n\x06\x61\x63tion\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12-\n\x08log_head\x18\x04 \x01(\x0b\x32\x1b.spire_hw.signer.v1.LogHead2\xe4\x02\n\x0bSignerAdmin\x12M\n\tGetStatus\x12$.spire_hw.signer.v1.GetStatusRequest\x1a\x1a.spire_hw.signer.v1.Status\x12U\n\x08ListKeys\x12#.spire_hw.signer.v1.ListKeysRequest\x1a$.spire_hw.signer.v1.ListKeysResponse\x12X\n\tAttestKey\x12$.spire_hw.signer.v1.AttestKeyRequest\x1a%.spire_hw.signer.v1.AttestKeyResponse\x12U\n\x08\x43\x61rryOut\x12#.spire_hw.signer.v1.CarryOutRequest\x1a$.spire_hw.signer.v1.CarryOutResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"spire_hw/_pb/hw_signer_admin.proto\x12\x12spire_hw.signer.v1\x1a\x1cspire_hw/_pb/hw_signer.proto\"\x12\n\x10GetStatusRequest\"\xc0\x03\n\x06Status\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12-\n\x08log_head\x18\x03 \x01(\x0b\x32\x1b.spire_hw.signer.v1.LogHead\x12\x0e\n\x06log_id\x18\x04 \x01(\t\x12\x15\n\rlog_directory\x18\x05 \x01(\t\x12\x13\n\x0blog_trouble\x18\x06 \x01(\t\x12\x12\n\ncheckpoint\x18\x07 \x01(\x0c\x12\x1a\n\x12\x63heckpoint_trouble\x18\x08 \x01(\t\x12\x0f\n\x07log_key\x18\t \x01(\x0c\x12\x13\n\x0b\x63lock_fault\x18\n \x01(\t\x12\x0e\n\x06policy\x18\x0b \x01(\t\x12\x30\n\x06places\x18\x0c \x03(\x0b\x32 .spire_hw.signer.v1.Status.Place\x12\x11\n\toperators\x18\r \x03(\t\x12\x10\n\x08required\x18\x0e \x01(\r\x12\x0f\n\x07revoked\x18\x0f \x03(\t\x12\x1f\n\x12\x64\x65vice_log_trouble\x18\x10 \x01(\tH\x00\x88\x01\x01\x1a&\n\x05Place\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07trouble\x18\x02 \x01(\tB\x15\n\x13_device_log_trouble\"\x11\n\x0fListKeysRequest\">\n\x10ListKeysResponse\x12*\n\x04keys\x18\x01 \x03(\x0b\x32\x1c.spire_hw.signer.v1.AdminKey\"\xcc\x01\n\x08\x41\x64minKey\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x31\n\npublic_key\x18\x02 \x01(\x0b\x32\x1d.spire_hw.signer.v1.PublicKey\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x16\n\x0eretained_until\x18\x04 \x01(\x03\x12\x10\n\x08retained\x18\x05 \x01(\x08\x12/\n\x07\x63ustody\x18\x06 \x01(\x0b\x32\x1e.spire_hw.signer.v1.KeyCustody\x12\x0f\n\x07trouble\x18\x07 \x01(\t\"C\n\x10\x41ttestKeyRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05nonce\x18\x02 \x01(\x0c\x12\x13\n\x0b\x61ttestation\x18\x03 \x03(\x0c\"%\n\x11\x41ttestKeyResponse\x12\x10\n\x08\x65vidence\x18\x01 \x01(\t\"\xa3\x01\n\x0f\x43\x61rryOutRequest\x12\x0f\n\x05order\x18\x01 \x01(\x0cH\x00\x12<\n\x06\x64irect\x18\x02 \x01(\x0b\x32*.spire_hw.signer.v1.CarryOutRequest.DirectH\x00\x1a\x39\n\x06\x44irect\x12\x0e\n\x06\x61\x63tion\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x0f\n\x07\x63omment\x18\x03 \x01(\tB\x06\n\x04what\"r\n\x10\x43\x61rryOutResponse\x12\x0e\n\x06\x61\x63tion\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12-\n\x08log_head\x18\x04 \x01(\x0b\x32\x1b.spire_hw.signer.v1.LogHead2\xe4\x02\n\x0bSignerAdmin\x12M\n\tGetStatus\x12$.spire_hw.signer.v1.GetStatusRequest\x1a\x1a.spire_hw.signer.v1.Status\x12U\n\x08ListKeys\x12#.spire_hw.signer.v1.ListKeysRequest\x1a$.spire_hw.signer.v1.ListKeysResponse\x12X\n\tAttestKey\x12$.spire_hw.signer.v1.AttestKeyRequest\x1a%.spire_hw.signer.v1.AttestKeyResponse\x12U\n\x08\x43\x61rryOut\x12#.spire_hw.signer.v1.CarryOutRequest\x1a$.spire_hw.signer.v1.CarryOutResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,25 +35,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATUSREQUEST']._serialized_start=88
   _globals['_GETSTATUSREQUEST']._serialized_end=106
   _globals['_STATUS']._serialized_start=109
-  _globals['_STATUS']._serialized_end=501
-  _globals['_STATUS_PLACE']._serialized_start=463
-  _globals['_STATUS_PLACE']._serialized_end=501
-  _globals['_LISTKEYSREQUEST']._serialized_start=503
-  _globals['_LISTKEYSREQUEST']._serialized_end=520
-  _globals['_LISTKEYSRESPONSE']._serialized_start=522
-  _globals['_LISTKEYSRESPONSE']._serialized_end=584
-  _globals['_ADMINKEY']._serialized_start=587
-  _globals['_ADMINKEY']._serialized_end=791
-  _globals['_ATTESTKEYREQUEST']._serialized_start=793
-  _globals['_ATTESTKEYREQUEST']._serialized_end=860
-  _globals['_ATTESTKEYRESPONSE']._serialized_start=862
-  _globals['_ATTESTKEYRESPONSE']._serialized_end=899
-  _globals['_CARRYOUTREQUEST']._serialized_start=902
-  _globals['_CARRYOUTREQUEST']._serialized_end=1065
-  _globals['_CARRYOUTREQUEST_DIRECT']._serialized_start=1000
-  _globals['_CARRYOUTREQUEST_DIRECT']._serialized_end=1057
-  _globals['_CARRYOUTRESPONSE']._serialized_start=1067
-  _globals['_CARRYOUTRESPONSE']._serialized_end=1181
-  _globals['_SIGNERADMIN']._serialized_start=1184
-  _globals['_SIGNERADMIN']._serialized_end=1540
+  _globals['_STATUS']._serialized_end=557
+  _globals['_STATUS_PLACE']._serialized_start=496
+  _globals['_STATUS_PLACE']._serialized_end=534
+  _globals['_LISTKEYSREQUEST']._serialized_start=559
+  _globals['_LISTKEYSREQUEST']._serialized_end=576
+  _globals['_LISTKEYSRESPONSE']._serialized_start=578
+  _globals['_LISTKEYSRESPONSE']._serialized_end=640
+  _globals['_ADMINKEY']._serialized_start=643
+  _globals['_ADMINKEY']._serialized_end=847
+  _globals['_ATTESTKEYREQUEST']._serialized_start=849
+  _globals['_ATTESTKEYREQUEST']._serialized_end=916
+  _globals['_ATTESTKEYRESPONSE']._serialized_start=918
+  _globals['_ATTESTKEYRESPONSE']._serialized_end=955
+  _globals['_CARRYOUTREQUEST']._serialized_start=958
+  _globals['_CARRYOUTREQUEST']._serialized_end=1121
+  _globals['_CARRYOUTREQUEST_DIRECT']._serialized_start=1056
+  _globals['_CARRYOUTREQUEST_DIRECT']._serialized_end=1113
+  _globals['_CARRYOUTRESPONSE']._serialized_start=1123
+  _globals['_CARRYOUTRESPONSE']._serialized_end=1237
+  _globals['_SIGNERADMIN']._serialized_start=1240
+  _globals['_SIGNERADMIN']._serialized_end=1596
 # @@protoc_insertion_point(module_scope)

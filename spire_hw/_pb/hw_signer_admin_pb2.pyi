@@ -12,7 +12,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("name", "version", "log_head", "log_id", "log_directory", "log_trouble", "checkpoint", "checkpoint_trouble", "log_key", "clock_fault", "policy", "places", "operators", "required", "revoked")
+    __slots__ = ("name", "version", "log_head", "log_id", "log_directory", "log_trouble", "checkpoint", "checkpoint_trouble", "log_key", "clock_fault", "policy", "places", "operators", "required", "revoked", "device_log_trouble")
     class Place(_message.Message):
         __slots__ = ("name", "trouble")
         NAME_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class Status(_message.Message):
     OPERATORS_FIELD_NUMBER: _ClassVar[int]
     REQUIRED_FIELD_NUMBER: _ClassVar[int]
     REVOKED_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_LOG_TROUBLE_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     log_head: _hw_signer_pb2.LogHead
@@ -50,7 +51,8 @@ class Status(_message.Message):
     operators: _containers.RepeatedScalarFieldContainer[str]
     required: int
     revoked: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., log_head: _Optional[_Union[_hw_signer_pb2.LogHead, _Mapping]] = ..., log_id: _Optional[str] = ..., log_directory: _Optional[str] = ..., log_trouble: _Optional[str] = ..., checkpoint: _Optional[bytes] = ..., checkpoint_trouble: _Optional[str] = ..., log_key: _Optional[bytes] = ..., clock_fault: _Optional[str] = ..., policy: _Optional[str] = ..., places: _Optional[_Iterable[_Union[Status.Place, _Mapping]]] = ..., operators: _Optional[_Iterable[str]] = ..., required: _Optional[int] = ..., revoked: _Optional[_Iterable[str]] = ...) -> None: ...
+    device_log_trouble: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., log_head: _Optional[_Union[_hw_signer_pb2.LogHead, _Mapping]] = ..., log_id: _Optional[str] = ..., log_directory: _Optional[str] = ..., log_trouble: _Optional[str] = ..., checkpoint: _Optional[bytes] = ..., checkpoint_trouble: _Optional[str] = ..., log_key: _Optional[bytes] = ..., clock_fault: _Optional[str] = ..., policy: _Optional[str] = ..., places: _Optional[_Iterable[_Union[Status.Place, _Mapping]]] = ..., operators: _Optional[_Iterable[str]] = ..., required: _Optional[int] = ..., revoked: _Optional[_Iterable[str]] = ..., device_log_trouble: _Optional[str] = ...) -> None: ...
 
 class ListKeysRequest(_message.Message):
     __slots__ = ()

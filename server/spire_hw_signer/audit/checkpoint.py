@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 from spire_hw.aio.alarm import Alarm
 from spire_hw.aio.tasks import Tasks
 from spire_hw.errors import NotReadyError, SpireHwError, UnavailableError, VerificationError
+from spire_hw.evidence.checkpoint import statement_of, verify_checkpoint
 from spire_hw.key import SignOptions, default_hash, fingerprint, spki_der
 from spire_hw_signer.audit.record import Kind, micro, time_text
-from spire_hw_signer.audit.statement import statement_of, verify_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -365,7 +365,7 @@ class AuditLog:
         return self.head
 
     async def record(self, kind: Kind, body: Mapping[str, Any]) -> bytes:
-        """Write down an order or a checkpoint; it is on the disk once this returns.
+        """Write down a record of any kind; it is on the disk once this returns.
 
         Returns:
             Its line.

@@ -15,9 +15,9 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.errors import EncodingError, VerificationError
+from spire_hw.evidence.checkpoint import verify_checkpoint
 from spire_hw_signer.audit.chain import FIRST, Chain, ChainError, LogHead
 from spire_hw_signer.audit.record import Kind, Record, Result, parse
-from spire_hw_signer.audit.statement import verify_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -65,6 +65,8 @@ def status(admin: Admin) -> None:
             ("Checkpoint trouble", answer.checkpoint_trouble or "none"),
             ("Clock", answer.clock_fault or "believed"),
         ]
+        if answer.HasField("device_log_trouble"):
+            rows.append(("Device log trouble", answer.device_log_trouble or "none"))
         rows += [(f"Witness {n}", _place(p)) for n, p in enumerate(answer.places, start=1)]
         need = f"{answer.required} of {', '.join(answer.operators)}"
         rows.append(("Orders signed by", need if answer.required else "nobody: not asked for"))

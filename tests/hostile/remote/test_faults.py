@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_asyncio
@@ -33,7 +33,7 @@ from spire_hw_sim.pki import Authority, now
 from spire_hw_sim.remoterig import RemoteRig
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from spire_hw_plugins.keymanager.remote.manager import RemoteKeyManager
@@ -382,7 +382,7 @@ async def test_fault_94_damaged_note_stops_the_start(rig: RemoteRig, content: st
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("lie", ["rewind", "fork", "log key"])
+@pytest.mark.parametrize("lie", ["rewind", "fork", "log key", "no log key"])
 async def test_fault_95_log_that_goes_back_stops_signing_where_a_witness_is_required(
     rig: RemoteRig, lie: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -401,6 +401,7 @@ async def test_fault_95_log_that_goes_back_stops_signing_where_a_witness_is_requ
     signer.lies.rewind = 0
     signer.lies.fork = False
     signer.lies.log_key = None
+    signer.lies.no_log_key = False
     await again.configure(
         rig.config(signer.address, require_witness=True, accept_log=[signer.address])
     )
@@ -430,8 +431,37 @@ def _rewind(signer: LiarSigner, lie: str) -> None:
     elif lie == "fork":
         signer.rewind_log(1)
         signer.lies.fork = True
+    elif lie == "no log key":
+        signer.lies.no_log_key = True
     else:
         signer.lies.log_key = generate_private_key(P256)
+
+
+CHECKPOINTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "another head": (lambda c: c | {"head": "00" * 32}, "a signature that does not hold"),
+    "another number": (lambda c: c | {"at": c["at"] + 1}, "a signature that does not hold"),
+    "signed by another": (lambda c: c | {"key": "11" * 32}, "signed by another key"),
+    "no signature": (lambda c: c | {"signature": ""}, "not lower-case hexadecimal"),
+    "a number as text": (lambda c: c | {"at": str(c["at"])}, "lacks members"),
+    "true": (lambda c: c | {"at": True}, "lacks members"),
+    "members missing": (lambda c: {"at": c["at"]}, "lacks members"),
+    "no object": (lambda _: [], "not a JSON object"),
+    "long": (lambda c: c | {"more": "x" * 5000}, "longer than 4096 bytes"),
+}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("row", CHECKPOINTS)
+async def test_fault_95_checkpoint_that_does_not_hold(rig: RemoteRig, row: str) -> None:
+    """Whoever has the signer's TLS key has not got its log key."""
+    signer = await rig.signer()
+    first = await rig.manager(signer.address, require_witness=True)
+    await first.generate_key("id", P256)
+    await first.close()
+    signer.lies.checkpoint, reason = CHECKPOINTS[row]
+    again = rig.build()
+    with pytest.raises(NotReadyError, match=f"its last checkpoint does not hold: .*{reason}"):
+        await again.configure(rig.config(signer.address, require_witness=True))
 
 
 @pytest.mark.asyncio

@@ -18,6 +18,7 @@ from spire_hw_signer.audit.record import file_name
 from spire_hw_signer.cli.commands import PROGRAM, root
 from spire_hw_sim.auditrig import read_all
 from spire_hw_sim.signer import SignerRig, client_policy
+from spire_hw_sim.yubishell import YubiHsmLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,6 +68,33 @@ def make_shell(
 
     yield made
     log.configure(LogSettings())
+
+
+async def test_status_tells_what_is_wrong_with_the_log_of_the_device(
+    tmp_path: Path, make_shell: Callable[..., Shell]
+) -> None:
+    device = YubiHsmLog(tmp_path / "device")
+    reads = json.dumps(list(device.command("get-logs")))
+    at = make_shell(
+        f"""
+  device_log {{
+    format      = "yubihsm"
+    read        = {reads}
+    secret_file = "{device.secret_file}"
+    interval    = "1s"
+  }}"""
+    )
+
+    async def told(line: str) -> None:
+        async with asyncio.timeout(20):
+            while line not in await at.run("status"):  # noqa: ASYNC110 - it happens elsewhere
+                await asyncio.sleep(0.2)
+
+    async with at.rig:
+        assert "device_log_trouble" in await at.json("status")
+        await told("Device log trouble : none\n")
+        device.secret_file.write_text("another")
+        await told(f"Device log trouble : {device.command('get-logs')[0]}")
 
 
 async def test_status_keys_and_clients(tmp_path: Path, make_shell: Callable[..., Shell]) -> None:

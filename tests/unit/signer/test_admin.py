@@ -35,6 +35,7 @@ def service() -> SignerAdmin:
         revocations=nothing,  # type: ignore[arg-type]
         actions=nothing,  # type: ignore[arg-type]
         attesting=nothing,  # type: ignore[arg-type]
+        device_log=None,
     )
 
 

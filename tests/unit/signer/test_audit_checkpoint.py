@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from spire_hw.errors import DeviceError, NotReadyError, UnavailableError, VerificationError
+from spire_hw.evidence.checkpoint import verify_checkpoint
 from spire_hw.key import fingerprint
 from spire_hw.log import get_logger
 from spire_hw.syslog import SyslogSettings
@@ -20,7 +21,6 @@ from spire_hw_signer.audit.checkpoint import EVERY_RECORDS, EVERY_S
 from spire_hw_signer.audit.log import Outcome
 from spire_hw_signer.audit.places import MAX_WAITING, FilePlace, SyslogPlace
 from spire_hw_signer.audit.record import Kind, parse
-from spire_hw_signer.audit.statement import verify_checkpoint
 from spire_hw_sim.auditrig import (
     codes,
     intent,

@@ -16,11 +16,12 @@ from spire_hw.errors import (
     VerificationError,
 )
 from spire_hw.evidence import document as evidence
-from spire_hw.key import fingerprint
+from spire_hw.evidence.checkpoint import read_checkpoint
+from spire_hw.key import fingerprint, parse_spki
 from spire_hw.telemetry.metrics import count_fault
 from spire_hw_plugins.keymanager.remote import wire
 from spire_hw_plugins.keymanager.remote.state import LogNote
-from spire_hw_plugins.keymanager.remote.witness import Witness
+from spire_hw_plugins.keymanager.remote.witness import LogHead, Witness
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -164,7 +165,7 @@ class Link:
         return answer.evidence
 
     async def look_at_log(self, timeout_s: float) -> None:
-        """Ask for the head of its log, and whether the same key signs it as before.
+        """Ask for the head of its log, and whether the key that signed it before vouches for it.
 
         Raises:
             SpireHwError: as `list_keys`.
@@ -172,11 +173,28 @@ class Link:
         answer = await self._call(
             wire.GET_LOG_HEAD, wire.head_request(), wire.LogHeadResponse, timeout_s
         )
-        if not answer.log_key:
-            return
-        if self._log_key and answer.log_key != self._log_key:
-            self._suspect("another key signs it than before")
-        self._log_key = self._log_key or answer.log_key
+        if (against := self._judge_log_key(answer.log_key)) or (
+            self._log_key and (against := self._judge_checkpoint(answer))
+        ):
+            self._suspect(against)
+
+    def _judge_log_key(self, log_key: bytes) -> str:
+        """Tell what speaks against the key that signs its checkpoints; the first one is believed."""
+        if self._log_key and log_key != self._log_key:
+            return "another key signs it than before" if log_key else "no key signs it any more"
+        self._log_key = log_key
+        return ""
+
+    def _judge_checkpoint(self, answer: wire.LogHeadResponse) -> str:
+        """Tell what speaks against its last checkpoint; before the first there is none."""
+        vouched = None
+        if answer.checkpoint:
+            try:
+                read = read_checkpoint(answer.checkpoint, parse_spki(self._log_key))
+            except SpireHwError as e:
+                return f"its last checkpoint does not hold: {wire.clean(e.message)}"
+            vouched = LogHead(read.at, read.head)
+        return self._witness.saw_checkpoint(vouched, wire.head_of(answer.log_head))
 
     async def close(self) -> None:
         """End all connections."""

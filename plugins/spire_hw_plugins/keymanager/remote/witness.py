@@ -34,6 +34,7 @@ class Witness:
         """Go on from the newest head of an earlier run."""
         self.head = head
         self._hashes = {} if head is None else {head.seq: head.hash}
+        self._vouched = 0  # number of the record that the newest checkpoint was for
 
     @property
     def floor(self) -> int:
@@ -61,4 +62,25 @@ class Witness:
             self.head = head
         while len(self._hashes) > _REMEMBERED:
             del self._hashes[next(iter(self._hashes))]
+        return ""
+
+    def saw_checkpoint(self, vouched: LogHead | None, head: LogHead) -> str:
+        """Take note of the last checkpoint, whose signature holds.
+
+        Args:
+            vouched: the record it is for, None when the signer shows none.
+            head: as it came in the same answer.
+
+        Returns:
+            As `saw`.
+        """
+        if vouched is None:
+            return "it shows no checkpoint any more" if self._vouched else ""
+        if vouched.seq > head.seq:
+            return f"its checkpoint is for record {vouched.seq}, it has {head.seq}"
+        if vouched.seq < self._vouched:
+            return f"its checkpoint went back from record {self._vouched} to {vouched.seq}"
+        if self._hashes.get(vouched.seq, vouched.hash) != vouched.hash:
+            return f"its checkpoint is for another record {vouched.seq} than was seen"
+        self._vouched = vouched.seq
         return ""

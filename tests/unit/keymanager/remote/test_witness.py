@@ -60,3 +60,17 @@ def test_head_is_the_newest_that_was_seen_and_memory_is_bounded(seqs: list[int])
         assert bool(against) == (seq < witness.floor)
     assert witness.floor == max(seqs)
     assert len(witness._hashes) <= 1024
+
+
+def test_checkpoints_vouch_for_what_was_seen_and_do_not_go_back() -> None:
+    witness = Witness()
+    for seq in range(1, 6):
+        assert witness.saw(head(seq), 0) == ""
+    assert witness.saw_checkpoint(None, head(5)) == "", "before the first there is none"
+    assert witness.saw_checkpoint(head(3), head(5)) == ""
+    assert witness.saw_checkpoint(head(3), head(5)) == ""
+    assert witness.saw_checkpoint(head(2), head(5)) == "its checkpoint went back from record 3 to 2"
+    assert "for record 6, it has 5" in witness.saw_checkpoint(head(6), head(5))
+    other = LogHead(4, bytes(32))
+    assert "for another record 4" in witness.saw_checkpoint(other, head(5))
+    assert witness.saw_checkpoint(None, head(5)) == "it shows no checkpoint any more"
