@@ -6,6 +6,7 @@ refused. What is remembered is bounded in time and number, per client.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
@@ -39,7 +40,8 @@ class Replay(Generic[T]):
     def __init__(self, window_s: float, limit: int = MAX_REMEMBERED) -> None:
         self.window_s = window_s
         self._limit = limit
-        self._asked: dict[bytes, Asked[T]] = {}
+        # A dict looks at all it has let go of on its way to its first item.
+        self._asked: OrderedDict[bytes, Asked[T]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._asked)
@@ -61,7 +63,7 @@ class Replay(Generic[T]):
     def remember(self, request_id: bytes, content: object, now: float, answer: T) -> None:
         """Keep a request that is let through."""
         while len(self._asked) >= self._limit:
-            del self._asked[next(iter(self._asked))]
+            self._asked.popitem(last=False)
         self._asked[request_id] = Asked(content, now, answer)
 
     def forget(self, request_id: bytes) -> None:

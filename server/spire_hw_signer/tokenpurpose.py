@@ -7,6 +7,7 @@ Spec: SPIFFE JWT-SVID sections 2 and 3; RFC 7515; RFC 7519 section 4.1.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
 
 from spire_hw.errors import VerificationError
@@ -141,7 +142,7 @@ class KeyIds:
 
     def __init__(self, limit: int = 1024) -> None:
         self._limit = limit
-        self._names: dict[str, str] = {}
+        self._names: OrderedDict[str, str] = OrderedDict()
 
     def check(self, kid: str, fingerprint: str) -> None:
         """Remember the name of a key, or refuse it.
@@ -152,7 +153,7 @@ class KeyIds:
         known = self._names.get(kid)
         if known is None:
             while len(self._names) >= self._limit:
-                del self._names[next(iter(self._names))]
+                self._names.popitem(last=False)
             self._names[kid] = fingerprint
         elif known != fingerprint:
             raise VerificationError("key ID of the token is that of another key")

@@ -7,6 +7,7 @@ its call was sent.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
 
@@ -33,7 +34,7 @@ class Witness:
     def __init__(self, head: LogHead | None = None) -> None:
         """Go on from the newest head of an earlier run."""
         self.head = head
-        self._hashes = {} if head is None else {head.seq: head.hash}
+        self._hashes = OrderedDict(() if head is None else [(head.seq, head.hash)])
         self._vouched = 0  # number of the record that the newest checkpoint was for
 
     @property
@@ -61,7 +62,7 @@ class Witness:
         if self.head is None or head.seq > self.head.seq:
             self.head = head
         while len(self._hashes) > _REMEMBERED:
-            del self._hashes[next(iter(self._hashes))]
+            self._hashes.popitem(last=False)
         return ""
 
     def saw_checkpoint(self, vouched: LogHead | None, head: LogHead) -> str:
