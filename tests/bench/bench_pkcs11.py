@@ -6,7 +6,7 @@ are processes too. Both sign with the same P-256 key in turns; the ratio of the 
 printed, nothing is asserted. A round of the key manager starts and ends with nothing under way, so
 it has to be long: while it fills and drains, one core of two is idle. Where other things run too, the
 CPU times of the processes, printed too, tell more than the rates, and so does the ratio that they
-allow on two cores with nothing else to do: verifiers share what is to be verified, so only the one
+allow on two cores with nothing else to do, or on as many as there are processes: verifiers share what is to be verified, so only the one
 worker and the host are bound to a core each. Raw is python-pkcs11 as anybody starts it; our workers have
 glibc keep more freed memory, which is part of what they are: `--allocation` gives raw the same.
 Run as `python tests/bench/bench_pkcs11.py [workers...]` for other numbers of workers, and for the
@@ -212,11 +212,14 @@ async def ratio(
     raw_us, (sign_us, verify_us, host_us) = raw.each_us, [cost.each_us for cost in costs]
     busy = min(workers, CORES)
     slowest_us = max(sign_us / busy, host_us, (sign_us + verify_us + host_us) / CORES)
+    # There is one verifier more than there are workers.
+    apart_us = max(sign_us / workers, host_us, verify_us / (workers + 1))
     sys.stdout.write(
         f"{name} processes={workers} raw={raw.best:.0f}/s managed={worker.best:.0f}/s "
         f"ratio={worker.best / raw.best:.2f}; CPU time of a signature: raw {raw_us:.0f} us, "
         f"workers {sign_us:.0f} us, verifiers {verify_us:.0f} us, host {host_us:.0f} us; "
-        f"ratio on {CORES} idle cores {raw_us / busy / slowest_us:.2f}\n"
+        f"ratio on {CORES} idle cores {raw_us / busy / slowest_us:.2f}, "
+        f"on one for each process {raw_us / workers / apart_us:.2f}\n"
     )
     return worker.best / raw.best
 
