@@ -3,12 +3,13 @@
 Raw is a loop over python-pkcs11 in as many processes as the key manager has signing workers, by
 default the one it has without configuration: the strictest way to count, since host and verifiers
 are processes too. Both sign with the same P-256 key in turns; the ratio of the best rounds is
-printed, nothing is asserted. A round of the key manager starts and ends with nothing under way, so
-it has to be long: while it fills and drains, one core of two is idle. Where other things run too, the
-CPU times of the processes, printed too, tell more than the rates, and so does the ratio that they
-allow on two cores with nothing else to do, or on as many as there are processes: verifiers share what is to be verified, so only the one
-worker and the host are bound to a core each. Raw is python-pkcs11 as anybody starts it; our workers have
-glibc keep more freed memory, which is part of what they are: `--allocation` gives raw the same.
+printed, nothing is asserted. A round of the key manager starts and ends with nothing under way, so it
+has to be long: while it fills and drains, one core of two is idle. Where other things run too, the CPU
+times of the processes, printed too, tell more than the rates, and so does the ratio that they allow on
+two cores with nothing else to do, or on as many as there are processes: verifiers share what is to be
+verified, so only the one worker and the host are bound to a core each. Raw is python-pkcs11 as anybody
+starts it; our workers have glibc keep more freed memory, which is part of what they are: `--allocation`
+gives raw the same.
 Run as `python tests/bench/bench_pkcs11.py [workers...]` for other numbers of workers, and for the
 other types of keys with `--all`.
 """

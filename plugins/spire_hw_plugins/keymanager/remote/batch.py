@@ -2,8 +2,8 @@
 
 What is asked for in one turn of the event loop leaves at its end, so that nobody waits for company. While
 as many batches are under way as are allowed, the rest waits and goes together with the next. Where
-nothing is under way, many go in two halves: one is verified here while the other is signed there. One
-that is alone, as the one before it was, needs no task: its caller makes the call itself.
+nothing is under way, many go in two halves: one is verified here while the other is signed there. Where
+the one before was alone, the next goes at once, and its caller makes the call itself.
 """
 
 from __future__ import annotations
@@ -86,10 +86,7 @@ class Batcher:
             SpireHwError: why it was not signed.
         """
         if self._is_calm and self._is_idle():
-            self._is_calm = False  # whoever else comes in this turn waits for its end
-            await asyncio.sleep(0)
-            if self._is_idle():
-                return await self._sign_alone(item)
+            return await self._sign_alone(item)
         if self._closed:
             raise UnavailableError("the key manager is closed")
         if len(self._waiting) >= MAX_WAITING:
@@ -121,7 +118,6 @@ class Batcher:
 
     async def _sign_alone(self, item: Item) -> KeySignature:
         """Have the only one signed that is asked for, in its caller's own task."""
-        self._is_calm = True
         self._under_way += 1
         try:
             async with asyncio.timeout(None) as self._alone:

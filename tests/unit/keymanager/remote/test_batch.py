@@ -69,11 +69,13 @@ async def far() -> Far:
 
 
 @pytest.mark.asyncio
-async def test_one_turn_is_one_batch_and_each_gets_its_own_answer(far: Far) -> None:
+async def test_one_goes_at_once_the_rest_of_its_turn_together_and_each_gets_its_own_answer(
+    far: Far,
+) -> None:
     batcher = batcher_to(far)
     numbers = [n for n in range(40) if n != 13]
     made = await asyncio.gather(*(batcher.sign(item(n)) for n in numbers))
-    assert [len(b) for b in far.batches] == [20, 19]
+    assert [len(b) for b in far.batches] == [1, 38]
     assert [int.from_bytes(m.signature) for m in made] == numbers
     for _ in range(2):  # after many, and after one
         with pytest.raises(DeniedError, match="thirteen"):
@@ -81,9 +83,10 @@ async def test_one_turn_is_one_batch_and_each_gets_its_own_answer(far: Far) -> N
 
 
 @pytest.mark.asyncio
-async def test_many_go_in_two_halves_where_nothing_is_under_way(far: Far) -> None:
+async def test_after_many_they_go_in_two_halves_where_nothing_is_under_way(far: Far) -> None:
     batcher = batcher_to(far)
-    for count, sizes in ((1, [1]), (9, [5, 4]), (7, [7]), (16, [8, 8])):
+    rounds = ((1, [1]), (9, [1, 8]), (9, [5, 4]), (7, [7]), (16, [8, 8]), (1, [1]), (3, [1, 2]))
+    for count, sizes in rounds:
         far.batches.clear()
         await asyncio.gather(*(batcher.sign(item(n + 100)) for n in range(count)))
         assert [len(b) for b in far.batches] == sizes
@@ -112,7 +115,7 @@ async def test_one_that_is_alone_is_sent_by_its_callers_task(far: Far) -> None:
 async def test_batches_are_bounded_in_number_and_bytes(far: Far) -> None:
     batcher = batcher_to(far)
     await asyncio.gather(*(batcher.sign(item(n + 100)) for n in range(150)))
-    assert [len(b) for b in far.batches] == [MAX_ITEMS, MAX_ITEMS, 22]
+    assert [len(b) for b in far.batches] == [1, MAX_ITEMS, MAX_ITEMS, 21]
     far.batches.clear()
     await asyncio.gather(*(batcher.sign(item(n + 400, 4000)) for n in range(40)))
     assert all(sum(i.size for i in b) <= MAX_BATCH_BYTES for b in far.batches)
