@@ -5,8 +5,8 @@ together in one go (group commit). Intents wait for the disk. Outcomes, refusals
 they go with the next batch, a moment later at the latest. A head that is handed out is always that
 of records on the disk, so nobody can have witnessed one that a power cut takes back.
 
-While the disk has no room or takes nothing, intents are refused and nothing is signed. What already has its place
-in the chain is kept and written, the same to the byte, as soon as that is possible again.
+While the disk has no room or takes nothing, intents are refused and nothing is signed. What already
+has its place in the chain is kept and written, the same to the byte, as soon as that is possible again.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from spire_hw_sim.clock import SimClock
 if TYPE_CHECKING:
     from pathlib import Path
 
+FILE = "audit-0000000000000001.log"
 BOOTS = [f"{n}1234567-89ab-cdef-0123-456789abcdef" for n in range(10)]
 pytestmark = pytest.mark.asyncio
 
@@ -77,6 +78,44 @@ async def test_room_is_taken_ahead_and_given_back(tmp_path: Path) -> None:
         left = (tmp_path / "audit" / name).stat()
         assert left.st_blocks * 512 < left.st_size + 16 * 1024
     assert verify(tmp_path / "audit").findings == []
+
+
+async def test_what_is_cut_off_takes_the_room_with_it(tmp_path: Path) -> None:
+    if not fallocates(tmp_path):
+        pytest.skip("the file system sets no room aside")
+    folder = Folder(tmp_path / "audit")
+    folder.hold()
+    folder.append(FILE, b"1\n")
+    assert folder.room
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3, hard))
+    try:
+        # A part is written, the rest is not.
+        with pytest.raises(OSError, match="File too large"):
+            folder.append(FILE, b"22\n")
+        # What was written is cut off, and still there is no place for the rest.
+        with pytest.raises(OSError, match="File too large"):
+            folder.append(FILE, b"22\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert folder.room == 0
+    folder.append(FILE, b"22\n")
+    assert folder.room
+    folder.release()
+    assert (tmp_path / "audit" / FILE).read_bytes() == b"1\n22\n"
+
+
+@pytest.mark.parametrize("damage", [b"1\nforeign\n", b"1"])
+async def test_what_somebody_else_did_is_left_when_room_is_given_back(
+    tmp_path: Path, damage: bytes
+) -> None:
+    folder = Folder(tmp_path / "audit")
+    folder.hold()
+    folder.append(FILE, b"1\n")
+    path = tmp_path / "audit" / FILE
+    path.write_bytes(damage)
+    folder.release()
+    assert path.read_bytes() == damage
 
 
 def fallocates(directory: Path) -> bool:
