@@ -127,15 +127,15 @@ class TlsFiles:
         """
         loaded = self._now
         until = loaded.believed.get(chain)
-        if until is None:
+        if until is None or now > until:  # another path may last longer
             try:
                 path = verify_chain(chain[0], chain[1:], loaded.pins.authorities, now)
             except ChainError:
                 return False
             if len(loaded.believed) >= _MAX_BELIEVED:
                 loaded.believed.clear()
-            until = loaded.believed[chain] = min(c.not_valid_after_utc for c in path)
-        return now <= until
+            loaded.believed[chain] = min(c.not_valid_after_utc for c in path)
+        return True
 
     def crls_are_old(self, now: datetime) -> bool:
         """Tell whether a revocation list has run out."""

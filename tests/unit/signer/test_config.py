@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 
 from spire_hw.config import hcl
 from spire_hw.errors import ConfigError, InvalidInputError, NotReadyError, SpireHwError
@@ -17,6 +18,9 @@ from spire_hw_signer.config import build_settings, owner_config
 from spire_hw_signer.policy import Custody, Import, Owner
 from spire_hw_signer.tlsfiles import TlsFiles, TlsPaths
 from spire_hw_sim.pki import HOUR, Authority, now
+
+if TYPE_CHECKING:
+    from datetime import datetime
 
 OWNER = Owner(TrustDomain("example.org"), "s1")
 LEAST = """
@@ -165,6 +169,39 @@ def test_a_key_of_another_certificate_is_refused(tmp_path: Path) -> None:
     files.paths.key_file.write_bytes(Files(other).paths.key_file.read_bytes())
     with pytest.raises(InvalidInputError, match="is not the key of cert_file"):
         TlsFiles(files.paths).load()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_client_is_believed_as_long_as_any_of_its_authorities_is(
+    tmp_path: Path, order: int
+) -> None:
+    files = Files(tmp_path)
+    authority = files.authority
+    roots = authority.der, reissued(authority, now() + 100 * HOUR)
+    (tmp_path / "ca").write_bytes(b"".join(map(pem, roots[::order])))
+    tls = TlsFiles(files.paths)
+    tls.load()
+    leaf = authority.identity("spiffe://infra.example/x", end=now() + 50 * HOUR).chain_der[0]
+    chain = (x509.load_der_x509_certificate(leaf),)
+    assert tls.is_believed(chain, now())
+    assert tls.is_believed(chain, now() + 48 * HOUR)
+    assert not tls.is_believed(chain, now() + 51 * HOUR)
+    assert not tls.is_believed(chain, now() + 101 * HOUR)
+
+
+def reissued(authority: Authority, end: datetime) -> bytes:
+    """Return another certificate of an authority's key, DER."""
+    old = authority.certificate
+    builder = (
+        x509.CertificateBuilder(extensions=list(old.extensions))
+        .subject_name(old.subject)
+        .issuer_name(old.issuer)
+        .public_key(authority.key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(old.not_valid_before_utc)
+        .not_valid_after(end)
+    )
+    return builder.sign(authority.key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
 
 
 def test_keys_made_elsewhere_are_their_owners_alone() -> None:
