@@ -167,6 +167,7 @@ class Claim:
         await self.stake(inventory)
         if self.refusal is not None:
             raise self.refusal
+        await self.settle()
 
     async def add(self, inventory: Inventory, key_id: str) -> None:
         """Have the manifest name a key, if it does not.

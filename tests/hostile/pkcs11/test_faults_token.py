@@ -16,12 +16,13 @@ from spire_hw.pkcs11.errors import TokenError
 from spire_hw.plugin.keymanager import KeyHealth
 from spire_hw_sim.pkcs11faults import Fault
 from spire_hw_sim.softhsm import SoftHsm
-from spire_hw_sim.tokenrig import PIN, settled
+from spire_hw_sim.tokenrig import PIN, settled, waited
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from spire_hw_plugins.keymanager.pkcs11 import Pkcs11KeyManager
+    from spire_hw_sim.clock import SimClock
     from spire_hw_sim.tokenrig import TokenRig
 
 pytestmark = [
@@ -324,6 +325,22 @@ async def test_fault_23_a_token_that_can_be_written_to_again_is_used(tampered: T
     assert manager.key_health().health is KeyHealth.GOOD
     await manager.close()
     await keys_are_intact(tampered, made.fingerprint)
+
+
+async def test_fault_23_who_may_write_only_later_waits_for_who_was_there_before(
+    tampered: TokenRig, clock: SimClock
+) -> None:
+    tampered.clock = clock
+    first = await tampered.start("one")
+    made = await first.generate_key("a", P256)
+    tampered.faults.set(Fault("C_CreateObject", returns=CKR_WRITE_PROTECTED, instead=True))
+    second = await tampered.start("two")
+    tampered.faults.clear()
+    with pytest.raises(SpireHwError, match="in use by another instance") as caught:
+        await waited(clock, second.generate_key("a", P256))
+    assert caught.value.kind is ErrorKind.ABORTED
+    assert await first.get_public_keys() == [made]
+    assert tampered.faults.calls("C_GenerateKeyPair") == 1
 
 
 async def test_fault_24_many_that_log_in_at_once_do_so_without_a_word(
