@@ -92,7 +92,10 @@ def check_secret(path: Path, users: Collection[int]) -> None:
 
 
 def _check_place(place: Path, what: str, users: Collection[int]) -> None:
-    found = place.stat()
+    try:
+        found = place.stat()
+    except OSError as e:
+        raise NotReadyError(f"{what}: {place} cannot be looked at: {e.strerror}") from e
     if found.st_uid not in users:
         raise InvalidInputError(f"{what}: {place} belongs to user {found.st_uid}")
     is_shared = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
@@ -177,10 +180,10 @@ def _run(
             umask=0o077,
             start_new_session=True,
         )
+        with _Child(process, command[0], limit) as child:
+            return child.hear(secret, timeout_s, unwanted)
     except OSError as e:
         raise DeviceLogError(PROGRAM, f"{command[0]} cannot be run: {e.strerror}") from e
-    with _Child(process, command[0], limit) as child:
-        return child.hear(secret, timeout_s, unwanted)
 
 
 class _Child:
