@@ -391,7 +391,7 @@ class SignerService:
             finally:
                 self._audit.conclude(outcomes)
         except SpireHwError as e:
-            self._log.error("Nothing was signed", error=e.message, items=len(work))
+            self._log.error("No signature left", error=e.message, items=len(work))
             for one in work:
                 self._fail(caller, one, e)
         finally:

@@ -246,6 +246,8 @@ async def test_fault_108_what_is_signed_while_the_disk_fails_does_not_leave(tmp_
         (seq,) = await log.on_disk(begun)
         log.conclude([Outcome(seq, "done")])
         await rig.sign("x509-CA-A", digest=DIGEST)
+        # The outcome goes with the next batch; it must not be what the disk refuses.
+        await until(lambda: records(log.directory)[-1].kind is Kind.OUTCOME)
         before = log.head
         size = max(one.stat().st_size for one in log.directory.glob("*.log"))
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
