@@ -155,7 +155,7 @@ class Rechecks(Protocol):
     async def lists_version(self) -> int | None:
         """Return a number that grows with every change of the lists of revoked certificates.
 
-        None when there are no lists to ask.
+        Also when other lists were configured. None when there are no lists to ask.
         """
         ...
 

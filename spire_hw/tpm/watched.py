@@ -7,6 +7,7 @@ attest. Files that were spoilt meanwhile change nothing: what was read before st
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from spire_hw.errors import NotReadyError, SpireHwError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _LOOK_EVERY_S: Final = 60.0
+# Of all readings of this process: who is configured anew has read something else.
+_numbers = itertools.count(1)
 
 # Path, inode, time of change in nanoseconds, size of every file.
 _State = tuple[tuple[str, int, int, int], ...]
@@ -46,9 +49,9 @@ class Watched(Generic[T]):
         self._files = files
         self._read = read
         self._looked_at: float | None = None
-        self._version = 0
         self._state = self._look()
         self._value = self._load()
+        self._version = next(_numbers)
 
     @property
     def value(self) -> T:
@@ -57,7 +60,7 @@ class Watched(Generic[T]):
 
     @property
     def version(self) -> int:
-        """Return how often it was read again."""
+        """Return the number of its last reading, larger than those of all readings before."""
         return self._version
 
     async def current(self, clock: Clock, log: Logger) -> T:
@@ -80,7 +83,7 @@ class Watched(Generic[T]):
             return False
         self._value = self._load()
         self._state = state
-        self._version += 1
+        self._version = next(_numbers)
         return True
 
     def _look(self) -> _State:

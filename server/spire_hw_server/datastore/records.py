@@ -183,12 +183,12 @@ class NodeCertificates:
 
     Attributes:
         attestation_type: the attestor that took them.
-        certificates: what its attestor wants kept of them.
+        certificates: what its attestor wants kept of them, None when they cannot be read.
     """
 
     agent_id: SpiffeId
     attestation_type: str
-    certificates: Certificates
+    certificates: Certificates | None
 
 
 # Keys a node has for itself: SHA-256 of the DER SubjectPublicKeyInfo by role.

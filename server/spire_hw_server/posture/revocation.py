@@ -9,7 +9,14 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
-from spire_hw.errors import AttestationError, DeniedError, NotFoundError, SpireHwError
+from spire_hw.errors import (
+    AttestationError,
+    DeniedError,
+    EncodingError,
+    InvalidInputError,
+    NotFoundError,
+    SpireHwError,
+)
 from spire_hw.plugin.nodeattestor import Rechecks
 from spire_hw.posture.reasons import action_of
 from spire_hw.posture.verdict import Action, Check
@@ -33,6 +40,8 @@ if TYPE_CHECKING:
 
 # Attestors look at their files once a minute.
 LOOK_S: Final = 30.0
+# More than the longest attestation takes, with the storing of the node.
+_UNDER_WAY_S: Final = 180.0
 _OCCASION: Final = "revocation"
 _RULE: Final = "certificates"
 _PAGE: Final = 200
@@ -69,6 +78,8 @@ class Revocation:
         self._attestors: dict[str, Rechecks] = {}
         # By attestor; a server that starts has not looked at any.
         self._seen: dict[str, int | None] = {}
+        # When to look again: what was under way at a change was judged by the lists before it.
+        self._again_at: dict[str, float] = {}
 
     def use(self, attestors: Mapping[str, object]) -> None:
         """Take the attestors that can look at certificates again."""
@@ -86,25 +97,23 @@ class Revocation:
     async def look(self) -> None:
         """Look at the nodes of all attestors whose lists have changed since the last look.
 
+        Once more when the attestations have ended that were under way then.
+
         Raises:
             SpireHwError: the store is away; the next look starts again.
         """
         versions = {name: await a.lists_version() for name, a in self._attestors.items()}
+        now = self._clock.monotonic()
         changed = {
             name
             for name, number in versions.items()
             if number is not None and self._seen.get(name) != number
         }
-        token = ""
-        while changed:
-            page, token = await self._store.list_certificates(Page(_PAGE, token))
-            for shown in page:
-                if shown.attestation_type in changed:
-                    await self._look_at(shown)
-                    await asyncio.sleep(0)
-            if not token:
-                break
-        self._seen = versions
+        self._again_at |= {n: now + _UNDER_WAY_S for n in changed if n in self._seen}
+        due = changed | {name for name, at in self._again_at.items() if at <= now}
+        failed = await self._look_at_all(due) if due else set()
+        self._seen |= {n: number for n, number in versions.items() if n not in failed}
+        self._again_at = {n: at for n, at in self._again_at.items() if at > now or n in failed}
 
     async def findings(self, agent_id: SpiffeId) -> list[Finding]:
         """Return why a node's certificates are revoked, empty when they are not.
@@ -120,20 +129,42 @@ class Revocation:
             return []
         return await attestor.recheck(certificates)
 
-    async def _look_at(self, shown: NodeCertificates) -> None:
+    async def _look_at_all(self, names: set[str]) -> set[str]:
+        """Look at the nodes of some attestors; return those of which a node is still to be done."""
+        failed: set[str] = set()
+        token = ""
+        while True:
+            page, token = await self._store.list_certificates(Page(_PAGE, token))
+            for shown in page:
+                if shown.attestation_type in names:
+                    if not await self._look_at(shown):
+                        failed.add(shown.attestation_type)
+                    await asyncio.sleep(0)
+            if not token:
+                return failed
+
+    async def _look_at(self, shown: NodeCertificates) -> bool:
+        """Look at one node; tell whether no further look is needed."""
         attestor = self._attestors[shown.attestation_type]
         try:
-            found = await attestor.recheck(shown.certificates)
+            if shown.certificates is None:
+                raise EncodingError("certificates of a node", "cannot be read")
+            if not await attestor.recheck(shown.certificates):
+                return True
+            # It may have been evicted since, and let in with others.
+            found = await self.findings(shown.agent_id)
             if found:
                 await self._cut_off(shown.agent_id, found)
         except (NotFoundError, DeniedError):
-            return  # gone, banned or an operator's meanwhile
+            return True  # gone, banned or an operator's meanwhile
         except SpireHwError as e:
             self._log.error(
                 "Certificates of a node cannot be looked at again",
                 agent_id=str(shown.agent_id),
                 error=e.message,
             )
+            return isinstance(e, InvalidInputError)
+        return True
 
     async def _cut_off(self, agent_id: SpiffeId, found: list[Finding]) -> None:
         known = await self._ledger.get(agent_id, fresh=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -23,7 +25,7 @@ from spire_hw_sim.tpmlab import Lab
 from spire_hw_sim.watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from pathlib import Path
 
     from spire_hw.spiffeid import SpiffeId
@@ -133,7 +135,12 @@ async def test_neither_good_evidence_nor_an_operator_brings_it_back_before_its_m
     publish(site, lists)
     await site.pass_time(A_LOOK)
     assert "quarantined: ek_revoked" in (await refusal(gone.attest())).message
-    assert (await site.by_hand("Release", gone)).state == "attested"
+
+    async def is_released() -> bool:
+        said = await outcome(site.by_hand("Release", gone))
+        return isinstance(said, pb.NodePosture) and said.state == "attested"
+
+    await eventually(site, is_released)
     await gone.attest()
     await sync(gone.agent)
 
@@ -176,6 +183,67 @@ async def test_a_quarantine_that_evidence_ends_becomes_one_that_it_does_not(
     gone.node.tpm.pcrs = good
     async with site.streaming(gone) as stream:
         assert (await site.beat(stream)).state is NodeState.QUARANTINED
+
+
+async def test_who_attests_while_the_lists_change_is_found(site: Watch, lists: Path) -> None:
+    site.attestor += ' challenge_timeout = "2m"'
+    await site.start()
+    known, late = await site.known(), await site.machine()
+
+    async def change_the_lists() -> None:
+        publish(site, lists, known, late)
+        await eventually(site, lambda: is_cut_off(site, known))
+
+    late.between = change_the_lists
+    await late.attest()
+    await sync(late.agent)
+    await eventually(site, lambda: is_cut_off(site, late))
+
+
+async def test_a_store_that_fails_does_not_save_who_is_revoked(
+    site: Watch, lists: Path, short_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await site.start()
+    gone = await site.known()
+    with in_database(short_dir) as run:
+        run("ALTER TABLE node_evidence RENAME TO away")
+    publish(site, lists, gone)
+    capsys.readouterr()
+    said = ""
+
+    async def has_failed() -> bool:
+        nonlocal said
+        said += capsys.readouterr().out
+        return "Certificates of a node cannot be looked at again" in said
+
+    await eventually(site, has_failed)
+    await sync(gone.agent)
+    with in_database(short_dir) as run:
+        run("ALTER TABLE away RENAME TO node_evidence")
+    await eventually(site, lambda: is_cut_off(site, gone))
+
+
+async def test_certificates_that_were_spoilt_keep_no_other_node_in(
+    site: Watch, lists: Path, short_dir: Path
+) -> None:
+    await site.start()
+    spoilt, gone = await site.known(), await site.known()
+    with in_database(short_dir) as run:
+        run(
+            "UPDATE node_certificates SET certificates = x'00'"
+            " WHERE node_row = (SELECT min(node_row) FROM node_certificates)"
+        )
+    publish(site, lists, gone)
+    await eventually(site, lambda: is_cut_off(site, gone))
+    await sync(spoilt.agent)
+
+
+@contextmanager
+def in_database(directory: Path) -> Iterator[Callable[[str], object]]:
+    """Change the database behind the server's back."""
+    connected = closing(sqlite3.connect(directory / "db.sqlite3", timeout=TIMEOUT_S))
+    with connected as connection, connection:
+        yield connection.execute
 
 
 @pytest.mark.parametrize(("action", "state"), [("ban", "banned"), ("refuse", "attested")])
@@ -266,12 +334,37 @@ async def test_attestors_tell_whether_there_are_lists_to_ask(
             f'devid_ca_path = "{tmp_path}/devid.pem" endorsement_ca_path = "{tmp_path}/makers.pem"'
         )
         await devid.server.configure(parse(f'{text} crl_path = "{lists}"'))
-    for lab in (tpm, devid):
-        assert await lab.server.lists_version() == (0 if lists_given else None)
+    if not lists_given:
+        for lab in (tpm, devid):
+            assert await lab.server.lists_version() is None
+        return
+    before = [await lab.server.lists_version() or 0 for lab in (tpm, devid)]
+    assert [await lab.server.lists_version() for lab in (tpm, devid)] == before
     (lists / "new.crl").write_bytes(tpm.vendor.intermediate.issue_crl(CrlSpec()))
-    for lab in (tpm, devid):
+    for lab, version in zip((tpm, devid), before, strict=True):
         await lab.clock.advance(A_LOOK)
-        assert await lab.server.lists_version() == (1 if lists_given else None)
+        after = await lab.server.lists_version()
+        assert after is not None
+        assert after > version
+
+
+async def test_lists_in_another_place_are_a_change(tmp_path: Path, lists: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    devid, versions = await DevIdLab.make(tmp_path), [0]
+    for names in ("crl_path", "devid_crl_path"), ("crl_path",), ("devid_crl_path",):
+        for folder in (lists, other):
+            more = " ".join(f'{name} = "{folder}"' for name in names)
+            await devid.server.configure(
+                parse(
+                    f'devid_ca_path = "{tmp_path}/devid.pem"'
+                    f' endorsement_ca_path = "{tmp_path}/makers.pem" {more}'
+                )
+            )
+            version = await devid.server.lists_version()
+            assert version is not None
+            assert version > versions[-1]
+            versions.append(version)
 
 
 async def test_certificates_that_do_not_parse_are_an_error_and_not_a_verdict(

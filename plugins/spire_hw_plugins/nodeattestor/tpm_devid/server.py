@@ -141,7 +141,7 @@ class DevIdServer:
         lists = [one for one in watched if one is not None]
         for one in lists:
             await one.current(self._host.clock, self._host.log)
-        return sum(one.version for one in lists) if lists else None
+        return max(one.version for one in lists) if lists else None
 
     async def recheck(self, certificates: tuple[tuple[bytes, ...], ...]) -> list[Finding]:
         """Return what is revoked by now; see `spire_hw.plugin.nodeattestor.Rechecks`."""

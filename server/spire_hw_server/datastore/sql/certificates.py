@@ -78,11 +78,18 @@ def list_page(tx: Transaction, page: Page) -> tuple[list[NodeCertificates], str]
         NodeCertificates(
             SpiffeId(row.agent_id),
             row.attestation_type,
-            tuple(_decoded(bytes(row.certificates))),
+            _read(bytes(row.certificates)),
         )
         for row in rows
     ]
     return found, token
+
+
+def _read(blob: bytes) -> Certificates | None:
+    try:
+        return tuple(_decoded(blob))
+    except EncodingError:
+        return None
 
 
 def _encoded(certificates: Certificates) -> Iterator[bytes]:
