@@ -1085,7 +1085,7 @@ async def test_quarantine_is_in_the_node_and_evidence_lifts_it(store: Datastore)
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("reason", ["operator", "ek_revoked", "devid_revoked"])
+@pytest.mark.parametrize("reason", ["operator", "ek_revoked", "devid_revoked", "cloned_tpm"])
 async def test_quarantines_that_end_by_an_operator_only(store: Datastore, reason: str) -> None:
     node = await store.put_node(make_node())
     hold = make_posture(node, "quarantined", reason)
@@ -1103,8 +1103,11 @@ async def test_quarantines_that_end_by_an_operator_only(store: Datastore, reason
 @pytest.mark.asyncio
 async def test_ban_by_evidence_is_a_ban(store: Datastore) -> None:
     node = await store.put_node(make_node())
+    hold = make_posture(node, "quarantined", "operator")
+    await store.set_posture(PostureUpdate(hold, by_operator=True))
     banned = await store.set_posture(PostureUpdate(make_posture(node, "banned", "tpm_replaced")))
     assert banned.banned
+    assert banned.quarantine == ""
     with pytest.raises(DeniedError):
         await store.put_node(node, {}, PostureUpdate(make_posture(node)))
     with pytest.raises(DeniedError):

@@ -173,7 +173,7 @@ class Datastore(Protocol):
             NotFoundError: no such node.
             DeniedError: it is banned.
             QuarantinedError: it is in a quarantine that an operator alone lifts, and the update is
-                no operator's.
+                no operator's and no ban.
         """
         ...
 

@@ -198,9 +198,9 @@ NO_KEYS: Final[NodeKeys] = MappingProxyType({})
 
 # Reason code of a quarantine that an operator ordered.
 BY_OPERATOR: Final = "operator"
-# Those that an operator alone lifts: what evidence that is under way says of the machine was never
-# a reason for them.
-LIFTED_BY_HAND: Final = REVOKED | {BY_OPERATOR}
+# Those that an operator alone lifts: evidence, also that which is under way, says nothing against
+# the reason.
+LIFTED_BY_HAND: Final = REVOKED | {"cloned_tpm", BY_OPERATOR}
 QUARANTINED: Final = "quarantined"
 BANNED: Final = "banned"
 

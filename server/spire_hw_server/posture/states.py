@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-from spire_hw.posture.reasons import REVOKED
 from spire_hw.posture.verdict import Action, NodeState
-from spire_hw_server.datastore.records import BY_OPERATOR
+from spire_hw_server.datastore.records import BY_OPERATOR, LIFTED_BY_HAND
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -37,10 +36,7 @@ class Heal(Enum):
 # By the decisive reason; good evidence ends all others.
 HEALS: Final = {
     "tpm_reset_without_reboot": Heal.BOOT,
-    "cloned_tpm": Heal.OPERATOR,
-    # No evidence speaks of certificates.
-    **dict.fromkeys(REVOKED, Heal.OPERATOR),
-    BY_OPERATOR: Heal.OPERATOR,
+    **dict.fromkeys(LIFTED_BY_HAND, Heal.OPERATOR),
 }
 
 

@@ -131,7 +131,8 @@ def set_posture(tx: Transaction, update: PostureUpdate) -> Node:
     stored = _node(row)
     if stored.banned:
         raise DeniedError(f'agent "{stored.agent_id}" is banned', DeniedReason.AGENT_BANNED)
-    _check_quarantine(stored, update)
+    if not postures.is_ban(posture):  # which is more than any quarantine
+        _check_quarantine(stored, update)
     postures.put(tx, row[0], update)
     changes: dict[str, object] = {"quarantine": postures.quarantine_of(posture) or None}
     if postures.is_ban(posture):
