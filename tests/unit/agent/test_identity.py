@@ -139,18 +139,19 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 async def test_a_slow_attestor_does_not_try_the_servers_patience(site: Site) -> None:
     """A server waits for the first message a few seconds; a TPM may need longer for its key."""
-    site.liar.patience_s = 0.2
     key = ec.generate_private_key(ec.SECP256R1())
     csr = await build_csr(SoftwareSigner(key), spiffe_id=None)
 
     async def drive(exchange: AgentExchange) -> None:
         with pytest.raises(SpireHwError, match="has sent nothing yet"):
             await exchange.receive()
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(0.3)  # a call that had begun would be there by now
+        assert site.liar.attestations == 0
         await exchange.send(b"who I am")
 
     issued, _ = await site.upstream.attest("tpm", csr, drive, site.liar.authority.bundle())
     assert len(issued.chain) == 1
+    assert site.liar.attestations == 1
 
 
 def fail_times(site: Site, count: int, error: SpireHwError) -> None:
