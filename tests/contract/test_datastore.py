@@ -1397,12 +1397,15 @@ async def test_schema_of_the_first_release_is_migrated_with_its_nodes(
         NodeFilter(selectors=(Match.SUPERSET, (Selector("tpm", "b"),))), Page()
     )
     assert [n.agent_id for n in found.nodes] == [node.agent_id]
-    await store.put_node(node, {KeyRole.SVID: KEY_A})
+    assert await store.list_certificates(Page()) == ([], "")
+    large = (bytes(100 << 10),)  # more than a plain BLOB of MySQL takes
+    await store.put_node(node, {KeyRole.SVID: KEY_A}, certificates=(large,))
+    assert await store.get_certificates(node.agent_id) == (large,)
     with pytest.raises(KeyInUseError):
         await store.put_node(make_node("new"), {KeyRole.SVID: KEY_A})
     with raw.begin() as connection:
         connection.execute(delete(metadata.tables["nodes"]))
-        for table in ("node_keys", "node_selectors"):
+        for table in ("node_keys", "node_selectors", "node_certificates"):
             left = connection.scalar(select(func.count()).select_from(metadata.tables[table]))
             assert left == 0, table
 
