@@ -102,6 +102,9 @@ class Claim:
             if self._may_live(found):
                 self._is_settled = False
                 self._settled_at = self._clock.monotonic() + _SETTLE_S
+                self._log.warning(
+                    "hsm.owner_unsettled", wait_s=_SETTLE_S, kept="nothing is made yet"
+                )
         entries = self._ledger.entries
         kept = {} if inventory.manifest is None else dict(inventory.manifest.keys)
         if self._policy.accept_key_loss:
@@ -136,7 +139,6 @@ class Claim:
             return
         left = self._settled_at - self._clock.monotonic()
         if left > 0.0:
-            self._log.warning("hsm.owner_unsettled", wait_s=round(left), kept="nothing is made yet")
             await self._clock.sleep(left)
         await self.look()
         self._is_settled = True

@@ -157,7 +157,7 @@ class Keyring:
             try:
                 await self._claim.settle()
                 break
-            except TokenError as e:
+            except SpireHwError as e:
                 if e is self._claim.conflict:
                     return
                 await self._clock.sleep(_REST_S)

@@ -422,7 +422,7 @@ async def test_fault_38_the_later_of_two_instances_makes_and_destroys_nothing(
 
 @pytest.mark.asyncio
 async def test_fault_38_who_follows_a_dead_instance_waits_for_a_word_of_it_and_goes_on(
-    timed: TokenRig, clock: SimClock
+    timed: TokenRig, clock: SimClock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = await timed.start("one")
     made = await first.generate_key("a", P256)
@@ -436,6 +436,7 @@ async def test_fault_38_who_follows_a_dead_instance_waits_for_a_word_of_it_and_g
     began = clock.monotonic()
     await waited(clock, making)
     assert clock.monotonic() - began >= 20.0
+    assert capsys.readouterr().out.count("hsm.owner_unsettled") == 1
     # Where it was alive itself nobody else is, and a mark that is too old is a dead one's.
     await second.close()
     again = await timed.start("two")
