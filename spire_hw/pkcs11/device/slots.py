@@ -33,6 +33,7 @@ _USES: Final = {
     keys.CKM_RSA_PKCS_PSS: (MechanismFlag.SIGN, 1024),
     keys.CKM_ECDSA: (MechanismFlag.SIGN, 128),
 }
+_ANY_USE: Final = 0xFFF00  # CKF_ENCRYPT to CKF_DERIVE
 _UNKNOWN: Final = 1 << 31  # CK_UNAVAILABLE_INFORMATION and the like
 
 
@@ -75,8 +76,8 @@ def serial_of(token: Token) -> str:
 def mechanisms_of(slot: Any) -> tuple[list[int], dict[int, int]]:
     """Return the mechanisms that can be used, and the longest keys of some in bits.
 
-    A slot may list what it only verifies with, or does with short keys alone. What it says nothing
-    about, with an error or with zeros, it is believed to do.
+    A slot may list what it only verifies with, or does with short keys alone. What it names no use or
+    length of, or answers with an error, it is believed to do.
 
     Raises:
         PKCS11Error: the slot does not list them.
@@ -91,7 +92,7 @@ def mechanisms_of(slot: Any) -> tuple[list[int], dict[int, int]]:
             info = slot.get_mechanism_info(Mechanism(number))
         except (PKCS11Error, ValueError):
             continue
-        if info.flags and not info.flags & use:
+        if info.flags & _ANY_USE and not info.flags & use:
             listed.remove(number)
         size = info.max_key_length or 0
         if 0 < size < _UNKNOWN:

@@ -31,7 +31,7 @@ PSS = SignOptions(HashAlgorithm.SHA256, pss=True)
 DIGEST = bytes(32)
 P256 = KeyType.EC_P256
 CKM_EC_KEY_PAIR_GEN, CKM_ECDSA, CKM_RSA_PKCS_PSS = 0x1040, 0x1041, 0xD
-SIGNS, VERIFIES, GENERATES = 0x800, 0x2000, 0x10000  # CKF flags of mechanisms
+HARDWARE, SIGNS, VERIFIES, GENERATES = 0x1, 0x800, 0x2000, 0x10000  # CKF flags of mechanisms
 CKR_GENERAL_ERROR, CKR_CANT_LOCK, CKR_ALREADY_INITIALIZED = 0x05, 0x0A, 0x191
 CKR_MECHANISM_INVALID = 0x70
 
@@ -207,6 +207,8 @@ async def test_fault_09_a_token_without_a_mechanism_that_is_needed(tampered: Tok
         (CKM_EC_KEY_PAIR_GEN, 256, GENERATES, "CKM_EC_KEY_PAIR_GEN ends at 256 bits"),
         (CKM_EC_KEY_PAIR_GEN, 32, GENERATES, "CKM_EC_KEY_PAIR_GEN ends at 256 bits"),
         (CKM_ECDSA, 521, VERIFIES, "lacks CKM_ECDSA needed for ec-p384"),
+        (CKM_ECDSA, 521, HARDWARE | VERIFIES, "lacks CKM_ECDSA needed for ec-p384"),
+        (CKM_ECDSA, 521, HARDWARE, ""),
         (CKM_ECDSA, 66, SIGNS, ""),
         (CKM_ECDSA, 0, SIGNS, ""),
         (CKM_ECDSA, 2**64 - 1, SIGNS, ""),
