@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from spire_hw.log import Logger
     from spire_hw.spiffeid import SpiffeId
     from spire_hw_server.datastore.interface import Datastore
-    from spire_hw_server.datastore.records import NodeCertificates
+    from spire_hw_server.datastore.records import Certificates, NodeCertificates
     from spire_hw_server.posture.judge import NodeJudge
     from spire_hw_server.posture.ledger import Known, Ledger
     from spire_hw_server.postureconfig import PostureSettings
@@ -123,11 +123,20 @@ class Revocation:
             InvalidInputError: what is stored cannot be read.
         """
         node = await self._store.get_node(agent_id)
-        attestor = self._attestors.get(node.attestation_type)
         certificates = await self._store.get_certificates(agent_id)
-        if attestor is None or not certificates:
+        if node.attestation_type not in self._attestors or not certificates:
             return []
-        return await attestor.recheck(certificates)
+        return await self._recheck(node.attestation_type, certificates)
+
+    async def _recheck(self, name: str, certificates: Certificates) -> list[Finding]:
+        """Ask an attestor; what one node sent may not end the looking at all others."""
+        try:
+            return await self._attestors[name].recheck(certificates)
+        except SpireHwError:
+            raise
+        except Exception as e:
+            self._log.exception("Node attestor failed unexpectedly", node_attestor_type=name)
+            raise InvalidInputError(f"nodeattestor({name}): failed unexpectedly") from e
 
     async def _look_at_all(self, names: set[str]) -> set[str]:
         """Look at the nodes of some attestors; return those of which a node is still to be done."""
@@ -145,11 +154,10 @@ class Revocation:
 
     async def _look_at(self, shown: NodeCertificates) -> bool:
         """Look at one node; tell whether no further look is needed."""
-        attestor = self._attestors[shown.attestation_type]
         try:
             if shown.certificates is None:
                 raise EncodingError("certificates of a node", "cannot be read")
-            if not await attestor.recheck(shown.certificates):
+            if not await self._recheck(shown.attestation_type, shown.certificates):
                 return True
             # It may have been evicted since, and let in with others.
             found = await self.findings(shown.agent_id)
