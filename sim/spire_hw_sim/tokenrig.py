@@ -60,6 +60,7 @@ class TokenRig:
         hsm: the store.
         pin_file: where the key managers find the PIN.
         clock: the key managers' clock.
+        holds_data_dir: what key managers are told of their data directory.
     """
 
     def __init__(self, folder: Path, clock: Clock | None = None, *, tampered: bool = False) -> None:
@@ -72,6 +73,7 @@ class TokenRig:
         self.write_pin(PIN)
         self._stack = AsyncExitStack()
         self._refusals = Refusals()
+        self.holds_data_dir = True
 
     async def __aenter__(self) -> Self:
         """Return itself."""
@@ -141,6 +143,7 @@ class TokenRig:
                 data_dir=data_dir,
                 log=get_logger("rig"),
                 clock=self.clock,
+                holds_data_dir=self.holds_data_dir,
             ),
             WORKER if self._faults is None else self._faults.command,
             Pins(self._refusals),

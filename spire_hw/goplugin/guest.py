@@ -13,7 +13,8 @@ import asyncio
 import os
 import signal
 import sys
-from contextlib import closing
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TextIO, cast
 
@@ -21,6 +22,7 @@ from typing_extensions import override
 
 from spire_hw import log
 from spire_hw.clock import SystemClock
+from spire_hw.datadir import lock_data_dir
 from spire_hw.errors import DeniedError, InvalidInputError, SpireHwError, UnavailableError
 from spire_hw.goplugin.facade.link import MAX_MESSAGE_BYTES
 from spire_hw.goplugin.facade.table import SIDES, service_name
@@ -43,7 +45,7 @@ from spire_hw.transport.process import Process
 from spire_hw.transport.unixfront import UnixFront
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from spire_hw.plugin.info import Builder, PluginKind, Side
     from spire_hw.rpc.service import Call
@@ -108,9 +110,14 @@ def serve(
 async def _serve(offer: Offer, invitation: Invitation, line: int) -> None:
     logger = log.get_logger(offer.kind.value.lower())
     _make_data_dir(offer.data_dir, logger)
-    slot = Slot(offer, logger, SystemClock())
-    greeting = Greeting(offer, slot, logger)
-    with _Host() as host, closing(Place.open(invitation.socket_dir)) as place:
+    with (
+        _Host() as host,
+        closing(Place.open(invitation.socket_dir)) as place,
+        _held(offer, logger) as is_held,
+    ):
+        offer = replace(offer, holds_data_dir=is_held)
+        slot = Slot(offer, logger, SystemClock())
+        greeting = Greeting(offer, slot, logger)
         path = place.path / _SOCKET
         if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
             raise InvalidInputError(
@@ -158,6 +165,24 @@ def _make_data_dir(path: Path, logger: log.Logger) -> None:
     except OSError as e:
         # Most plugins keep nothing there; one that does will say that it cannot.
         logger.debug("Data directory cannot be made", path=str(path), error=e.strerror)
+
+
+@contextmanager
+def _held(offer: Offer, logger: log.Logger) -> Iterator[bool]:
+    """Hold the data directory; yield whether that worked.
+
+    Plugins of several hosts may share it, as long as what they keep there is not the same.
+    """
+    try:
+        release = lock_data_dir(offer.data_dir, f"plugin-{offer.kind.value.lower()}")
+    except UnavailableError as e:
+        logger.debug("Data directory is not held", error=e.message)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        release()
 
 
 class _Host:

@@ -42,12 +42,14 @@ class Offer:
         sides: which hosts it fits.
         builder: makes the plugin.
         data_dir: told to the plugin.
+        holds_data_dir: likewise.
     """
 
     kind: PluginKind
     sides: Sequence[Side]
     builder: Builder
     data_dir: Path
+    holds_data_dir: bool = False
 
 
 class Slot:
@@ -154,6 +156,7 @@ class Slot:
                 log=self._log,
                 clock=self._clock,
                 services=self._services,
+                holds_data_dir=self._offer.holds_data_dir,
             )
         )
 

@@ -59,6 +59,7 @@ class HostInfo:
         side: server or agent.
         trust_domain: the host's trust domain.
         data_dir: the host's data directory (0700), for built-ins that keep state.
+        holds_data_dir: whether no other host uses it as long as this one runs.
         log: logger already bound to plugin_type and plugin_name.
         clock: the host's time.
         ek_list: enrolled endorsement keys; None in the agent.
@@ -80,6 +81,7 @@ class HostInfo:
     trust_bundle: Callable[[], Bundle] | None = None
     judge: Judge | None = None
     metrics: Metrics = NO_METRICS
+    holds_data_dir: bool = True
 
 
 class Plugin(Protocol):

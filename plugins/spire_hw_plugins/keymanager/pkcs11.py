@@ -145,7 +145,7 @@ class Pkcs11KeyManager:
             file,
             policy=_policy(config, settings, token),
             instance=self._instance,
-            place=await asyncio.to_thread(_place_of, self._host.data_dir),
+            place=await asyncio.to_thread(_place_of, self._host),
             clock=self._host.clock,
             log=self._host.log,
             key_ids=key_ids,
@@ -292,14 +292,15 @@ class Pkcs11KeyManager:
         return identifier
 
 
-def _place_of(data_dir: Path) -> str:
+def _place_of(host: HostInfo) -> str:
     """Return what tells a data directory from its copies, on this host and others, until a reboot.
 
-    One process at a time holds a data directory: an instance that was there before is dead.
+    Where it is held, an instance that was there before is dead; else "" is returned.
     """
-    boot_id, status = read_boot_id(), data_dir.stat()
-    if boot_id is None:
+    boot_id = read_boot_id()
+    if boot_id is None or not host.holds_data_dir:
         return ""
+    status = host.data_dir.stat()
     text = f"{boot_id} {status.st_dev} {status.st_ino}"
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
 

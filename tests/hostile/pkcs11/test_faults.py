@@ -448,6 +448,20 @@ async def test_fault_38_who_follows_a_dead_instance_waits_for_a_word_of_it_and_g
 
 
 @pytest.mark.asyncio
+async def test_fault_38_hosts_that_share_a_directory_are_told_apart_all_the_same(
+    timed: TokenRig, clock: SimClock
+) -> None:
+    """Plugins of two other servers of one machine keep their notes in one place."""
+    timed.holds_data_dir = False
+    first = await timed.start()
+    made = await first.generate_key("a", P256)
+    second = await timed.start()
+    with pytest.raises(SpireHwError, match="in use by another instance"):
+        await waited(clock, second.generate_key("a", P256))
+    assert await first.get_public_keys() == [made]
+
+
+@pytest.mark.asyncio
 async def test_fault_38_who_was_not_heard_out_before_a_restart_is_waited_for_again(
     timed: TokenRig, clock: SimClock
 ) -> None:

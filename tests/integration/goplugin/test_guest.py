@@ -72,7 +72,8 @@ class Plugin(SoftwareKeys):
     async def configure(self, config):
         self.word = decode(config, Config).word
         self.load({})
-        self.host.log.info("configured", word=self.word, side=self.host.side.value, n=1, pin="1234")
+        told = {"side": self.host.side.value, "alone": self.host.holds_data_dir}
+        self.host.log.info("configured", word=self.word, n=1, pin="1234", **told)
 
     async def close(self):
         self.host.log.info("closed")
@@ -224,6 +225,22 @@ async def test_log_lines_are_as_go_hosts_read_them(tmp_path: Path) -> None:
     assert found["pin"] == "[redacted]"
     for entry in filter(None, logged):
         assert all(type(value) is str for key, value in entry.items() if key.startswith("@"))
+
+
+@pytest.mark.asyncio
+async def test_who_shares_a_data_directory_is_told(tmp_path: Path) -> None:
+    async def alone(guest: Guest) -> object:
+        await guest.greet(METRICS)
+        await guest.configure('word = "x"')
+        logged = await guest.shut_down()
+        return next(e["alone"] for e in logged if e.get("@message") == "configured")
+
+    async with running(tmp_path) as first:
+        async with running(tmp_path) as second:
+            assert await alone(second) is False
+        assert await alone(first) is True
+    async with running(tmp_path) as again:
+        assert await alone(again) is True
 
 
 @pytest.mark.asyncio
