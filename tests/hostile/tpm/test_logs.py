@@ -560,8 +560,9 @@ async def test_a_time_statement_for_another_purpose_is_refused(tmp_path: Path) -
     async def unscrambled(message: bytes) -> bytes:
         challenge = wire.decode_challenge(message)
         honest = node.respond(challenge)
-        node.tpm.scramble = 0
+        scramble, node.tpm.scramble = node.tpm.scramble, 0
         made = node.tpm.time(node.qualifier("time", challenge, honest.secret))
+        node.tpm.scramble = scramble
         return wire.encode_response(replace(honest, time=wire.SignedStatement(*made)))
 
     for answer in (of_the_quote, unscrambled):

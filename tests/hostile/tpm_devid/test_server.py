@@ -75,15 +75,19 @@ def bent(node: DevIdNode, **changes: object) -> bytes:
     return json.dumps({**members(node), **changes}).encode()
 
 
+def ecc_tpm() -> SoftTpm:
+    """Return a TPM whose challenges take no RSA: nothing of them stays in libraries below."""
+    return SoftTpm(ek=make_ek("L-2"), ak=make_ak())
+
+
 async def test_honest_nodes_of_every_kind_get_upstreams_id_and_selectors(lab: DevIdLab) -> None:
     below = lab.root.below()
-    ecc = SoftTpm(ek=make_ek("L-2"), ak=make_ak())
     sha384 = (tpm_wire.ALG_ECDSA, tpm_wire.ALG_SHA384)
     ak = make_ak("secp384r1", scheme=sha384)
     p384 = SoftTpm(ek=make_ek("H-3"), ak=ak, ak_scheme=sha384)
     nodes = [
         lab.node(),
-        lab.node(ecc),
+        lab.node(ecc_tpm()),
         lab.node(p384, make_svid_key("secp384r1")),
         lab.node(None, make_svid_key("rsa2048")),
         lab.node(None, None, below),
@@ -251,9 +255,9 @@ Bend = dict[str, Any]
 
 async def test_signatures_over_something_else(lab: DevIdLab) -> None:
     key = rsa_key()
-    rsa_node = lab.node(None, replace(make_svid_key("rsa2048"), private=key))
+    rsa_node = lab.node(ecc_tpm(), replace(make_svid_key("rsa2048"), private=key))
     rsa_node.key = replace(rsa_node.key, public=encode_public(key, SVID_KEY_ATTRIBUTES))
-    ec_node = lab.node()
+    ec_node = lab.node(ecc_tpm())
     curve_key = ec_node.key.private
     assert isinstance(curve_key, ec.EllipticCurvePrivateKey)
     sha256 = hashes.SHA256()
@@ -286,7 +290,7 @@ async def test_signatures_over_something_else(lab: DevIdLab) -> None:
 
 
 async def test_half_an_answer_is_none(lab: DevIdLab) -> None:
-    node = lab.node()
+    node = lab.node(ecc_tpm())
     challenge: dict[str, str] = {}
 
     async def half(name: str, value: object) -> SpireHwError:
