@@ -6,7 +6,7 @@
 First every test of the cases runs as it is, so that it is known which acts there are; then each file
 of tests in a process of its own, with its acts repeated, as many files at a time as --jobs says. A
 case's repetitions are shared by its acts. SPIRE_HW_SOAK says how often where --times does not. Results
-go to build/soak; killed and begun anew with --known it goes on with the files that were not finished.
+go to build/soak; begun anew with --known it goes on with the tests that were not finished, or not well.
 """
 
 from __future__ import annotations
@@ -38,11 +38,10 @@ TIMES: Final = 10_000
 def run(
     place: Path, files: Sequence[str], cases: Sequence[Case], times: dict[str, list[int]], name: str
 ) -> Path:
-    """Run one worker and return where its results are."""
+    """Run one worker and return where its results are; they are added to older ones."""
     plan, result = place / f"{name}.plan.json", place / f"{name}.jsonl"
     numbers = [case.number for case in cases if not case.beyond]
     plan.write_text(json.dumps({"cases": numbers, "times": times}))
-    result.unlink(missing_ok=True)
     with (place / f"{name}.log").open("w") as log:
         subprocess.run(  # noqa: S603
             [sys.executable, "-m", "tests.soak.worker", str(plan), str(result), *files],
@@ -64,7 +63,7 @@ class Soak:
         times: that each is repeated.
         place: for results.
         words: only files of tests whose path has one of them; all without any.
-        known: acts, and the results of finished files, are those of the last run.
+        known: acts, and the results of finished tests, are those of the last run.
         jobs: files at a time.
     """
 
@@ -82,6 +81,7 @@ class Soak:
         files = [f for f in files if not self.words or any(word in f for word in self.words)]
         once = self.place / "once.jsonl"
         if not self.known:
+            once.unlink(missing_ok=True)
             run(self.place, files, self.chosen, {}, "once")
         seen, faults = report.read(once)
         planned = report.plan(seen, self.chosen, self.times)
@@ -104,11 +104,12 @@ class Soak:
 
     def _file(self, file: str, part: dict[str, list[int]]) -> tuple[list[report.Act], list[str]]:
         name = file.removeprefix("tests/").removesuffix(".py").replace("/", "-")
-        if self.known:
-            done, failures = report.read(self.place / f"{name}.jsonl")
-            if not failures and report.has(done, part):
-                return done, failures
-        return report.read(run(self.place, [file], self.chosen, part, name))
+        result = self.place / f"{name}.jsonl"
+        if not self.known:
+            result.unlink(missing_ok=True)
+        if left := report.left(*report.read(result), part):
+            run(self.place, [file], self.chosen, left, name)
+        return report.read(result)
 
     def _show(self, file: str, done: Sequence[report.Act]) -> None:
         repeated = {case.number for act in done if act.growth is not None for case in act.cases}

@@ -54,18 +54,22 @@ class Act:
 
 
 def read(result: Path) -> tuple[list[Act], list[str]]:
-    """Return the acts that a worker wrote down, and how its tests failed."""
-    acts, failures = [], []
+    """Return the acts that workers wrote down, and how their tests failed; what came last counts."""
+    acts: dict[tuple[str, int], Act] = {}
+    failures: dict[str, str] = {}
     lines = result.read_text().splitlines() if result.exists() else []
     for line in lines:
         found: dict[str, Any] = json.loads(line)
+        test = found["test"]
         if "act" in found:
             growth = None if found["growth"] is None else Growth(**found["growth"])
-            place = (found["test"], found["act"], found["kind"], found["message"])
-            acts.append(Act(*place, growth, found["seconds"]))
+            place = (test, found["act"], found["kind"], found["message"])
+            acts[test, found["act"]] = Act(*place, growth, found["seconds"])
         elif found["outcome"] == "failed":
-            failures.append(f"{found['test']}: {found['text']}")
-    return acts, failures
+            failures[test] = f"{test}: {found['text']}"
+        else:
+            failures.pop(test, None)
+    return list(acts.values()), list(failures.values())
 
 
 def plan(acts: Iterable[Act], chosen: Sequence[Case], times: int) -> dict[str, list[int]]:
@@ -98,15 +102,22 @@ def size(planned: dict[str, list[int]]) -> int:
     return sum(map(sum, planned.values()))
 
 
-def has(acts: Iterable[Act], planned: dict[str, list[int]]) -> bool:
-    """Tell whether everything that is planned was repeated so often."""
-    done = {(a.test, a.number): a.growth.times for a in acts if a.growth is not None}
-    return all(
-        done.get((test, number), 0) >= times
+def left(
+    acts: Iterable[Act], failures: Iterable[str], planned: dict[str, list[int]]
+) -> dict[str, list[int]]:
+    """Return what is planned and was not done as often, or not well."""
+    done = {
+        (act.test, act.number): act.growth.times
+        for act in acts
+        if act.growth is not None and not act.growth.faults()
+    }
+    failed = list(failures)
+    return {
+        test: each
         for test, each in planned.items()
-        for number, times in enumerate(each)
-        if times
-    )
+        if any(text.startswith(f"{test}: ") for text in failed)
+        or any(done.get((test, n), 0) < times for n, times in enumerate(each) if times)
+    }
 
 
 def table(acts: Sequence[Act], chosen: Sequence[Case], times: int) -> tuple[list[str], list[str]]:

@@ -104,13 +104,29 @@ def test_a_case_is_shared_by_its_acts_and_by_no_others() -> None:
     assert sum(report.plan(many, [CASE], 200)[f"{TEST}[a]"]) == 200
 
 
-def test_a_file_is_finished_only_when_all_its_acts_were_repeated() -> None:
+def test_a_test_is_left_until_all_its_acts_were_repeated_and_found_well() -> None:
     planned = {f"{TEST}[a]": [0, 50]}
     growth = Growth(times=50, heap=0, files=0, threads=0, tasks=0, bytes=0, floor=0, resident=0)
+    done = replace(act(1), growth=growth)
     assert report.size(planned) == 50
-    assert report.has([act(0), replace(act(1), growth=growth)], planned)
-    assert not report.has([act(0), act(1)], planned)
-    assert not report.has([replace(act(1), growth=replace(growth, times=49))], planned)
+    assert report.left([act(0), done], [], planned) == {}
+    assert report.left([act(0), done], [f"{TEST}[b]: broke"], planned) == {}
+    assert report.left([act(0), done], [f"{TEST}[a]: broke"], planned) == planned
+    assert report.left([act(0), act(1)], [], planned) == planned
+    for short in (replace(growth, times=49), replace(growth, files=1)):
+        assert report.left([replace(act(1), growth=short)], [], planned) == planned
+
+
+def test_what_was_written_last_counts(tmp_path: Path) -> None:
+    result = tmp_path / "x.jsonl"
+    line = {"test": TEST, "act": 0, "kind": "K", "message": "m", "growth": None, "seconds": 1}
+    lines = [line, {"test": TEST, "outcome": "failed", "text": "broke"}, line | {"seconds": 2}]
+    result.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    acts, failures = report.read(result)
+    assert ([a.seconds for a in acts], failures) == ([2], [f"{TEST}: broke"])
+    with result.open("a") as more:
+        more.write(json.dumps({"test": TEST, "outcome": "passed", "text": ""}) + "\n")
+    assert report.read(result)[1] == []
 
 
 def test_a_case_that_was_not_repeated_is_a_fault() -> None:
