@@ -299,6 +299,8 @@ async def test_of_two_versions_the_newer_is_applied(site: Site) -> None:
         return node.answer(message)
 
     async def act() -> object:
+        site.lab.admitted.clear()
+        site.lab.challenges.clear()
         await site.rule(old)
         return await site.lab.attest(node, answer=changed)
 
