@@ -45,7 +45,7 @@ _MAX_U32: Final = 2**32 - 1
 _MAX_U64: Final = 2**64 - 1
 _MAX_PCR: Final = 23
 _NOT_PLAIN: Final = re.compile("[\\\\\udc80-\udcff]")
-_ESCAPED: Final = re.compile(r"\\(?:x([0-9a-f]{2}))?")
+_ESCAPED: Final = re.compile(rb"\\(?:x([0-9a-f]{2}))?")
 # Names of hash algorithms, templates and reasons.
 _WORD: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}", re.ASCII)
 
@@ -404,13 +404,12 @@ def _path_out(path: bytes) -> str:
 
 
 def _path_in(text: str) -> bytes:
-    if "\\" not in text:
-        return text.encode()
-    if any(not found for found in _ESCAPED.findall(text)):
+    raw = text.encode()
+    if b"\\" not in raw:
+        return raw
+    if any(not found for found in _ESCAPED.findall(raw)):
         raise ValueError("escape is malformed")
-    path = _ESCAPED.sub(lambda found: chr(0xDC00 + int(found[1], 16)), text).encode(
-        "utf-8", "surrogateescape"
-    )
+    path = _ESCAPED.sub(lambda found: bytes([int(found[1], 16)]), raw)
     if _path_out(path) != text:
         raise ValueError("spelled differently")
     return path

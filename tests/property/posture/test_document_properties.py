@@ -6,11 +6,16 @@ import json
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from spire_hw.errors import EncodingError, ErrorKind, Finding
-from spire_hw.posture.document import decode_evidence, encode_evidence
+from spire_hw.posture.document import (
+    decode_entries,
+    decode_evidence,
+    encode_entries,
+    encode_evidence,
+)
 from spire_hw.posture.evidence import (
     AppendedSignature,
     BootFacts,
@@ -116,6 +121,15 @@ def test_what_is_written_reads_back_equal(evidence: Evidence) -> None:
     again = decode_evidence(data)
     assert again == evidence
     assert encode_evidence(again) == data
+
+
+@given(st.binary(max_size=12) | st.text(max_size=12).map(str.encode))
+@example(b"/a\\b")
+@example(b"\\x5c")
+@example(b"\xe4\\\xc3\xa4")
+def test_paths_read_back_equal(path: bytes) -> None:
+    entry = ImaEntry(path, "sha1", b"", "ima", b"")
+    assert decode_entries(encode_entries([entry])) == (entry,)
 
 
 @given(evidences, st.data())
