@@ -255,7 +255,7 @@ class Admissions:
             )
             raise refusal from e
         if shown is not None and self._judge is not None:
-            self._judge.stored(admission.agent_id, shown[1], Occasion.ATTESTATION.value)
+            self._judge.tell(shown[1].change(admission.agent_id, Occasion.ATTESTATION.value))
         self._log.info(
             "Node attested",
             agent_id=str(stored.agent_id),

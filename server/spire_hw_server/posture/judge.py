@@ -307,20 +307,26 @@ class NodeJudge:
         if before is not None and not outcome.accepted and before.standing == outcome.standing:
             return
         try:
-            await self._store.set_posture(history.update(agent_id, outcome, occasion))
+            await self.move(
+                history.update(agent_id, outcome, occasion), outcome.change(agent_id, occasion)
+            )
         except NotFoundError:
             return
         except DeniedError as e:
             self._log.warning("Node was changed meanwhile", agent_id=str(agent_id), error=e.message)
             self._ledger.forget(agent_id)
-            return
-        self._ledger.forget(agent_id)
-        self.stored(agent_id, outcome, occasion)
 
-    def stored(self, agent_id: SpiffeId, outcome: Outcome, occasion: str) -> None:
-        """Tell about a change that was stored."""
-        before = None if outcome.before is None else outcome.before.standing
-        self.tell(StateChange(agent_id, before, outcome.standing, occasion))
+    async def move(self, update: PostureUpdate, change: StateChange) -> None:
+        """Store a change of a node and tell about it.
+
+        Raises:
+            NotFoundError: the node is gone.
+            DeniedError: it was banned, or put into a quarantine, meanwhile.
+            UnavailableError: the store is away.
+        """
+        await self._store.set_posture(update)
+        self._ledger.forget(change.agent_id)
+        self.tell(change)
 
     def tell(self, change: StateChange) -> None:
         """Write the audit record of a change and let others hear of it."""

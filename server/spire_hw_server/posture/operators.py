@@ -117,11 +117,11 @@ class Operators:
             policy_version=posture.policy_version,
             summary=comment,
         )
-        agent_id = posture.agent_id
-        await self._store.set_posture(PostureUpdate(posture, record, by_operator=True))
-        self._ledger.forget(agent_id)
         before = None if known is None else known.standing
-        self._judge.tell(StateChange(agent_id, before, after, _OCCASION))
+        await self._judge.move(
+            PostureUpdate(posture, record, by_operator=True),
+            StateChange(posture.agent_id, before, after, _OCCASION),
+        )
         return posture
 
 

@@ -52,6 +52,11 @@ class Outcome:
     standing: Standing
     memory: Memory | None
 
+    def change(self, agent_id: SpiffeId, occasion: str) -> StateChange:
+        """Return what others are to be told."""
+        before = None if self.before is None else self.before.standing
+        return StateChange(agent_id, before, self.standing, occasion)
+
     @property
     def accepted(self) -> bool:
         """Tell whether the evidence is good."""

@@ -192,7 +192,7 @@ class Reevaluation:
             policy_version=verdict.version,
             policy_sha256=verdict.policy_sha256,
         )
-        await self._store.set_posture(PostureUpdate(posture, record))
-        self._ledger.forget(agent_id)
-        self._judge.tell(StateChange(agent_id, before, after, _OCCASION))
+        await self._judge.move(
+            PostureUpdate(posture, record), StateChange(agent_id, before, after, _OCCASION)
+        )
         return after != before

@@ -194,9 +194,8 @@ class Revocation:
             policy_version=posture.policy_version,
             summary=after.message,
         )
-        await self._store.set_posture(PostureUpdate(posture, record))
-        self._ledger.forget(agent_id)
-        self._judge.tell(StateChange(agent_id, None if known is None else before, after, _OCCASION))
+        told = StateChange(agent_id, None if known is None else before, after, _OCCASION)
+        await self._judge.move(PostureUpdate(posture, record), told)
 
     def _actions(self, known: Known | None) -> Mapping[str, Action]:
         """Return what the node's policy and the operator's configuration say of reasons."""

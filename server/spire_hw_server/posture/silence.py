@@ -104,11 +104,11 @@ class Silence:
         )
         posture = posture_of(agent_id, after, known)
         try:
-            await self._store.set_posture(PostureUpdate(posture, record))
+            await self._judge.move(
+                PostureUpdate(posture, record), StateChange(agent_id, before, after, _OCCASION)
+            )
         except (NotFoundError, DeniedError):
             return False  # gone or changed meanwhile
-        self._ledger.forget(agent_id)
-        self._judge.tell(StateChange(agent_id, before, after, _OCCASION))
         return True
 
     async def _prune(self) -> None:
