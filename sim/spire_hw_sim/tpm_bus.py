@@ -40,7 +40,7 @@ class TpmBus:
     """Listens where a program expects the TPM and hands on to the real one.
 
     Attributes:
-        commands: all commands so far.
+        commands: all commands so far, or since they were forgotten.
         answers: their answers as the TPM gave them.
         on_command: may answer in the TPM's place.
         on_answer: may alter an answer.
@@ -74,6 +74,11 @@ class TpmBus:
         self._thread.join()
         self._server.server_close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def forget(self) -> None:
+        """Begin both lists anew."""
+        self.commands.clear()
+        self.answers.clear()
 
     def exchange(self, command: bytes) -> bytes:
         """Put one command through."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import re
+import sqlite3
 import struct
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -78,6 +81,7 @@ class Site:
     lab: Lab
     postures: Postures
     store: Datastore
+    file: Path
     version: int = 0
 
     async def rule(self, inside: str, name: str = "web") -> None:
@@ -90,6 +94,16 @@ class Site:
         await self.store.add_policy(row, self.version)
         self.version += 1
         await self.postures.policies.refresh()
+
+    async def forget(self) -> None:
+        """Let the file be as small as before versions were made: SQLite keeps pages of what grows."""
+
+        def empty() -> None:
+            with closing(sqlite3.connect(self.file)) as connection:
+                connection.executescript("DELETE FROM policies; DELETE FROM changes;")
+
+        await asyncio.to_thread(empty)
+        self.version = 0
 
     def machine(self, boot: Boot | None = None, *more: Item, padded: bool = False) -> TpmNode:
         """Return a machine after a start, whose kernel then measured files."""
@@ -114,9 +128,8 @@ class Site:
 async def site(tmp_path: Path) -> AsyncIterator[Site]:
     lab = await Lab.make(tmp_path)
     log = structlog.get_logger()
-    store = await open_datastore(
-        DatastoreConfig("sqlite3", str(tmp_path / "d")), clock=lab.clock, log=log
-    )
+    file = tmp_path / "d"
+    store = await open_datastore(DatastoreConfig("sqlite3", str(file)), clock=lab.clock, log=log)
 
     async def no_node(_: object) -> None:
         return None
@@ -133,7 +146,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
     )
     await postures.start()
     judged = await Lab.make(tmp_path, judge=postures.judge, vendor=lab.vendor)
-    made = Site(judged, postures, store)
+    made = Site(judged, postures, store, file)
     yield made
     await postures.close()
     await store.close()
@@ -301,6 +314,7 @@ async def test_of_two_versions_the_newer_is_applied(site: Site) -> None:
     async def act() -> object:
         site.lab.admitted.clear()
         site.lab.challenges.clear()
+        await site.forget()
         await site.rule(old)
         return await site.lab.attest(node, answer=changed)
 
