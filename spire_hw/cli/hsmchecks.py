@@ -99,11 +99,17 @@ def _check_one(
     (token,) = tokens
     found = check_token(title, token, key_types)
     findings += found
-    if login:
+    if place.protected_login and "protected_authentication_path" not in token.flags:
+        text = f"{title}: protected_login is set, and the token has no key pad or reader of its own"
+        findings.append(problem("hsm.no_protected_login", text, "set pin_file in its place"))
+    elif login:
         # `user_pin_locked` and `user_pin_final_try` are problems; others do not endanger the token.
         if {"user_pin_locked", "user_pin_final_try"} & set(token.flags):
             text = f"{title}: no login was made: it would put the token at risk"
             findings.append(warning("hsm.login_skipped", text, "see the finding about its PIN"))
+        elif place.protected_login:
+            text = f"{title}: no login was made: somebody would have to enter the PIN at the device"
+            findings.append(warning("hsm.login_skipped", text, "the program asks when it starts"))
         else:
             findings.append(_log_in(title, place))
     return findings
@@ -156,6 +162,8 @@ def check_token(title: str, token: TokenView, key_types: Iterable[KeyType]) -> l
 
 def check_pin(title: str, place: Place, user: int | None) -> list[Finding]:
     """Return whether the PIN's source can be used; the PIN goes nowhere."""
+    if place.protected_login:
+        return [ok("hsm.pin_source", f"{title}: the PIN is entered at the device")]
     if place.pin_file is None:
         text = f"{title}: the PIN comes from variable {place.pin_env}, which only the program sees"
         return [warning("hsm.pin_unseen", text, "use pin_file: it can be checked and changed")]

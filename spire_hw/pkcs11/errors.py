@@ -147,6 +147,8 @@ _BEFORE_PIN: Final = frozenset(
 )
 # SoftHSM says so when it cannot read the token just now, others may when the PIN is wrong.
 _UNCLEAR: Final = frozenset({"GENERAL_ERROR", "FUNCTION_FAILED"})
+# With a PIN entered at the device: nobody did, or somebody pressed cancel.
+_BY_HAND: Final = frozenset({"FUNCTION_CANCELED"})
 # Refusals that are not about this PIN being wrong.
 _REFUSED_WORDS: Final = {
     "PIN_LOCKED": "user PIN locked: {code} says token {device}; an operator must unlock it, no login "
@@ -243,14 +245,15 @@ class TokenError(DeviceError):
         )
 
     @classmethod
-    def of_login(cls, error: BaseException, device: str) -> TokenError:
-        """Translate what came of sending a PIN.
+    def of_login(cls, error: BaseException, device: str, *, by_hand: bool = False) -> TokenError:
+        """Translate what came of sending a PIN, or of having it entered at the device.
 
         Many tokens count wrong PINs and some have codes of their own for them. So a code that does
         not name another cause is a refusal, cured by an operator and not by trying again.
         """
         row = ckr_of(error)
-        if row.cure is not Cure.OPERATOR and row.name in _BEFORE_PIN | _UNCLEAR:
+        passing = (_BEFORE_PIN | _UNCLEAR) - (_BY_HAND if by_hand else frozenset())
+        if row.cure is not Cure.OPERATOR and row.name in passing:
             return cls.of(error, "login", device)
         code = f"CKR_{row.name}" if row.value else row.name
         is_plain = row.cure is Cure.OPERATOR
@@ -264,6 +267,11 @@ class TokenError(DeviceError):
                 f"login refused: {code} says token {device}, which may have counted it as a wrong "
                 "PIN; this PIN will not be tried again: correct it at its source or, if it is right, "
                 "see to the token and restart"
+            )
+        if by_hand:
+            message = (
+                f"login at the device failed: {code} says token {device}, which may count it; nobody "
+                "is asked again: see to the token, then restart"
             )
         return cls(
             message,

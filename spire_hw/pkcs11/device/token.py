@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Final
 
-from pkcs11 import Attribute, ObjectClass, Session, TokenFlag
+from pkcs11 import PROTECTED_AUTH, Attribute, ObjectClass, Session, TokenFlag
 from pkcs11.exceptions import PKCS11Error, SessionCount, SessionReadOnly, TokenWriteProtected
 
 from spire_hw.errors import ErrorKind
@@ -69,11 +69,11 @@ class TokenSession:
             PurePath(self._choice.module).name,
         ]
 
-    def log_in(self, pin: str, *, read_write_only: bool = False) -> None:
+    def log_in(self, pin: str | None, *, read_write_only: bool = False) -> None:
         """Log in, once.
 
         Args:
-            pin: the user PIN.
+            pin: the user PIN, None to have the device ask for it.
             read_write_only: the module has no read-only sessions, whatever the token's flags say.
 
         Raises:
@@ -88,15 +88,22 @@ class TokenSession:
                 "hsm.pin_final_try",
                 "the next wrong PIN locks the token; log in once by hand to reset its counter",
             )
+        if pin is None and not flags & TokenFlag.PROTECTED_AUTHENTICATION_PATH:
+            raise self._operator(
+                "hsm.no_protected_login",
+                "token has no key pad or reader of its own (CKF_PROTECTED_AUTHENTICATION_PATH); put "
+                "pin_file in place of protected_login",
+            )
         self.is_pin_count_low = bool(flags & TokenFlag.USER_PIN_COUNT_LOW)
         self.can_write = not flags & TokenFlag.WRITE_PROTECTED
         self._read_write = self.can_write or read_write_only
         # Before the login, which is then the only thing left to fail in what follows.
         self._session = self._first_session()
         try:
-            self._anchor = self.token.open(rw=self._read_write, user_pin=pin)
+            given = PROTECTED_AUTH if pin is None else pin
+            self._anchor = self.token.open(rw=self._read_write, user_pin=given)
         except Exception as e:
-            raise TokenError.of_login(e, self.device) from e
+            raise TokenError.of_login(e, self.device, by_hand=pin is None) from e
         self._session_state()
 
     def _first_session(self) -> Session:

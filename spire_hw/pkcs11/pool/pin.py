@@ -28,8 +28,8 @@ _MAX_BYTES: Final = 256
 class PinSource(Protocol):
     """Something that holds a PIN."""
 
-    def read(self) -> str:
-        """Return the PIN as it is now.
+    def read(self) -> str | None:
+        """Return the PIN as it is now, None when the device itself asks for it.
 
         Raises:
             TokenError: FAILED_PRECONDITION, it cannot be had; the message never shows content.
@@ -101,6 +101,16 @@ class EnvironmentPin:
         return _unusable(f"PIN variable {self._name}: {reason}")
 
 
+class DevicePin:
+    """A PIN that is entered at the device, by its protected authentication path.
+
+    Spec: PKCS #11 v2.40, 4.2 CKF_PROTECTED_AUTHENTICATION_PATH.
+    """
+
+    def read(self) -> None:
+        """Return that there is none to send."""
+
+
 class Refusals:
     """What tokens said to PINs: known to all of a process, whoever sent them.
 
@@ -121,8 +131,8 @@ class Refusals:
             turn = self._turns[token] = asyncio.Lock()
         return turn
 
-    def check(self, token: str, pin: str) -> None:
-        """Refuse a PIN that a token refused.
+    def check(self, token: str, pin: str | None) -> None:
+        """Refuse a PIN that a token refused; None is what is entered at the device.
 
         Raises:
             TokenError: it did.
@@ -137,11 +147,11 @@ class Refusals:
                 kind=ErrorKind.FAILED_PRECONDITION,
             )
 
-    def refuse(self, token: str, pin: str, message: str) -> None:
+    def refuse(self, token: str, pin: str | None, message: str) -> None:
         """Remember that a token refused a PIN, and in what words."""
         self._refused[self._mark(token, pin)] = message
 
-    def doubt(self, token: str, pin: str, message: str) -> None:
+    def doubt(self, token: str, pin: str | None, message: str) -> None:
         """Remember that a login failed and nobody knows why; at the second time it is a refusal.
 
         Tokens that count wrong PINs allow three, so one more try does not lock them.
@@ -155,12 +165,12 @@ class Refusals:
             )
         self._doubted.add(mark)
 
-    def accept(self, token: str, pin: str) -> None:
+    def accept(self, token: str, pin: str | None) -> None:
         """Forget doubts: the token took this PIN."""
         self._doubted.discard(self._mark(token, pin))
 
-    def _mark(self, token: str, pin: str) -> bytes:
-        text = f"{token}\0{pin}".encode("utf-8", "surrogateescape")
+    def _mark(self, token: str, pin: str | None) -> bytes:
+        text = f"{token}\0{pin or ''}".encode("utf-8", "surrogateescape")
         return hashlib.blake2b(text, key=self._salt, digest_size=32).digest()
 
 
@@ -190,8 +200,8 @@ class PinGuard:
         self._refusals = refusals
         self._token = ""
 
-    def take(self) -> str:
-        """Return the PIN.
+    def take(self) -> str | None:
+        """Return the PIN, None when the device asks for it.
 
         Raises:
             TokenError: the source cannot be read, or holds a PIN that the token met last refused.
@@ -201,7 +211,7 @@ class PinGuard:
         return pin
 
     @asynccontextmanager
-    async def meeting(self, token: str, pin: str) -> AsyncIterator[Refusals]:
+    async def meeting(self, token: str, pin: str | None) -> AsyncIterator[Refusals]:
         """Let nobody else log in to a token until it is known what it says to a PIN.
 
         Args:

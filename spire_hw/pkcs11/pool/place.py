@@ -21,9 +21,11 @@ from spire_hw.pkcs11 import uri as pkcs11_uri
 from spire_hw.pkcs11.module import check_module_path
 from spire_hw.pkcs11.pool.pin import (
     OF_THIS_PROCESS,
+    DevicePin,
     EnvironmentPin,
     FilePin,
     PinGuard,
+    PinSource,
     Refusals,
 )
 from spire_hw.pkcs11.pool.process import WORKER, Launch
@@ -51,6 +53,7 @@ class TokenConfig(Model):
         uri: RFC 7512 URI that names token, module or PIN file instead.
         pin_file: file that holds the user PIN.
         pin_env: environment variable that holds it; cleared once read.
+        protected_login: it is entered at the token's own key pad or reader instead.
         environment: additions to the environment of the worker processes.
         profile: what kind of token it is; the token's own words decide when empty.
         profile_overrides: single fields of the profile that are otherwise here.
@@ -62,6 +65,7 @@ class TokenConfig(Model):
     uri: Text | None = None
     pin_file: Text | None = None
     pin_env: Text | None = None
+    protected_login: bool = False
     environment: Body = Body.empty()
     profile: str = ""
     profile_overrides: ProfileOverrides = ProfileOverrides()
@@ -74,8 +78,9 @@ class Place:
     Attributes:
         module: path of the module as configured.
         token: the fields of a worker's OPEN request but for module and PIN.
-        pin_file: file with the PIN, None when it comes from the environment.
-        pin_env: variable with the PIN, None when it comes from a file.
+        pin_file: file with the PIN, None when it comes from elsewhere.
+        pin_env: variable with the PIN, None when it comes from elsewhere.
+        protected_login: the PIN is entered at the device.
         environment: additions to the workers' environment.
         object_label: CKA_LABEL of a key the URI names.
         object_id: CKA_ID of a key the URI names.
@@ -86,6 +91,7 @@ class Place:
     token: Mapping[str, object]
     pin_file: str | None = None
     pin_env: str | None = None
+    protected_login: bool = False
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     object_label: str | None = None
     object_id: bytes | None = None
@@ -123,10 +129,12 @@ def place_of(config: TokenConfig, found: Faults, *, with_key: bool = False) -> P
     narrowing = {n: v for n, v in parsed.attributes.items() if n in _NARROWING}
     if label is None and serial is None and not narrowing and parsed.slot_id is None:
         found.add("token_label", "token_label, token_serial or uri is required")
-    pins = {"pin_file": config.pin_file, "pin_env": config.pin_env, "uri": parsed.pin_file}
-    given = [name for name, value in pins.items() if value is not None]
-    if len(given) != 1:
-        found.add("pin_file", "exactly one of pin_file, pin_env and the uri's pin-source is needed")
+    pins = (config.pin_file, config.pin_env, parsed.pin_file, config.protected_login or None)
+    if len([value for value in pins if value is not None]) != 1:
+        found.add(
+            "pin_file",
+            "exactly one of pin_file, pin_env, the uri's pin-source and protected_login is needed",
+        )
     environment = _environment_of(config, found)
     profile = choice_of(config.profile, config.profile_overrides, found.add)
     if module is None or len(found.found) > before:
@@ -143,6 +151,7 @@ def place_of(config: TokenConfig, found: Faults, *, with_key: bool = False) -> P
         token,
         config.pin_file or parsed.pin_file,
         config.pin_env,
+        config.protected_login,
         environment,
         parsed.attributes.get(_OBJECT),
         parsed.id,
@@ -207,7 +216,9 @@ class Pins:
         turn = self._turns.setdefault(key, asyncio.Lock())
         return PinGuard(self._source(place), self._refusals, turn)
 
-    def _source(self, place: Place) -> FilePin | EnvironmentPin:
+    def _source(self, place: Place) -> PinSource:
+        if place.protected_login:
+            return DevicePin()
         name = place.pin_env
         if name is None:
             return FilePin(Path(place.pin_file or ""))
@@ -232,7 +243,13 @@ async def opening_of(place: Place, guard: PinGuard, command: Sequence[str] = WOR
     module = await asyncio.to_thread(check_module_path, place.module)
     inherited = {n: v for n, v in os.environ.items() if n != place.pin_env}
     launch = Launch({**inherited, **place.environment}, command)
-    return Opening(launch, {"module": module, **place.token}, guard, ignored=place.ignored)
+    return Opening(
+        launch,
+        {"module": module, **place.token},
+        guard,
+        by_hand=place.protected_login,
+        ignored=place.ignored,
+    )
 
 
 def _uri_of(config: TokenConfig, found: Faults, *, with_key: bool) -> pkcs11_uri.Pkcs11Uri:

@@ -19,7 +19,7 @@ from spire_hw.errors import ErrorKind, LimitError, SpireHwError, UnavailableErro
 from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.pkcs11.pool.breaker import Breaker
 from spire_hw.pkcs11.pool.queues import Queues
-from spire_hw.pkcs11.pool.seat import Opening, Seat, TokenFacts
+from spire_hw.pkcs11.pool.seat import BY_HAND_S, Opening, Seat, TokenFacts
 from spire_hw.pkcs11.pool.verifying import Verifying
 from spire_hw.pkcs11.wire import (
     MAX_BATCH,
@@ -101,6 +101,7 @@ class Pool:
         self.metrics = metrics
         self._limits = limits
         self._log = log
+        self._start_s = limits.start_s + (BY_HAND_S if opening.by_hand else 0.0)
         turn = opening.guard.turn
         if "pkcs11-spy" in str(opening.token["module"]):
             log.warning(
@@ -189,7 +190,7 @@ class Pool:
     async def _until_ready(self, seat: Seat, *, others: bool) -> None:
         """Wait for a seat's first worker; others that sign already make a full token bearable."""
         try:
-            async with asyncio.timeout(self._limits.start_s):
+            async with asyncio.timeout(self._start_s):
                 while not seat.is_ready:
                     if others and seat.problem is not None and seat.problem.reason == _NO_SESSION:
                         self._log.warning("hsm.fewer_workers", worker=seat.name)

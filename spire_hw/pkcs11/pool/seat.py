@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _PING_EVERY_S: Final = 15.0
 _PING_LIMIT_S: Final = 10.0
 _SETTLE_S: Final = 2.0
+# For somebody to come to the device, and enter the PIN.
+BY_HAND_S: Final = 120.0
 _STEADY_S: Final = 60.0
 _BROKEN_AFTER: Final = 2
 _LATCH_DEATHS: Final = 5
@@ -77,6 +79,7 @@ class Opening:
         token: the fields of an OPEN request.
         guard: gives the PIN.
         limit_s: seconds that opening may take, and logging in.
+        by_hand: somebody enters the PIN at the device, which may take longer.
         ignored: query attributes of the token's URI that mean nothing here.
     """
 
@@ -84,6 +87,7 @@ class Opening:
     token: dict[str, Any]
     guard: PinGuard = field(repr=False)
     limit_s: float = 20.0
+    by_hand: bool = False
     ignored: tuple[str, ...] = ()
 
     async def start(self, name: str) -> tuple[WorkerProcess, TokenFacts]:
@@ -108,10 +112,11 @@ class Opening:
         return worker, facts
 
     async def _log_in(
-        self, worker: WorkerProcess, token: str, pin: str, refusals: Refusals
+        self, worker: WorkerProcess, token: str, pin: str | None, refusals: Refusals
     ) -> TokenFacts:
         body = encode_json({"pin": pin})
-        answer = worker.ask(Kind.LOGIN, body, limit_s=self.limit_s, what="log in")
+        limit_s = BY_HAND_S if self.by_hand else self.limit_s
+        answer = worker.ask(Kind.LOGIN, body, limit_s=limit_s, what="log in")
         try:
             facts = _facts(decode_json(await asyncio.shield(answer)), self.token["profile"])
         except asyncio.CancelledError:
@@ -127,7 +132,7 @@ class Opening:
         return facts
 
 
-def _note(error: BaseException | None, token: str, pin: str, refusals: Refusals) -> None:
+def _note(error: BaseException | None, token: str, pin: str | None, refusals: Refusals) -> None:
     # Only what C_Login answered is held against the PIN: flags are asked before each try.
     if isinstance(error, TokenError) and error.is_pin_refusal:
         refusals.refuse(token, pin, error.message)
@@ -283,6 +288,7 @@ class Seat:
                 await self._breaker.permit(self.name)
             try:
                 async with self._turn:
+                    self._tell_by_hand()
                     worker, facts = await self._opening.start(self.name)
             except SpireHwError as e:
                 self._set_problem(e)
@@ -309,6 +315,12 @@ class Seat:
             self._ended(worker, how)
             self._changed()
             await asyncio.sleep(deaths.next_s() if self._deaths else _AT_ONCE_S)
+
+    def _tell_by_hand(self) -> None:
+        is_latched = self.problem is not None and self.problem.reason == "hsm.pin_latched"
+        if self._opening.by_hand and not is_latched:
+            text = f"the device asks for the PIN; {BY_HAND_S:g} s to enter it there"
+            self._log.warning("hsm.login_by_hand", worker=self.name, message=text)
 
     def _ended(self, worker: WorkerProcess, how: str) -> None:
         """Note why the worker is gone."""

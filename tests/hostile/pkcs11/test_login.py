@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -10,14 +11,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from spire_hw.cli.hsmchecks import check_hsm
 from spire_hw.errors import ErrorKind, SpireHwError
-from spire_hw.key import HashAlgorithm, KeyType, SignOptions
+from spire_hw.key import HashAlgorithm, KeyType, SignOptions, verify_digest
 from spire_hw_sim.softhsm import SoftHsm
 from spire_hw_sim.tokenrig import PIN, TokenRig
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from spire_hw.config.hcl import Body
     from spire_hw_plugins.keymanager.pkcs11 import Pkcs11KeyManager
 
 CC = shutil.which("cc")
@@ -27,20 +30,39 @@ pytestmark = [
     pytest.mark.skipif(CC is None, reason="no C compiler is installed"),
 ]
 # SoftHSM with another C_Login: it writes a line for each call, and answers with the code in a file
-# where the token would refuse the PIN, or, with a "!" before it, without asking the token.
+# where the token would refuse the PIN, or, with a "!" before it, without asking the token. With a
+# key pad, a file in which somebody enters the PIN, no other PIN is taken.
 _MODULE = r"""
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 typedef unsigned long rv_t;
 typedef rv_t (*login_t)(rv_t, rv_t, unsigned char *, rv_t);
+typedef rv_t (*info_t)(rv_t, unsigned char *);
 struct table { unsigned char version[2]; void *entries[68]; };
 static struct table ours, *theirs;
-enum { LOGIN = 18 };
+enum { TOKEN_INFO = 6, LOGIN = 18, FLAGS = 96, KEY_PAD = 0x100 };
+
+static rv_t token_info(rv_t slot, unsigned char *info) {
+    rv_t flags, result = ((info_t)theirs->entries[TOKEN_INFO])(slot, info);
+    memcpy(&flags, info + FLAGS, sizeof flags);
+    if (getenv("ODD_KEY_PAD")) flags |= KEY_PAD;
+    memcpy(info + FLAGS, &flags, sizeof flags);
+    return result;
+}
 
 static rv_t login(rv_t session, rv_t user, unsigned char *pin, rv_t size) {
     rv_t code = 0;
     char always = 0;
+    static unsigned char entered[256];
+    if (getenv("ODD_KEY_PAD")) {
+        FILE *pad = fopen(getenv("ODD_KEY_PAD"), "r");
+        if (pin || size) abort();
+        size = fread(entered, 1, sizeof entered, pad);
+        fclose(pad);
+        pin = entered;
+    }
     FILE *log = fopen(getenv("ODD_LOG"), "a"), *answer = fopen(getenv("ODD_ANSWER"), "r");
     fputs("C_Login\n", log);
     fclose(log);
@@ -57,6 +79,7 @@ rv_t C_GetFunctionList(struct table **list) {
     rv_t result = get(&theirs);
     ours = *theirs;
     ours.entries[LOGIN] = login;
+    ours.entries[TOKEN_INFO] = token_info;
     *list = &ours;
     return result;
 }
@@ -84,19 +107,25 @@ class OddToken:
     @property
     def logins(self) -> int:
         """Return how often C_Login was called."""
-        return len(self._log.read_text().splitlines())
+        return len(self._log.read_text().splitlines()) if self._log.exists() else 0
 
-    async def configure(self, manager: Pkcs11KeyManager) -> None:
-        """Configure a key manager for it."""
+    def config(self, *, key_pad: Path | None = None, **changes: object) -> Body:
+        """Return a configuration for it; on a key pad the PIN is the content of that file."""
         environment = {
             **self.rig.hsm.environment,
             "ODD_MODULE": self.rig.hsm.module,
             "ODD_LOG": str(self._log),
             "ODD_ANSWER": str(self._answer),
         }
-        await manager.configure(
-            self.rig.config(workers=2, module_path=str(self._module), environment=environment)
-        )
+        if key_pad is not None:
+            environment["ODD_KEY_PAD"] = str(key_pad)
+            changes |= {"pin_file": None, "protected_login": True}
+        module = {"module_path": str(self._module), "environment": environment}
+        return self.rig.config(**{"workers": 2, **module, **changes})
+
+    async def configure(self, manager: Pkcs11KeyManager) -> None:
+        """Configure a key manager for it."""
+        await manager.configure(self.config())
 
 
 @pytest.mark.parametrize("code", ["80000001", "c0de0001", "1b", "7", "a0"])
@@ -167,3 +196,69 @@ async def test_a_worker_that_is_restarted_does_not_send_a_pin_again_that_failed_
         again = rig.build()
         await token.configure(again)
         await again.sign_data("a", bytes(32), SHA256)
+
+
+@pytest.mark.asyncio
+async def test_a_pin_that_is_entered_at_the_device_is_never_ours(tmp_path: Path) -> None:
+    async with TokenRig(tmp_path) as rig:
+        token, pad = OddToken(rig, tmp_path), tmp_path / "pad"
+        pad.write_text(PIN)
+        manager = rig.build()
+        await manager.configure(token.config(key_pad=pad))
+        made = await manager.generate_key("a", KeyType.EC_P256)
+        digest = bytes(32)
+        signed = await manager.sign_data("a", digest, SHA256)
+        verify_digest(made.public_key, digest, signed.signature, SHA256)
+        assert token.logins == 1 + 2
+        os.kill(manager.worker_pids[-1], signal.SIGKILL)
+        for _ in range(3):
+            await manager.sign_data("a", digest, SHA256)
+
+
+@pytest.mark.parametrize("code", ["50", "200", "a0", "1!"])
+@pytest.mark.asyncio
+async def test_a_login_that_fails_at_the_device_is_not_asked_for_again(
+    code: str, tmp_path: Path
+) -> None:
+    """Cancelled, rejected, a wrong PIN, or taken away."""
+    async with TokenRig(tmp_path) as rig:
+        token, pad = OddToken(rig, tmp_path), tmp_path / "pad"
+        pad.write_text("wrong-9999")
+        token.answers(code)
+        manager = rig.build()
+        for _ in range(3):
+            with pytest.raises(SpireHwError, match="login at the device failed") as caught:
+                await manager.configure(token.config(key_pad=pad))
+            assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
+        assert token.logins == 1
+
+
+@pytest.mark.asyncio
+async def test_a_token_without_a_key_pad_is_not_asked_to_use_it(tmp_path: Path) -> None:
+    async with TokenRig(tmp_path) as rig:
+        token = OddToken(rig, tmp_path)
+        body = token.config(pin_file=None, protected_login=True)
+        with pytest.raises(SpireHwError, match="no key pad or reader of its own") as caught:
+            await rig.build().configure(body)
+        assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
+        assert token.logins == 0
+        with pytest.raises(SpireHwError, match="exactly one of pin_file"):
+            await rig.build().configure(token.config(protected_login=True))
+
+
+@pytest.mark.asyncio
+async def test_the_doctor_asks_nobody_to_come_to_the_device(tmp_path: Path) -> None:
+    async with TokenRig(tmp_path) as rig:
+        token, pad = OddToken(rig, tmp_path), tmp_path / "pad"
+        pad.write_text(PIN)
+        for config, levels in (
+            (token.config(key_pad=pad), {"hsm.pin_source": "ok", "hsm.login_skipped": "warning"}),
+            (
+                token.config(pin_file=None, protected_login=True),
+                {"hsm.pin_source": "ok", "hsm.no_protected_login": "problem"},
+            ),
+        ):
+            found = await asyncio.to_thread(check_hsm, "keymanager(pkcs11)", config, login=True)
+            seen = {one.check: one.level.value for one in found}
+            assert levels.items() <= seen.items()
+        assert token.logins == 0
