@@ -44,11 +44,12 @@ def soaking(soak: Soak) -> Iterator[None]:
         _present.soak = None
 
 
-async def refused(act: Callable[[], Awaitable[object]]) -> SpireHwError:
+async def refused(act: Callable[[], Awaitable[object]], *, again: bool = True) -> SpireHwError:
     """Return the error an act ends in.
 
     Args:
         act: can be done again at any time, with the same outcome.
+        again: it is short enough to be done ten thousand times.
 
     Raises:
         AssertionError: it was not refused.
@@ -59,7 +60,7 @@ async def refused(act: Callable[[], Awaitable[object]]) -> SpireHwError:
         error = e
     else:
         raise AssertionError(f"a hostile act succeeded: {made}")
-    if _present.soak is not None:
+    if again and _present.soak is not None:
         await _present.soak.repeat_async(act, error)
     return error
 
