@@ -4,8 +4,9 @@
     python -m tests.bench NAME...    those that print these figures
 
 Each script runs as a process of its own and prints lines `name value`. The table goes to standard
-output, the figures to build/bench.json. The exit status is 1 when a script failed; a target that
-is missed is shown, not punished: machines differ.
+output, the figures to build/bench.json, and with each how fast the machine was around it: microseconds
+that OpenSSL took to verify and make a P-256 signature. The exit status is 1 when a script failed; a
+target that is missed is shown, not punished: machines differ.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 import psutil
 from rich.console import Console
 from rich.table import Table
+
+from spire_hw_sim.meter import OpenSsl
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -99,12 +102,14 @@ class Outcome:
         problem: why it counts as failed, "" when it does not.
         output: everything it printed.
         took_s: how long it ran.
+        openssl_us: CPU microseconds of OpenSSL's verifying and making a signature, around it.
     """
 
     figures: dict[str, float] = field(default_factory=dict)
     problem: str = ""
     output: str = ""
     took_s: float = 0.0
+    openssl_us: float = 0.0
 
 
 class Display(Protocol):
@@ -221,9 +226,14 @@ def run_all(goals: Sequence[Goal], display: Display) -> dict[str, Outcome]:
     for goal in goals:
         wanted.setdefault((goal.script, *goal.arguments), []).append(goal.name)
     outcomes = {}
+    openssl = OpenSsl()
+    before_s = openssl.pair_s()
     for number, ((script, *arguments), names) in enumerate(wanted.items(), 1):
         with display.script(number, len(wanted), script):
             outcome = run_script([sys.executable, str(HERE / script), *arguments], names)
+        after_s = openssl.pair_s()
+        outcome.openssl_us = (before_s + after_s) / 2 * 1e6
+        before_s = after_s
         outcomes[script] = outcome
         if outcome.problem:
             display.line(f"{script}: {outcome.problem}")
@@ -231,7 +241,8 @@ def run_all(goals: Sequence[Goal], display: Display) -> dict[str, Outcome]:
                 display.line(f"    {line}")
         else:
             shown = ", ".join(f"{name} {outcome.figures[name]:.4g}" for name in names)
-            display.line(f"{script}: {shown} ({outcome.took_s:.0f} s)")
+            speed = f"OpenSSL {outcome.openssl_us:.0f} us"
+            display.line(f"{script}: {shown} ({outcome.took_s:.0f} s, {speed})")
     return outcomes
 
 
@@ -247,6 +258,7 @@ def report(goals: Sequence[Goal], outcomes: dict[str, Outcome]) -> list[dict[str
                 "unit": goal.unit,
                 "target": goal.target,
                 "met": value is not None and goal.met(value),
+                "openssl_us": round(outcomes[goal.script].openssl_us, 1),
             }
         )
     return rows
