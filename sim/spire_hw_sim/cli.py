@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +60,9 @@ def tpm(directory: Path, *, measure: bool, boot: str | None) -> None:
     if measure and boot:
         raise click.UsageError("--boot measures already; leave --measure out")
     roots = directory / "tpm-makers.pem"
+    is_off = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has them ignored
+        signal.signal(number, lambda *_: is_off.set())
     with Swtpm(directory) as device:
         if not roots.exists():
             maker = Manufacturer()
@@ -71,7 +75,7 @@ def tpm(directory: Path, *, measure: bool, boot: str | None) -> None:
         if boot:
             lines += [f"{name} {path}" for name, path in _boot(device, directory, boot).items()]
         click.echo("\n".join([*lines, "Ctrl-C switches it off."]))
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        is_off.wait()
 
 
 def _boot(device: Swtpm, directory: Path, name: str) -> dict[str, Path]:
