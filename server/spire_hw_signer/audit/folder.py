@@ -1,9 +1,9 @@
 """The files of an audit log: one writer, records only ever added, on the disk before it is said so.
 
-Blocking; everything here runs in the log's own thread, others only read `name` and `room`. A write that failed is cut off again before
-the next one, so that a file holds whole batches and nothing else. What somebody else changes in the
-file that is being written is noticed at the next write. Where the file system can, room for the
-records to come is taken ahead.
+Blocking; everything here runs in the log's own thread, others only read `name` and `room`. A write
+that failed is cut off again before the next one, so that a file holds whole batches and nothing else.
+What somebody else changes in the file that is being written is noticed at the next write. Where the
+file system can, room for the records to come is taken ahead.
 """
 
 from __future__ import annotations

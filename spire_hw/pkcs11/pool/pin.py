@@ -200,6 +200,11 @@ class PinGuard:
         self._refusals = refusals
         self._token = ""
 
+    @property
+    def by_hand(self) -> bool:
+        """Tell whether somebody enters the PIN at the device."""
+        return isinstance(self._source, DevicePin)
+
     def take(self) -> str | None:
         """Return the PIN, None when the device asks for it.
 

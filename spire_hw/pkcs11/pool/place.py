@@ -243,13 +243,7 @@ async def opening_of(place: Place, guard: PinGuard, command: Sequence[str] = WOR
     module = await asyncio.to_thread(check_module_path, place.module)
     inherited = {n: v for n, v in os.environ.items() if n != place.pin_env}
     launch = Launch({**inherited, **place.environment}, command)
-    return Opening(
-        launch,
-        {"module": module, **place.token},
-        guard,
-        by_hand=place.protected_login,
-        ignored=place.ignored,
-    )
+    return Opening(launch, {"module": module, **place.token}, guard, ignored=place.ignored)
 
 
 def _uri_of(config: TokenConfig, found: Faults, *, with_key: bool) -> pkcs11_uri.Pkcs11Uri:

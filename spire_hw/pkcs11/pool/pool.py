@@ -101,7 +101,7 @@ class Pool:
         self.metrics = metrics
         self._limits = limits
         self._log = log
-        self._start_s = limits.start_s + (BY_HAND_S if opening.by_hand else 0.0)
+        self._start_s = limits.start_s + (BY_HAND_S if opening.guard.by_hand else 0.0)
         turn = opening.guard.turn
         if "pkcs11-spy" in str(opening.token["module"]):
             log.warning(

@@ -79,7 +79,6 @@ class Opening:
         token: the fields of an OPEN request.
         guard: gives the PIN.
         limit_s: seconds that opening may take, and logging in.
-        by_hand: somebody enters the PIN at the device, which may take longer.
         ignored: query attributes of the token's URI that mean nothing here.
     """
 
@@ -87,11 +86,16 @@ class Opening:
     token: dict[str, Any]
     guard: PinGuard = field(repr=False)
     limit_s: float = 20.0
-    by_hand: bool = False
     ignored: tuple[str, ...] = ()
 
-    async def start(self, name: str) -> tuple[WorkerProcess, TokenFacts]:
+    async def start(
+        self, name: str, asks: Callable[[], None] | None = None
+    ) -> tuple[WorkerProcess, TokenFacts]:
         """Start a worker and log it in.
+
+        Args:
+            name: of the worker.
+            asks: called when the device is about to ask somebody for the PIN.
 
         Raises:
             TokenError: it does not start, the token is away, or the PIN is or was refused.
@@ -105,6 +109,8 @@ class Opening:
             token = str(decode_json(await opened).get("token"))
             # Whose PIN it is shows only now: another plugin may have sent it to this token before.
             async with self.guard.meeting(token, pin) as refusals:
+                if pin is None and asks is not None:
+                    asks()
                 facts = await self._log_in(worker, token, pin, refusals)
         except BaseException:
             await worker.end()
@@ -115,7 +121,7 @@ class Opening:
         self, worker: WorkerProcess, token: str, pin: str | None, refusals: Refusals
     ) -> TokenFacts:
         body = encode_json({"pin": pin})
-        limit_s = BY_HAND_S if self.by_hand else self.limit_s
+        limit_s = BY_HAND_S if pin is None else self.limit_s
         answer = worker.ask(Kind.LOGIN, body, limit_s=limit_s, what="log in")
         try:
             facts = _facts(decode_json(await asyncio.shield(answer)), self.token["profile"])
@@ -288,8 +294,7 @@ class Seat:
                 await self._breaker.permit(self.name)
             try:
                 async with self._turn:
-                    self._tell_by_hand()
-                    worker, facts = await self._opening.start(self.name)
+                    worker, facts = await self._opening.start(self.name, self._tell_by_hand)
             except SpireHwError as e:
                 self._set_problem(e)
                 await self._pause(away.next_s())
@@ -317,10 +322,8 @@ class Seat:
             await asyncio.sleep(deaths.next_s() if self._deaths else _AT_ONCE_S)
 
     def _tell_by_hand(self) -> None:
-        is_latched = self.problem is not None and self.problem.reason == "hsm.pin_latched"
-        if self._opening.by_hand and not is_latched:
-            text = f"the device asks for the PIN; {BY_HAND_S:g} s to enter it there"
-            self._log.warning("hsm.login_by_hand", worker=self.name, message=text)
+        text = f"the device asks for the PIN; {BY_HAND_S:g} s to enter it there"
+        self._log.warning("hsm.login_by_hand", worker=self.name, message=text)
 
     def _ended(self, worker: WorkerProcess, how: str) -> None:
         """Note why the worker is gone."""

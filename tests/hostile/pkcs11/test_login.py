@@ -218,7 +218,7 @@ async def test_a_pin_that_is_entered_at_the_device_is_never_ours(tmp_path: Path)
 @pytest.mark.parametrize("code", ["50", "200", "a0", "1!"])
 @pytest.mark.asyncio
 async def test_a_login_that_fails_at_the_device_is_not_asked_for_again(
-    code: str, tmp_path: Path
+    code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Cancelled, rejected, a wrong PIN, or taken away."""
     async with TokenRig(tmp_path) as rig:
@@ -231,6 +231,7 @@ async def test_a_login_that_fails_at_the_device_is_not_asked_for_again(
                 await manager.configure(token.config(key_pad=pad))
             assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
         assert token.logins == 1
+        assert capsys.readouterr().out.count("hsm.login_by_hand") == 1
 
 
 @pytest.mark.asyncio
