@@ -118,12 +118,10 @@ class _Made:
     """What the device made of an item.
 
     Attributes:
-        seq: of its intent.
         result: the signature, or why there is none.
         latency_s: how long it took.
     """
 
-    seq: int
     result: KeySignature | SpireHwError
     latency_s: float
 
@@ -223,9 +221,7 @@ class SignerService:
         work: list[Work] = []
         answers = [self._admit(caller, keys, item, work) for item in items]
         if work:
-            begun = self._begin(keys, work)
-            carrying = self._carry_out(caller, keys, work, begun, call.deadline_s)
-            self._tasks.start("sign", carrying)
+            self._start(caller, keys, work, call.deadline_s)
         return hw_signer_pb2.SignResponse(
             results=[await _settled(answer) for answer in answers],
             log_head=head_message(self._audit.head),
@@ -362,30 +358,49 @@ class SignerService:
 
     # -- carrying out --------------------------------------------------------------------------
 
-    def _begin(self, keys: OwnerKeys, work: Sequence[Work]) -> Begun | None:
-        """Have the disk begin at once, when nothing else comes first: every signature waits for it."""
+    def _start(
+        self, caller: Caller, keys: OwnerKeys, work: Sequence[Work], deadline_s: float | None
+    ) -> None:
+        """Have work carried out, and written down meanwhile where nothing has to come first."""
+        begun: asyncio.Future[Begun] | None = None
         is_due = keys.notes.use({one.intent.key_id for one in work}, self._steady.now())
-        return None if is_due or self._audit.trouble else self._audit.begin(_intents(work))
+        loop = asyncio.get_running_loop()
+        if not is_due and self._audit.reserve(len(work)):
+            begun = loop.create_future()
+        self._tasks.start("sign", self._carry_out(caller, keys, work, begun, deadline_s))
+        if begun is not None:
+            # After the task's first step: the device is asked by then, and works already.
+            loop.call_soon(self._write_down, work, begun)
+
+    def _write_down(self, work: Sequence[Work], begun: asyncio.Future[Begun]) -> None:
+        """Begin to write down what the device was asked for; who carries it out hears of it."""
+        try:
+            begun.set_result(self._audit.begin(_intents(work), reserved=True))
+        except Exception as e:  # noqa: BLE001 - it is raised where the answers are
+            begun.set_exception(e)
+            begun.exception()  # nobody waits for it any more when the signer ends
 
     async def _carry_out(
         self,
         caller: Caller,
         keys: OwnerKeys,
         work: Sequence[Work],
-        begun: Begun | None,
+        begun: asyncio.Future[Begun] | None,
         deadline_s: float | None,
     ) -> None:
         """Write down, sign, write down what became of it; every answer is settled at the end."""
         try:
             if begun is None:
                 await keys.notes.save_uses({one.intent.key_id for one in work})
-                begun = self._audit.begin(_intents(work))
-            if not begun.has_room:
-                await self._audit.on_disk(begun)
-            made = await self._signed(work, begun.seqs, deadline_s)
-            if begun.has_room:  # the disk wrote it down while the device signed
-                await self._audit.on_disk(begun)
-            outcomes = [self._settle(one, each) for one, each in zip(work, made, strict=True)]
+                seqs = await self._audit.intend(_intents(work))
+                made = await self._signed(work, deadline_s)
+            else:
+                made = await self._signed(work, deadline_s)
+                seqs = await self._audit.on_disk(await begun)
+            outcomes = [
+                self._settle(one, seq, each)
+                for one, seq, each in zip(work, seqs, made, strict=True)
+            ]
             try:
                 await asyncio.sleep(0)  # whoever waits gets the answer first
             finally:
@@ -402,14 +417,12 @@ class SignerService:
                 elif not one.answer.result.signature:
                     self._replay(caller).forget(one.item.request_id)
 
-    async def _signed(
-        self, work: Sequence[Work], seqs: Sequence[int], deadline_s: float | None
-    ) -> list[_Made]:
-        jobs = [self._sign(one, seq, deadline_s) for one, seq in zip(work, seqs, strict=True)]
+    async def _signed(self, work: Sequence[Work], deadline_s: float | None) -> list[_Made]:
+        jobs = [self._sign(one, deadline_s) for one in work]
         # One alone needs no task of its own: that is a turn of the loop less for its caller.
         return await asyncio.gather(*jobs) if len(jobs) > 1 else [await jobs[0]]
 
-    async def _sign(self, one: Work, seq: int, deadline_s: float | None) -> _Made:
+    async def _sign(self, one: Work, deadline_s: float | None) -> _Made:
         began = self._clock.monotonic()
         made: KeySignature | SpireHwError
         try:
@@ -423,11 +436,11 @@ class SignerService:
         except Exception as e:  # noqa: BLE001 - the intent needs its outcome, the others theirs
             self._log.error("Unexpected error while signing", exc_info=e)
             made = SpireHwError("internal error")
-        return _Made(seq, made, self._clock.monotonic() - began)
+        return _Made(made, self._clock.monotonic() - began)
 
-    def _settle(self, one: Work, made: _Made) -> Outcome:
-        """Answer an item; its intent is on the disk."""
-        seq, result = made.seq, made.result
+    def _settle(self, one: Work, seq: int, made: _Made) -> Outcome:
+        """Answer an item; its intent has this number and is on the disk."""
+        result = made.result
         if not isinstance(result, SpireHwError):
             self._metrics.count(_SIGNED, labels=self._labels(one, None))
             one.answer.settle(

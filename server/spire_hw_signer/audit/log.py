@@ -47,6 +47,9 @@ __all__ = ["AuditLog", "AuditSettings", "Begun", "Intent", "LogHead", "Outcome",
 
 _MAX_WAITING: Final = 16 * 1024 * 1024
 _LOG_ID_BYTES: Final = 16
+# No intent takes more: a client's name is cut at 512, a key id at 255, and both are ASCII.
+_MOST_BYTES: Final = 2048
+_SOON: Final = timedelta(seconds=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +143,10 @@ class Begun:
     Attributes:
         seqs: their numbers.
         written: settled once that is done, or cannot be done; None when there are none.
-        has_room: the disk has room for them already. What they are about may be done meanwhile,
-            as long as nothing of it leaves before they are on the disk.
     """
 
     seqs: list[int]
     written: asyncio.Future[str] | None
-    has_room: bool = False
 
 
 class AuditLog:
@@ -174,6 +174,7 @@ class AuditLog:
         self._file_bytes = 0
         self._file_since: datetime = clock.now()
         self._lost = 0
+        self._reserved = 0
         self._many: tuple[int, Callable[[], None]] | None = None
         self._checkpoint_seq = 0
         self._opened = False
@@ -267,19 +268,37 @@ class AuditLog:
         """
         return await self.on_disk(self.begin(intents))
 
-    def begin(self, intents: Sequence[Intent]) -> Begun:
+    def reserve(self, intents: int) -> bool:
+        """Keep room for intents, where the disk has set it aside; `begin` has to be told.
+
+        What they are about may be done before they are written down then, as long as nothing of it
+        leaves before they are on the disk.
+        """
+        size = intents * _MOST_BYTES
+        now = self._clock.now()
+        if self._is_full(now + _SOON, self._reserved + size):
+            return False
+        if not self._writer.has_room(self._file, self._reserved + size):
+            return False
+        self._reserved += size
+        return True
+
+    def begin(self, intents: Sequence[Intent], *, reserved: bool = False) -> Begun:
         """Begin to write down what is about to be done; `on_disk` tells when that may be.
+
+        Args:
+            intents: what.
+            reserved: room was kept for as many.
 
         Raises:
             UnavailableError: the log cannot be written: do nothing.
         """
+        if reserved:
+            self._reserved -= len(intents) * _MOST_BYTES
         if self.trouble:
             raise self._writer.unavailable(self.trouble)
         seqs = [self._add(Kind.INTENT, _request(intent)) for intent in intents]
-        if not seqs:
-            return Begun(seqs, None)
-        has_room = self._writer.has_room(self._file)
-        return Begun(seqs, self._writer.written(patient=has_room), has_room)
+        return Begun(seqs, self._writer.written() if seqs else None)
 
     async def on_disk(self, begun: Begun) -> list[int]:
         """Wait until intents are on the disk; to be called once, results as of `intend`."""
@@ -419,10 +438,15 @@ class AuditLog:
 
     def _append(self, kind: Kind, body: Mapping[str, Any]) -> bytes:
         now = self._clock.now()
-        full = self._file_bytes >= self._settings.max_bytes
-        if self._file_bytes and (full or now - self._file_since >= self._settings.max_age):
+        if self._file_bytes and self._is_full(now):
             self._rotate(now)
         return self._place(kind, body, now)
+
+    def _is_full(self, at: datetime, more: int = 0) -> bool:
+        """Tell whether a new file begins with what comes, or after so many bytes more."""
+        settings = self._settings
+        is_old = at - self._file_since >= settings.max_age
+        return is_old or self._file_bytes + more >= settings.max_bytes
 
     def _rotate(self, now: datetime) -> None:
         live = time_text(now)

@@ -27,8 +27,6 @@ _FLUSH_S: Final = 0.02
 _RETRY_S: Final = 1.0
 _COMMIT_S: Final = 10.0
 _MAX_BATCH: Final = 4 * 1024 * 1024
-# After so many turns of the loop the device has been asked for what is to be written down.
-_ASKED: Final = 3
 
 
 @dataclass(slots=True)
@@ -117,12 +115,8 @@ class Writer:
         if written is not None and (reason := await written):
             raise self.unavailable(reason)
 
-    def written(self, *, patient: bool = False) -> asyncio.Future[str] | None:
+    def written(self) -> asyncio.Future[str] | None:
         """Have what was added written now.
-
-        Args:
-            patient: what has to be done meanwhile comes first: the thread that writes holds the
-                loop up when it begins.
 
         Returns:
             What is settled with "" once it is on the disk, or with the reason why it is not yet;
@@ -135,27 +129,18 @@ class Writer:
         self._batches[-1].waiting.append(told)
         if self._is_writing or self._is_due:
             return told
-        if patient:
-            self._is_due = True
-            loop.call_soon(self._wait, _ASKED)
-        elif self._is_calm:
+        if self._is_calm:
             self._begin()
         else:  # others of this turn of the loop come along
             self._is_due = True
             loop.call_soon(self._begin)
         return told
 
-    def _wait(self, turns: int) -> None:
-        """Begin some turns of the loop later."""
-        if turns:
-            asyncio.get_running_loop().call_soon(self._wait, turns - 1)
-        else:
-            self._begin()
-
-    def has_room(self, file: str) -> bool:
-        """Tell whether a file takes what was added even if its disk becomes full meanwhile."""
+    def has_room(self, file: str, size: int) -> bool:
+        """Tell whether a file takes so many bytes more even if its disk becomes full meanwhile."""
         folder = self._folder
-        return not self.trouble and folder.name == file and self.waiting_bytes <= folder.room
+        needed = self.waiting_bytes + size
+        return not self.trouble and folder.name == file and needed <= folder.room
 
     def unavailable(self, reason: str) -> UnavailableError:
         """Return the error of whoever needs the log while it cannot be written."""

@@ -121,6 +121,7 @@ class Pool:
         self._tasks = Tasks(self._on_task_failure)
         self._queues: Queues[_Job] = Queues()
         self._flushing = False
+        self._is_calm = True  # the last batch was of one
         # In the order of their deadlines; one timer serves them all.
         self._open_jobs: dict[_Job, None] = {}
         self._sweeping: asyncio.TimerHandle | None = None
@@ -228,8 +229,12 @@ class Pool:
         self._open_jobs[job] = None
         if self._sweeping is None:
             self._sweeping = loop.call_at(job.deadline, self._sweep)
-        self._push(job)
+        self._queues.push(job)
         try:
+            if self._is_calm and len(self._open_jobs) == 1:
+                self._flush()  # nobody is likely to come along
+            else:
+                self._schedule()
             return await job.future
         finally:
             del self._open_jobs[job]
@@ -357,10 +362,6 @@ class Pool:
             _settle(job.future, late)
         self._queues.drop_over()
 
-    def _push(self, job: _Job, *, first: bool = False) -> None:
-        self._queues.push(job, first=first)
-        self._schedule()
-
     def _schedule(self) -> None:
         # Later in this turn of the loop, so that callers that run now end up in one batch.
         if self._flushing:
@@ -384,6 +385,7 @@ class Pool:
     def _send(self, seat: Seat, batch: list[_Job]) -> None:
         if seat.worker is None:
             raise self._no_worker("sign")
+        self._is_calm = len(batch) == 1
         items = encode_items([job.item for job in batch])
         answer = seat.worker.ask(Kind.SIGN, items, limit_s=self._limits.sign_s, what="sign")
         now = asyncio.get_running_loop().time()
@@ -444,7 +446,8 @@ class Pool:
     def _failed(self, job: _Job, error: TokenError) -> None:
         if _is_lost(error) and not job.retried and not self._closed and not job.future.done():
             job.retried = True
-            self._push(job, first=True)
+            self._queues.push(job, first=True)
+            self._schedule()
             return
         _settle(job.future, error)
 

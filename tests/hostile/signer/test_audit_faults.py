@@ -240,10 +240,11 @@ async def test_fault_108_what_is_signed_while_the_disk_fails_does_not_leave(tmp_
     async with SignerRig(tmp_path / "s", keys="disk", policy=policy) as rig:
         await rig.generate("x509-CA-A")
         log = rig.signer.audit
-        begun = log.begin([intent()])
-        if not begun.has_room:
-            pytest.skip("the file system sets no room aside")
+        has_room = log.reserve(1)
+        begun = log.begin([intent()], reserved=has_room)
         (seq,) = await log.on_disk(begun)
+        if not has_room:
+            pytest.skip("the file system sets no room aside")
         log.conclude([Outcome(seq, "done")])
         await rig.sign("x509-CA-A", digest=DIGEST)
         # The outcome goes with the next batch; it must not be what the disk refuses.

@@ -62,18 +62,21 @@ async def test_room_is_taken_ahead_and_given_back(tmp_path: Path) -> None:
     (first,) = file_names(tmp_path / "audit")
     if not fallocates(tmp_path):
         pytest.skip("the file system sets no room aside")
-    begun = log.begin([intent()])
-    assert begun.has_room
-    assert log.begin([]).has_room is False
+    assert log.reserve(1)
+    assert not log.reserve(3), "with what is kept for one already, that goes beyond the file"
+    begun = log.begin([intent()], reserved=True)
     log.conclude([Outcome(seq, "done") for seq in await log.on_disk(begun)])
     held = (tmp_path / "audit" / first).stat()
     assert held.st_blocks * 512 > held.st_size + 64 * 1024
     while len(file_names(tmp_path / "audit")) < 2:
-        begun = log.begin([intent()])
+        had_room = log.reserve(1)
+        begun = log.begin([intent()], reserved=had_room)
         log.conclude([Outcome(seq, "done") for seq in await log.on_disk(begun)])
-    assert not begun.has_room, "a new file has none yet"
-    assert log.begin([intent()]).has_room
+    assert not had_room, "a new file has none yet"
+    assert log.reserve(1)
+    log.conclude([Outcome(seq, "done") for seq in await log.intend([intent()])])
     await log.close()
+    assert not log.reserve(1)
     for name in file_names(tmp_path / "audit"):
         left = (tmp_path / "audit" / name).stat()
         assert left.st_blocks * 512 < left.st_size + 16 * 1024
