@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
@@ -107,14 +108,7 @@ class HsmCa:
 
     async def open(self) -> ExistingKey:
         """Open the token; the caller closes it."""
-        place = place_of_uri(self.uri)
-        there = type(place)(
-            place.module,
-            place.token,
-            place.pin_file,
-            environment=self.hsm.environment,
-            object_label=place.object_label,
-        )
+        there = replace(place_of_uri(self.uri), environment=self.hsm.environment)
         return await open_existing(there, Pins().guard(there), get_logger("sim"))
 
     def plugin(self, **changes: str) -> str:

@@ -16,8 +16,15 @@ from spire_hw.cli.findings import Finding, ok, problem, warning
 from spire_hw.config.hcl import Block, Body
 from spire_hw.config.schema import check
 from spire_hw.errors import SpireHwError
-from spire_hw.pkcs11.pool.pin import EnvironmentPin, FilePin, PinGuard
-from spire_hw.pkcs11.pool.place import Faults, Place, TokenConfig, opening_of, place_of
+from spire_hw.pkcs11.pool.place import (
+    Faults,
+    PinFrom,
+    Pins,
+    Place,
+    TokenConfig,
+    opening_of,
+    place_of,
+)
 from spire_hw.pkcs11.survey import ModuleView, TokenView, look_at
 
 if TYPE_CHECKING:
@@ -99,7 +106,7 @@ def _check_one(
     (token,) = tokens
     found = check_token(title, token, key_types)
     findings += found
-    if place.protected_login and "protected_authentication_path" not in token.flags:
+    if place.pin_from is PinFrom.DEVICE and "protected_authentication_path" not in token.flags:
         text = f"{title}: protected_login is set, and the token has no key pad or reader of its own"
         findings.append(problem("hsm.no_protected_login", text, "set pin_file in its place"))
     elif login:
@@ -107,7 +114,7 @@ def _check_one(
         if {"user_pin_locked", "user_pin_final_try"} & set(token.flags):
             text = f"{title}: no login was made: it would put the token at risk"
             findings.append(warning("hsm.login_skipped", text, "see the finding about its PIN"))
-        elif place.protected_login:
+        elif place.pin_from is PinFrom.DEVICE:
             text = f"{title}: no login was made: somebody would have to enter the PIN at the device"
             findings.append(warning("hsm.login_skipped", text, "the program asks when it starts"))
         else:
@@ -162,12 +169,22 @@ def check_token(title: str, token: TokenView, key_types: Iterable[KeyType]) -> l
 
 def check_pin(title: str, place: Place, user: int | None) -> list[Finding]:
     """Return whether the PIN's source can be used; the PIN goes nowhere."""
-    if place.protected_login:
-        return [ok("hsm.pin_source", f"{title}: the PIN is entered at the device")]
-    if place.pin_file is None:
-        text = f"{title}: the PIN comes from variable {place.pin_env}, which only the program sees"
-        return [warning("hsm.pin_unseen", text, "use pin_file: it can be checked and changed")]
-    path = Path(place.pin_file)
+    match place.pin_from:
+        case PinFrom.DEVICE:
+            return [ok("hsm.pin_source", f"{title}: the PIN is entered at the device")]
+        case PinFrom.TERMINAL:
+            text = f"{title}: the PIN is asked for at the terminal when the program starts"
+            return [
+                warning("hsm.pin_unseen", text, "use pin_file for a service: it has no terminal")
+            ]
+        case PinFrom.ENVIRONMENT:
+            text = f"{title}: the PIN comes from variable {place.pin_name}, which only the program sees"
+            return [warning("hsm.pin_unseen", text, "use pin_file: it can be checked and changed")]
+        case PinFrom.FILE:
+            return _check_pin_file(title, Path(place.pin_name), user)
+
+
+def _check_pin_file(title: str, path: Path, user: int | None) -> list[Finding]:
     if path.is_relative_to(_CREDENTIALS) and not path.exists():
         unit = path.parent.name
         text = f"{title}: {path} is there while {unit} runs"
@@ -203,8 +220,7 @@ def _pin_fault(path: Path, status: os.stat_result, user: int | None) -> tuple[st
 
 def _log_in(title: str, place: Place) -> Finding:
     async def once() -> str:
-        source = EnvironmentPin(place.pin_env) if place.pin_env else FilePin(_path(place))
-        opening = await opening_of(place, PinGuard(source))
+        opening = await opening_of(place, Pins().guard(place))
         worker, facts = await opening.start("doctor")
         await worker.close()
         return facts.device
@@ -214,7 +230,3 @@ def _log_in(title: str, place: Place) -> Finding:
     except SpireHwError as e:
         return problem("hsm.login", f"{title}: {e.message}", "correct it before the next start")
     return ok("hsm.login", f"{title}: logged in to {device}")
-
-
-def _path(place: Place) -> Path:
-    return Path(place.pin_file or "")

@@ -15,6 +15,7 @@ from spire_hw.cli.plan import check_plain
 from spire_hw.errors import InvalidInputError, SpireHwError
 from spire_hw.files import read_bounded
 from spire_hw.pkcs11.pool.pin import FilePin
+from spire_hw.pkcs11.pool.place import PinFrom
 from spire_hw.pkcs11.survey import ModuleView, TokenView, find_modules, look_at
 
 if TYPE_CHECKING:
@@ -39,6 +40,21 @@ _AFTER: Final = {"smartcard-hsm": ("pcscd.service",)}
 _SOFTHSM_CONF: Final = "SOFTHSM2_CONF"
 _SOFTHSM_TOKENS: Final = re.compile(r"^\s*directories\.tokendir\s*=\s*(\S+)\s*$", re.MULTILINE)
 _MAX_CONF: Final = 64 * 1024
+_ASKS_ITSELF: Final = "protected_authentication_path"
+_PIN_LINES: Final = {
+    PinFrom.FILE: '      pin_file     = "{}"',
+    PinFrom.DEVICE: "      protected_login = true",
+    PinFrom.TERMINAL: "      pin_prompt   = true",
+}
+_PIN_SOURCES: Final = {
+    PinFrom.DEVICE: "the token's own key pad or reader, each time the program starts",
+    PinFrom.FILE: "a file that only its owner reads",
+    PinFrom.TERMINAL: "somebody at the terminal, each time the program starts",
+}
+_NOT_FITTING: Final = {
+    "device": "will not do: the token has no key pad or reader of its own",
+    "terminal": "will not do for a service, which has none (-unit=false for no service)",
+}
 _ON_THE_BUS: Final = frozenset({"generic", "yubihsm2", "luna", "nshield"})
 
 
@@ -49,6 +65,7 @@ class HsmFlags:
     module: str = ""
     token_label: str = ""
     token_serial: str = ""
+    pin_from: str = ""
     pin_file: str = ""
     environment: tuple[str, ...] = ()
 
@@ -59,7 +76,8 @@ class HsmChoice:
 
     Attributes:
         profile: its profile's name.
-        pin_file: where the PIN is kept, on the disk.
+        pin_from: where the PIN comes from.
+        pin_file: where the PIN is kept, on the disk; "" where it comes from elsewhere.
         environment: what its module needs in its environment.
         folder: where SoftHSM keeps its tokens, when its configuration says so; else "".
     """
@@ -68,7 +86,8 @@ class HsmChoice:
     label: str
     serial: str
     profile: str
-    pin_file: str
+    pin_from: PinFrom
+    pin_file: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     folder: str = ""
 
@@ -107,7 +126,7 @@ class HsmChoice:
         ]
         if set(self.serial) - _NO_SERIAL:
             lines.append(f'      token_serial = "{self.serial}"')
-        lines.append(f'      pin_file     = "{pin_file}"')
+        lines.append(_PIN_LINES[self.pin_from].format(pin_file))
         lines.append(f'      profile      = "{self.profile}"')
         if self.environment:
             given = " ".join(f'{name} = "{value}"' for name, value in self.environment.items())
@@ -121,6 +140,8 @@ def hsm_flags(command: F) -> F:
     made = flag("pinCredential", text, type=bool, default=True)(command)
     text = "NAME=value that the module needs in its environment, such as SOFTHSM2_CONF=PATH."
     made = flag("environment", text, repeated=True)(made)
+    text = "Where the PIN comes from: file, device (key pad or reader of the token) or terminal."
+    made = flag("pinFrom", text, default="")(made)
     made = flag("pinFile", "File with the token's user PIN.", default="")(made)
     made = flag("tokenSerial", "Serial number of the token.", default="")(made)
     made = flag("tokenLabel", "Label of the token.", default="")(made)
@@ -128,9 +149,23 @@ def hsm_flags(command: F) -> F:
 
 
 def choose_hsm(
-    given: HsmFlags, answers: Answers, plan: Plan, *, key_type: KeyType, default_pin: Path
+    given: HsmFlags,
+    answers: Answers,
+    plan: Plan,
+    *,
+    key_type: KeyType,
+    default_pin: Path,
+    is_service: bool,
 ) -> HsmChoice:
     """Return the token; what is doubtful about it goes into the plan.
+
+    Args:
+        given: what the command line said.
+        answers: for the rest.
+        plan: gets doubts, choices and steps.
+        key_type: of the keys that will be made.
+        default_pin: where the PIN is kept unless somebody says otherwise.
+        is_service: the program is started by systemd, which has no terminal.
 
     Raises:
         UsageError: it is not clear which is meant.
@@ -150,12 +185,16 @@ def choose_hsm(
     profile = "generic" if token is None else token.profile
     if token is not None:
         _check_token(token, key_type, plan)
-    pin = answers.text(
-        "pinFile", given.pin_file, "File with the token's user PIN", default=str(default_pin)
-    )
-    _check_pin(pin, plan)
+    pin_from = _pin_from(given, answers, token, is_service=is_service)
+    pin = ""
+    if pin_from is PinFrom.FILE:
+        text = "File with the token's user PIN"
+        pin = answers.text("pinFile", given.pin_file, text, default=str(default_pin))
+        _check_pin(pin, plan)
+    else:
+        plan.choices.append(f"the PIN is kept nowhere: it comes from {_PIN_SOURCES[pin_from]}")
     folder = _token_folder(environment) if profile == "softhsm" else ""
-    choice = HsmChoice(module, label, serial, profile, pin, environment, folder)
+    choice = HsmChoice(module, label, serial, profile, pin_from, pin, environment, folder)
     plan.choices.append(
         f'keys are made in token "{label}" and never leave it (profile {profile}); '
         "it is chosen by label and serial number, since slot numbers change"
@@ -236,6 +275,32 @@ def _unseen(views: list[ModuleView], given: HsmFlags, plan: Plan) -> str:
         )
     plan.doubts.append(f"the token is not there yet, nothing about it was checked{why}")
     return given.module
+
+
+def _pin_from(
+    given: HsmFlags, answers: Answers, token: TokenView | None, *, is_service: bool
+) -> PinFrom:
+    """Return where the PIN comes from; asked for where the token can be given it by hand."""
+    asks_itself = token is not None and _ASKS_ITSELF in token.flags
+    fitting = [
+        source
+        for source in _PIN_SOURCES
+        if (source is not PinFrom.DEVICE or asks_itself or token is None)
+        and (source is not PinFrom.TERMINAL or not is_service)
+    ]
+    if not given.pin_from:
+        if given.pin_file or not asks_itself:
+            return PinFrom.FILE
+        options = [(source.value, _PIN_SOURCES[source]) for source in fitting]
+        return PinFrom(answers.choice("pinFrom", "", "Where does the PIN come from", options))
+    known = {source.value: source for source in fitting}
+    chosen = known.get(given.pin_from)
+    if chosen is None:
+        why = _NOT_FITTING.get(given.pin_from, "is not known")
+        raise click.UsageError(f"-pinFrom {given.pin_from} {why}; it is one of {', '.join(known)}")
+    if given.pin_file and chosen is not PinFrom.FILE:
+        raise click.UsageError(f"-pinFile and -pinFrom {given.pin_from} exclude each other")
+    return chosen
 
 
 def _check_token(token: TokenView, key_type: KeyType, plan: Plan) -> None:

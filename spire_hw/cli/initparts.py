@@ -174,11 +174,16 @@ def choose_place(
         return KeyPlace(kind, None)
     flags = HsmFlags(**{name: given[name] for name in HsmFlags.__slots__})
     pin = Path(given["config_dir"]) / "pin"
-    return KeyPlace(kind, choose_hsm(flags, answers, plan, key_type=key_type, default_pin=pin))
+    hsm = choose_hsm(
+        flags, answers, plan, key_type=key_type, default_pin=pin, is_service=given["unit"]
+    )
+    return KeyPlace(kind, hsm)
 
 
 def _asked(given: Mapping[str, Any], answers: Answers) -> str:
-    if any(given[name] for name in ("module", "token_label", "token_serial", "pin_file")):
+    if any(
+        given[name] for name in ("module", "token_label", "token_serial", "pin_from", "pin_file")
+    ):
         return "pkcs11"
     return answers.choice("keyManager", "", "Where are keys to be kept", list(_OPTIONS))
 

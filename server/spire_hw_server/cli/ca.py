@@ -38,7 +38,10 @@ _CA: Final = pb.DESCRIPTOR.services_by_name["Ca"]
 _MAX_FILE_BYTES: Final = 1 << 20
 _WIDTH: Final = 16
 _UNLIMITED: Final = -1
-_KEY_HELP: Final = "RFC 7512 URI of the root's key: pkcs11:token=...;object=...?module-path=...&pin-source=file:..."
+_KEY_HELP: Final = (
+    "RFC 7512 URI of the root's key: pkcs11:token=...;object=...?module-path=...; without "
+    "&pin-source=file:... the PIN is asked for at the terminal."
+)
 
 group = GoGroup("ca", help="A CA of this server under a root that is kept offline.")
 
@@ -241,7 +244,7 @@ async def _open(
     from spire_hw.pkcs11.existing import make_key, open_existing  # noqa: PLC0415 - HSM code for two commands alone
     from spire_hw.pkcs11.pool.place import Pins, place_of_uri  # noqa: PLC0415 - likewise
 
-    place = place_of_uri(uri)
+    place = place_of_uri(uri, may_ask=True)
     guard, log = Pins().guard(place), logs.get_logger("ceremony")
     if key_type is not None:
         return await make_key(place, guard, log, key_type)

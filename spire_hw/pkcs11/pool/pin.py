@@ -15,7 +15,8 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final, Protocol
 from weakref import WeakValueDictionary
 
-from spire_hw.errors import ErrorKind
+from spire_hw.aio.terminal import ask_hidden
+from spire_hw.errors import ErrorKind, NotReadyError
 from spire_hw.pkcs11.errors import Cure, TokenError
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _MAX_BYTES: Final = 256
+# How long somebody has to enter a PIN, at the device or at the terminal.
+BY_HAND_S: Final = 120.0
 
 
 class PinSource(Protocol):
@@ -109,6 +112,44 @@ class DevicePin:
 
     def read(self) -> None:
         """Return that there is none to send."""
+
+
+class TerminalPin:
+    """A PIN that is entered at the terminal, once; nobody is asked again while the program runs.
+
+    Args:
+        what: whose PIN it is, in words.
+        turn: held while somebody is asked, so that one question is there at a time.
+    """
+
+    def __init__(self, what: str, turn: asyncio.Lock) -> None:
+        self._what = what
+        self._turn = turn
+        self._pin: str | None = None
+
+    async def ask(self) -> None:
+        """Have it entered, unless it was already.
+
+        Raises:
+            TokenError: FAILED_PRECONDITION, it was not entered.
+        """
+        async with self._turn:
+            if self._pin is None:
+                try:
+                    entered = await ask_hidden(f"PIN of {self._what}", BY_HAND_S)
+                except NotReadyError as e:
+                    remedy = "start the program from one and enter it there, or set pin_file"
+                    raise self._unusable(f"{e.message}; {remedy}") from e
+                self._pin = _checked(entered, self._unusable)
+
+    def read(self) -> str:
+        """Return what was entered."""
+        if self._pin is None:
+            raise self._unusable("was not entered")
+        return self._pin
+
+    def _unusable(self, reason: str) -> TokenError:
+        return _unusable(f"PIN from the terminal: {reason}")
 
 
 class Refusals:
@@ -202,8 +243,17 @@ class PinGuard:
 
     @property
     def by_hand(self) -> bool:
-        """Tell whether somebody enters the PIN at the device."""
-        return isinstance(self._source, DevicePin)
+        """Tell whether somebody enters the PIN while the program starts."""
+        return isinstance(self._source, DevicePin | TerminalPin)
+
+    async def ready(self) -> None:
+        """Wait until `take` has something to give.
+
+        Raises:
+            TokenError: nobody entered the PIN.
+        """
+        if isinstance(self._source, TerminalPin):
+            await self._source.ask()
 
     def take(self) -> str | None:
         """Return the PIN, None when the device asks for it.

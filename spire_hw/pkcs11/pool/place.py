@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -27,6 +28,7 @@ from spire_hw.pkcs11.pool.pin import (
     PinGuard,
     PinSource,
     Refusals,
+    TerminalPin,
 )
 from spire_hw.pkcs11.pool.process import WORKER, Launch
 from spire_hw.pkcs11.pool.seat import Opening
@@ -54,6 +56,7 @@ class TokenConfig(Model):
         pin_file: file that holds the user PIN.
         pin_env: environment variable that holds it; cleared once read.
         protected_login: it is entered at the token's own key pad or reader instead.
+        pin_prompt: it is entered at the terminal from which the program is started, once.
         environment: additions to the environment of the worker processes.
         profile: what kind of token it is; the token's own words decide when empty.
         profile_overrides: single fields of the profile that are otherwise here.
@@ -66,9 +69,19 @@ class TokenConfig(Model):
     pin_file: Text | None = None
     pin_env: Text | None = None
     protected_login: bool = False
+    pin_prompt: bool = False
     environment: Body = Body.empty()
     profile: str = ""
     profile_overrides: ProfileOverrides = ProfileOverrides()
+
+
+class PinFrom(Enum):
+    """Where a PIN comes from."""
+
+    FILE = "file"
+    ENVIRONMENT = "environment"
+    DEVICE = "device"
+    TERMINAL = "terminal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +91,8 @@ class Place:
     Attributes:
         module: path of the module as configured.
         token: the fields of a worker's OPEN request but for module and PIN.
-        pin_file: file with the PIN, None when it comes from elsewhere.
-        pin_env: variable with the PIN, None when it comes from elsewhere.
-        protected_login: the PIN is entered at the device.
+        pin_from: where the PIN comes from.
+        pin_name: path of the file or name of the variable it comes from, "" for neither.
         environment: additions to the workers' environment.
         object_label: CKA_LABEL of a key the URI names.
         object_id: CKA_ID of a key the URI names.
@@ -89,13 +101,20 @@ class Place:
 
     module: str
     token: Mapping[str, object]
-    pin_file: str | None = None
-    pin_env: str | None = None
-    protected_login: bool = False
+    pin_from: PinFrom
+    pin_name: str = ""
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     object_label: str | None = None
     object_id: bytes | None = None
     ignored: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """Return what tells the token from others, for people."""
+        label, serial = self.token.get("label"), self.token.get("serial")
+        words = [f'"{label}"'] if label else []
+        words += [f"serial {serial}"] if serial else []
+        return f"token {' '.join(words)}" if words else f"the token of {self.module}"
 
 
 class Faults:
@@ -129,11 +148,12 @@ def place_of(config: TokenConfig, found: Faults, *, with_key: bool = False) -> P
     narrowing = {n: v for n, v in parsed.attributes.items() if n in _NARROWING}
     if label is None and serial is None and not narrowing and parsed.slot_id is None:
         found.add("token_label", "token_label, token_serial or uri is required")
-    pins = (config.pin_file, config.pin_env, parsed.pin_file, config.protected_login or None)
-    if len([value for value in pins if value is not None]) != 1:
+    pins = _pins_of(config, parsed)
+    if len(pins) != 1:
         found.add(
             "pin_file",
-            "exactly one of pin_file, pin_env, the uri's pin-source and protected_login is needed",
+            "exactly one of pin_file, pin_env, the uri's pin-source, protected_login and pin_prompt "
+            "is needed",
         )
     environment = _environment_of(config, found)
     profile = choice_of(config.profile, config.profile_overrides, found.add)
@@ -149,9 +169,7 @@ def place_of(config: TokenConfig, found: Faults, *, with_key: bool = False) -> P
     return Place(
         module,
         token,
-        config.pin_file or parsed.pin_file,
-        config.pin_env,
-        config.protected_login,
+        *pins[0],
         environment,
         parsed.attributes.get(_OBJECT),
         parsed.id,
@@ -159,8 +177,24 @@ def place_of(config: TokenConfig, found: Faults, *, with_key: bool = False) -> P
     )
 
 
-def place_of_uri(text: str) -> Place:
+def _pins_of(config: TokenConfig, uri: pkcs11_uri.Pkcs11Uri) -> list[tuple[PinFrom, str]]:
+    """Return every source of a PIN that settings name."""
+    named = (
+        (PinFrom.FILE, config.pin_file),
+        (PinFrom.FILE, uri.pin_file),
+        (PinFrom.ENVIRONMENT, config.pin_env),
+        (PinFrom.DEVICE, "" if config.protected_login else None),
+        (PinFrom.TERMINAL, "" if config.pin_prompt else None),
+    )
+    return [(source, name) for source, name in named if name is not None]
+
+
+def place_of_uri(text: str, *, may_ask: bool = False) -> Place:
     """Return the place of a key by a URI that says everything: key, token, module and PIN file.
+
+    Args:
+        text: the URI.
+        may_ask: without a PIN file the PIN is asked for at the terminal.
 
     Raises:
         InvalidInputError: it does not; the message says what is missing.
@@ -174,7 +208,7 @@ def place_of_uri(text: str) -> Place:
         raise InvalidInputError("pkcs11 URI names no token: token= or serial= is required")
     if parsed.module_path is None:
         raise InvalidInputError("pkcs11 URI names no module: ?module-path= is required")
-    if parsed.pin_file is None:
+    if parsed.pin_file is None and not may_ask:
         raise InvalidInputError("pkcs11 URI names no PIN file: &pin-source=file:/... is required")
     odd = sorted(set(parsed.attributes) - _NAMED - _NARROWING - {_OBJECT})
     odd += ["type"] if parsed.names_other_object else []
@@ -190,7 +224,8 @@ def place_of_uri(text: str) -> Place:
     return Place(
         parsed.module_path,
         token,
-        parsed.pin_file,
+        PinFrom.TERMINAL if parsed.pin_file is None else PinFrom.FILE,
+        parsed.pin_file or "",
         object_label=parsed.attributes.get(_OBJECT),
         object_id=parsed.id,
         ignored=parsed.ignored,
@@ -207,22 +242,33 @@ class Pins:
     def __init__(self, refusals: Refusals = OF_THIS_PROCESS) -> None:
         self._refusals = refusals
         self._turns: dict[tuple[object, ...], asyncio.Lock] = {}
+        # What can be had once only is kept for later configurations.
         self._environment: dict[str, EnvironmentPin] = {}
+        self._entered: dict[tuple[object, ...], TerminalPin] = {}
+        self._asking = asyncio.Lock()
 
     def guard(self, place: Place) -> PinGuard:
         """Return what hands out the PIN of a token."""
         token = place.token
         key = (place.module, token.get("label"), token.get("serial"), token.get("slot_id"))
         turn = self._turns.setdefault(key, asyncio.Lock())
-        return PinGuard(self._source(place), self._refusals, turn)
+        return PinGuard(self._source(place, key), self._refusals, turn)
 
-    def _source(self, place: Place) -> PinSource:
-        if place.protected_login:
-            return DevicePin()
-        name = place.pin_env
-        if name is None:
-            return FilePin(Path(place.pin_file or ""))
-        # The variable is gone once read, so a later configuration needs what was read then.
+    def _source(self, place: Place, token: tuple[object, ...]) -> PinSource:
+        match place.pin_from:
+            case PinFrom.DEVICE:
+                return DevicePin()
+            case PinFrom.FILE:
+                return FilePin(Path(place.pin_name))
+            case PinFrom.ENVIRONMENT:
+                return self._variable(place.pin_name)
+            case PinFrom.TERMINAL:
+                known = self._entered.get(token)
+                if known is None:
+                    known = self._entered[token] = TerminalPin(place.words, self._asking)
+                return known
+
+    def _variable(self, name: str) -> EnvironmentPin:
         known = self._environment.get(name)
         if known is None or name in os.environ:
             known = self._environment[name] = EnvironmentPin(name)
@@ -241,7 +287,8 @@ async def opening_of(place: Place, guard: PinGuard, command: Sequence[str] = WOR
         InvalidInputError: the module may not be loaded.
     """
     module = await asyncio.to_thread(check_module_path, place.module)
-    inherited = {n: v for n, v in os.environ.items() if n != place.pin_env}
+    secret = place.pin_name if place.pin_from is PinFrom.ENVIRONMENT else ""
+    inherited = {n: v for n, v in os.environ.items() if n != secret}
     launch = Launch({**inherited, **place.environment}, command)
     return Opening(launch, {"module": module, **place.token}, guard, ignored=place.ignored)
 

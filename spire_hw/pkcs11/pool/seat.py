@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from spire_hw.aio.backoff import Backoff
 from spire_hw.errors import EncodingError, ErrorKind, SpireHwError
 from spire_hw.pkcs11.errors import Cure, TokenError
+from spire_hw.pkcs11.pool.pin import BY_HAND_S
 from spire_hw.pkcs11.pool.process import Launch, WorkerProcess
 from spire_hw.pkcs11.profile import Profile, ProfileChoice
 from spire_hw.pkcs11.wire import Kind, decode_json, encode_json
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 _PING_EVERY_S: Final = 15.0
 _PING_LIMIT_S: Final = 10.0
 _SETTLE_S: Final = 2.0
-# For somebody to come to the device, and enter the PIN.
-BY_HAND_S: Final = 120.0
 _STEADY_S: Final = 60.0
 _BROKEN_AFTER: Final = 2
 _LATCH_DEATHS: Final = 5
@@ -100,6 +99,7 @@ class Opening:
         Raises:
             TokenError: it does not start, the token is away, or the PIN is or was refused.
         """
+        await self.guard.ready()
         pin = await asyncio.to_thread(self.guard.take)
         worker = await WorkerProcess.start(self.launch, name)
         try:

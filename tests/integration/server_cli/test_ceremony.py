@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -21,7 +22,9 @@ from spire_hw.x509.csr import build_csr
 from spire_hw.x509.issue import issue_ca_certificate
 from spire_hw.x509.name import Subject
 from spire_hw_server.cli.commands import root
+from spire_hw_sim.programs import command_line
 from spire_hw_sim.softhsm import SoftHsm
+from spire_hw_sim.terminal import Terminal
 from spire_hw_sim.world import TRUST_DOMAIN, World
 
 if TYPE_CHECKING:
@@ -316,3 +319,22 @@ async def test_an_issuer_without_room_or_time_signs_nothing(
         refused = await offline.sign(good, "-yes", label="first")
         assert refused.code != 0
         assert words in refused.err, refused.err
+
+
+async def test_the_pin_of_the_root_is_asked_for_at_the_terminal(
+    offline: Offline, tmp_path: Path
+) -> None:
+    words = ["ca", "root", "-key", offline.key().partition("&pin-source")[0]]
+    words += ["-commonName", "Sim Root", "-out", str(offline.root_file)]
+    words += ["-record", str(tmp_path / "root-2026")]
+    with Terminal(sys.executable, command_line("spire-hw-server", *words)) as terminal:
+        terminal.see('PIN of token "root": ')
+        terminal.type(f"{PIN}\n")
+        terminal.see("Sign this?")
+        assert terminal.shows_keys
+        terminal.type("y\n")
+        assert terminal.end() == 0
+        assert "Witnesses" in terminal.screen
+        assert PIN not in terminal.screen
+    (der,) = parse_pem(offline.root_file.read_bytes())
+    assert load_certificate(der).subject == load_certificate(der).issuer

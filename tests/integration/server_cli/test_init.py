@@ -188,6 +188,36 @@ def test_a_person_is_asked_what_no_flag_says(folder: Path, hsm: SoftHsm) -> None
     assert 'trust_domain = "example.org"' in (folder / "etc" / "server.conf").read_text()
 
 
+def test_where_the_pin_comes_from(
+    folder: Path, hsm: SoftHsm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = arguments(folder, hsm, "-output", "json", "-pinFrom")
+    at = said.index("-pinFile")
+    del said[at : at + 2]
+    for words, reason in (
+        (["device"], "-pinFrom device will not do: the token has no key pad"),
+        (["terminal"], "-pinFrom terminal will not do for a service"),
+        (["paper"], "-pinFrom paper is not known; it is one of file"),
+        (["terminal", "-unit=false", "-pinFile", "/p"], "-pinFile and -pinFrom terminal exclude"),
+    ):
+        assert run(root, PROGRAM, [*said, *words]) == 2
+        assert reason in capsys.readouterr().err
+    assert run(root, PROGRAM, [*said, "terminal", "-unit=false"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert any("the PIN is kept nowhere" in choice for choice in values["choices"])
+    config = folder / "etc" / "server.conf"
+    assert "pin_prompt   = true" in config.read_text()
+    assert "pin_file" not in config.read_text()
+    assert run(root, PROGRAM, ["validate", "-config", str(config)]) == 0
+    # A token that is not there yet may have a key pad.
+    said[said.index("-module") + 1] = "/nowhere/hsm.so"
+    assert run(root, PROGRAM, [*said, "device", "-tokenLabel", "ca", "-force"]) == 0
+    assert "protected_login = true" in config.read_text()
+    unit = (folder / "units" / "spire-hw-server.service").read_text()
+    assert "LoadCredential" not in unit
+    assert run(root, PROGRAM, ["validate", "-config", str(config)]) == 0
+
+
 @pytest.mark.parametrize("where", ["tpm", "disk"])
 def test_other_key_managers_are_configured_too(
     folder: Path, where: str, capsys: pytest.CaptureFixture[str]
