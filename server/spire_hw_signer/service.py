@@ -59,6 +59,8 @@ _CALL_RATE: Final = Rate(10, 100)
 _SIGNED: Final = ("sign",)
 _MAX_SALT: Final = 512
 _MAX_REPLAYS: Final = 256
+# After so many more turns of the loop a device has been asked for a batch, and works already.
+_ASKED: Final = 2
 _PURPOSES: Final = {purpose.value: purpose for purpose in Purpose}
 _HASHES: Final = {algorithm.value: algorithm for algorithm in HashAlgorithm}
 
@@ -104,13 +106,26 @@ class Item:
 class Work:
     """An item that was let through."""
 
+    caller: Caller
     item: Item
     options: SignOptions
     rule: KeyRule
     keys: OwnerKeys
     held: HeldKey
-    intent: Intent
     answer: Answer
+
+    def intent(self) -> Intent:
+        """Return what is written down of it."""
+        item = self.item
+        return self.caller.intent(
+            f"Sign.{item.purpose.value}",
+            request_id=item.request_id,
+            key_id=item.key_id,
+            generation=self.held.generation,
+            fingerprint=self.held.info.fingerprint,
+            hash_alg=item.options.hash.name.lower(),
+            digest_sha256=hashlib.sha256(item.digest).hexdigest(),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,16 +286,7 @@ class SignerService:
         rule, held, options = found
         answer = Answer()
         replay.remember(item.request_id, item.same, now, answer)
-        intent = caller.intent(
-            f"Sign.{item.purpose.value}",
-            request_id=item.request_id,
-            key_id=item.key_id,
-            generation=held.generation,
-            fingerprint=held.info.fingerprint,
-            hash_alg=item.options.hash.name.lower(),
-            digest_sha256=hashlib.sha256(item.digest).hexdigest(),
-        )
-        work.append(Work(item, options, rule, keys, held, intent, answer))
+        work.append(Work(caller, item, options, rule, keys, held, answer))
         return answer
 
     def _check(
@@ -363,17 +369,19 @@ class SignerService:
     ) -> None:
         """Have work carried out, and written down meanwhile where nothing has to come first."""
         begun: asyncio.Future[Begun] | None = None
-        is_due = keys.notes.use({one.intent.key_id for one in work}, self._steady.now())
+        is_due = keys.notes.use({one.item.key_id for one in work}, self._steady.now())
         loop = asyncio.get_running_loop()
         if not is_due and self._audit.reserve(len(work)):
             begun = loop.create_future()
         self._tasks.start("sign", self._carry_out(caller, keys, work, begun, deadline_s))
         if begun is not None:
-            # After the task's first step: the device is asked by then, and works already.
-            loop.call_soon(self._write_down, work, begun)
+            loop.call_soon(self._write_down, work, begun, _ASKED)
 
-    def _write_down(self, work: Sequence[Work], begun: asyncio.Future[Begun]) -> None:
-        """Begin to write down what the device was asked for; who carries it out hears of it."""
+    def _write_down(self, work: Sequence[Work], begun: asyncio.Future[Begun], turns: int) -> None:
+        """Begin to write down what the device is asked for; who carries it out hears of it."""
+        if turns:
+            asyncio.get_running_loop().call_soon(self._write_down, work, begun, turns - 1)
+            return
         try:
             begun.set_result(self._audit.begin(_intents(work), reserved=True))
         except Exception as e:  # noqa: BLE001 - it is raised where the answers are
@@ -391,7 +399,7 @@ class SignerService:
         """Write down, sign, write down what became of it; every answer is settled at the end."""
         try:
             if begun is None:
-                await keys.notes.save_uses({one.intent.key_id for one in work})
+                await keys.notes.save_uses({one.item.key_id for one in work})
                 seqs = await self._audit.intend(_intents(work))
                 made = await self._signed(work, deadline_s)
             else:
@@ -451,7 +459,7 @@ class SignerService:
         self._log.error(
             "Signing failed",
             key_id=one.item.key_id,
-            client=one.intent.client,
+            client=one.caller.client.identity,
             error=result.message,
             record=seq,
         )
@@ -478,7 +486,7 @@ _FAULTS: Final = {
 
 
 def _intents(work: Sequence[Work]) -> list[Intent]:
-    return [one.intent for one in work]
+    return [one.intent() for one in work]
 
 
 async def _settled(answer: Answer) -> hw_signer_pb2.SignResult:
