@@ -39,9 +39,11 @@ from spire_hw_plugins.upstreamauthority import pkcs11 as upstream_pkcs11
 from spire_hw_plugins.workloadattestor import unix
 from spire_hw_server import config as server_config
 from spire_hw_server import offline as server_offline
+from spire_hw_server.cli.init import init as server_init
 from spire_hw_server.datastore.config import RawDatastoreConfig, parse_datastore
 from spire_hw_signer import config as signer_config
 from spire_hw_signer import policyfile as signer_policy
+from spire_hw_signer.cli.init import init as signer_init
 from spire_hw_signer.policy import Reason
 
 if TYPE_CHECKING:
@@ -87,6 +89,26 @@ def test_the_samples_of_the_signer_are_valid() -> None:
     assert settings.notices == ()
     policy = signer_policy.load_policy(SIGNER_POLICY)
     assert not list(signer_policy.describe(policy))
+
+
+def test_no_two_ports_of_one_machine_are_the_same() -> None:
+    # A server, a signer and an agent for a first try stand on one machine.
+    server = server_config.load_settings(SERVER_CONF)
+    signer = signer_config.load_settings(SIGNER_CONF)
+    agent = agent_config.load_settings(AGENT_CONF)
+    assert agent.server_port == server.bind_port
+    probes = [s.health.bind_port for s in (server, signer, agent) if s.health is not None]
+    sample = [server.bind_port, signer.bind_port, *probes]
+    asked = [
+        option.default
+        for command in (server_init, signer_init)
+        for option in command.params
+        if option.name in {"server_port", "bind_port", "health_port"}
+    ]
+    for ports in (sample, asked):
+        assert len(ports) >= 4
+        assert len(set(ports)) == len(ports)
+    assert set(asked) == set(sample)
 
 
 @pytest.mark.parametrize("text", [t for _, t in FENCES], ids=[name for name, _ in FENCES])

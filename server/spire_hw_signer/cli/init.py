@@ -119,7 +119,7 @@ def _check_identity(text: str) -> None:
 @flag("name", "Name of this signer.", default="signer-1")
 @flag("bindAddress", "IP address clients connect to.", default="0.0.0.0")  # noqa: S104 - they are elsewhere
 @flag("bindPort", "Port of clients.", type=click.IntRange(1, 65535), default=DEFAULT_PORT)
-@flag("healthPort", "Port of the probes.", type=click.IntRange(1, 65535), default=8081)
+@flag("healthPort", "Port of the probes.", type=click.IntRange(1, 65535), default=8082)
 @flag("adminSocket", "Socket of operators.", default=str(DEFAULT_ADMIN_SOCKET))
 @flag("clientSocket", "Socket for a server on this host; TLS is left out then.", default="")
 @flag("certFile", "The signer's certificate, PEM.", default="")
