@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from spire_hw.aio.queues import Queues
 from spire_hw.aio.tasks import Tasks
 from spire_hw.errors import ErrorKind, LimitError, SpireHwError, UnavailableError
 from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.pkcs11.pool.breaker import Breaker
 from spire_hw.pkcs11.pool.pin import BY_HAND_S
-from spire_hw.pkcs11.pool.queues import Queues
 from spire_hw.pkcs11.pool.seat import Opening, Seat, TokenFacts
 from spire_hw.pkcs11.pool.verifying import Verifying
 from spire_hw.pkcs11.wire import (

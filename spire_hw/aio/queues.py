@@ -1,4 +1,4 @@
-"""Signatures that wait for a worker: urgent ones first, then each key in its turn (pure)."""
+"""What waits for a device or a signer: urgent ones first, then each key in its turn (pure)."""
 
 from __future__ import annotations
 

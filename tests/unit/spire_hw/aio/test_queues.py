@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from spire_hw.pkcs11.pool.queues import Queues
+from spire_hw.aio.queues import Queues
 
 
 @dataclass(eq=False)
