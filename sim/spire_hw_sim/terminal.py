@@ -59,6 +59,11 @@ class Terminal:
         os.close(self._keys)
 
     @property
+    def pid(self) -> int:
+        """Return the process id of the program."""
+        return self._process.pid
+
+    @property
     def shows_keys(self) -> bool:
         """Tell whether what is typed can be seen."""
         modes: int = termios.tcgetattr(self._keys)[_LOCAL_MODES]

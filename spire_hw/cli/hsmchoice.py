@@ -289,7 +289,7 @@ def _pin_from(
         and (source is not PinFrom.TERMINAL or not is_service)
     ]
     if not given.pin_from:
-        if given.pin_file or not asks_itself:
+        if given.pin_file or not asks_itself or not answers.may_ask:
             return PinFrom.FILE
         options = [(source.value, _PIN_SOURCES[source]) for source in fitting]
         return PinFrom(answers.choice("pinFrom", "", "Where does the PIN come from", options))

@@ -117,10 +117,14 @@ def _write(file: PlannedFile, *, force: bool) -> None:
 
 
 class Answers:
-    """Where answers come from: flags, and a terminal for what no flag answered."""
+    """Where answers come from: flags, and a terminal for what no flag answered.
+
+    Attributes:
+        may_ask: somebody is at the terminal.
+    """
 
     def __init__(self, *, may_ask: bool) -> None:
-        self._may_ask = may_ask
+        self.may_ask = may_ask
 
     def text(
         self,
@@ -143,7 +147,7 @@ class Answers:
         Raises:
             UsageError: no answer, or one that will not do.
         """
-        if given or not self._may_ask:
+        if given or not self.may_ask:
             answer = given or default
             if not answer:
                 raise click.UsageError(f"-{flag} is required ({question})")
@@ -185,7 +189,7 @@ class Answers:
         """
         if len(options) == 1:
             return 0
-        if not self._may_ask:
+        if not self.may_ask:
             listed = "; ".join(f"{value} ({words})" for value, words in options)
             raise click.UsageError(f"-{flag} is required ({question}): {listed}")
         for number, (value, words) in enumerate(options, 1):

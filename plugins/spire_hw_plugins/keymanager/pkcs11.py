@@ -6,7 +6,7 @@ Configuration (`plugin_data`), with one of the three ways to name the token:
     token_label  = "spire"            # and/or
     token_serial = "a6348d0fc6c98df7" # or
     uri          = "pkcs11:token=spire;serial=a6348d0fc6c98df7?pin-source=file:/etc/spire-hw/pin"
-    pin_file     = "/etc/spire-hw/pin"   # or pin_env, or the URI's pin-source
+    pin_file     = "/etc/spire-hw/pin"   # or pin_env, pin_prompt, protected_login, pin-source
     key_identifier_file  = "/var/lib/spire-hw/key_id"   # or key_identifier_value
 
 or with several tokens, each with its own settings of the first five lines:

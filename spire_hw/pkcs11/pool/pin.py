@@ -20,7 +20,7 @@ from spire_hw.errors import ErrorKind, NotReadyError
 from spire_hw.pkcs11.errors import Cure, TokenError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Hashable
     from pathlib import Path
 
 _MAX_BYTES: Final = 256
@@ -115,7 +115,7 @@ class DevicePin:
 
 
 class TerminalPin:
-    """A PIN that is entered at the terminal, once; nobody is asked again while the program runs.
+    """A PIN that is entered at the terminal; nobody is asked twice while the program runs.
 
     Args:
         what: whose PIN it is, in words.
@@ -126,30 +126,65 @@ class TerminalPin:
         self._what = what
         self._turn = turn
         self._pin: str | None = None
+        self._failure: TokenError | None = None
 
     async def ask(self) -> None:
-        """Have it entered, unless it was already.
+        """Have it entered, unless that was done or tried already.
 
         Raises:
             TokenError: FAILED_PRECONDITION, it was not entered.
         """
         async with self._turn:
-            if self._pin is None:
+            if self._pin is None and self._failure is None:
                 try:
-                    entered = await ask_hidden(f"PIN of {self._what}", BY_HAND_S)
-                except NotReadyError as e:
-                    remedy = "start the program from one and enter it there, or set pin_file"
-                    raise self._unusable(f"{e.message}; {remedy}") from e
-                self._pin = _checked(entered, self._unusable)
+                    self._pin = await self._entered()
+                except TokenError as e:
+                    self._failure = e
 
     def read(self) -> str:
-        """Return what was entered."""
+        """Return what was entered.
+
+        Raises:
+            TokenError: FAILED_PRECONDITION, it was not.
+        """
+        if self._failure is not None:
+            raise self._failure.with_traceback(None)
         if self._pin is None:
-            raise self._unusable("was not entered")
+            raise self._unusable("was not asked for")
         return self._pin
 
+    async def _entered(self) -> str:
+        try:
+            entered = await ask_hidden(f"PIN of {self._what}", BY_HAND_S)
+        except NotReadyError as e:
+            raise self._unusable(e.message) from e
+        if not entered:
+            raise self._unusable("nothing was entered")
+        pin = _checked(entered, self._unusable)
+        if not pin.isprintable():
+            raise self._unusable("holds characters of keys such as arrows; nothing was sent")
+        return pin
+
     def _unusable(self, reason: str) -> TokenError:
-        return _unusable(f"PIN from the terminal: {reason}")
+        remedy = "start the program again, from a terminal, and enter it there, or set pin_file"
+        return _unusable(f"PIN of {self._what} from the terminal: {reason}; {remedy}")
+
+
+class TerminalPins:
+    """What is entered at the terminal: known to all of a process, whoever needs it."""
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+        self._pins: dict[Hashable, TerminalPin] = {}
+
+    def of(self, token: Hashable, what: str) -> TerminalPin:
+        """Return the PIN of a token.
+
+        Args:
+            token: what tells it from others.
+            what: the same in words.
+        """
+        return self._pins.setdefault(token, TerminalPin(what, self._turn))
 
 
 class Refusals:
@@ -216,6 +251,7 @@ class Refusals:
 
 
 OF_THIS_PROCESS: Final = Refusals()
+ENTERED: Final = TerminalPins()
 
 
 class PinGuard:
@@ -243,15 +279,11 @@ class PinGuard:
 
     @property
     def by_hand(self) -> bool:
-        """Tell whether somebody enters the PIN while the program starts."""
-        return isinstance(self._source, DevicePin | TerminalPin)
+        """Tell whether somebody enters the PIN at the device, at each login."""
+        return isinstance(self._source, DevicePin)
 
     async def ready(self) -> None:
-        """Wait until `take` has something to give.
-
-        Raises:
-            TokenError: nobody entered the PIN.
-        """
+        """Wait until `take` has an answer: somebody may have to enter it first."""
         if isinstance(self._source, TerminalPin):
             await self._source.ask()
 

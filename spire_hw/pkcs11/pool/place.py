@@ -21,6 +21,7 @@ from spire_hw.errors import ConfigFault, InvalidInputError
 from spire_hw.pkcs11 import uri as pkcs11_uri
 from spire_hw.pkcs11.module import check_module_path
 from spire_hw.pkcs11.pool.pin import (
+    ENTERED,
     OF_THIS_PROCESS,
     DevicePin,
     EnvironmentPin,
@@ -28,7 +29,7 @@ from spire_hw.pkcs11.pool.pin import (
     PinGuard,
     PinSource,
     Refusals,
-    TerminalPin,
+    TerminalPins,
 )
 from spire_hw.pkcs11.pool.process import WORKER, Launch
 from spire_hw.pkcs11.pool.seat import Opening
@@ -36,7 +37,7 @@ from spire_hw.pkcs11.profile import ProfileChoice
 from spire_hw.pkcs11.profileconfig import ProfileOverrides, choice_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 SCHEME: Final = "pkcs11:"
@@ -111,10 +112,22 @@ class Place:
     @property
     def words(self) -> str:
         """Return what tells the token from others, for people."""
-        label, serial = self.token.get("label"), self.token.get("serial")
-        words = [f'"{label}"'] if label else []
-        words += [f"serial {serial}"] if serial else []
-        return f"token {' '.join(words)}" if words else f"the token of {self.module}"
+        words = [f'"{self.token["label"]}"'] if self.token.get("label") else []
+        narrowing = (("serial", self.token.get("serial")), ("slot", self.token.get("slot_id")))
+        words += [f"{name} {value}" for name, value in narrowing if value is not None]
+        words += [f'{name} "{value}"' for name, value in self._narrowing]
+        return f"token {' '.join(words)}"
+
+    @property
+    def key(self) -> tuple[Hashable, ...]:
+        """Return what tells the token from others, as configured."""
+        named = (self.token.get("label"), self.token.get("serial"), self.token.get("slot_id"))
+        return self.module, *named, *self._narrowing
+
+    @property
+    def _narrowing(self) -> list[tuple[str, str]]:
+        uri = self.token.get("uri")
+        return sorted(uri.items()) if isinstance(uri, dict) else []
 
 
 class Faults:
@@ -237,24 +250,23 @@ class Pins:
 
     Args:
         refusals: what is known of PINs; as a rule what the whole process knows.
+        entered: what was entered at the terminal; likewise.
     """
 
-    def __init__(self, refusals: Refusals = OF_THIS_PROCESS) -> None:
+    def __init__(
+        self, refusals: Refusals = OF_THIS_PROCESS, entered: TerminalPins = ENTERED
+    ) -> None:
         self._refusals = refusals
-        self._turns: dict[tuple[object, ...], asyncio.Lock] = {}
-        # What can be had once only is kept for later configurations.
+        self._entered = entered
+        self._turns: dict[tuple[Hashable, ...], asyncio.Lock] = {}
         self._environment: dict[str, EnvironmentPin] = {}
-        self._entered: dict[tuple[object, ...], TerminalPin] = {}
-        self._asking = asyncio.Lock()
 
     def guard(self, place: Place) -> PinGuard:
         """Return what hands out the PIN of a token."""
-        token = place.token
-        key = (place.module, token.get("label"), token.get("serial"), token.get("slot_id"))
-        turn = self._turns.setdefault(key, asyncio.Lock())
-        return PinGuard(self._source(place, key), self._refusals, turn)
+        turn = self._turns.setdefault(place.key, asyncio.Lock())
+        return PinGuard(self._source(place), self._refusals, turn)
 
-    def _source(self, place: Place, token: tuple[object, ...]) -> PinSource:
+    def _source(self, place: Place) -> PinSource:
         match place.pin_from:
             case PinFrom.DEVICE:
                 return DevicePin()
@@ -263,12 +275,10 @@ class Pins:
             case PinFrom.ENVIRONMENT:
                 return self._variable(place.pin_name)
             case PinFrom.TERMINAL:
-                known = self._entered.get(token)
-                if known is None:
-                    known = self._entered[token] = TerminalPin(place.words, self._asking)
-                return known
+                return self._entered.of(place.key, place.words)
 
     def _variable(self, name: str) -> EnvironmentPin:
+        # It is gone once read, so a later configuration needs what was read then.
         known = self._environment.get(name)
         if known is None or name in os.environ:
             known = self._environment[name] = EnvironmentPin(name)

@@ -103,6 +103,7 @@ class Pool:
         self._limits = limits
         self._log = log
         self._start_s = limits.start_s + (BY_HAND_S if opening.guard.by_hand else 0.0)
+        self._guard = opening.guard
         turn = opening.guard.turn
         if "pkcs11-spy" in str(opening.token["module"]):
             log.warning(
@@ -169,6 +170,8 @@ class Pool:
             TokenError: what stands against it; nothing is left running.
         """
         try:
+            # Before anything counts how long a start takes: it may be somebody who enters it.
+            await self._guard.ready()
             await self._begin(self._admin, others=False)
             self._keep_to(self.facts.profile)
             for number, seat in enumerate(self._seats):

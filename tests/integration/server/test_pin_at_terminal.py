@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import psutil
@@ -76,6 +79,23 @@ def test_ctrl_c_ends_the_program_and_leaves_the_terminal_as_it_was() -> None:
         assert terminal.shows_keys
 
 
+def test_keys_that_stop_a_program_are_part_of_the_answer() -> None:
+    # A shell would show what is typed after `fg`.
+    with asking() as terminal:
+        terminal.see("Word: ")
+        terminal.type("a\x1a\x1c\x13b\n")
+        terminal.see("got 5 True")
+        assert terminal.end() == 0
+
+
+def test_sigterm_leaves_the_terminal_as_it_was() -> None:
+    with asking() as terminal:
+        terminal.see("Word: ")
+        terminal.terminate()
+        assert terminal.end() == -signal.SIGTERM
+        assert terminal.shows_keys
+
+
 def test_the_background_of_a_terminal_asks_nobody() -> None:
     # A shell that puts it there has the terminal itself.
     command = ["/bin/sh", "-mc", '"$@" & wait $!', "sh", sys.executable, "-c", _ASK, "30"]
@@ -110,13 +130,14 @@ class Site:
         return Terminal(sys.executable, self.command("run"))
 
 
-def workers() -> list[psutil.Process]:
-    """Return the processes that hold a token for a program of this test."""
-    return [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if any("pkcs11" in word for word in child.cmdline())
-    ]
+def workers(terminal: Terminal) -> set[int]:
+    """Return the processes that hold a token for a program."""
+    found = set()
+    for child in psutil.Process(terminal.pid).children(recursive=True):
+        with suppress(psutil.Error):  # ended meanwhile
+            if any("pkcs11" in word for word in child.cmdline()):
+                found.add(child.pid)
+    return found
 
 
 def test_a_server_asks_once_and_uses_it_for_every_worker(short_dir: Path) -> None:
@@ -125,12 +146,12 @@ def test_a_server_asks_once_and_uses_it_for_every_worker(short_dir: Path) -> Non
         terminal.see(QUESTION)
         terminal.type(f"{PIN}\n")
         terminal.see("server is ready")
-        before = {worker.pid for worker in workers()}
+        before = workers(terminal)
         assert before
-        for worker in workers():
-            worker.kill()
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 20
-        while len({w.pid for w in workers()} - before) < len(before):
+        while len(workers(terminal) - before) < len(before):
             assert time.monotonic() < deadline, terminal.screen
             time.sleep(0.1)
         terminal.terminate()
@@ -148,6 +169,23 @@ def test_fault_16_a_wrong_pin_is_sent_once_and_nobody_is_asked_again(short_dir: 
         assert "hsm.pin_incorrect" in terminal.screen
         assert terminal.screen.count(QUESTION) == 1
         assert "wrong-9999" not in terminal.screen
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [("\x04", "terminal was closed"), ("\n", "nothing was entered"), ("12\x1b[A\n", "arrows")],
+)
+def test_who_enters_no_pin_is_not_asked_again_and_nothing_is_sent(
+    short_dir: Path, keys: str, why: str
+) -> None:
+    with Site(short_dir).run() as terminal:
+        terminal.see(QUESTION)
+        terminal.type(keys)
+        assert terminal.end() != 0
+        assert why in terminal.screen
+        assert "set pin_file" in terminal.screen
+        assert terminal.screen.count(QUESTION) == 1
+        assert "pin_incorrect" not in terminal.screen
 
 
 def test_ctrl_c_at_the_question_ends_a_server(short_dir: Path) -> None:

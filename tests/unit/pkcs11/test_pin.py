@@ -8,7 +8,8 @@ import pytest
 
 from spire_hw.errors import ErrorKind
 from spire_hw.pkcs11.errors import TokenError
-from spire_hw.pkcs11.pool.pin import EnvironmentPin, FilePin, PinGuard, Refusals
+from spire_hw.pkcs11.pool.pin import EnvironmentPin, FilePin, PinGuard, Refusals, TerminalPins
+from spire_hw.pkcs11.pool.place import PinFrom, Pins, Place
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -156,3 +157,25 @@ def test_a_credential_of_systemd_may_show_the_mask_of_its_access_list(
     file.chmod(0o444)
     with pytest.raises(TokenError, match="0444"):
         FilePin(file).read()
+
+
+def test_one_token_has_one_pin_from_the_terminal_and_another_its_own() -> None:
+    entered = TerminalPins()
+
+    def source(**token: object) -> object:
+        place = Place("/m.so", {"label": None, "uri": {}, **token}, PinFrom.TERMINAL)
+        return Pins(Refusals(), entered)._source(place)
+
+    same = source(label="ca", uri={"model": "A"})
+    assert source(label="ca", uri={"model": "A"}) is same
+    others = [
+        source(label="ca", uri={"model": "B"}),
+        source(label="ca"),
+        source(label="ca", slot_id=3),
+        source(label="ca", serial="12"),
+    ]
+    assert len({id(one) for one in (same, *others)}) == 5
+    words = Place(
+        "/m.so", {"label": "ca", "slot_id": 3, "uri": {"model": "A"}}, PinFrom.TERMINAL
+    ).words
+    assert words == 'token "ca" slot 3 model "A"'
