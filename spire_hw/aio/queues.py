@@ -6,7 +6,7 @@ from collections import OrderedDict, deque
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Hashable, Iterator
 
 # Urgent ones served in a row while others wait: a flood of handshakes must not end all renewals.
 _URGENT_RUN: Final = 16
@@ -16,7 +16,7 @@ class Waiting(Protocol):
     """Something that waits."""
 
     @property
-    def lane(self) -> bytes:
+    def lane(self) -> Hashable:
         """Return what it takes turns for: a key's id."""
         ...
 
@@ -62,6 +62,15 @@ class Queues(Generic[T]):
     def _room(self) -> int:
         return max(0, _URGENT_RUN - self._run) if self._others.size else self._urgent.size
 
+    def waiting(self, *, urgent: bool) -> int:
+        """Return how many wait in one of the two."""
+        return (self._urgent if urgent else self._others).size
+
+    def take_of(self, most: int, *, urgent: bool) -> list[T]:
+        """Return the next ones of one of the two, as `take` does."""
+        jobs = (self._urgent if urgent else self._others).take(most)
+        return [job for job in jobs if not job.is_over]
+
     def drop_over(self) -> None:
         """Forget those in front that nobody waits for: they would keep others out."""
         self._urgent.drop_over()
@@ -71,7 +80,7 @@ class Queues(Generic[T]):
 class _Lanes(Generic[T]):
     def __init__(self) -> None:
         self.size = 0
-        self._lanes: OrderedDict[bytes, deque[T]] = OrderedDict()
+        self._lanes: OrderedDict[Hashable, deque[T]] = OrderedDict()
 
     def push(self, job: T, *, first: bool) -> None:
         lane = self._lanes.get(job.lane)
@@ -105,5 +114,5 @@ class _Lanes(Generic[T]):
             if not lane:
                 del self._lanes[name]
 
-    def _heads_over(self) -> Iterator[tuple[bytes, deque[T]]]:
+    def _heads_over(self) -> Iterator[tuple[Hashable, deque[T]]]:
         return ((name, lane) for name, lane in self._lanes.items() if lane[0].is_over)
