@@ -25,6 +25,7 @@ from spire_hw.plugin.keymanager import KeyHealth
 from spire_hw.rpc.probes import Health, HealthListener, answer_probes
 from spire_hw.telemetry.host import Telemetry
 from spire_hw.telemetry.logged import count_log_lines
+from spire_hw.telemetry.metrics import Labelled
 from spire_hw_plugins import builtin
 from spire_hw_signer.actions import Actions
 from spire_hw_signer.admin import SignerAdmin, admin_methods
@@ -313,8 +314,9 @@ class Signer(Program):
 
     async def _open_keys(self, owner: Owner, directory: Path, custody: Custody) -> _OpenedKeys:
         config = owner_config(self.settings.keys, owner, directory, custody)
-        host = _host(owner, directory, self.clock)
-        host = dataclasses.replace(host, metrics=self.telemetry.metrics)
+        # Owners share tokens: without it the last one's gauges would stand for all.
+        metrics = Labelled(self.telemetry.metrics, {"owner": str(owner)})
+        host = dataclasses.replace(_host(owner, directory, self.clock), metrics=metrics)
         catalog = await Catalog.load([config], _table, host, SIGNER_RULES, names=_names)
         return _OpenedKeys(catalog, self.settings, owner, directory)
 

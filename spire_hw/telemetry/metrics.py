@@ -78,6 +78,26 @@ class _NoMetrics:
 NO_METRICS: Final[Metrics] = _NoMetrics()
 
 
+class Labelled:
+    """Takes measurements for others, with labels that each of them gets besides its own."""
+
+    def __init__(self, metrics: Metrics, labels: Mapping[str, str]) -> None:
+        self._metrics = metrics
+        self._labels = dict(labels)
+
+    def count(self, name: Name, by: float = 1.0, labels: Mapping[str, str] = NO_LABELS) -> None:
+        """Add to a counter."""
+        self._metrics.count(name, by, {**self._labels, **labels})
+
+    def gauge(self, name: Name, value: float, labels: Mapping[str, str] = NO_LABELS) -> None:
+        """Set a value that goes up and down."""
+        self._metrics.gauge(name, value, {**self._labels, **labels})
+
+    def sample(self, name: Name, value: float, labels: Mapping[str, str] = NO_LABELS) -> None:
+        """Add to a distribution."""
+        self._metrics.sample(name, value, {**self._labels, **labels})
+
+
 def status_of(error: BaseException | None) -> str:
     """Return the value of the label `status` for how a call ended; None is success."""
     if error is None:

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from spire_hw.errors import ErrorKind, NotFoundError, SpireHwError
 from spire_hw.telemetry.exposition import encode
-from spire_hw.telemetry.metrics import NO_METRICS, Timed, count_fault, status_of
+from spire_hw.telemetry.metrics import NO_METRICS, Labelled, Timed, count_fault, status_of
 from spire_hw.telemetry.naming import Selection, clean, family_name
 from spire_hw.telemetry.process import read_process
 from spire_hw.telemetry.registry import Registry
@@ -37,6 +37,21 @@ def _samples(registry: Registry) -> dict[tuple[str, tuple[tuple[str, str], ...]]
         for family in text_string_to_metric_families(text)
         for s in family.samples
     }
+
+
+def test_what_shares_a_registry_is_told_apart_by_a_label() -> None:
+    registry = _registry()
+    for owner, value in (("a.org/one", 1), ("a.org/two", 2)):
+        metrics = Labelled(registry, {"owner": owner})
+        metrics.gauge(("hsm", "waiting"), value, {"hsm": "t"})
+        metrics.count(("hsm", "fault"), by=value)
+        metrics.sample(("hsm", "taken"), value)
+    found = _samples(registry)
+    for owner, value in (("a_org_one", 1), ("a_org_two", 2)):
+        label = ("owner", owner)
+        assert found["spire_server_hsm_waiting", (("hsm", "t"), label)] == value
+        assert found["spire_server_hsm_fault", (label,)] == value
+        assert found["spire_server_hsm_taken_sum", (label,)] == value
 
 
 def test_counters_and_gauges_are_read_under_upstreams_names() -> None:
