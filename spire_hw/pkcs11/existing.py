@@ -9,6 +9,7 @@ import secrets
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
+from spire_hw.clock import SystemClock
 from spire_hw.errors import (
     AlreadyExistsError,
     ErrorKind,
@@ -192,7 +193,8 @@ async def _make(
         cka_id = secrets.token_bytes(facts.profile.id_bytes)
         return fresh_id() if cka_id in taken else cka_id
 
-    making, disposal = Making(pool, key_type, fresh_id, label), Disposal(pool, log)
+    making = Making(pool, key_type, fresh_id, label)
+    disposal = Disposal(pool, SystemClock(), log)
     try:
         made = await making.generate(disposal)
         check_evidence(f'generated key "{label}"', made.evidence, key_type, facts.profile)

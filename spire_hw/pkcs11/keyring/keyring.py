@@ -91,7 +91,7 @@ class Keyring:
             pool, self._ledger, policy, nonce=instance, place=place, clock=clock, log=log
         )
         self._signing = Signing(pool, self._stock, self.get, clock, log)
-        self.disposal = Disposal(pool, log)
+        self.disposal = Disposal(pool, clock, log)
         self.test_key = TestKey(pool, owner, self.disposal, clock=clock, log=log)
         self._budget = Budget(file.path.with_suffix(".budget.json"), policy.allowance, clock)
         self._retention = Retention(

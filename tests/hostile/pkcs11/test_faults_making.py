@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 
+from spire_hw.aio.tasks import Tasks
 from spire_hw.errors import ErrorKind, LimitError, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions
+from spire_hw.log import get_logger
 from spire_hw.pkcs11.errors import TokenError
 from spire_hw.pkcs11.inventory.labels import Owner
+from spire_hw.pkcs11.keyring.disposal import Disposal
 from spire_hw.pkcs11.keyring.generation import Making
+from spire_hw.telemetry.naming import Selection
+from spire_hw.telemetry.registry import Registry
 from spire_hw_sim.clock import SimClock
 from spire_hw_sim.pkcs11faults import Fault
 from spire_hw_sim.softhsm import SoftHsm
@@ -246,6 +251,55 @@ async def test_fault_68_a_key_that_cannot_be_destroyed_waits_and_is_not_forgotte
             await disposal.now()
             await asyncio.sleep(0.1)
     assert pairs(rig) == {**generation("a", 2), **generation("b", 2)}
+
+
+@pytest.mark.parametrize("code", [0x1B, 0x06])
+@pytest.mark.asyncio
+async def test_fault_68_pairs_that_never_go_are_tried_once_a_day(
+    rig: TokenRig, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager = await rig.start()
+    pool, clock, registry = manager._pool, SimClock(), Registry(Selection("x"))
+    assert pool is not None
+    pool.metrics = registry
+    marker = rig.folder / "stuck"
+    marker.touch()
+    rig.faults.set(Fault("C_DestroyObject", returns=code, instead=True, while_exists=str(marker)))
+    rig.meddle("[make(f'old {n}', bytes([n]) * 16) for n in (1, 2, 3)]")
+    disposal = Disposal(pool, clock, get_logger("test"))
+    disposal.add((bytes([n]) * 16, f"old {n}") for n in (1, 2))
+    tasks = Tasks(lambda _name, error: pytest.fail(repr(error)))
+    tasks.start("disposal", disposal.run())
+    told: list[str] = []
+
+    async def until(lines: int, text: str, step: timedelta = timedelta(seconds=61)) -> None:
+        """Let time pass whenever nothing is tried, until the log has so many such lines."""
+        async with asyncio.timeout(60):
+            while True:
+                told.extend("".join(capsys.readouterr()).splitlines())
+                if sum(text in line for line in told) >= lines:
+                    return
+                if clock._sleepers:
+                    await clock.advance(step)
+                await asyncio.sleep(0.02)
+
+    await until(2, "in a day")
+    assert sum("hsm.disposal_failed" in line for line in told) >= 2 * 10
+    await clock.advance(timedelta(hours=23))
+    marker.unlink()
+    disposal.add([(bytes([3]) * 16, "old 3")])
+    told.clear()
+    await until(1, "hsm.key_destroyed", timedelta(0))
+    # What is new does not wait, and does not hurry what is stuck.
+    assert pairs(rig) == {"old 1": 2, "old 2": 2}
+    (shown,) = (r for r in registry.read() if r.name == "x_hsm_keys_awaiting_disposal")
+    ((labels, value),) = shown.series
+    assert (dict(labels), value) == ({"hsm": f"spire_{rig.serial}"}, 2)
+    told.clear()
+    await until(2, "hsm.key_destroyed")
+    assert not any("hsm.disposal_failed" in line for line in told)
+    assert pairs(rig) == {}
+    await tasks.close()
 
 
 @pytest.mark.asyncio
