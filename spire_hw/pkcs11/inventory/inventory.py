@@ -52,6 +52,16 @@ class Pair:
         """Tell whether both halves are there."""
         return self.privates > 0 and self.publics > 0
 
+    @property
+    def fingerprint(self) -> str:
+        """Return the fingerprint for messages: `unknown` or `unreadable` when there is none."""
+        try:
+            if self.material is None:
+                return "unknown"
+            return fingerprint(spki_der(public_key_of(self.material)))
+        except InvalidInputError:
+            return "unreadable"
+
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
@@ -200,22 +210,13 @@ def _choose(pairs: list[Pair], known: bytes | None, choice: Choice | None) -> Pa
     if not claims:
         return None
     if len(claims) > 1 or claims[0].privates > 1 or claims[0].publics > 1:
-        ids = ", ".join(sorted({f"{p.cka_id.hex()}, key {_fingerprint(p)}" for p in claims}))
+        ids = ", ".join(sorted({f"{p.cka_id.hex()}, key {p.fingerprint}" for p in claims}))
         raise _operator(
             "hsm.key_duplicate",
             f"several objects are labelled {claims[0].label} (CKA_ID {ids}); "
             "will not choose, remove those that do not belong",
         )
     return claims[0]
-
-
-def _fingerprint(pair: Pair) -> str:
-    try:
-        if pair.material is None:
-            return "unknown"
-        return fingerprint(spki_der(public_key_of(pair.material)))
-    except InvalidInputError:
-        return "unreadable"
 
 
 def _manifest(owner: Owner, data: list[dict[str, Any]]) -> Manifest | None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from spire_hw.pkcs11.pool.pool import Pool
 
 OTHER_TYPE: Final = "hsm.key_type"
+MISMATCH: Final = "hsm.public_key_mismatch"
 _CHECK: Final = b"spire-hw key possession check\0"
 
 
@@ -38,7 +39,8 @@ class Proving:
         """Return the entry of a pair that is fit to be used.
 
         Raises:
-            TokenError: it is not, or the token failed.
+            TokenError: it is not, or the token failed; reason `hsm.public_key_mismatch` when the
+                public half there is not this key's.
         """
         try:
             public_key, key_type = self._public_key(key_id, pair)
@@ -53,8 +55,31 @@ class Proving:
         self._check_evidence(key_id, pair, key_type)
         info = KeyInfo.of(key_id, key_type, public_key)
         entry = Entry.of(info, pair.cka_id, pair.label, pair.generation)
-        await self.prove(entry)
+        try:
+            await self.prove(entry)
+        except TokenError as e:
+            if e.reason != "hsm.bad_signature":
+                raise
+            raise self._mismatch(entry, e) from e
         return entry
+
+    def _mismatch(self, entry: Entry, cause: TokenError) -> TokenError:
+        device, cka_id = self._pool.facts.device, entry.cka_id.hex()
+        self._log.error(
+            MISMATCH, key_id=entry.key_id, label=entry.label, cka_id=cka_id, fp=entry.fingerprint
+        )
+        return TokenError(
+            f'key "{entry.key_id}" on token {device}: public key mismatch: what it signs does not '
+            f'verify with the public half known of it (label "{entry.label}", CKA_ID {cka_id}, '
+            f"{entry.fingerprint}); give back the public object that belongs to it, or take the "
+            "device out of service if it signs wrongly",
+            reason=MISMATCH,
+            operation="prove key",
+            device=device,
+            code=cause.code,
+            cure=Cure.OPERATOR,
+            kind=ErrorKind.FAILED_PRECONDITION,
+        )
 
     def _check_evidence(self, key_id: str, pair: Pair, key_type: KeyType) -> None:
         try:

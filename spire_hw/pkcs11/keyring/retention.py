@@ -115,7 +115,9 @@ class Retention:
         for pair in inventory.retired:
             if pair.cka_id.hex() in kept:
                 continue
-            found = self._found(pair, ids.get(pair.name)) if self._keep_s > 0 else None
+            key_id = ids.get(pair.name)
+            found = self._found(pair, key_id) if self._keep_s > 0 else None
+            self._tell_leftover(key_id, pair, inventory, is_kept=found is not None)
             if found is None:
                 others.append(pair)
             else:
@@ -123,6 +125,21 @@ class Retention:
         if kept != noted:
             await self._ledger.save(lambda state: replace(state, retained=kept))
         return others
+
+    def _tell_leftover(
+        self, key_id: str | None, pair: Pair, inventory: Inventory, *, is_kept: bool
+    ) -> None:
+        """Tell of a second generation that a crash, or another host, left beside the current one."""
+        current = inventory.current.get(pair.name)
+        fields = {} if current is None else {"used": current.label, "used_fp": current.fingerprint}
+        self._log.warning(
+            "hsm.key_leftover",
+            key_id=pair.name if key_id is None else key_id,
+            label=pair.label,
+            fp=pair.fingerprint,
+            **fields,
+            kept=is_kept,
+        )
 
     def _found(self, pair: Pair, key_id: str | None) -> Retained | None:
         if key_id is None or pair.material is None:

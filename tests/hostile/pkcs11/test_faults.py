@@ -15,6 +15,7 @@ import pytest
 
 from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, verify_digest
+from spire_hw.pkcs11.errors import TokenError
 from spire_hw.pkcs11.inventory.labels import Owner
 from spire_hw.plugin.keymanager import KeyHealth
 from spire_hw_sim.clock import SimClock
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from spire_hw_plugins.keymanager.pkcs11 import Pkcs11KeyManager
+
+    Told = Callable[[str], list[dict[str, Any]]]
 
 pytestmark = [
     pytest.mark.hsm,
@@ -319,12 +322,17 @@ async def test_faults_27_28_a_key_that_lost_a_half(rig: TokenRig, gone: str) -> 
 
 
 @pytest.mark.asyncio
-async def test_fault_30_leftover_generations_are_disposed_of(rig: TokenRig) -> None:
+async def test_fault_30_leftover_generations_are_disposed_of(rig: TokenRig, told: Told) -> None:
     manager = await rig.start()
-    await manager.generate_key("a", P256)
+    old = await manager.generate_key("a", P256)
     await manager.close()
     rig.meddle(f"make({OWNER.key_label('a', 7)!r}, b'7' * 16, EXTRACTABLE=False)")
     again = await rig.start()
+    (new,) = await again.get_public_keys()
+    (line,) = told("hsm.key_leftover")
+    assert (line["level"], line["key_id"], line["kept"]) == ("warning", "a", False)
+    assert (line["label"], line["fp"]) == (OWNER.key_label("a", 1), old.fingerprint)
+    assert (line["used"], line["used_fp"]) == (OWNER.key_label("a", 7), new.fingerprint)
     await settled(again)
     assert objects(rig) == [f"{h} {OWNER.key_label('a', 7)}" for h in ("PRIVATE_KEY", "PUBLIC_KEY")]
     await again.sign_data("a", DIGEST, SHA256)
@@ -345,7 +353,9 @@ async def test_fault_31_duplicates_are_left_to_the_operator(rig: TokenRig) -> No
 
 
 @pytest.mark.asyncio
-async def test_fault_32_a_public_half_of_another_key_is_found_out(rig: TokenRig) -> None:
+async def test_fault_32_a_public_half_of_another_key_is_found_out(
+    rig: TokenRig, told: Told
+) -> None:
     label = OWNER.key_label("a", 1)
     rig.meddle(
         f"one, two = make({label!r}, b'1' * 16, EXTRACTABLE=False), make('x', b'2' * 16)\n"
@@ -357,8 +367,14 @@ async def test_fault_32_a_public_half_of_another_key_is_found_out(rig: TokenRig)
         " Attribute.EC_PARAMS: encode_named_curve_parameters('secp256r1'),"
         " Attribute.EC_POINT: point})"
     )
-    with pytest.raises(SpireHwError, match="does not verify"):
+    words = 'key "a" on token spire/.*: public key mismatch'
+    with pytest.raises(TokenError, match=words) as caught:
         await rig.start()
+    assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
+    assert caught.value.reason == "hsm.public_key_mismatch"
+    assert f'(label "{label}", CKA_ID {(b"1" * 16).hex()}, ' in caught.value.message
+    (line,) = told("hsm.public_key_mismatch")
+    assert (line["key_id"], line["label"], line["cka_id"]) == ("a", label, (b"1" * 16).hex())
     assert len(objects(rig)) == 4
 
 

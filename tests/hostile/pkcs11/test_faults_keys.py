@@ -8,7 +8,7 @@ import os
 import signal
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -24,8 +24,12 @@ from spire_hw_sim.softhsm import SoftHsm
 from spire_hw_sim.tokenrig import TokenRig, settled
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from spire_hw_plugins.keymanager.pkcs11 import Pkcs11KeyManager
     from spire_hw_sim.clock import SimClock
+
+    Told = Callable[[str], list[dict[str, Any]]]
 
 pytestmark = [
     pytest.mark.asyncio,
@@ -169,13 +173,16 @@ async def test_fault_29_objects_without_a_name_are_passed_over_and_counted(
     assert (tenancy.nameless, tenancy.foreign) == (6, 0)
 
 
-async def test_fault_30_the_losing_generation_never_signs(timed: TokenRig) -> None:
+async def test_fault_30_the_losing_generation_never_signs(timed: TokenRig, told: Told) -> None:
     manager = await timed.start()
-    await manager.generate_key("a", P256)
+    old = await manager.generate_key("a", P256)
     await manager.close()
     timed.meddle(f"make({OWNER.key_label('a', 3)!r}, b'3' * 16, {PROVEN})")
     again = await timed.start()
     (key,) = await again.get_public_keys()
+    (line,) = told("hsm.key_leftover")
+    assert (line["label"], line["fp"]) == (OWNER.key_label("a", 1), old.fingerprint)
+    assert (line["used"], line["used_fp"]) == (OWNER.key_label("a", 3), key.fingerprint)
     made = await again.sign_data("a", DIGEST, SHA256)
     assert made.fingerprint == key.fingerprint
     await swept(again)
