@@ -236,7 +236,7 @@ class SignerService:
         work: list[Work] = []
         answers = [self._admit(caller, keys, item, work) for item in items]
         if work:
-            self._start(caller, keys, work, call.deadline_s)
+            self._start(keys, work, call.deadline_s)
         return hw_signer_pb2.SignResponse(
             results=[await _settled(answer) for answer in answers],
             log_head=head_message(self._audit.head),
@@ -364,16 +364,14 @@ class SignerService:
 
     # -- carrying out --------------------------------------------------------------------------
 
-    def _start(
-        self, caller: Caller, keys: OwnerKeys, work: Sequence[Work], deadline_s: float | None
-    ) -> None:
-        """Have work carried out, and written down meanwhile where nothing has to come first."""
+    def _start(self, keys: OwnerKeys, work: Sequence[Work], deadline_s: float | None) -> None:
+        """Have work of one owner carried out, and written down meanwhile where nothing is first."""
         begun: asyncio.Future[Begun] | None = None
         is_due = keys.notes.use({one.item.key_id for one in work}, self._steady.now())
         loop = asyncio.get_running_loop()
         if not is_due and self._audit.reserve(len(work)):
             begun = loop.create_future()
-        self._tasks.start("sign", self._carry_out(caller, keys, work, begun, deadline_s))
+        self._tasks.start("sign", self._carry_out(keys, work, begun, deadline_s))
         if begun is not None:
             loop.call_soon(self._write_down, work, begun, _ASKED)
 
@@ -390,7 +388,6 @@ class SignerService:
 
     async def _carry_out(
         self,
-        caller: Caller,
         keys: OwnerKeys,
         work: Sequence[Work],
         begun: asyncio.Future[Begun] | None,
@@ -404,7 +401,8 @@ class SignerService:
                 made = await self._signed(work, deadline_s)
             else:
                 made = await self._signed(work, deadline_s)
-                seqs = await self._audit.on_disk(await begun)
+                # It is not ours to cancel: what is to be written down is, whatever becomes of us.
+                seqs = await self._audit.on_disk(await asyncio.shield(begun))
             outcomes = [
                 self._settle(one, seq, each)
                 for one, seq, each in zip(work, seqs, made, strict=True)
@@ -416,14 +414,14 @@ class SignerService:
         except SpireHwError as e:
             self._log.error("No signature left", error=e.message, items=len(work))
             for one in work:
-                self._fail(caller, one, e)
+                self._fail(one, e)
         finally:
             for one in work:
-                self._in_flight.leave(caller.client)
+                self._in_flight.leave(one.caller.client)
                 if one.answer.result is None:
-                    self._fail(caller, one, SpireHwError("internal error"))
+                    self._fail(one, SpireHwError("internal error"))
                 elif not one.answer.result.signature:
-                    self._replay(caller).forget(one.item.request_id)
+                    self._replay(one.caller).forget(one.item.request_id)
 
     async def _signed(self, work: Sequence[Work], deadline_s: float | None) -> list[_Made]:
         jobs = [self._sign(one, deadline_s) for one in work]
@@ -471,8 +469,8 @@ class SignerService:
     def _labels(one: Work, error: SpireHwError | None) -> dict[str, str]:
         return {"key": one.rule.name, "status": status_of(error)}
 
-    def _fail(self, caller: Caller, one: Work, error: SpireHwError) -> None:
-        self._replay(caller).forget(one.item.request_id)
+    def _fail(self, one: Work, error: SpireHwError) -> None:
+        self._replay(one.caller).forget(one.item.request_id)
         if one.answer.result is None:
             one.answer.settle(hw_signer_pb2.SignResult(refusal=failure_message(error)))
 

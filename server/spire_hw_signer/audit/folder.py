@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _LOCK: Final = "lock"
 _PIECE: Final = 1024 * 1024
-_AHEAD: Final = 256 * 1024
+_AHEAD: Final = 1024 * 1024
 _KEEP_SIZE: Final = 1  # FALLOC_FL_KEEP_SIZE of fallocate(2)
 
 _fallocate: Final = ctypes.CDLL(None, use_errno=True).fallocate

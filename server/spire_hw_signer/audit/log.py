@@ -295,9 +295,14 @@ class AuditLog:
         """
         if reserved:
             self._reserved -= len(intents) * _MOST_BYTES
-        if self.trouble:
-            raise self._writer.unavailable(self.trouble)
+        trouble = self.trouble
+        if trouble and not (reserved and self._writer.is_open):
+            raise self._writer.unavailable(trouble)
         seqs = [self._add(Kind.INTENT, _request(intent)) for intent in intents]
+        if trouble:
+            # It came after the room was kept: a device that has a log of its own may show them.
+            self._give_up(seqs, "audit log unavailable")
+            raise self._writer.unavailable(trouble)
         return Begun(seqs, self._writer.written() if seqs else None)
 
     async def on_disk(self, begun: Begun) -> list[int]:

@@ -78,6 +78,11 @@ class Writer:
         self._hand = Hand(self._write, self._wrote)
         self._tasks = Tasks(self._ended)
 
+    @property
+    def is_open(self) -> bool:
+        """Tell whether lines that are added are written, now or once the disk takes them."""
+        return self._is_started
+
     def start(self) -> None:
         """Begin to write."""
         self._hand.start()

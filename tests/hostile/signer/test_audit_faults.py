@@ -268,6 +268,42 @@ async def test_fault_108_what_is_signed_while_the_disk_fails_does_not_leave(tmp_
     assert reasons == ["audit log unavailable"]
 
 
+async def test_fault_108_a_log_that_fails_once_room_is_kept_says_so_in_the_end(
+    tmp_path: Path,
+) -> None:
+    log = make_log(tmp_path / "audit")
+    await log.open()
+    if not log.reserve(2):
+        pytest.skip("the file system sets no room aside")
+    (file,) = log.directory.glob("*.log")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10, hard))
+    try:
+        log.note("policy_loaded", {})
+        await until(lambda: bool(log.trouble))
+        # The device was asked for these two; it may have signed, and nothing of it leaves.
+        with pytest.raises(UnavailableError, match="File too large"):
+            log.begin([intent(1), intent(2)], reserved=True)
+        with pytest.raises(UnavailableError, match="File too large"):
+            log.begin([intent(3)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    await until(lambda: not log.trouble)
+    # What was kept was given back: as much can be kept as ever.
+    kept = 0
+    while log.reserve(1):
+        kept += 1
+    assert kept > 200
+    await log.close()
+    found = [parse(line.rstrip(b"\n")) for line in read_all(log.directory)]
+    intents = [r.seq for r in found if r.kind is Kind.INTENT]
+    outcomes = {r.body["intent"]: r.body["reason"] for r in found if r.kind is Kind.OUTCOME}
+    assert len(intents) == 2
+    assert outcomes == dict.fromkeys(intents, "audit log unavailable")
+    with pytest.raises(UnavailableError, match="it is closed"):
+        log.begin([intent(4)], reserved=True)
+
+
 # -- 109, 110: crashes -------------------------------------------------------------------------
 
 
