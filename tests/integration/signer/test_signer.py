@@ -492,6 +492,7 @@ telemetry { Prometheus { port = 0 } }
             'spire_signer_refused{key="",reason="key_id"} 1',
             'spire_signer_refused{key="x509_CA_A",reason="digest_length"} 1',
             'spire_signer_alarm{reason="key_id"} 1',
+            'spire_signer_alarm{reason="digest_length"} 1',
             'spire_signer_generate_key{key="x509_CA_A",result="done"} 1',
         ):
             assert without_host(line) in without_host(text), text
