@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DAY_S: Final = 86_400.0
 _MAX_BUCKETS: Final = 4096
+_KEPT: Final = 16  # one part in so many of what may be under way is for what is urgent
 
 
 @dataclass(slots=True)
@@ -83,11 +84,14 @@ class InFlight:
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
 
-    def enter(self, client: Client) -> Denial | None:
+    def enter(self, client: Client, *, urgent: bool = False) -> Denial | None:
         """Count one more, unless that is too many; each that was let in leaves once."""
         count = self._counts.get(client.identity, 0)
-        if count >= client.max_in_flight:
-            text = f"more than {client.max_in_flight} signatures at once"
+        most = client.max_in_flight
+        if not urgent:
+            most -= most // _KEPT
+        if count >= most:
+            text = f"more than {most} signatures at once"
             return Denial(Reason.IN_FLIGHT, text, 0.1)
         self._counts[client.identity] = count + 1
         return None

@@ -305,19 +305,20 @@ class SignerService:
             check_type(rule, key_type)
             or check_options(client, rule, key_type, options, len(item.digest))
             or self._buckets.take(client.identity, key_id, rule.rate, client.client_rate, now)
-            or self._in_flight.enter(client)
+            or check_purpose(client, key_id, item.purpose)
         )
         if denial is not None:
             return denial
-        denial = check_purpose(client, key_id, item.purpose)
         try:
-            urgent = denial or self._judge(client, keys, held, item)
+            urgent = self._judge(client, keys, held, item)
         except Exception as e:  # noqa: BLE001 - what cannot be judged is refused as what it is
             self._log.error("Unexpected error while judging what is to be signed", exc_info=e)
             urgent = Denial(_FAULTS[item.purpose], "it cannot be read")
         if isinstance(urgent, Denial):
-            self._in_flight.leave(client)
             return urgent
+        # Not before it is known what is urgent: there is room kept for that.
+        if (denial := self._in_flight.enter(client, urgent=urgent)) is not None:
+            return denial
         return rule, held, replace(options, urgent=True) if urgent else options
 
     def _judge(self, client: Client, keys: OwnerKeys, held: HeldKey, item: Item) -> Denial | bool:

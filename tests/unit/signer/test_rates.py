@@ -89,6 +89,23 @@ def test_only_so_many_are_under_way() -> None:
     assert not flight._counts
 
 
+def test_a_part_of_what_may_be_under_way_is_kept_for_what_is_urgent() -> None:
+    one, flight = client(max_in_flight=32), InFlight()
+    for _ in range(30):
+        assert flight.enter(one) is None
+    denial = flight.enter(one)
+    assert denial is not None
+    assert denial.message == "in_flight: more than 30 signatures at once"
+    for _ in range(2):
+        assert flight.enter(one, urgent=True) is None
+    denial = flight.enter(one, urgent=True)
+    assert denial is not None
+    assert denial.message == "in_flight: more than 32 signatures at once"
+    for _ in range(3):
+        flight.leave(one)
+    assert flight.enter(one) is None
+
+
 def test_a_key_is_not_made_twice_in_its_interval() -> None:
     denial = check_budget(RULE, [("a", 1000.0)], "a", 1000.0 + 3599)
     assert denial is not None
