@@ -35,7 +35,11 @@ T = TypeVar("T", bound=Waiting)
 
 
 class Queues(Generic[T]):
-    """Two queues, each of which takes its lanes in turns."""
+    """Two queues, each of which takes its lanes in turns.
+
+    Where only so many may wait, each of the two is sure of half the room, and each lane of a fair
+    share of that: who takes more gives way, its youngest first.
+    """
 
     def __init__(self) -> None:
         self._urgent: _Lanes[T] = _Lanes()
@@ -50,6 +54,30 @@ class Queues(Generic[T]):
         """Add one, at the end of its lane or at its head."""
         (self._urgent if job.is_urgent else self._others).push(job, first=first)
 
+    def admit(self, job: T, limit: int) -> T | None:
+        """Add one where no more than `limit` may wait; return who has no room: another, or this."""
+        if len(self) < limit:
+            self.push(job)
+            return None
+        if job.is_urgent:
+            own, other, share = self._urgent, self._others, (limit + 1) // 2
+        else:
+            own, other, share = self._others, self._urgent, limit // 2
+        # Among its like, no lane is made longer than the one that gives way to it.
+        gone = other.pop_last(0) if own.size < share else own.pop_last(own.length(job.lane) + 1)
+        if gone is None:
+            return job
+        self.push(job)
+        return gone
+
+    def last(self) -> T | None:
+        """Return the one that has to go next when there is too little room, None when none waits."""
+        return self._larger().last()
+
+    def pop_last(self) -> T | None:
+        """Take out what `last` returns."""
+        return self._larger().pop_last(0)
+
     def take(self, most: int) -> list[T]:
         """Return the next ones that somebody still waits for, those of one lane side by side."""
         jobs = self._urgent.take(min(most, self._room()))
@@ -58,6 +86,9 @@ class Queues(Generic[T]):
             jobs += self._others.take(most - len(jobs))
             self._run = 0
         return [job for job in jobs if not job.is_over]
+
+    def _larger(self) -> _Lanes[T]:
+        return self._urgent if self._urgent.size > self._others.size else self._others
 
     def _room(self) -> int:
         return max(0, _URGENT_RUN - self._run) if self._others.size else self._urgent.size
@@ -82,7 +113,7 @@ class _Lanes(Generic[T]):
         self.size = 0
         self._lanes: OrderedDict[Hashable, deque[T]] = OrderedDict()
 
-    def push(self, job: T, *, first: bool) -> None:
+    def push(self, job: T, *, first: bool = False) -> None:
         lane = self._lanes.get(job.lane)
         if lane is None:
             lane = self._lanes[job.lane] = deque()
@@ -105,6 +136,29 @@ class _Lanes(Generic[T]):
                 del self._lanes[name]
         self.size -= len(jobs)
         return jobs
+
+    def length(self, name: Hashable) -> int:
+        return len(self._lanes.get(name, ()))
+
+    def last(self) -> T | None:
+        return self._lanes[self._longest()][-1] if self._lanes else None
+
+    def pop_last(self, longer_than: int) -> T | None:
+        """Take the youngest out of the longest lane; None when that is no longer than this."""
+        if not self._lanes:
+            return None
+        name = self._longest()
+        lane = self._lanes[name]
+        if len(lane) <= longer_than:
+            return None
+        job = lane.pop()
+        self.size -= 1
+        if not lane:
+            del self._lanes[name]
+        return job
+
+    def _longest(self) -> Hashable:
+        return max(self._lanes, key=lambda name: len(self._lanes[name]))
 
     def drop_over(self) -> None:
         for name, lane in list(self._heads_over()):

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from spire_hw.aio.queues import Queues
 from spire_hw.aio.tasks import Tasks
-from spire_hw.errors import ErrorKind, LimitError, SpireHwError, UnavailableError
+from spire_hw.errors import ErrorKind, SpireHwError, UnavailableError
 from spire_hw.pkcs11.errors import Cure, TokenError
+from spire_hw.pkcs11.pool.backlog import Backlog, Job
 from spire_hw.pkcs11.pool.breaker import Breaker
 from spire_hw.pkcs11.pool.pin import BY_HAND_S
 from spire_hw.pkcs11.pool.seat import Opening, Seat, TokenFacts
@@ -43,8 +43,10 @@ if TYPE_CHECKING:
 _DRAIN_S: Final = 5.0
 _ADMIN_WAIT_S: Final = 10.0
 _PROBE_EVERY_S: Final = 1.0
+_SHOW_EVERY_S: Final = 1.0
 # Faults of a worker, not of the token it holds.
 _OF_WORKER: Final = frozenset({"hsm.worker_died", "hsm.worker_hung", "hsm.worker_replaced"})
+_HUNG: Final = "hsm.worker_hung"
 _NO_SESSION: Final = "hsm.session_count"
 
 
@@ -71,22 +73,6 @@ class Limits:
     generate_s: float = 120.0
     control_s: float = 30.0
     probe_s: float = 30.0
-
-
-class _Job:
-    __slots__ = ("deadline", "future", "is_urgent", "item", "lane", "retried")
-
-    def __init__(self, item: SignItem, future: asyncio.Future[bytes], deadline: float) -> None:
-        self.item = item
-        self.future = future
-        self.deadline = deadline
-        self.lane = item.key.cka_id
-        self.is_urgent = item.options.urgent
-        self.retried = False
-
-    @property
-    def is_over(self) -> bool:
-        return self.future.done()
 
 
 class Pool:
@@ -121,11 +107,11 @@ class Pool:
         # Verifying may take longer than signing: two workers can keep three busy.
         self._verifying = Verifying(opening.launch, limits.workers + 1, log)
         self._tasks = Tasks(self._on_task_failure)
-        self._queues: Queues[_Job] = Queues()
+        self._backlog = Backlog(limits.queue, limits.wait_s)
         self._flushing = False
         self._is_calm = True  # the last batch was of one
         # In the order of their deadlines; one timer serves them all.
-        self._open_jobs: dict[_Job, None] = {}
+        self._open_jobs: dict[Job, None] = {}
         self._sweeping: asyncio.TimerHandle | None = None
         self._broken: TokenError | None = None
         self._ready = 0
@@ -176,6 +162,8 @@ class Pool:
             self._keep_to(self.facts.profile)
             for number, seat in enumerate(self._seats):
                 await self._begin(seat, others=number > 0)
+            if self.metrics is not NO_METRICS:
+                self._tasks.start("hsm-gauges", self._show_for_ever())
         except BaseException:
             await self.close()
             raise
@@ -217,7 +205,7 @@ class Pool:
             DER ECDSA-Sig-Value, or the RSA signature at modulus length.
 
         Raises:
-            LimitError: the queue is full.
+            LimitError: the queue is full, or the token too slow for all that wait.
             TokenError: the token failed; `DEADLINE_EXCEEDED` when it hung, reason
                 `hsm.bad_signature` when what it signed does not verify.
         """
@@ -226,14 +214,12 @@ class Pool:
         if self._broken is not None:
             self._probe(*self._seats)
             raise self._broken.with_traceback(None)
-        if len(self._queues) >= self._limits.queue:
-            raise LimitError(f"signing queue full ({self._limits.queue})")
         loop = asyncio.get_running_loop()
-        job = _Job(item, loop.create_future(), loop.time() + self._limits.wait_s)
+        job = Job(item, loop.create_future(), loop.time() + self._limits.wait_s)
+        self._backlog.add(job)
         self._open_jobs[job] = None
         if self._sweeping is None:
             self._sweeping = loop.call_at(job.deadline, self._sweep)
-        self._queues.push(job)
         try:
             if self._is_calm and len(self._open_jobs) == 1:
                 self._flush()  # nobody is likely to come along
@@ -308,11 +294,12 @@ class Pool:
             await asyncio.wait(waiting, timeout=_DRAIN_S)
         gone = UnavailableError("pkcs11 key manager is closed")
         for job in list(self._open_jobs):
-            _settle(job.future, gone)
+            job.settle(gone)
         workers = [seat.release() for seat in (self._admin, *self._seats)]
         closing = (worker.close(_DRAIN_S) for worker in workers if worker is not None)
         await asyncio.gather(*closing, self._verifying.close())
         await self._tasks.close()
+        self._show()
         self._changed.set()
 
     def _probe(self, *seats: Seat) -> None:
@@ -334,9 +321,22 @@ class Pool:
             # Nobody is left to serve the queue: tell the callers now, not when they give up.
             problem = next((s.problem for s in self._seats if s.problem is not None), None)
             self._broken = problem or self._no_worker("sign")
-            for job in self._queues.take(len(self._queues)):
-                _settle(job.future, self._broken)
+            self._backlog.refuse_all(self._broken)
         self._schedule()
+
+    async def _show_for_ever(self) -> None:
+        """Keep the gauges as they are; told anew though nothing changed, for a pool closed since."""
+        while True:
+            self._show()
+            await asyncio.sleep(_SHOW_EVERY_S)
+
+    def _show(self) -> None:
+        if self._admin.facts is None:
+            return
+        labels = {"hsm": self._admin.facts.device}
+        workers = sum(seat.is_ready for seat in self._seats)
+        self.metrics.gauge(("hsm", "queue"), len(self._backlog), labels)
+        self.metrics.gauge(("hsm", "workers"), workers, labels)
 
     def _on_task_failure(self, name: str, error: BaseException) -> None:
         self._log.error("hsm.supervisor_failed", task=name, error=type(error).__name__)
@@ -363,30 +363,30 @@ class Pool:
                 operation="sign",
                 kind=ErrorKind.DEADLINE_EXCEEDED,
             )
-            _settle(job.future, late)
-        self._queues.drop_over()
+            job.settle(late)
+        self._backlog.drop_over()
 
     def _schedule(self) -> None:
         # Later in this turn of the loop, so that callers that run now end up in one batch.
         if self._flushing:
             return
-        if len(self._queues):
+        if len(self._backlog):
             self._flushing = True
             asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
         self._flushing = False
-        while len(self._queues):
+        while len(self._backlog):
             ready = [seat for seat in self._seats if seat.has_room]
             if not ready:
                 return
             seat = min(ready, key=lambda s: s.worker.depth if s.worker is not None else 0)
-            share = -(-len(self._queues) // len(ready))
-            batch = self._queues.take(min(share, seat.batch_limit(MAX_BATCH)))
+            share = -(-len(self._backlog) // len(ready))
+            batch = self._backlog.take(min(share, seat.batch_limit(MAX_BATCH)))
             if batch:
                 self._send(seat, batch)
 
-    def _send(self, seat: Seat, batch: list[_Job]) -> None:
+    def _send(self, seat: Seat, batch: list[Job]) -> None:
         if seat.worker is None:
             raise self._no_worker("sign")
         self._is_calm = len(batch) == 1
@@ -398,7 +398,7 @@ class Pool:
     def _answered(
         self,
         seat: Seat,
-        batch: list[_Job],
+        batch: list[Job],
         items: bytes,
         sent_at: float,
         answer: asyncio.Future[bytes],
@@ -406,14 +406,17 @@ class Pool:
         error = answer.exception()
         if error is not None:
             failure = error if isinstance(error, TokenError) else TokenError.of(error, "sign")
+            if failure.reason == _HUNG:
+                seat.forget_pace()
             self._conclude(seat, batch, [failure] * len(batch))
             return
         seat.measured(sent_at, asyncio.get_running_loop().time(), len(batch))
+        self._backlog.learn([s.pace_s for s in self._seats if s.is_ready])
         self._schedule()
         done = partial(self._verified, seat, batch)
         self._verifying.verify(items, answer.result(), len(batch), done)
 
-    def _verified(self, seat: Seat, batch: list[_Job], body: bytes | SpireHwError) -> None:
+    def _verified(self, seat: Seat, batch: list[Job], body: bytes | SpireHwError) -> None:
         results: Sequence[bytes | TokenError]
         try:
             if isinstance(body, SpireHwError):
@@ -425,7 +428,7 @@ class Pool:
         self._conclude(seat, batch, results)
 
     def _conclude(
-        self, seat: Seat, batch: list[_Job], results: Sequence[bytes | TokenError]
+        self, seat: Seat, batch: list[Job], results: Sequence[bytes | TokenError]
     ) -> None:
         bad = next((r for r in results if isinstance(r, TokenError) and _is_fatal(r)), None)
         if bad is not None and _is_lost(bad):
@@ -442,18 +445,18 @@ class Pool:
             seat.signed()
         for job, result in zip(batch, results, strict=True):
             if isinstance(result, bytes):
-                _settle(job.future, result)
+                job.settle(result)
             else:
                 self._failed(job, result)
         self._schedule()
 
-    def _failed(self, job: _Job, error: TokenError) -> None:
+    def _failed(self, job: Job, error: TokenError) -> None:
         if _is_lost(error) and not job.retried and not self._closed and not job.future.done():
             job.retried = True
-            self._queues.push(job, first=True)
+            self._backlog.again(job)
             self._schedule()
             return
-        _settle(job.future, error)
+        job.settle(error)
 
     def _discard(self, seat: Seat, why: TokenError) -> None:
         if seat.worker is not None and seat.worker.is_alive:
@@ -476,12 +479,3 @@ def _is_lost(error: TokenError) -> bool:
 
 def _is_fatal(error: TokenError) -> bool:
     return _is_lost(error) or error.reason == "hsm.bad_signature"
-
-
-def _settle(future: asyncio.Future[bytes], result: bytes | SpireHwError) -> None:
-    if future.done():
-        return
-    if isinstance(result, bytes):
-        future.set_result(result)
-    else:
-        future.set_exception(result)

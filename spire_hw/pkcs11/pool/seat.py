@@ -37,6 +37,10 @@ _MAX_DEPTH: Final = 3
 _SLOW_S: Final = 0.005
 _BATCH_TARGET_S: Final = 0.02
 _SMOOTHING: Final = 0.2
+# The pace that is told to others: the median of the last answers, of no fewer, none of them older.
+_LAST: Final = 5
+_FEWEST: Final = 3
+_FRESH_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +201,7 @@ class Seat:
         self._woken.set()
         self._item_s = 0.0
         self._last_answer = 0.0
+        self._last: deque[tuple[float, float]] = deque(maxlen=_LAST)
 
     @property
     def is_ready(self) -> bool:
@@ -249,10 +254,20 @@ class Seat:
         self._woken.set()
         return True
 
+    @property
+    def pace_s(self) -> float | None:
+        """Return the seconds a signature takes here, None while too few were made.
+
+        One answer that took long, or two, say nothing about the next ones.
+        """
+        if len(self._last) < _FEWEST:
+            return None
+        return sorted(each for _, each in self._last)[len(self._last) // 2]
+
     def batch_limit(self, most: int) -> int:
         """Return how many items keep the worker busy for a short while."""
         if self._item_s <= 0.0:
-            return most
+            return 1  # a slow token would have to be taken for one that hangs
         return max(1, min(most, int(_BATCH_TARGET_S / self._item_s)))
 
     def measured(self, sent_at: float, answered_at: float, items: int) -> None:
@@ -262,6 +277,14 @@ class Seat:
         if self._item_s == 0.0:
             self._item_s = each
         self._item_s += _SMOOTHING * (each - self._item_s)
+        while self._last and self._last[0][0] < answered_at - _FRESH_S:
+            self._last.popleft()
+        self._last.append((answered_at, each))
+
+    def forget_pace(self) -> None:
+        """Begin anew with one item at a time: a batch was not made in the time it may take."""
+        self._item_s = 0.0
+        self._last.clear()
 
     def recycle(self) -> None:
         """Have a fresh worker take the place of this one; that is no death of it."""

@@ -74,3 +74,69 @@ def test_who_gave_up_is_not_served_and_takes_no_room() -> None:
     assert jobs[3] not in taken
     assert len(taken) == 5
     assert not len(queues)
+
+
+def admitted(queues: Queues[Job], job: Job, limit: int) -> list[Job]:
+    """Return who had to go for a job, which may be the job itself."""
+    before = len(queues)
+    gone = queues.admit(job, limit)
+    assert len(queues) == (before + 1 if gone is None else before)
+    return [] if gone is None else [gone]
+
+
+def test_a_full_queue_lets_in_a_lane_that_has_less_than_the_longest() -> None:
+    busy = [Job(b"busy", n) for n in range(8)]
+    queues = filled(*busy)
+    quiet = [Job(b"quiet", n) for n in range(5)]
+    for n, job in enumerate(quiet[:4]):
+        assert admitted(queues, job, 8) == [busy[7 - n]]
+    # Now both have as much: neither gets more from the other, and nothing goes to and fro.
+    assert admitted(queues, quiet[4], 8) == [quiet[4]]
+    more = Job(b"busy", 8)
+    assert admitted(queues, more, 8) == [more]
+    assert {job.number for job in queues.take(8) if job.lane == b"busy"} == {0, 1, 2, 3}
+
+
+def test_what_is_urgent_is_let_in_for_the_youngest_of_the_longest_lane() -> None:
+    short, long = [Job(b"a", n) for n in range(3)], [Job(b"b", n) for n in range(5)]
+    queues = filled(*short, *long)
+    urgent = Job(b"ca", is_urgent=True)
+    assert admitted(queues, urgent, 8) == [long[4]]
+    assert queues.take(1) == [urgent]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 8, 9])
+def test_a_flood_of_either_sort_leaves_the_other_its_half(limit: int) -> None:
+    queues: Queues[Job] = Queues()
+    for n in range(3 * limit):
+        queues.admit(Job(b"bulk", n), limit)
+    for n in range(3 * limit):
+        queues.admit(Job(b"tls", n, is_urgent=True), limit)
+    for n in range(3 * limit):
+        queues.admit(Job(b"bulk", 100 + n), limit)
+    waiting = queues.take(16)
+    assert len(waiting) == limit
+    assert sum(job.is_urgent for job in waiting) == (limit + 1) // 2
+    # And who was there first stayed.
+    assert all(job.number < limit for job in waiting)
+
+
+def test_a_flood_of_one_urgent_lane_does_not_shut_another_out() -> None:
+    tls = [Job(b"tls", n, is_urgent=True) for n in range(8)]
+    queues = filled(*tls)
+    assert admitted(queues, Job(b"ca", is_urgent=True), 8) == [tls[7]]
+
+
+def test_the_last_one_is_the_youngest_of_the_longest_lane_of_those_that_are_more() -> None:
+    bulk = [Job(b"a", 0), *(Job(b"b", n) for n in range(3))]
+    urgent = [Job(b"ca", n, is_urgent=True) for n in range(3)]
+    queues = filled(*bulk, *urgent)
+    gone: list[Job | None] = []
+    while len(queues):
+        last = queues.last()
+        assert queues.pop_last() is last
+        gone.append(last)
+    order = [bulk[3], bulk[2], urgent[2], bulk[0], urgent[1], bulk[1], urgent[0]]
+    assert gone == order
+    assert queues.last() is None
+    assert queues.pop_last() is None
