@@ -36,6 +36,8 @@ USAGES: Final = frozenset({"DECRYPT", "UNWRAP", "DERIVE"})
 _USAGE: Final = USAGES | {"SIGN_RECOVER", "COPYABLE"}
 _PUBLIC_USAGE: Final = frozenset({"ENCRYPT", "WRAP"})
 RSA_KEY_GEN: Final = {"pkcs": 0x0, "x9.31": 0xA}
+# Who logs in, unless it is a profile's `crypto_user`.
+USER: Final = "user"
 PSS_SALTS: Final = frozenset({"any", "hash"})
 
 
@@ -58,6 +60,8 @@ class Profile:
         rsa_key_gen: mechanism of RSA pairs, a name of `RSA_KEY_GEN`.
         keepalive: whether a session that rests must be kept busy lest the device end it.
         max_workers: how many processes it serves at once.
+        crypto_user: CKU number of a user of the maker's own who may use keys and make none, None
+            where there is no such user.
         marks: what its own words or its module's file name contain, in small letters.
     """
 
@@ -74,6 +78,7 @@ class Profile:
     rsa_key_gen: str = "pkcs"
     keepalive: bool = False
     max_workers: int = 32
+    crypto_user: int | None = None
     marks: tuple[str, ...] = field(default=(), repr=False)
 
     @property
@@ -124,7 +129,11 @@ _NAMES_OF: Final = {
     "omit_public": frozenset(PUBLIC_TEMPLATE),
     "usage_allowed": USAGES,
 }
-OVERRIDABLE: Final = frozenset(f.name for f in fields(Profile)) - {"name", "marks"}
+OVERRIDABLE: Final = frozenset(f.name for f in fields(Profile)) - {
+    "name",
+    "crypto_user",
+    "marks",
+}
 
 
 def _check(profile: Profile) -> None:
@@ -182,6 +191,7 @@ PROFILES: Final = {
             "luna",
             omit_private=frozenset({"COPYABLE"}),
             keepalive=True,
+            crypto_user=0x80000001,  # CKU_LIMITED_USER of its headers
             marks=("safenet", "gemalto", "thales", "luna", "libcryptoki2"),
         ),
         Profile(

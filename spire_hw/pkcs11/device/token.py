@@ -37,7 +37,7 @@ class TokenSession:
         functions: functions of its module, None when they are not those that python-pkcs11 calls:
             p11-kit's client makes a list for each that asks, which knows nothing of others' sessions.
         device: label and serial, for messages.
-        can_write: False when the token is write-protected.
+        can_write: False when the token is write-protected, or its user may not write.
     """
 
     def __init__(self, choice: TokenChoice) -> None:
@@ -69,12 +69,15 @@ class TokenSession:
             PurePath(self._choice.module).name,
         ]
 
-    def log_in(self, pin: str | None, *, read_write_only: bool = False) -> None:
+    def log_in(
+        self, pin: str | None, *, read_write_only: bool = False, crypto_user: int | None = None
+    ) -> None:
         """Log in, once.
 
         Args:
             pin: the user PIN, None to have the device ask for it.
             read_write_only: the module has no read-only sessions, whatever the token's flags say.
+            crypto_user: CKU number of a user who may write nothing, None for the token's user.
 
         Raises:
             TokenError: the PIN was or may have been refused (cure OPERATOR), the token would be put
@@ -95,13 +98,17 @@ class TokenSession:
                 "pin_file in place of protected_login",
             )
         self.is_pin_count_low = bool(flags & TokenFlag.USER_PIN_COUNT_LOW)
-        self.can_write = not flags & TokenFlag.WRITE_PROTECTED
+        self.can_write = crypto_user is None and not flags & TokenFlag.WRITE_PROTECTED
         self._read_write = self.can_write or read_write_only
         # Before the login, which is then the only thing left to fail in what follows.
         self._session = self._first_session()
         try:
             given = PROTECTED_AUTH if pin is None else pin
-            self._anchor = self.token.open(rw=self._read_write, user_pin=given)
+            self._anchor = self.token.open(
+                rw=self._read_write,
+                user_pin=given,
+                user_type=crypto_user,  # type: ignore[arg-type]  # any number goes
+            )
         except Exception as e:
             raise TokenError.of_login(e, self.device, by_hand=pin is None) from e
         self._session_state()

@@ -15,7 +15,7 @@ from spire_hw.pkcs11 import channel
 from spire_hw.pkcs11.errors import Cure, TokenError
 from spire_hw.pkcs11.keys import check_request, sign_scheme
 from spire_hw.pkcs11.known import KnownKeys
-from spire_hw.pkcs11.profile import PROFILES, ProfileChoice
+from spire_hw.pkcs11.profile import PROFILES, USER, Profile, ProfileChoice
 from spire_hw.pkcs11.wire import (
     Kind,
     SignRun,
@@ -35,6 +35,7 @@ class Service:
         self._objects: Any = None
         self._strokes: Any = None
         self._profile = PROFILES["generic"]
+        self._crypto_user: int | None = None
         self._keys = KnownKeys()
 
     def answer(self, kind: Kind, body: bytes) -> bytes:
@@ -127,8 +128,13 @@ class Service:
             raise
         except Exception as e:
             raise TokenError.of(e, "open token") from e
+        name = token.name
+        if fields["login_as"] != USER:
+            self._crypto_user = _crypto_user(self._profile)
+            # Another PIN than the user's: what is known of the one says nothing of the other.
+            name += f"\0{fields['login_as']}"
         self._token = token
-        return {"token": token.name}
+        return {"token": name}
 
     def _log_in(self, fields: dict[str, Any]) -> dict[str, Any]:
         from spire_hw.pkcs11.device.objects import TokenObjects  # noqa: PLC0415 - after `_open` has found the library
@@ -140,7 +146,11 @@ class Service:
             raise TokenError("no token is open", reason="hsm.not_open", operation="login")
         try:
             mechanisms, longest = token.mechanisms()
-            token.log_in(fields.pop("pin"), read_write_only=profile.read_write_only)
+            token.log_in(
+                fields.pop("pin"),
+                read_write_only=profile.read_write_only,
+                crypto_user=self._crypto_user,
+            )
         except TokenError:
             raise
         except Exception as e:
@@ -157,6 +167,18 @@ class Service:
             "longest": sorted(longest.items()),
             "profile": profile.name,
         }
+
+
+def _crypto_user(profile: Profile) -> int:
+    if profile.crypto_user is None:
+        raise TokenError(
+            f"token (profile {profile.name}) knows no crypto-user; leave login_as out, or set profile",
+            reason="hsm.no_crypto_user",
+            operation="login",
+            cure=Cure.OPERATOR,
+            kind=ErrorKind.FAILED_PRECONDITION,
+        )
+    return profile.crypto_user
 
 
 def _answer(service: Service, kind: Kind, body: bytes) -> tuple[Kind, bytes]:

@@ -88,13 +88,14 @@ class Claim:
         Raises:
             TokenError: the token failed.
         """
-        if not self._pool.facts.profile.data_objects:
-            self._holds_none = True
-            return
+        facts = self._pool.facts
+        self._holds_none = not facts.profile.data_objects
         try:
-            check_writable(self._pool.facts)
+            check_writable(facts)
         except TokenError as e:
             self._refused(e)
+            return
+        if self._holds_none:
             return
         found = inventory.manifest
         if found is not None:
@@ -146,7 +147,8 @@ class Claim:
     def _refused(self, error: TokenError) -> None:
         self.refusal = TokenError(
             f"token {self._pool.facts.device} is read-only: keys cannot be generated, rotation is "
-            "impossible; lift the write protection or give its store back its rights",
+            "impossible; lift the write protection or give its store back its rights, or, where "
+            "login_as is crypto-user, make keys as its user",
             reason="hsm.read_only",
             operation="generate key pair",
             device=self._pool.facts.device,

@@ -95,7 +95,8 @@ def check_writable(facts: TokenFacts) -> None:
     """
     if not facts.can_write:
         raise TokenError(
-            "token is read-only: keys cannot be generated; lift its write protection",
+            "token is read-only: keys cannot be generated; lift its write protection, or, where "
+            "login_as is crypto-user, make keys as its user",
             reason="hsm.read_only",
             operation="generate key pair",
             device=facts.device,

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import StringConstraints
 
@@ -33,7 +33,7 @@ from spire_hw.pkcs11.pool.pin import (
 )
 from spire_hw.pkcs11.pool.process import WORKER, Launch
 from spire_hw.pkcs11.pool.seat import Opening
-from spire_hw.pkcs11.profile import ProfileChoice
+from spire_hw.pkcs11.profile import PROFILES, USER, ProfileChoice
 from spire_hw.pkcs11.profileconfig import ProfileOverrides, choice_of
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class TokenConfig(Model):
         pin_env: environment variable that holds it; cleared once read.
         protected_login: it is entered at the token's own key pad or reader instead.
         pin_prompt: it is entered at the terminal from which the program is started, once.
+        login_as: whose PIN it is: the token's user, or one who may use keys and make none.
         environment: additions to the environment of the worker processes.
         profile: what kind of token it is; the token's own words decide when empty.
         profile_overrides: single fields of the profile that are otherwise here.
@@ -71,6 +72,7 @@ class TokenConfig(Model):
     pin_env: Text | None = None
     protected_login: bool = False
     pin_prompt: bool = False
+    login_as: Literal["user", "crypto-user"] = USER
     environment: Body = Body.empty()
     profile: str = ""
     profile_overrides: ProfileOverrides = ProfileOverrides()
@@ -170,6 +172,11 @@ def place_of(config: TokenConfig, found: Faults, *, with_key: bool = False) -> P
         )
     environment = _environment_of(config, found)
     profile = choice_of(config.profile, config.profile_overrides, found.add)
+    named = PROFILES.get(config.profile)
+    if config.login_as != USER and named is not None and named.crypto_user is None:
+        found.add(
+            "login_as", f"profile {named.name} knows no {config.login_as}; leave login_as out"
+        )
     if module is None or len(found.found) > before:
         return None
     token: dict[str, object] = {
@@ -177,6 +184,7 @@ def place_of(config: TokenConfig, found: Faults, *, with_key: bool = False) -> P
         "serial": serial,
         "uri": narrowing,
         "slot_id": parsed.slot_id,
+        "login_as": config.login_as,
         "profile": profile.to_dict(),
     }
     return Place(
@@ -232,6 +240,7 @@ def place_of_uri(text: str, *, may_ask: bool = False) -> Place:
         "serial": parsed.serial,
         "uri": {n: v for n, v in parsed.attributes.items() if n in _NARROWING},
         "slot_id": parsed.slot_id,
+        "login_as": USER,
         "profile": ProfileChoice().to_dict(),
     }
     return Place(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import subprocess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from spire_hw.cli.hsmchecks import check_hsm
 from spire_hw.errors import ErrorKind, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, verify_digest
+from spire_hw.plugin.keymanager import KeyHealth
 from spire_hw_sim.softhsm import SoftHsm
 from spire_hw_sim.tokenrig import PIN, TokenRig
 
@@ -31,7 +33,8 @@ pytestmark = [
 ]
 # SoftHSM with another C_Login: it writes a line for each call, and answers with the code in a file
 # where the token would refuse the PIN, or, with a "!" before it, without asking the token. With a
-# key pad, a file in which somebody enters the PIN, no other PIN is taken.
+# key pad, a file in which somebody enters the PIN, no other PIN is taken. A crypto user has the
+# user's PIN with "-cu" behind it, and may neither make nor destroy objects.
 _MODULE = r"""
 #include <dlfcn.h>
 #include <stdio.h>
@@ -42,7 +45,8 @@ typedef rv_t (*login_t)(rv_t, rv_t, unsigned char *, rv_t);
 typedef rv_t (*info_t)(rv_t, unsigned char *);
 struct table { unsigned char version[2]; void *entries[68]; };
 static struct table ours, *theirs;
-enum { TOKEN_INFO = 6, LOGIN = 18, FLAGS = 96, KEY_PAD = 0x100 };
+enum { TOKEN_INFO = 6, LOGIN = 18, CREATE = 20, DESTROY = 22, MAKE = 59 };
+enum { FLAGS = 96, KEY_PAD = 0x100, CRYPTO_USER = 0x80000001, PROHIBITED = 0x1B };
 
 static rv_t token_info(rv_t slot, unsigned char *info) {
     rv_t flags, result = ((info_t)theirs->entries[TOKEN_INFO])(slot, info);
@@ -51,6 +55,8 @@ static rv_t token_info(rv_t slot, unsigned char *info) {
     memcpy(info + FLAGS, &flags, sizeof flags);
     return result;
 }
+
+static rv_t prohibited() { return PROHIBITED; }
 
 static rv_t login(rv_t session, rv_t user, unsigned char *pin, rv_t size) {
     rv_t code = 0;
@@ -64,11 +70,17 @@ static rv_t login(rv_t session, rv_t user, unsigned char *pin, rv_t size) {
         pin = entered;
     }
     FILE *log = fopen(getenv("ODD_LOG"), "a"), *answer = fopen(getenv("ODD_ANSWER"), "r");
-    fputs("C_Login\n", log);
+    fprintf(log, "C_Login %lx\n", user);
     fclose(log);
     if (fscanf(answer, "%lx%c", &code, &always) < 1) abort();
     fclose(answer);
     if (always == '!') return code;
+    if (user == CRYPTO_USER) {
+        if (size < 3 || memcmp(pin + size - 3, "-cu", 3)) return 0xA0;
+        user = 1;
+        size -= 3;
+        ours.entries[CREATE] = ours.entries[DESTROY] = ours.entries[MAKE] = prohibited;
+    }
     rv_t result = ((login_t)theirs->entries[LOGIN])(session, user, pin, size);
     return result == 0xA0 ? code : result;
 }
@@ -108,6 +120,11 @@ class OddToken:
     def logins(self) -> int:
         """Return how often C_Login was called."""
         return len(self._log.read_text().splitlines()) if self._log.exists() else 0
+
+    @property
+    def users(self) -> set[str]:
+        """Return who was logged in, as CKU numbers in hex."""
+        return set(re.findall("C_Login (.*)", self._log.read_text()))
 
     def config(self, *, key_pad: Path | None = None, **changes: object) -> Body:
         """Return a configuration for it; on a key pad the PIN is the content of that file."""
@@ -262,4 +279,68 @@ async def test_the_doctor_asks_nobody_to_come_to_the_device(tmp_path: Path) -> N
             found = await asyncio.to_thread(check_hsm, "keymanager(pkcs11)", config, login=True)
             seen = {one.check: one.level.value for one in found}
             assert levels.items() <= seen.items()
+        assert token.logins == 0
+
+
+@pytest.mark.parametrize("overrides", [{}, {"data_objects": False}], ids=["manifest", "none"])
+@pytest.mark.asyncio
+async def test_a_crypto_user_signs_and_makes_nothing(
+    overrides: dict[str, object], tmp_path: Path
+) -> None:
+    async with TokenRig(tmp_path) as rig:
+        token = OddToken(rig, tmp_path)
+        luna: dict[str, Any] = {"profile": "luna", "profile_overrides": overrides}
+        officer = rig.build()
+        await officer.configure(token.config(**luna))
+        made = await officer.generate_key("a", KeyType.EC_P256)
+        await officer.close()
+        assert token.users == {"1"}
+        before = rig.objects()
+        rig.write_pin(f"{PIN}-cu")
+        manager = rig.build()
+        await manager.configure(token.config(**luna, login_as="crypto-user"))
+        assert token.users == {"1", "80000001"}
+        for _ in range(2):
+            signed = await manager.sign_data("a", bytes(32), SHA256)
+            verify_digest(made.public_key, bytes(32), signed.signature, SHA256)
+            with pytest.raises(SpireHwError, match=r"read-only.*make keys as its user") as caught:
+                await manager.generate_key("a", KeyType.EC_P256)
+            assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
+        health = manager.key_health()
+        assert (health.health, health.reason) == (KeyHealth.DEGRADED, "hsm.read_only")
+        assert rig.objects() == before
+
+
+@pytest.mark.asyncio
+async def test_what_is_known_of_one_users_pin_says_nothing_of_the_others(tmp_path: Path) -> None:
+    async with TokenRig(tmp_path) as rig:
+        token, manager = OddToken(rig, tmp_path), rig.build()
+        rig.write_pin(f"{PIN}-cu")
+        for _ in range(2):
+            with pytest.raises(SpireHwError, match="refused"):
+                await manager.configure(token.config(profile="luna"))
+        assert token.logins == 1
+        await manager.configure(token.config(profile="luna", login_as="crypto-user"))
+        rig.write_pin(PIN)
+        other = rig.build()
+        for _ in range(2):
+            with pytest.raises(SpireHwError, match="refused"):
+                await other.configure(token.config(profile="luna", login_as="crypto-user"))
+        assert token.logins == 1 + 3 + 1
+
+
+@pytest.mark.asyncio
+async def test_a_token_without_a_crypto_user_is_sent_no_pin(tmp_path: Path) -> None:
+    async with TokenRig(tmp_path) as rig:
+        token = OddToken(rig, tmp_path)
+        with pytest.raises(
+            SpireHwError, match="knows no crypto-user; leave login_as out"
+        ) as caught:
+            await rig.build().configure(token.config(login_as="crypto-user"))
+        assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
+        assert token.logins == 0
+        with pytest.raises(SpireHwError, match="profile softhsm knows no crypto-user"):
+            await rig.build().configure(token.config(profile="softhsm", login_as="crypto-user"))
+        with pytest.raises(SpireHwError, match="login_as"):
+            await rig.build().configure(token.config(login_as="so"))
         assert token.logins == 0
