@@ -16,9 +16,11 @@ from spire_hw_sim.programs import ProgramError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-# What makes a terminal that of a session; the program itself follows.
+# What makes a terminal that of a session, and has signals do what they do under a shell, whoever ignores
+# them here; the program itself follows.
 _TAKE: Final = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+    "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+    "[signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)];"
     "os.execv(sys.argv[1], sys.argv[1:])"
 )
 _LOCAL_MODES: Final = 3
