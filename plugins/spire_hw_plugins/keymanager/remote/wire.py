@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 MAX_ITEMS: Final = 64
+IN_FLIGHT: Final = "in_flight"  # the word of a signer that has too much under way for us
 MAX_RESPONSE_BYTES: Final = 1 << 20
 _SERVICE: Final = "/spire_hw.signer.v1.Signer/"
 GET_PUBLIC_KEYS: Final = _SERVICE + "GetPublicKeys"
@@ -229,7 +230,8 @@ def refused(message: pb.Refusal) -> Refused:
     reason = clean(message.reason)
     text = clean(message.message).removeprefix(f"{reason}: ") or "refused"
     if message.retry_after_ms:
-        text = f"{text}; it may work in {message.retry_after_ms / 1000:.0f} s"
+        wait_s = max(0.1, message.retry_after_ms / 1000)
+        text = f"{text}; it may work in {wait_s:.{1 if wait_s < 1 else 0}f} s"
     if reason:
         text = f"{text} [{reason}]"
     error = from_code(message.code or 13, f"signer: {text}")
