@@ -382,7 +382,7 @@ class Pool:
                 return
             seat = min(ready, key=lambda s: s.worker.depth if s.worker is not None else 0)
             share = -(-len(self._backlog) // len(ready))
-            batch = self._backlog.take(min(share, seat.batch_limit(MAX_BATCH)))
+            batch = self._backlog.take(min(share, seat.pace.batch_limit(MAX_BATCH)))
             if batch:
                 self._send(seat, batch)
 
@@ -407,11 +407,11 @@ class Pool:
         if error is not None:
             failure = error if isinstance(error, TokenError) else TokenError.of(error, "sign")
             if failure.reason == _HUNG:
-                seat.forget_pace()
+                seat.pace.forget()
             self._conclude(seat, batch, [failure] * len(batch))
             return
-        seat.measured(sent_at, asyncio.get_running_loop().time(), len(batch))
-        self._backlog.learn([s.pace_s for s in self._seats if s.is_ready])
+        seat.pace.measured(sent_at, asyncio.get_running_loop().time(), len(batch))
+        self._backlog.learn([s.pace.settled_s for s in self._seats if s.is_ready])
         self._schedule()
         done = partial(self._verified, seat, batch)
         self._verifying.verify(items, answer.result(), len(batch), done)

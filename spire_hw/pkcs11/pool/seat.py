@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from spire_hw.aio.backoff import Backoff
 from spire_hw.errors import EncodingError, ErrorKind, SpireHwError
 from spire_hw.pkcs11.errors import Cure, TokenError
+from spire_hw.pkcs11.pool.pace import Pace
 from spire_hw.pkcs11.pool.pin import BY_HAND_S
 from spire_hw.pkcs11.pool.process import Launch, WorkerProcess
 from spire_hw.pkcs11.profile import Profile, ProfileChoice
@@ -33,14 +34,6 @@ _LATCH_S: Final = 300.0
 _AT_ONCE_S: Final = 0.2
 _NO_HURRY: Final = frozenset({"hsm.worker_died", "hsm.worker_hung"})
 _MAX_DEPTH: Final = 3
-# A token that takes longer over a signature gets one batch at a time: what is urgent waits for less.
-_SLOW_S: Final = 0.005
-_BATCH_TARGET_S: Final = 0.02
-_SMOOTHING: Final = 0.2
-# The pace that is told to others: the median of the last answers, of no fewer, none of them older.
-_LAST: Final = 5
-_FEWEST: Final = 3
-_FRESH_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +163,7 @@ class Seat:
         worker: the worker, None while there is none.
         facts: what it found when it opened the token last.
         problem: why there is none; None while all is well or the first try is under way.
+        pace: how fast the token signs here, whichever worker it is.
     """
 
     def __init__(
@@ -199,9 +193,7 @@ class Seat:
         # Set but while a pause between two tries may be cut short.
         self._woken = asyncio.Event()
         self._woken.set()
-        self._item_s = 0.0
-        self._last_answer = 0.0
-        self._last: deque[tuple[float, float]] = deque(maxlen=_LAST)
+        self.pace = Pace()
 
     @property
     def is_ready(self) -> bool:
@@ -215,8 +207,7 @@ class Seat:
         if worker is None or not worker.is_alive:
             return False
         # A token that has become slow shows it by what it has in hand.
-        is_quick = self._item_s < _SLOW_S and worker.waiting_s < _BATCH_TARGET_S
-        return worker.depth < (_MAX_DEPTH if is_quick else 1)
+        return worker.depth < (_MAX_DEPTH if self.pace.is_quick(worker.waiting_s) else 1)
 
     @property
     def is_broken(self) -> bool:
@@ -253,38 +244,6 @@ class Seat:
             return False
         self._woken.set()
         return True
-
-    @property
-    def pace_s(self) -> float | None:
-        """Return the seconds a signature takes here, None while too few were made.
-
-        One answer that took long, or two, say nothing about the next ones.
-        """
-        if len(self._last) < _FEWEST:
-            return None
-        return sorted(each for _, each in self._last)[len(self._last) // 2]
-
-    def batch_limit(self, most: int) -> int:
-        """Return how many items keep the worker busy for a short while."""
-        if self._item_s <= 0.0:
-            return 1  # a slow token would have to be taken for one that hangs
-        return max(1, min(most, int(_BATCH_TARGET_S / self._item_s)))
-
-    def measured(self, sent_at: float, answered_at: float, items: int) -> None:
-        """Learn from a batch how fast the token is."""
-        each = (answered_at - max(sent_at, self._last_answer)) / items
-        self._last_answer = answered_at
-        if self._item_s == 0.0:
-            self._item_s = each
-        self._item_s += _SMOOTHING * (each - self._item_s)
-        while self._last and self._last[0][0] < answered_at - _FRESH_S:
-            self._last.popleft()
-        self._last.append((answered_at, each))
-
-    def forget_pace(self) -> None:
-        """Begin anew with one item at a time: a batch was not made in the time it may take."""
-        self._item_s = 0.0
-        self._last.clear()
 
     def recycle(self) -> None:
         """Have a fresh worker take the place of this one; that is no death of it."""
