@@ -1,27 +1,30 @@
 """KeyManager `tpm`: keys are made in a TPM and never leave it.
 
 Each key is a pair of blobs that only this TPM can load, kept in a directory; on request it is kept
-under a persistent handle as well, bound to PCR values, and used under protected sessions. After
-TPM2_Clear, with another TPM, or where a key is bound to values the PCRs do not have any more, the
-key is lost: it is reported and left out, so that the host makes a new one.
+under a persistent handle as well, bound to PCR values, and used under protected sessions, and kept
+for a while when it was replaced. After TPM2_Clear, with another TPM, or where a key is bound to values
+the PCRs do not have any more, the key is lost: it is reported and left out, so that the host makes a
+new one.
 """
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
+from spire_hw.aio.tasks import Tasks
 from spire_hw.errors import InvalidInputError, NotFoundError, NotReadyError, SpireHwError
 from spire_hw.plugin.custody import Custody, DeviceStatement
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo, KeySignature
-from spire_hw.tpm import attest, keys, persistent
+from spire_hw.tpm import keys, persistent
 from spire_hw.tpm.connection import Hierarchy
 from spire_hw.tpm.device import TpmDevice, load_password, shared
 from spire_hw.tpm.info import read_identity
-from spire_hw.tpm.storage import KeyLostError, storage
+from spire_hw.tpm.storage import KeyLostError
+from spire_hw_plugins.keymanager import tpm_jobs
 from spire_hw_plugins.keymanager.tpm_config import (
     PERSISTENT_COUNT,
     Settings,
@@ -30,14 +33,16 @@ from spire_hw_plugins.keymanager.tpm_config import (
     load_approvals,
     read_config,
 )
-from spire_hw_plugins.keymanager.tpm_store import StoredKey, TpmKeyStore
+from spire_hw_plugins.keymanager.tpm_retention import TpmRetention, info_of
+from spire_hw_plugins.keymanager.tpm_store import KeyFile, StoredKey, TpmKeyStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from spire_hw.config.hcl import Body
     from spire_hw.errors import ConfigFault
     from spire_hw.key import KeyType, SignOptions
+    from spire_hw.plugin.keymanager import RetainedKey
     from spire_hw.tpm.connection import Connection
     from spire_hw.tpm.pcrpolicy import Approval
 
@@ -52,8 +57,14 @@ class _Ready:
 
     settings: Settings
     device: TpmDevice
-    store: TpmKeyStore
+    kept: TpmRetention
     abilities: keys.Abilities
+    tasks: Tasks
+
+    async def close(self) -> None:
+        """Give the TPM back."""
+        await self.tasks.close()
+        await self.device.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,23 +76,20 @@ class _Held:
 
     @classmethod
     def of(cls, stored: StoredKey) -> _Held:
-        key = stored.blob.parsed.key
-        return cls(stored, KeyInfo.of(stored.key_id, stored.key_type, key))
+        return cls(stored, info_of(stored))
 
 
 class TpmKeyManager:
     """The KeyManager contract over a TPM.
 
-    Also offers `TpmKeys`, `KeyEvidenceSource` and `KeyStatementSource`.
+    Also offers `TpmKeys`, `KeyEvidenceSource`, `KeyStatementSource` and `KeyRetention`.
     """
 
     def __init__(self, host: HostInfo) -> None:
         self._host = host
         self._ready: _Ready | None = None
         self._keys: dict[str, _Held] = {}
-        # Whatever has a file, lost keys too: a successor takes their persistent handle away.
-        self._stored: dict[str, StoredKey] = {}
-        self._generating = asyncio.Lock()
+        self._turn = asyncio.Lock()
         self._complaints: set[str] = set()
 
     def validate(self, config: Body) -> list[ConfigFault]:
@@ -118,15 +126,29 @@ class TpmKeyManager:
             binding = settings.binding
             if binding is not None:
                 await device.run("try the policy", lambda c: keys.check_binding(c, binding))
-            stored, held = await self._load(device, store)
-            await self._warn_of_leftovers(settings, device, stored.values())
+            async with self._turn:
+                files, held = await self._load(device, store)
+                kept = TpmRetention(
+                    store,
+                    files,
+                    keep_s=settings.keep_s,
+                    turn=self._turn,
+                    clock=self._host.clock,
+                    log=self._host.log,
+                )
+                await self._warn_of_leftovers(settings, device, (f.current for f in files))
+                ready = _Ready(settings, device, kept, abilities, Tasks(self._on_task_failure))
+                before, self._ready = self._ready, ready
+                self._keys = held
+                if before is not None:
+                    # What it knows of the files is old from now on.
+                    await before.tasks.close()
         except BaseException:
             await device.close()
             raise
-        before, self._ready = self._ready, _Ready(settings, device, store, abilities)
-        self._stored, self._keys = stored, held
+        ready.tasks.start("remove replaced TPM keys", kept.run())
         if before is not None:
-            await before.device.close()
+            await before.close()
         if self._host.side is Side.SERVER:
             self._host.log.warning(
                 "CA keys are in a TPM: a discrete one gives 5 to 60 signatures a second, which "
@@ -137,23 +159,21 @@ class TpmKeyManager:
         """Give the TPM back; the keys stay where they are."""
         ready, self._ready = self._ready, None
         if ready is not None:
-            await ready.device.close()
+            await ready.close()
 
     async def generate_key(self, key_id: str, key_type: KeyType) -> KeyInfo:
         """Make a key; see `KeyManager.generate_key`."""
-        ready = self._require("failed to generate key: not configured")
+        self._require("failed to generate key: not configured")
         _check_key_id(key_id)
-        if key_type not in ready.abilities.key_types:
-            raise InvalidInputError(f"key type {key_type.name} is not supported by this TPM")
-        async with self._generating:
+        async with self._turn:
+            ready = self._require("failed to generate key: not configured")
+            if key_type not in ready.abilities.key_types:
+                raise InvalidInputError(f"key type {key_type.name} is not supported by this TPM")
             stored = await self._make(ready, key_id, key_type)
-            await self._store(ready, stored)
-            old = self._stored.get(key_id)
+            await self._replace(ready, stored)
             made = _Held.of(stored)
             self._keys.pop(key_id, None)  # a replaced key moves to the end
-            self._keys[key_id], self._stored[key_id] = made, stored
-            if old is not None and old.handle is not None:
-                await self._evict(ready, old, old.handle)
+            self._keys[key_id] = made
         return made.info
 
     async def get_public_key(self, key_id: str) -> KeyInfo:
@@ -173,13 +193,7 @@ class TpmKeyManager:
         keys.check_sign_options(stored.blob, digest, options)
         if options.hash not in ready.abilities.hashes:
             raise InvalidInputError(f"hash {options.hash.name} is not supported by this TPM")
-        use = keys.KeyUse(
-            stored.storage_name,
-            stored.handle,
-            stored.binding,
-            await self._approvals(ready, stored),
-            ready.settings.salted,
-        )
+        use = await self._use(ready, stored)
 
         def job(connection: Connection) -> bytes:
             return keys.sign(connection, stored.blob, digest, options, use)
@@ -220,6 +234,7 @@ class TpmKeyManager:
             custody=Custody.TPM_CERTIFIED,
             device=f"{about.manufacturer} {about.vendor} {about.firmware}",
             token=ready.device.tcti,
+            generation=stored.generation,
             created=datetime.fromisoformat(stored.created_at),
         )
 
@@ -234,13 +249,9 @@ class TpmKeyManager:
         proof = stored.blob.creation
         use = keys.KeyUse(stored.storage_name, stored.handle, salted=ready.settings.salted)
 
-        def job(connection: Connection) -> tuple[attest.AttestationKey, attest.SignedAttest]:
-            ak = attest.create_attestation_key(connection)
-            if proof is None:
-                return ak, attest.certify(connection, stored.blob, challenge)
-            return ak, attest.certify_creation(connection, stored.blob, proof, challenge, use)
-
-        ak, signed = await ready.device.run(f'vouch for key "{key_id}"', job)
+        ak, signed = await ready.device.run(
+            f'vouch for key "{key_id}"', lambda c: tpm_jobs.vouch(c, stored, challenge, use)
+        )
         parts = {
             "ak_public": ak.public,
             "ak_creation_data": ak.creation_data,
@@ -254,42 +265,77 @@ class TpmKeyManager:
             return DeviceStatement("tpm2-certify", parts)
         return DeviceStatement("tpm2-certify-creation", {**parts, "creation_data": proof.data})
 
+    async def retained_keys(self) -> list[RetainedKey]:
+        """Return the replaced keys that are kept, oldest first."""
+        return self._require("not configured").kept.list()
+
+    async def restore_key(self, key_id: str, generation: int) -> KeyInfo:
+        """Make a replaced key current again; see `KeyRetention.restore_key`.
+
+        Raises:
+            NotReadyError: the key signs nothing any more, or not as the PCRs are now.
+        """
+        self._require("not configured")
+        _check_key_id(key_id)
+        async with self._turn:
+            ready = self._require("not configured")
+            stored = ready.kept.find(key_id, generation).key
+            use = await self._use(ready, stored)
+            try:
+                handle = await ready.device.run(
+                    f'take back key "{key_id}"',
+                    lambda c: tpm_jobs.take_back(c, stored, use, ready.settings),
+                )
+            except KeyLostError as e:
+                raise NotReadyError(
+                    f'generation {generation} of key "{key_id}": {e.message}'
+                ) from e
+            stored = replace(stored, handle=handle)
+            await self._replace(ready, stored)
+            held = _Held.of(stored)
+            found = {**self._keys, key_id: held}
+            self._keys = dict(sorted(found.items(), key=lambda item: item[1].stored.serial))
+        self._host.log.info(
+            "A replaced TPM key was taken back",
+            key_id=key_id,
+            generation=generation,
+            fp=held.info.fingerprint,
+        )
+        return held.info
+
+    async def destroy_retained(self, key_id: str, generation: int) -> None:
+        """Remove a replaced key before its time; see `KeyRetention.destroy_retained`."""
+        async with self._turn:
+            await self._require("not configured").kept.destroy(key_id, generation)
+
     async def _make(self, ready: _Ready, key_id: str, key_type: KeyType) -> StoredKey:
-        settings = ready.settings
-
-        def job(connection: Connection) -> tuple[keys.KeyBlob, bytes, int | None]:
-            blob, name = keys.create_key(
-                connection, key_type, binding=settings.binding, salted=settings.salted
-            )
-            if settings.first_handle is None:
-                return blob, name, None
-            handle = _free_handle(connection, settings.first_handle)
-            with keys.loaded_key(
-                connection, blob, keys.KeyUse(name, salted=settings.salted)
-            ) as key:
-                persistent.persist(connection, key, handle)
-            return blob, name, handle
-
-        blob, storage_name, handle = await ready.device.run(
-            f"make {key_type.name} key", job, timeout_s=_GENERATE_TIMEOUT_S
+        generation = ready.kept.next_generation(key_id)
+        made = await ready.device.run(
+            f"make {key_type.name} key",
+            lambda c: tpm_jobs.make(c, key_type, ready.settings),
+            timeout_s=_GENERATE_TIMEOUT_S,
         )
         return StoredKey(
             key_id=key_id,
-            serial=1 + max((k.serial for k in self._stored.values()), default=0),
-            blob=blob,
-            storage_name=storage_name,
+            serial=ready.kept.next_serial,
+            blob=made.blob,
+            storage_name=made.storage_name,
             created_at=self._host.clock.now().isoformat(timespec="seconds"),
-            handle=handle,
-            binding=settings.binding,
+            generation=generation,
+            handle=made.handle,
+            binding=ready.settings.binding,
         )
 
-    async def _store(self, ready: _Ready, stored: StoredKey) -> None:
+    async def _replace(self, ready: _Ready, stored: StoredKey) -> None:
+        """Have a key stand in its file; what took a persistent handle for nothing gives it back."""
         try:
-            await asyncio.to_thread(ready.store.put, stored)
+            old = await ready.kept.replace(stored)
         except BaseException:
             if stored.handle is not None:
                 await self._evict(ready, stored, stored.handle)
             raise
+        if old is not None and old.handle is not None:
+            await self._evict(ready, old, old.handle)
 
     async def _evict(self, ready: _Ready, stored: StoredKey, handle: int) -> None:
         """Free a persistent handle; a key that stays is told at the next start."""
@@ -304,6 +350,15 @@ class TpmKeyManager:
                 error=e.message,
             )
 
+    async def _use(self, ready: _Ready, stored: StoredKey) -> keys.KeyUse:
+        return keys.KeyUse(
+            stored.storage_name,
+            stored.handle,
+            stored.binding,
+            await self._approvals(ready, stored),
+            ready.settings.salted,
+        )
+
     async def _approvals(self, ready: _Ready, stored: StoredKey) -> tuple[Approval, ...]:
         """Return the approvals there are now for a key that needs one."""
         if stored.binding is None or stored.binding.authority is None:
@@ -317,16 +372,16 @@ class TpmKeyManager:
 
     async def _load(
         self, device: TpmDevice, store: TpmKeyStore
-    ) -> tuple[dict[str, StoredKey], dict[str, _Held]]:
-        """Read the directory; return what has a file, and what of it can be used."""
-        found, complaints = await asyncio.to_thread(store.load)
+    ) -> tuple[list[KeyFile], dict[str, _Held]]:
+        """Read the directory; return what there is, and the keys that can be used."""
+        files, complaints = await asyncio.to_thread(store.load)
         for complaint in complaints:
             self._host.log.warning("TPM key file is not usable", reason=complaint)
-        lost = await device.run("find storage primary", lambda c: _lost(c, found))
+        found = [file.current for file in files]
+        lost = await device.run("find storage primary", lambda c: tpm_jobs.find_lost(c, found))
         for key_id, reason in lost.items():
             self._host.log.error(reason, key_id=key_id)
-        stored = {key.key_id: key for key in found}
-        return stored, {k: _Held.of(key) for k, key in stored.items() if k not in lost}
+        return files, {k.key_id: _Held.of(k) for k in found if k.key_id not in lost}
 
     async def _warn_of_leftovers(
         self, settings: Settings, device: TpmDevice, stored: Iterable[StoredKey]
@@ -347,6 +402,9 @@ class TpmKeyManager:
                     handle=f"0x{handle:08x}",
                 )
 
+    def _on_task_failure(self, name: str, error: BaseException) -> None:
+        self._host.log.error("A task of KeyManager tpm failed", task=name, error=repr(error))
+
     def _drop(self, held: _Held, error: KeyLostError) -> None:
         key_id = held.info.key_id
         if self._keys.get(key_id) is held:
@@ -365,46 +423,6 @@ class TpmKeyManager:
         if self._ready is None:
             raise NotReadyError(otherwise)
         return self._ready
-
-
-def _free_handle(connection: Connection, first: int) -> int:
-    taken = persistent.persistent_names(connection, first, PERSISTENT_COUNT)
-    for handle in range(first, first + PERSISTENT_COUNT):
-        if handle not in taken:
-            return handle
-    raise NotReadyError(
-        f"all persistent handles from 0x{first:08x} to 0x{first + PERSISTENT_COUNT - 1:08x} are "
-        "taken: free what nobody needs with tpm2_evictcontrol, or choose another range"
-    )
-
-
-def _lost(connection: Connection, found: Sequence[StoredKey]) -> dict[str, str]:
-    """Return ids of the keys this TPM cannot use any more, and why."""
-    gone = set()
-    for key in found:
-        connection.remember(key.name)
-    for name in {key.storage_name for key in found}:
-        try:
-            with storage(connection, name):
-                pass
-        except KeyLostError:
-            gone.add(name)
-    lost = {}
-    for key in found:
-        if key.storage_name in gone:
-            lost[key.key_id] = "TPM was cleared or replaced: key is lost and must be regenerated"
-        elif _is_out_of_policy(connection, key):
-            lost[key.key_id] = (
-                "PCRs have other values than those the key is bound to: it must be regenerated"
-            )
-    return lost
-
-
-def _is_out_of_policy(connection: Connection, key: StoredKey) -> bool:
-    binding = key.binding
-    if binding is None or binding.authority is not None:
-        return False
-    return keys.present_policy(connection, binding) != key.blob.parsed.auth_policy
 
 
 def _check_key_id(key_id: str) -> None:

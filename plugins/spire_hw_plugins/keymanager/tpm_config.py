@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import Field
 
-from spire_hw.config.schema import Model, check
+from spire_hw.config.schema import GoDuration, Model, at_least, check
 from spire_hw.errors import ConfigError, ConfigFault, NotReadyError, SpireHwError
 from spire_hw.files import parse_file
 from spire_hw.keyfile import load_public_key
@@ -61,6 +62,7 @@ class Config(Model):
         policy_authority_path: PEM public key of whoever approves other PCR values.
         approvals_path: directory of that authority's approvals.
         policy_ref: text the approvals have to be for, such as a group of machines.
+        retain_replaced: how long replaced keys are kept, unused; 0 removes them at once.
     """
 
     tpm_device_path: str = ""
@@ -73,6 +75,7 @@ class Config(Model):
     policy_authority_path: str = ""
     approvals_path: str = ""
     policy_ref: str = ""
+    retain_replaced: Annotated[GoDuration, at_least(timedelta(0))] = timedelta(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ class Settings:
         first_handle: first persistent handle, None to keep keys outside the TPM alone.
         binding: what new keys are bound to.
         approvals: directory of approvals.
+        keep_s: seconds that replaced keys are kept; 0 removes them at once.
     """
 
     tcti: str
@@ -94,6 +98,7 @@ class Settings:
     first_handle: int | None = None
     binding: Binding | None = None
     approvals: Path | None = None
+    keep_s: float = 0.0
 
 
 def find_faults(body: Body) -> list[ConfigFault]:
@@ -130,6 +135,7 @@ def build_settings(raw: Config, data_dir: Path) -> Settings:
         first_handle=int(raw.persistent_handles, 16) if raw.persistent_handles else None,
         binding=_binding(raw),
         approvals=Path(raw.approvals_path) if raw.approvals_path else None,
+        keep_s=raw.retain_replaced.total_seconds(),
     )
 
 
