@@ -62,6 +62,7 @@ _PROT_READ_WRITE: Final = 3
 _UNAVAILABLE: Final = ctypes.c_ulong(-1).value  # CK_UNAVAILABLE_INFORMATION
 _TYPE_INVALID: Final = 0x12
 _FLAGS_OFFSET: Final = 32 + 32 + 16 + 16  # in CK_TOKEN_INFO
+_MEMORY_OFFSET: Final = _FLAGS_OFFSET + 7 * _WORD
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,8 @@ class Fault:
         uses: CKF flags of what it is good for; 0 leaves both as they are.
         flags_on: token flags shown set by C_GetTokenInfo.
         flags_off: token flags shown unset.
+        memory: total and free memory shown by C_GetTokenInfo, in bytes, of private objects and of
+            public ones alike; None leaves it as it is.
         finds_nothing: C_FindObjects gives no object.
     """
 
@@ -106,6 +109,7 @@ class Fault:
     uses: int = 0
     flags_on: int = 0
     flags_off: int = 0
+    memory: tuple[int, int] | None = None
     finds_nothing: bool = False
 
 
@@ -264,6 +268,9 @@ class _Entry:
         if fault.flags_on or fault.flags_off:
             flags = _word_at(arguments[1] + _FLAGS_OFFSET)
             flags.value = (flags.value | fault.flags_on) & ~fault.flags_off
+        if fault.memory is not None:
+            for number, value in enumerate(2 * fault.memory):
+                _word_at(arguments[1] + _MEMORY_OFFSET + number * _WORD).value = value
         if fault.finds_nothing:
             _word_at(arguments[3]).value = 0
         return code

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +17,7 @@ from spire_hw.cli.findings import Finding, ok, problem, warning
 from spire_hw.config.hcl import Block, Body
 from spire_hw.config.schema import check
 from spire_hw.errors import SpireHwError
+from spire_hw.pkcs11.memory import Memory
 from spire_hw.pkcs11.pool.place import (
     Faults,
     PinFrom,
@@ -25,6 +27,7 @@ from spire_hw.pkcs11.pool.place import (
     opening_of,
     place_of,
 )
+from spire_hw.pkcs11.profile import Profile, ProfileChoice
 from spire_hw.pkcs11.survey import ModuleView, TokenView, look_at
 
 if TYPE_CHECKING:
@@ -104,6 +107,8 @@ def _check_one(
     if len(tokens) != 1:
         return [*findings, _none_or_many(title, view, tokens)]
     (token,) = tokens
+    if not _profile(place, token).tells_memory:
+        token = replace(token, memory=Memory())
     found = check_token(title, token, key_types)
     findings += found
     if place.pin_from is PinFrom.DEVICE and "protected_authentication_path" not in token.flags:
@@ -130,6 +135,12 @@ def _place(data: Body) -> Place | None:
     )
     config, faults = check(Body(items, data.line, data.file), TokenConfig)
     return None if config is None or faults else place_of(config, Faults(config), with_key=True)
+
+
+def _profile(place: Place, token: TokenView) -> Profile:
+    given = place.token["profile"]
+    choice = ProfileChoice.from_dict(given) if isinstance(given, dict) else ProfileChoice()
+    return replace(choice, name=choice.name or token.profile).resolve(())
 
 
 def _matching(view: ModuleView, place: Place) -> list[TokenView]:
@@ -159,11 +170,18 @@ def check_token(title: str, token: TokenView, key_types: Iterable[KeyType]) -> l
         for flag, (level, words, remedy) in _FLAGS.items()
         if flag in token.flags
     ]
-    missing = [t.config_name for t in key_types if t not in token.key_types]
+    wanted = list(key_types)
+    missing = [t.config_name for t in wanted if t not in token.key_types]
     if missing:
         made = ", ".join(t.config_name for t in token.key_types) or "none of ours"
         text = f"{name} makes no {', '.join(missing)} keys; it makes {made}"
         findings.append(problem("hsm.key_types", text, "set another ca_key_type, or use its token"))
+    if token.memory.is_short(wanted):
+        text = f"{name} says that it has {token.memory.words} left: room for a few keys at most"
+        remedy = (
+            "make room on it, or set tells_memory = false in profile_overrides if that is wrong"
+        )
+        findings.append(warning("hsm.nearly_full", text, remedy))
     return findings or [ok("hsm.token", f"{name} is there (profile {token.profile})")]
 
 

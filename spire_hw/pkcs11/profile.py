@@ -59,6 +59,7 @@ class Profile:
         max_rsa_bits: the longest RSA key it makes.
         rsa_key_gen: mechanism of RSA pairs, a name of `RSA_KEY_GEN`.
         keepalive: whether a session that rests must be kept busy lest the device end it.
+        tells_memory: whether what it says of its free memory, if anything, can be believed.
         max_workers: how many processes it serves at once.
         crypto_user: CKU number of a user of the maker's own who may use keys and make none, None
             where there is no such user.
@@ -77,6 +78,7 @@ class Profile:
     max_rsa_bits: int = 4096
     rsa_key_gen: str = "pkcs"
     keepalive: bool = False
+    tells_memory: bool = True
     max_workers: int = 32
     crypto_user: int | None = None
     marks: tuple[str, ...] = field(default=(), repr=False)

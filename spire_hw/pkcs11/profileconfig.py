@@ -28,6 +28,7 @@ class ProfileOverrides(Model):
     max_rsa_bits: Annotated[int, Field(ge=2048, le=16384)] = 4096
     rsa_key_gen: str = "pkcs"
     keepalive: bool = False
+    tells_memory: bool = True
     max_workers: Annotated[int, Field(ge=1, le=32)] = 32
 
 

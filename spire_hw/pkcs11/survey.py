@@ -19,6 +19,7 @@ from spire_hw.errors import EncodingError, InvalidInputError, SpireHwError
 from spire_hw.files import read_bounded
 from spire_hw.key import KeyType
 from spire_hw.pkcs11.keys import is_ec, mechanisms_for, modulus_bits
+from spire_hw.pkcs11.memory import Memory
 from spire_hw.pkcs11.module import check_module_path
 from spire_hw.pkcs11.profile import PROFILES, detect
 
@@ -68,6 +69,7 @@ class TokenView:
         flags: words for the flags that are set, such as `user_pin_locked`.
         mechanisms: CKM numbers.
         profile: name of the profile its own words choose.
+        memory: how much room it says that it has.
     """
 
     label: str
@@ -77,6 +79,7 @@ class TokenView:
     flags: tuple[str, ...]
     mechanisms: tuple[int, ...]
     profile: str
+    memory: Memory = field(default_factory=Memory)
 
     @property
     def is_initialized(self) -> bool:
@@ -254,6 +257,7 @@ def _token(fields: Mapping[str, Any]) -> TokenView:
         flags=tuple(str(flag) for flag in fields["flags"]),
         mechanisms=tuple(int(number) for number in fields["mechanisms"]),
         profile=detect(str(word) for word in fields["words"]),
+        memory=Memory.read(fields.get("memory")),
     )
 
 

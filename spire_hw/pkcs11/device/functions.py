@@ -3,7 +3,7 @@
 Runs in the worker only, on a module that python-pkcs11 has loaded and initialised. A call holds the
 interpreter's lock: a worker has one thread.
 
-Spec: PKCS #11 v2.40, sections 5.4 (CK_FUNCTION_LIST) and 5.13 (signing).
+Spec: PKCS #11 v2.40, sections 3.2 (CK_TOKEN_INFO), 5.4 (CK_FUNCTION_LIST) and 5.13 (signing).
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING, Any, Final
 
+from spire_hw.pkcs11.memory import Memory
 from spire_hw.pkcs11.wire import MAX_BATCH
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Places in CK_FUNCTION_LIST.
+_GET_TOKEN_INFO: Final = 6
 _GET_SESSION_INFO: Final = 15
 _SIGN_INIT: Final = 42
 _SIGN: Final = 43
@@ -43,6 +45,29 @@ class _SessionInfo(ctypes.Structure):
         ("state", ctypes.c_ulong),
         ("flags", ctypes.c_ulong),
         ("device_error", ctypes.c_ulong),
+    )
+
+
+class _TokenInfo(ctypes.Structure):
+    _fields_ = (
+        ("label", ctypes.c_ubyte * 32),
+        ("manufacturer_id", ctypes.c_ubyte * 32),
+        ("model", ctypes.c_ubyte * 16),
+        ("serial_number", ctypes.c_ubyte * 16),
+        ("flags", ctypes.c_ulong),
+        ("max_session_count", ctypes.c_ulong),
+        ("session_count", ctypes.c_ulong),
+        ("max_rw_session_count", ctypes.c_ulong),
+        ("rw_session_count", ctypes.c_ulong),
+        ("max_pin_length", ctypes.c_ulong),
+        ("min_pin_length", ctypes.c_ulong),
+        ("total_public_memory", ctypes.c_ulong),
+        ("free_public_memory", ctypes.c_ulong),
+        ("total_private_memory", ctypes.c_ulong),
+        ("free_private_memory", ctypes.c_ulong),
+        ("hardware_version", ctypes.c_ubyte * 2),
+        ("firmware_version", ctypes.c_ubyte * 2),
+        ("utc_time", ctypes.c_ubyte * 16),
     )
 
 
@@ -85,6 +110,7 @@ class Functions:
         code = ctypes.CDLL(module).C_GetFunctionList(ctypes.byref(table))
         if code != 0:
             raise CkrError(code)
+        self._token_info = _function(table, _GET_TOKEN_INFO)
         self._session_info = _function(table, _GET_SESSION_INFO)
         self._sign_init = _function(table, _SIGN_INIT)
         self._sign = _function(table, _SIGN)
@@ -97,6 +123,21 @@ class Functions:
             (ctypes.byref(outputs, n * _MAX_SIGNATURE), ctypes.byref(self._lengths, n * item))
             for n in range(MAX_BATCH)
         ]
+
+    def memory(self, slot: int) -> Memory:
+        """Return how much room the token of a slot says that it has.
+
+        Raises:
+            CkrError: it cannot be asked.
+        """
+        info = _TokenInfo()
+        code = self._token_info(ctypes.c_ulong(slot), ctypes.byref(info))
+        if code != 0:
+            raise CkrError(code)
+        return Memory.of(
+            public=(int(info.total_public_memory), int(info.free_public_memory)),
+            private=(int(info.total_private_memory), int(info.free_private_memory)),
+        )
 
     def session_state(self, session: int) -> int:
         """Return the CKS state of a session.

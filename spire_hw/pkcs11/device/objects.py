@@ -15,6 +15,7 @@ from pkcs11.exceptions import ObjectHandleInvalid, PKCS11Error
 
 from spire_hw.errors import ErrorKind
 from spire_hw.pkcs11.errors import Cure, TokenError, ckr_of
+from spire_hw.pkcs11.memory import Memory
 from spire_hw.pkcs11.profile import PRIVATE_TEMPLATE, PUBLIC_TEMPLATE
 from spire_hw.pkcs11.wire import ID_TAKEN, pack_bytes
 
@@ -94,7 +95,11 @@ class TokenObjects:
             self._token.renew()
             raise error from e
         self._token.check_logged_in()
-        return {"halves": halves, "data": data}
+        memory = {} if data_only else self._memory().fields
+        return {"halves": halves, "data": data, "memory": memory}
+
+    def _memory(self) -> Memory:
+        return self._token.memory() if self._profile.tells_memory else Memory()
 
     def _find(self, attributes: dict[Attribute, Any]) -> list[Any]:
         return list(self._token.session.get_objects(attributes))
@@ -130,6 +135,9 @@ class TokenObjects:
         profile = self._profile
         if not profile.generates:
             raise self._cannot_generate()
+        memory = self._memory()
+        if memory.lacks_room(key_type.get("bits")):
+            raise self._full(memory)
         try:
             try:
                 public, private = self._generate(key_type, cka_id, label, profile)
@@ -150,6 +158,16 @@ class TokenObjects:
                 self.destroy(cka_id, label)
             raise error from e
         return described
+
+    def _full(self, memory: Memory) -> TokenError:
+        return TokenError(
+            f"the token says that it has {memory.words} left, too little for a key pair; make room "
+            "on it, or set tells_memory = false in profile_overrides if that is wrong",
+            reason="hsm.token_full",
+            operation="generate key pair",
+            device=self._token.device,
+            kind=ErrorKind.RESOURCE_EXHAUSTED,
+        )
 
     def _is_taken(self, cka_id: bytes, label: str) -> bool:
         """Tell whether an object that is none of this pair has its CKA_ID."""

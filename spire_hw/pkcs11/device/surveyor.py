@@ -85,8 +85,18 @@ def _token(token: Any, slot: Any, library: Any, module: str) -> dict[str, Any]:
         "model": token.model,
         "flags": [word for name, word in _FLAGS.items() if token.flags & TokenFlag[name]],
         "mechanisms": mechanisms_of(slot)[0],
+        "memory": _memory(slot, module),
         "words": words,
     }
+
+
+def _memory(slot: Any, module: str) -> dict[str, int]:
+    from spire_hw.pkcs11.device.functions import CkrError, Functions  # noqa: PLC0415 - likewise
+
+    try:
+        return Functions(module).memory(slot.slot_id).fields
+    except CkrError:
+        return {}
 
 
 def _version(version: Any) -> str:

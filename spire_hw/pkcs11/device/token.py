@@ -23,6 +23,7 @@ from spire_hw.pkcs11.device.slots import (
     serial_of,
 )
 from spire_hw.pkcs11.errors import Cure, TokenError, ckr_of
+from spire_hw.pkcs11.memory import Memory
 
 _CKS_LOGGED_IN: Final = frozenset({1, 3})  # CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS
 _CKR_CRYPTOKI_NOT_INITIALIZED: Final = 0x190
@@ -221,6 +222,15 @@ class TokenSession:
                 return -1
         self.functions = None
         return None
+
+    def memory(self) -> Memory:
+        """Return how much room the token says that it has now."""
+        if self.functions is None:
+            return Memory()
+        try:
+            return self.functions.memory(self.token.slot.slot_id)
+        except CkrError:
+            return Memory()
 
     def _takes_private_object(self) -> bool:
         """Tell whether a private object may be made, which takes a login; it is gone at once."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from spire_hw.pkcs11.inventory.inventory import Inventory, Pair, listed_halves, read_listing
 from spire_hw.pkcs11.keyring.losses import find_moved, losses_of
+from spire_hw.pkcs11.memory import Memory
 from spire_hw.pkcs11.wire import Kind
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Stock:
         self._ledger = ledger
         self._policy = policy
         self._log = log
+        self._is_short = False
 
     async def take(self) -> Inventory:
         """Return what the token shows, be it all there is or not.
@@ -36,6 +38,7 @@ class Stock:
         """
         owner, imports = self._ledger.owner, self._policy.imports
         listing = await self._list("" if imports else owner.prefix)
+        self._tell(Memory.read(listing.get("memory")))
         known, choices = self._ledger.known_ids(), self._ledger.state.choices
         inventory = read_listing(owner, listing, known, choices)
         halves, facts = listed_halves(listing), self._pool.facts
@@ -65,6 +68,20 @@ class Stock:
 
     async def _list(self, prefix: str) -> dict[str, Any]:
         return await self._pool.ask(Kind.LIST, {"prefix": prefix}, what="list objects")
+
+    def _tell(self, memory: Memory) -> None:
+        """Tell how much room there is, and once when it becomes little."""
+        pool, hsm = self._pool, self._pool.facts.device
+        for name, free in memory.fields.items():
+            pool.metrics.gauge(("hsm", "free_memory"), free, {"hsm": hsm, "memory": name})
+        was_short, self._is_short = self._is_short, memory.is_short(self._policy.key_types)
+        if self._is_short and not was_short:
+            self._log.warning(
+                "hsm.nearly_full",
+                hsm=hsm,
+                left=memory.words,
+                remedy="make room on it; when it is full, no key can be replaced",
+            )
 
     def orphans(self, inventory: Inventory) -> list[Pair]:
         """Return pairs that a crash left before the manifest could name them."""

@@ -100,6 +100,45 @@ async def test_fault_59_a_full_token_makes_room_once_and_then_says_so(
     assert await fingerprint(manager) != old
 
 
+@pytest.mark.parametrize("limit", [(65536, 31), (65536, 300)])
+@pytest.mark.asyncio
+async def test_fault_59_a_token_that_says_that_it_is_full_is_not_asked(
+    rig: TokenRig, limit: tuple[int, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manager = await rig.start()
+    old = (await manager.generate_key("a", P256)).fingerprint
+    registry = Registry(Selection("x"))
+    assert manager._pool is not None
+    manager._pool.metrics = registry
+    assert "hsm.nearly_full" not in "".join(capsys.readouterr())
+    rig.faults.set(Fault("C_GetTokenInfo", memory=limit))
+    made = rig.faults.calls("C_GenerateKeyPair")
+    if limit[1] >= 32:
+        old = (await manager.generate_key("a", P256)).fingerprint
+        made += 1
+    for key_type in (KeyType.RSA_4096,) if limit[1] >= 32 else (P256, KeyType.RSA_4096):
+        with pytest.raises(TokenError, match=r"token full: .* others .the token says") as caught:
+            await manager.generate_key("a", key_type)
+        assert caught.value.kind is ErrorKind.RESOURCE_EXHAUSTED
+    assert rig.faults.calls("C_GenerateKeyPair") == made
+    assert await fingerprint(manager) == old
+    told = "".join(capsys.readouterr())
+    assert told.count("hsm.nearly_full") == 1
+    assert f"{limit[1]} bytes of private memory" in told
+    (shown,) = (r for r in registry.read() if r.name == "x_hsm_free_memory")
+    assert {(dict(labels)["memory"], value) for labels, value in shown.series} == {
+        ("private", limit[1]),
+        ("public", limit[1]),
+    }
+    rig.faults.clear()
+    await manager.generate_key("a", KeyType.RSA_2048)
+    await manager.close()
+    # An operator who knows better has the last word.
+    rig.faults.set(Fault("C_GetTokenInfo", memory=limit))
+    again = await rig.start(profile_overrides={"tells_memory": False})
+    await again.generate_key("a", P256)
+
+
 @pytest.mark.asyncio
 async def test_fault_63_a_key_that_comes_after_its_caller_left_is_given_to_the_next(
     rig: TokenRig,

@@ -46,12 +46,16 @@ typedef rv_t (*info_t)(rv_t, unsigned char *);
 struct table { unsigned char version[2]; void *entries[68]; };
 static struct table ours, *theirs;
 enum { TOKEN_INFO = 6, LOGIN = 18, CREATE = 20, DESTROY = 22, MAKE = 59 };
-enum { FLAGS = 96, KEY_PAD = 0x100, CRYPTO_USER = 0x80000001, PROHIBITED = 0x1B };
+enum { FLAGS = 96, MEMORY = 152, KEY_PAD = 0x100, CRYPTO_USER = 0x80000001, PROHIBITED = 0x1B };
 
 static rv_t token_info(rv_t slot, unsigned char *info) {
     rv_t flags, result = ((info_t)theirs->entries[TOKEN_INFO])(slot, info);
     memcpy(&flags, info + FLAGS, sizeof flags);
     if (getenv("ODD_KEY_PAD")) flags |= KEY_PAD;
+    if (getenv("ODD_MEMORY")) {
+        rv_t free = atol(getenv("ODD_MEMORY")), memory[] = {65536, free, 65536, free};
+        memcpy(info + MEMORY, memory, sizeof memory);
+    }
     memcpy(info + FLAGS, &flags, sizeof flags);
     return result;
 }
@@ -126,14 +130,24 @@ class OddToken:
         """Return who was logged in, as CKU numbers in hex."""
         return set(re.findall("C_Login (.*)", self._log.read_text()))
 
-    def config(self, *, key_pad: Path | None = None, **changes: object) -> Body:
-        """Return a configuration for it; on a key pad the PIN is the content of that file."""
+    def config(
+        self, *, key_pad: Path | None = None, free: int | None = None, **changes: object
+    ) -> Body:
+        """Return a configuration for it.
+
+        Args:
+            key_pad: the PIN is entered on a key pad: it is the content of this file.
+            free: bytes of memory that are left, by its own words.
+            changes: as for the rig.
+        """
         environment = {
             **self.rig.hsm.environment,
             "ODD_MODULE": self.rig.hsm.module,
             "ODD_LOG": str(self._log),
             "ODD_ANSWER": str(self._answer),
         }
+        if free is not None:
+            environment["ODD_MEMORY"] = str(free)
         if key_pad is not None:
             environment["ODD_KEY_PAD"] = str(key_pad)
             changes |= {"pin_file": None, "protected_login": True}
@@ -344,3 +358,22 @@ async def test_a_token_without_a_crypto_user_is_sent_no_pin(tmp_path: Path) -> N
         with pytest.raises(SpireHwError, match="login_as"):
             await rig.build().configure(token.config(login_as="so"))
         assert token.logins == 0
+
+
+@pytest.mark.asyncio
+async def test_the_doctor_tells_of_a_token_that_is_nearly_full(tmp_path: Path) -> None:
+    async with TokenRig(tmp_path) as rig:
+        token = OddToken(rig, tmp_path)
+        disbelieved: dict[str, Any] = {"profile_overrides": {"tells_memory": False}}
+        for config, is_told in (
+            (token.config(), False),
+            (token.config(free=60_000), False),
+            (token.config(free=500), True),
+            (token.config(free=500, **disbelieved), False),
+        ):
+            found = await asyncio.to_thread(
+                check_hsm, "keymanager(pkcs11)", config, key_types=[KeyType.EC_P256]
+            )
+            told = [one for one in found if one.check == "hsm.nearly_full"]
+            assert len(told) == is_told
+            assert all("500 bytes of private memory" in one.message for one in told)
