@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Final
 
 from spire_hw.errors import DeviceError, ErrorKind
+from spire_hw.pkcs11.remedies import remedy_of
 
 
 class Cure(Enum):
@@ -41,6 +42,13 @@ class Ckr:
     value: int
     cure: Cure
     kind: ErrorKind
+
+    @property
+    def text(self) -> str:
+        """Return name and number for messages."""
+        if not self.value or self.name.startswith("0x"):
+            return f"CKR_{self.name}" if self.value else self.name
+        return f"CKR_{self.name} (0x{self.value:02x})"
 
 
 _AWAY: Final = (Cure.RESTART, ErrorKind.UNAVAILABLE)
@@ -121,19 +129,6 @@ _BY_VALUE: Final[dict[int, Ckr]] = {
     0x190: Ckr("CRYPTOKI_NOT_INITIALIZED", 0x190, *_AWAY),
     0x191: Ckr("CRYPTOKI_ALREADY_INITIALIZED", 0x191, *_STATE),
 } | {row.value: row for row in _BY_CLASS.values()}
-_LOOK: Final = "; look at the device: it may be away, full or not writable"
-_REMEDIES: Final = {
-    "DEVICE_ERROR": _LOOK,
-    "DEVICE_MEMORY": "; the token is full: make room on it",
-    "DEVICE_REMOVED": "; bring the token back",
-    "FUNCTION_FAILED": _LOOK,
-    "GENERAL_ERROR": _LOOK,
-    "SESSION_READ_WRITE_SO_EXISTS": "; its security officer (SO) is logged in: end that session",
-    "USER_ANOTHER_ALREADY_LOGGED_IN": "; its security officer (SO) is logged in: end that session",
-    "SESSION_READ_ONLY": "; the token is write-protected",
-    "TOKEN_NOT_PRESENT": "; bring the token back",
-    "TOKEN_WRITE_PROTECTED": "; the token is write-protected",
-}
 # What C_Login answers for other reasons than the PIN: device, session or user are in a wrong state.
 _BEFORE_PIN: Final = frozenset(
     {
@@ -233,9 +228,10 @@ class TokenError(DeviceError):
 
     @classmethod
     def _of_row(cls, row: Ckr, operation: str, device: str) -> TokenError:
-        prefix = "CKR_" if row.value else ""
+        place = f"token {device}: " if device else ""
+        remedy = remedy_of(row.name, row.value, operation)
         return cls(
-            f"{operation} failed: {prefix}{row.name}{_REMEDIES.get(row.name, '')}",
+            f"{place}{operation} failed: {row.text}; {remedy}",
             reason=f"hsm.{row.name.lower()}",
             operation=operation,
             device=device,
@@ -255,7 +251,7 @@ class TokenError(DeviceError):
         passing = (_BEFORE_PIN | _UNCLEAR) - (_BY_HAND if by_hand else frozenset())
         if row.cure is not Cure.OPERATOR and row.name in passing:
             return cls.of(error, "login", device)
-        code = f"CKR_{row.name}" if row.value else row.name
+        code = row.text
         is_plain = row.cure is Cure.OPERATOR
         message = _REFUSED_WORDS.get(
             row.name,
@@ -281,6 +277,26 @@ class TokenError(DeviceError):
             code=row.value,
             cure=Cure.OPERATOR,
             kind=ErrorKind.FAILED_PRECONDITION,
+        )
+
+    def about_key(self, key_id: str, device: str) -> TokenError:
+        """Return the same error with key and token in front of its message, as they are once.
+
+        Args:
+            key_id: which key was to be used or made.
+            device: label and serial number of the token.
+        """
+        if self.message.startswith('key "'):
+            return self
+        text = self.message.removeprefix(f"token {device}: ")
+        return TokenError(
+            f'key "{key_id}" on token {device}: {text}',
+            reason=self.reason,
+            operation=self.operation,
+            device=device,
+            code=self.code,
+            cure=self.cure,
+            kind=self.kind,
         )
 
     @property

@@ -78,14 +78,14 @@ class ExistingKey:
         """
         item = SignItem(self._key, digest, options)
         try:
-            return await self._pool.sign(item)
+            return await self._sign(item)
         except TokenError as e:
             if e.reason != _GONE:
                 raise
         # A library may go on showing what it saw while the token was away.
         self._pool.recycle()
         try:
-            return await self._pool.sign(item)
+            return await self._sign(item)
         except TokenError as e:
             if e.reason != _GONE:
                 raise
@@ -96,6 +96,13 @@ class ExistingKey:
                 cure=Cure.OPERATOR,
                 kind=ErrorKind.UNAVAILABLE,
             ) from e
+
+    async def _sign(self, item: SignItem) -> bytes:
+        try:
+            return await self._pool.sign(item)
+        except TokenError as e:
+            name = self.label or self.cka_id.hex()
+            raise e.about_key(name, self._pool.facts.device) from e
 
     async def prove(self) -> None:
         """Have the key sign something that can be nothing else.

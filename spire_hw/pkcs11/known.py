@@ -44,7 +44,12 @@ class KnownKey:
             signature = signature_of(self.key_type, raw)
             verify_digest(self.public_key, digest, signature, options)
         except SpireHwError as e:
-            return TokenError(e.message, reason="hsm.bad_signature", operation="sign")
+            return TokenError(
+                f"sign failed: {e.message}; see to the device: it signs wrongly, or the public half "
+                "there is another key's",
+                reason="hsm.bad_signature",
+                operation="sign",
+            )
         return signature
 
     def all_checked(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from spire_hw.pkcs11.pool.pool import Pool
     from spire_hw.plugin.keymanager import KeyInfo
 
+TASK: Final = "hsm-generate-"  # and the key id: what the tasks are called
 _KEPT_S: Final = 300.0
 _IDS: Final = 3
 _OWNER_PARTS: Final = 3  # of a label
@@ -104,10 +105,11 @@ class Making:
         listing = await self.pool.ask(Kind.LIST, {"prefix": ""}, what="list objects")
         labels = [str(o.get("label")) for name in ("halves", "data") for o in listing.get(name, ())]
         prefix = ":".join(self.label.split(":")[:_OWNER_PARTS]) + ":"
+        why = cause.message.removeprefix(f"token {cause.device}: ").partition(";")[0]
         ours = sum(label.startswith(prefix) for label in labels)
         return TokenError(
             f"token full: {ours} objects of ours, {len(labels) - ours} others "
-            f"({cause.message.partition(';')[0]}); make room on it",
+            f"({why}); make room on it",
             reason=cause.reason,
             operation=cause.operation,
             device=cause.device,
@@ -209,7 +211,7 @@ class Generation:
                 await asyncio.wait({running.task})
                 if not running.has_caller:
                     self._drop(running)
-        task = self._tasks.spawn(f"hsm-generate-{key_id}", self._make(key_id, key_type))
+        task = self._tasks.spawn(TASK + key_id, self._make(key_id, key_type))
         running = self._running[key_id] = _Running(key_id, key_type, task)
         return running
 

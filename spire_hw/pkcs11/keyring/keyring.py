@@ -23,16 +23,18 @@ from spire_hw.pkcs11.keyring.budget import Budget
 from spire_hw.pkcs11.keyring.claim import Claim
 from spire_hw.pkcs11.keyring.disposal import Disposal
 from spire_hw.pkcs11.keyring.fitness import check_mechanisms, check_token, check_type, warn_of_pin
-from spire_hw.pkcs11.keyring.generation import Generation, Making
+from spire_hw.pkcs11.keyring.generation import TASK, Generation, Made, Making
 from spire_hw.pkcs11.keyring.health import health_of
 from spire_hw.pkcs11.keyring.housekeeping import Housekeeping
 from spire_hw.pkcs11.keyring.ledger import Ledger
 from spire_hw.pkcs11.keyring.proving import OTHER_TYPE, Proving
+from spire_hw.pkcs11.keyring.refusals import Refusals
 from spire_hw.pkcs11.keyring.retention import Retention
 from spire_hw.pkcs11.keyring.signing import Signing
 from spire_hw.pkcs11.keyring.state import Existing
 from spire_hw.pkcs11.keyring.stock import Stock
 from spire_hw.pkcs11.keyring.testkey import TestKey
+from spire_hw.pkcs11.remedies import GENERATE
 from spire_hw.plugin.custody import Custody
 from spire_hw.plugin.keymanager import KeyEvidence, KeyInfo
 
@@ -90,7 +92,8 @@ class Keyring:
         self._claim = Claim(
             pool, self._ledger, policy, nonce=instance, place=place, clock=clock, log=log
         )
-        self._signing = Signing(pool, self._stock, self.get, clock, log)
+        self._refusals = Refusals(clock, log)
+        self._signing = Signing(pool, self._stock, self.get, self._refusals, clock=clock, log=log)
         self.disposal = Disposal(pool, clock, log)
         self.test_key = TestKey(pool, owner, self.disposal, clock=clock, log=log)
         self._budget = Budget(file.path.with_suffix(".budget.json"), policy.allowance, clock)
@@ -351,10 +354,13 @@ class Keyring:
 
     async def _make(self, key_id: str, key_type: KeyType) -> Entry:
         """Generate and prove the next generation; it is not current yet."""
-        self._check_number(key_id)
-        self._new.add(key_id)
         try:
+            self._check_number(key_id)
+            self._new.add(key_id)
             return await self._make_next(key_id, key_type)
+        except SpireHwError as e:
+            self._refusals.tell(key_id, GENERATE, e)
+            raise
         finally:
             self._new.discard(key_id)
 
@@ -378,7 +384,7 @@ class Keyring:
         await self._budget.take(key_id)
         making = Making(self._pool, key_type, partial(self._fresh_id, inventory), label)
         try:
-            described = await making.generate(self.disposal)
+            described = await self._generated(key_id, making)
             public_key = described.public_key
             profile = self._pool.facts.profile
             check_evidence(f'generated key "{key_id}"', described.evidence, key_type, profile)
@@ -396,6 +402,12 @@ class Keyring:
                 await self._budget.give_back(key_id)
             raise
         return entry
+
+    async def _generated(self, key_id: str, making: Making) -> Made:
+        try:
+            return await making.generate(self.disposal)
+        except TokenError as e:
+            raise e.about_key(key_id, self._pool.facts.device) from e
 
     def _next_generation(self, key_id: str, inventory: Inventory) -> int:
         current, choice = self._ledger.entries.get(key_id), inventory.choices.get(key_id)
@@ -430,8 +442,11 @@ class Keyring:
         self.disposal.add([(entry.cka_id, entry.label)])
 
     def _on_task_failure(self, name: str, error: BaseException) -> None:
+        if name.startswith(TASK) and isinstance(error, SpireHwError):
+            return  # told with its key
+        reason = error.reason if isinstance(error, TokenError) else "hsm.task_failed"
         message = error.message if isinstance(error, SpireHwError) else type(error).__name__
-        self._log.error("hsm.task_failed", task=name, error=message)
+        self._log.error(reason, task=name, error=message)
 
 
 def _check_id(key_id: str) -> None:

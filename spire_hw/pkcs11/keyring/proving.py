@@ -114,10 +114,16 @@ class Proving:
         digest = options.hash.digest(_CHECK + secrets.token_bytes(32))
         item = SignItem(entry.sign_key, digest, options)
         try:
-            await self._pool.sign(item)
+            await self._sign(entry, item)
         except TokenError as e:
             if e.reason != "hsm.key_gone":
                 raise
             # A new object may be invisible to workers that were started before it was made.
             self._pool.recycle()
+            await self._sign(entry, item)
+
+    async def _sign(self, entry: Entry, item: SignItem) -> None:
+        try:
             await self._pool.sign(item)
+        except TokenError as e:
+            raise e.about_key(entry.key_id, self._pool.facts.device) from e

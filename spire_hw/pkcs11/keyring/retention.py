@@ -277,7 +277,10 @@ class Retention:
             await self._claim.check(await self._stock.take())
             label = self._ledger.owner.key_label(key_id, generation)
             place = {"id": pack_bytes(kept.known.cka_id), "label": label}
-            await self._pool.ask(Kind.DESTROY, place, what="destroy key pair")
+            try:
+                await self._pool.ask(Kind.DESTROY, place, what="destroy key pair")
+            except TokenError as e:
+                raise e.about_key(key_id, self._pool.facts.device) from e
             await self._forget({kept.known.cka_id.hex()})
             self._log.info("hsm.key_destroyed", label=label)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from spire_hw.errors import ErrorKind, InvalidInputError
+from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError
 from spire_hw.pkcs11.errors import TokenError
 from spire_hw.pkcs11.keyring.fitness import check_pss, mechanism_text
 from spire_hw.pkcs11.keys import check_request, sign_scheme
+from spire_hw.pkcs11.remedies import SIGN
 from spire_hw.pkcs11.wire import SignItem
 from spire_hw.plugin.keymanager import KeySignature
 
@@ -18,16 +19,20 @@ if TYPE_CHECKING:
     from spire_hw.key import SignOptions
     from spire_hw.log import Logger
     from spire_hw.pkcs11.inventory.entry import Entry
+    from spire_hw.pkcs11.keyring.refusals import Refusals
     from spire_hw.pkcs11.keyring.stock import Stock
     from spire_hw.pkcs11.pool.pool import Pool
 
 # What a token says of a key that it will not sign with, and what there is to do.
 _UNFIT: Final = {
-    "hsm.mechanism_invalid": "CKR_MECHANISM_INVALID; see to its configuration or firmware",
-    "hsm.key_type_inconsistent": "CKR_KEY_TYPE_INCONSISTENT; it is another kind of key there",
-    "hsm.key_function_not_permitted": "key no longer permits signing; somebody changed CKA_SIGN",
-    "hsm.key_not_permitted": "key no longer permits signing; somebody changed CKA_SIGN",
+    "hsm.mechanism_invalid": "CKR_MECHANISM_INVALID (0x70); see to its configuration or firmware",
+    "hsm.key_type_inconsistent": "CKR_KEY_TYPE_INCONSISTENT (0x63); it is another kind of key there: "
+    "look at it with the token's own tool",
+    "hsm.key_function_not_permitted": "CKR_KEY_FUNCTION_NOT_PERMITTED (0x68), key no longer permits "
+    "signing; somebody changed CKA_SIGN: give it back",
+    "hsm.key_not_permitted": "key no longer permits signing; somebody changed CKA_SIGN: give it back",
 }
+_GONE: Final = "hsm.key_gone"
 _VANISHED_S: Final = 30.0
 _REPLACED: Final = 4  # times a key may be replaced under one signature
 _QUARANTINE_AFTER: Final = 2
@@ -38,14 +43,23 @@ class Signing:
 
     Args:
         get: the entry that is current under a key id.
+        refusals: told of signatures that the token refuses.
     """
 
     def __init__(
-        self, pool: Pool, stock: Stock, get: Callable[[str], Entry], clock: Clock, log: Logger
+        self,
+        pool: Pool,
+        stock: Stock,
+        get: Callable[[str], Entry],
+        refusals: Refusals,
+        *,
+        clock: Clock,
+        log: Logger,
     ) -> None:
         self._pool = pool
         self._stock = stock
         self._get = get
+        self._refusals = refusals
         self._clock = clock
         self._log = log
         self._bad_signatures: dict[bytes, int] = {}
@@ -58,7 +72,7 @@ class Signing:
             try:
                 return await self._sign_with(entry, digest, options)
             except TokenError as e:
-                if e.reason != "hsm.key_gone":
+                if e.reason != _GONE:
                     raise
             # Replaced while the signature was under way, or invisible to a worker: the fingerprint
             # of whatever signs now tells the caller which.
@@ -76,6 +90,10 @@ class Signing:
                 self._check_health(entry)
             except TokenError as e:
                 wrong.append(e)
+            else:
+                # It is asked all the same: the first signature that it makes ends this.
+                refusal = self._refusals.of(entry)
+                wrong += [] if refusal is None else [refusal]
         return wrong
 
     def is_gone(self, entry: Entry) -> bool:
@@ -100,20 +118,27 @@ class Signing:
         try:
             signature = await self._pool.sign(SignItem(entry.sign_key, digest, options))
         except TokenError as e:
-            if options.pss and e.reason == "hsm.mechanism_param_invalid":
-                raise InvalidInputError(
-                    f"salt length {options.salt_length} not supported by token"
-                ) from e
-            if e.reason in _UNFIT:
-                raise self._unfit(entry, options, e) from e
-            if e.reason == "hsm.bad_signature":
-                self._bad_signatures[entry.cka_id] = self._bad_signatures.get(entry.cka_id, 0) + 1
-                self._log.error("hsm.bad_signature", key_id=entry.key_id, fp=entry.fingerprint)
-            raise
+            raise self._failed(entry, options, e) from e
+        if self._refusals.standing:
+            self._refusals.standing.pop(entry.cka_id, None)
         return KeySignature(signature, entry.fingerprint)
 
+    def _failed(self, entry: Entry, options: SignOptions, cause: TokenError) -> SpireHwError:
+        """Return what the caller is told; the log is, too, unless the pool did or it is no fault."""
+        if options.pss and cause.reason == "hsm.mechanism_param_invalid":
+            return InvalidInputError(f"salt length {options.salt_length} not supported by token")
+        if cause.reason in _UNFIT:
+            error = self._unfit(entry, options, cause)
+        else:
+            error = cause.about_key(entry.key_id, self._pool.facts.device)
+        if cause.reason == "hsm.bad_signature":
+            self._bad_signatures[entry.cka_id] = self._bad_signatures.get(entry.cka_id, 0) + 1
+            self._refusals.tell(entry.key_id, SIGN, error, fp=entry.fingerprint)
+        elif not cause.retryable and cause.reason != _GONE:
+            self._refusals.add(entry, error)
+        return error
+
     def _unfit(self, entry: Entry, options: SignOptions, cause: TokenError) -> TokenError:
-        self._log.error(cause.reason, key_id=entry.key_id, fp=entry.fingerprint)
         mechanism = mechanism_text([sign_scheme(entry.key_type, options).mechanism])
         message = (
             f'token {self._pool.facts.device} refuses {mechanism} for key "{entry.key_id}": '

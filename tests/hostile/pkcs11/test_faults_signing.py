@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 import pytest_asyncio
 
-from spire_hw.errors import ErrorKind, InvalidInputError, SpireHwError
+from spire_hw.errors import ErrorKind, InvalidInputError, LimitError, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, verify_digest
+from spire_hw.plugin.keymanager import KeyHealth
+from spire_hw_sim.clock import SimClock
 from spire_hw_sim.pkcs11faults import Fault
 from spire_hw_sim.softhsm import SoftHsm
 from spire_hw_sim.tokenrig import TokenRig, settled
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from spire_hw_plugins.keymanager.pkcs11 import Pkcs11KeyManager
 
@@ -423,6 +427,126 @@ async def test_fault_56_a_code_nobody_knows_carries_its_number(
     rig.faults.clear()
     await heals(manager)
     assert rig.faults.calls("C_Login") <= LOGINS + 2
+
+
+REFUSALS = [
+    0x02,
+    0x07,
+    0x10,
+    0x11,
+    0x12,
+    0x13,
+    0x1B,
+    0x20,
+    0x21,
+    0x31,
+    0x54,
+    0x62,
+    0x71,
+    0xB1,
+    0xB5,
+]
+REFUSALS += [0xD0, 0xD1, 0xE2, 0x1234]
+
+
+@pytest.mark.asyncio
+async def test_every_refusal_names_key_token_step_code_and_what_to_do(rig: TokenRig) -> None:
+    manager = await started(rig)
+    where = re.escape(f"on token spire/{rig.serial}: ")
+    for code in REFUSALS:
+        rig.faults.set(Fault("C_Sign", returns=code))
+        name = rf"CKR_[A-Z_]+ \(0x{code:02x}\)" if code != 0x1234 else "CKR_0x1234"
+        told = (await refusal(manager)).message
+        assert re.fullmatch(rf'key "a" {where}sign failed: {name}; \S.*', told)
+        rig.faults.set(Fault("C_GenerateKeyPair", returns=code, instead=True))
+        with pytest.raises(SpireHwError) as caught:
+            await manager.generate_key("b", P256)
+        told = caught.value.message
+        assert re.fullmatch(rf'key "b" {where}[^/]*CKR_[^/]*; \S.*', told), told
+    for code in (0x63, 0x68, 0x70):
+        rig.faults.set(Fault("C_Sign", returns=code))
+        told = (await refusal(manager)).message
+        words = rf'token spire/{rig.serial} refuses CKM_ECDSA for key "a": CKR_\w+ \(0x{code:x}\)'
+        assert re.fullmatch(rf"{words}.*; \S.*", told)
+    rig.faults.clear()
+    await signs(manager)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (0x31, "hsm.device_memory"),
+        (0x21, "hsm.data_len_range"),
+        (0x1B, "hsm.action_prohibited"),
+        (0x54, "hsm.function_not_supported"),
+        (0x70, "hsm.mechanism_invalid"),
+    ],
+)
+@pytest.mark.asyncio
+async def test_a_key_that_is_only_refused_is_told_once_a_minute_and_is_not_well(
+    rig: TokenRig, told: Callable[[str], list[dict[str, Any]]], code: int, reason: str
+) -> None:
+    rig.clock = clock = SimClock()
+    manager = await started(rig, "a", "b")
+    rig.faults.set(Fault("C_Sign", returns=code))
+    for _ in range(4):
+        await refusal(manager)
+    assert manager.key_health().health is KeyHealth.GOOD
+    await refusal(manager)
+    health = manager.key_health()
+    assert (health.health, health.reason) == (KeyHealth.DEGRADED, reason)
+    assert 'key "a"' in health.message
+    for _ in range(5):
+        await refusal(manager, "b")
+    assert manager.key_health().health is KeyHealth.DOWN
+    lines = told(reason)
+    assert [(x["key_id"], x["level"], x["left_out"]) for x in lines] == [
+        ("a", "error", 0),
+        ("b", "error", 0),
+    ]
+    assert all(f"spire/{rig.serial}" in x["error"] for x in lines)
+    await clock.advance(timedelta(seconds=61))
+    await refusal(manager)
+    assert [x["left_out"] for x in told(reason)] == [0, 0, 4]
+    # One that signs is well again, the other is not known to be.
+    rig.faults.clear()
+    await signs(manager, "a")
+    assert manager.key_health().health is KeyHealth.DEGRADED
+    await signs(manager, "b")
+    assert manager.key_health().health is KeyHealth.GOOD
+
+
+@pytest.mark.asyncio
+async def test_one_signature_between_refusals_keeps_a_key_well(rig: TokenRig) -> None:
+    manager = await started(rig)
+    for _ in range(2):
+        rig.faults.set(Fault("C_Sign", returns=0x21))
+        for _ in range(4):
+            await refusal(manager)
+        rig.faults.clear()
+        await signs(manager)
+    assert manager.key_health().health is KeyHealth.GOOD
+
+
+@pytest.mark.asyncio
+async def test_a_refused_generation_is_told_with_its_code_and_key(
+    rig: TokenRig, told: Callable[[str], list[dict[str, Any]]]
+) -> None:
+    manager = await started(rig, max_keys=2)
+    rig.faults.set(Fault("C_GenerateKeyPair", returns=0x1B, instead=True))
+    for _ in range(2):
+        with pytest.raises(SpireHwError, match=r"CKR_ACTION_PROHIBITED \(0x1b\)"):
+            await manager.generate_key("b", P256)
+    (line,) = told("hsm.action_prohibited")
+    assert (line["key_id"], line["step"]) == ("b", "generate key pair")
+    assert f'key "b" on token spire/{rig.serial}: ' in line["error"]
+    rig.faults.clear()
+    await manager.generate_key("b", P256)
+    with pytest.raises(LimitError, match="max_keys"):
+        await manager.generate_key("c", P256)
+    (line,) = told("hsm.generation_refused")
+    assert line["key_id"] == "c"
+    assert told("hsm.task_failed") == []
 
 
 @pytest.mark.asyncio
