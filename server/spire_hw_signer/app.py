@@ -34,7 +34,7 @@ from spire_hw_signer.attesting import Attesting
 from spire_hw_signer.audit.checkpoint import Checkpoints
 from spire_hw_signer.audit.log import AuditLog
 from spire_hw_signer.audit.places import FilePlace, SyslogPlace
-from spire_hw_signer.config import SIGNER_RULES, owner_config
+from spire_hw_signer.config import SIGNER_RULES, find_custody_faults, owner_config
 from spire_hw_signer.devicelog.drain import DeviceLog
 from spire_hw_signer.devicelog.program import find_faults as find_device_log_faults
 from spire_hw_signer.doors import Doors
@@ -97,13 +97,19 @@ async def check_settings(
     config = owner_config(settings.keys, owner, directory, Custody())
     host = _host(owner, directory, clock or SystemClock())
     faults += await check_plugins([config], _table, host, SIGNER_RULES, names=_names)
+    place = settings.policy_file
     try:
-        await asyncio.to_thread(load_policy, settings.policy_file)
+        policy = await asyncio.to_thread(load_policy, place)
     except ConfigError as e:
-        place = settings.policy_file
         faults += [ConfigFault(0, f"{place}:{f.line}: {f.message}") for f in e.faults]
     except SpireHwError as e:
         faults.append(ConfigFault(0, e.message))
+    else:
+        faults += [
+            ConfigFault(0, f"{place}: client {client.identity}: {message}")
+            for client in policy.clients.values()
+            for message in find_custody_faults(settings.keys, client.custody)
+        ]
     if settings.device_log is not None:
         faults += await asyncio.to_thread(_device_log_faults, settings)
     if settings.tls is not None:

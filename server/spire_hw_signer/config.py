@@ -53,13 +53,15 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG: Final = Path("/etc/spire-hw/signer.conf")
 DEFAULT_ADMIN_SOCKET: Final = Path("/run/spire-hw/signer-admin.sock")
 DEFAULT_PORT: Final = 8445
+# KeyManagers that keep replaced keys for a while.
+KEEPS_REPLACED: Final = frozenset({"pkcs11", "tpm"})
 SIGNER_RULES: Final[Rules] = {PluginKind.KEY_MANAGER: Count(1, 1)}
 
 _MAX_NAME: Final = 64
 # What the signer sets itself for each owner, by KeyManager: nobody else may.
 _OWN_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "pkcs11": ("key_identifier_file", "key_identifier_value", "retain_replaced"),
-    "tpm": ("keys_path", "persistent_handles"),
+    "tpm": ("keys_path", "persistent_handles", "retain_replaced"),
     "disk": ("keys_path",),
 }
 
@@ -203,16 +205,16 @@ def owner_config(
         custody: what policy says of them.
 
     Raises:
-        ConfigError: this KeyManager takes no keys that it did not make.
+        ConfigError: this KeyManager cannot do what policy says, see `find_custody_faults`.
     """
+    faults = list(find_custody_faults(keys, custody))
+    if faults:
+        raise ConfigError(f"policy of {owner}", [ConfigFault(0, message) for message in faults])
     values: dict[str, object] = {}
     if keys.name == "pkcs11":
         values["key_identifier_value"] = owner.server
-        if custody.retain is not None:
-            values["retain_replaced"] = f"{int(custody.retain.total_seconds())}s"
-    elif custody.imports:
-        message = f'import: KeyManager "{keys.name}" uses its own keys alone'
-        raise ConfigError(f"policy of {owner}", [ConfigFault(0, message)])
+    if keys.name in KEEPS_REPLACED and custody.retain is not None:
+        values["retain_replaced"] = f"{int(custody.retain.total_seconds())}s"
     if keys.name == "disk":
         values["keys_path"] = str(directory / "keys.json")
     made = [
@@ -221,6 +223,18 @@ def owner_config(
     ]
     items = (*keys.data.items, *Body.from_dict(values).items, *made)
     return replace(keys, data=Body(items, keys.data.line, keys.data.file))
+
+
+def find_custody_faults(keys: PluginConfig, custody: Custody) -> Iterator[str]:
+    """Find what policy says of keys and their KeyManager cannot do: keys made elsewhere, keys kept."""
+    if custody.imports and keys.name != "pkcs11":
+        yield f'import: KeyManager "{keys.name}" uses its own keys alone'
+    if custody.is_said and custody.retain and keys.name not in KEEPS_REPLACED:
+        known = " and ".join(sorted(KEEPS_REPLACED))
+        yield (
+            f'retain_replaced: KeyManager "{keys.name}" keeps no replaced keys; {known} do. Take it '
+            'out or write "0s"'
+        )
 
 
 def _named(one: Import) -> dict[str, object]:
@@ -357,6 +371,6 @@ def _operators(given: OperatorsKeys | None) -> OperatorSettings:
 def _notices(settings: SignerSettings) -> Iterator[str]:
     if settings.keys.name == "disk":
         yield (
-            "keys are unencrypted files: for demonstrations alone; use KeyManager pkcs11 or tpm, "
-            "whose keys nobody can copy"
+            "keys are unencrypted files, and replaced ones are not kept: for demonstrations alone; "
+            "use KeyManager pkcs11 or tpm, whose keys nobody can copy"
         )

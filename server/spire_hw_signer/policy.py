@@ -237,11 +237,13 @@ class Custody:
 
     Attributes:
         retain: how long replaced keys are kept, None where nothing says.
+        is_said: whether somebody wrote that down; what is merely usual is not insisted on.
         imports: keys it uses without having made them.
     """
 
     retain: timedelta | None = None
     imports: tuple[Import, ...] = ()
+    is_said: bool = False
 
 
 @dataclass(frozen=True, slots=True)

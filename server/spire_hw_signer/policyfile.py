@@ -327,7 +327,7 @@ class _Reader:
             generate=_generate_rule(keys.generate),
             replace=Replace(keys.replace),
             active_window=keys.active_window,
-            custody=Custody(keys.retain_replaced, imports),
+            custody=Custody(keys.retain_replaced, imports, is_said=keys.given("retain_replaced")),
             raw=keys.raw,
             x509=_x509_rule(keys.x509),
             jwt=_jwt_rule(keys.jwt),

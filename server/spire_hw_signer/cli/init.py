@@ -25,7 +25,12 @@ from spire_hw.config.hcl import parse
 from spire_hw.config.host import parse_trust_domain
 from spire_hw.errors import ConfigError, InvalidInputError
 from spire_hw.key import KeyType
-from spire_hw_signer.config import DEFAULT_ADMIN_SOCKET, DEFAULT_PORT, build_settings
+from spire_hw_signer.config import (
+    DEFAULT_ADMIN_SOCKET,
+    DEFAULT_PORT,
+    KEEPS_REPLACED,
+    build_settings,
+)
 from spire_hw_signer.policyfile import parse_identity, parse_policy
 
 if TYPE_CHECKING:
@@ -83,7 +88,7 @@ client "{client}" {{
   replace         = "not-last-signer"
   active_window   = "10m"
   delete          = "never"
-  retain_replaced = "26h"
+  retain_replaced = "{retained}"
 
   # The server sends what is to be signed; bare digests are refused.
   raw  = false
@@ -164,6 +169,7 @@ def _decide(plan: Plan, answers: Answers, given: dict[str, Any]) -> None:
         client=client,
         trust_domain=parse_trust_domain(trust_domain).name,
         key_type=key_type.config_name,
+        retained="26h" if place.kind in KEEPS_REPLACED else "0s",
         **{k: given[k] for k in ("server", "ca_ttl", "svid_ttl")},
     )
     try:
@@ -173,7 +179,7 @@ def _decide(plan: Plan, answers: Answers, given: dict[str, Any]) -> None:
         raise click.UsageError(f"these answers do not fit together: {e.message}") from e
     plan.files.append(PlannedFile(config, text, 0o644, "the signer's configuration, no secret"))
     plan.files.append(PlannedFile(policy, rules, 0o644, "what its client may do"))
-    _explain(plan, given, client)
+    _explain(plan, given, client, is_kept=place.kind in KEEPS_REPLACED)
     add_service(plan, _SIGNER, unit, given, config)
 
 
@@ -220,13 +226,16 @@ def _tls(plan: Plan, answers: Answers, given: dict[str, Any], folder: Path) -> s
     return _TLS.format(cert_file=cert, key_file=key, client_cas=quoted)
 
 
-def _explain(plan: Plan, given: dict[str, Any], client: str) -> None:
+def _explain(plan: Plan, given: dict[str, Any], client: str, *, is_kept: bool) -> None:
     plan.choices.append(
         f"{client} may have certificates and tokens signed, and no bare digests: what it sends is read"
     )
-    plan.choices.append(
-        "replaced keys are kept for 26 hours, so that a server that was taken over cannot destroy them"
-    )
+    if is_kept:
+        plan.choices.append(
+            "replaced keys are kept for 26 hours, so that a server that was taken over cannot destroy them"
+        )
+    else:
+        plan.doubts.append("replaced keys are not kept: keep them in a token or a TPM")
     plan.steps.append(f"look through the policy: {given['config_dir']}/signer-policy.conf")
     if given["admin_socket"] != str(DEFAULT_ADMIN_SOCKET):
         plan.steps.append(f"export SPIRE_HW_SOCKET_PATH={given['admin_socket']}, for operators")

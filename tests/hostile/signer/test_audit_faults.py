@@ -550,7 +550,7 @@ class Room:
             )
             lines.append(f'{name} = "{file}"')
         more = f"operators {{ required = 2 keys {{ {' '.join(lines)} }} }}".replace('" ', '"\n')
-        policy = client_policy(raw="true", retain_replaced='"26h"')
+        policy = client_policy(raw="true")
         self.rig = SignerRig(folder / "s", policy=policy, more=more.replace("{ ", "{\n"), **how)
         self.audit = folder / "s" / "data" / "audit"
 

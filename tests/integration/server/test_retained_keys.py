@@ -1,4 +1,4 @@
-"""Replaced keys of a server's own token: listed, taken back, destroyed; and where they may not be."""
+"""Replaced keys of a server's own token or TPM: listed, taken back, destroyed; and where not."""
 
 from __future__ import annotations
 
@@ -17,37 +17,29 @@ from spire_hw_server.cli.commands import PROGRAM, root
 from spire_hw_server.config import build_settings
 from spire_hw_sim.servers import server_config
 from spire_hw_sim.softhsm import SoftHsm
+from spire_hw_sim.swtpm import Swtpm, is_available
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = [
-    pytest.mark.asyncio,
+pytestmark = pytest.mark.asyncio
+HSM = (
     pytest.mark.hsm,
     pytest.mark.skipif(SoftHsm.find_module() is None, reason="SoftHSM is not installed"),
-]
+)
+TPM = (pytest.mark.tpm, pytest.mark.skipif(not is_available(), reason="swtpm is not installed"))
 
 
 class Rig:
-    """A server whose keys are on a token that keeps what was replaced."""
+    """A server with a KeyManager that keeps what was replaced."""
 
-    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        token = SoftHsm(folder / "hsm")
-        token.init_token("ca")
-        pin = folder / "pin"
-        pin.write_text("1234")
-        pin.chmod(0o600)
-        plugin = f"""KeyManager "pkcs11" {{ plugin_data {{
-          module_path = "{token.module}"
-          token_label = "ca"
-          pin_file = "{pin}"
-          key_identifier_value = "server-1"
-          retain_replaced = "26h"
-          environment {{ SOFTHSM2_CONF = "{token.conf}" }}
-        }} }}"""
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str], plugin: str = "") -> None:
         text = server_config(folder, key_manager="memory")
         self.config = folder / "server.conf"
-        self.config.write_text(text.replace('KeyManager "memory" { plugin_data {  } }', plugin))
+        memory = 'KeyManager "memory" { plugin_data {  } }'
+        assert memory in text
+        self.config.write_text(text.replace(memory, plugin or memory))
         self.data = folder / "data"
         self.socket = folder / "api.sock"
         self._capsys = capsys
@@ -76,10 +68,42 @@ class Rig:
         return current, [f"{k['id']}@{k['generation']}" for k in found["retained"]]
 
 
-async def test_replaced_keys_are_listed_taken_back_and_destroyed(
-    short_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rig = Rig(short_dir, capsys)
+def on_a_token(folder: Path) -> str:
+    token = SoftHsm(folder / "hsm")
+    token.init_token("ca")
+    pin = folder / "pin"
+    pin.write_text("1234")
+    pin.chmod(0o600)
+    return f"""KeyManager "pkcs11" {{ plugin_data {{
+      module_path = "{token.module}"
+      token_label = "ca"
+      pin_file = "{pin}"
+      key_identifier_value = "server-1"
+      retain_replaced = "26h"
+      environment {{ SOFTHSM2_CONF = "{token.conf}" }}
+    }} }}"""
+
+
+def in_a_tpm(tpm: Swtpm, folder: Path) -> str:
+    return f"""KeyManager "tpm" {{ plugin_data {{
+      tcti = "{tpm.tcti}"
+      keys_path = "{folder}/keys"
+      retain_replaced = "26h"
+    }} }}"""
+
+
+@pytest.fixture(params=[pytest.param("pkcs11", marks=HSM), pytest.param("tpm", marks=TPM)])
+def rig(
+    request: pytest.FixtureRequest, short_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Rig]:
+    if request.param == "pkcs11":
+        yield Rig(short_dir, capsys, on_a_token(short_dir))
+        return
+    with Swtpm(short_dir / "tpm") as tpm:
+        yield Rig(short_dir, capsys, in_a_tpm(tpm, short_dir))
+
+
+async def test_replaced_keys_are_listed_taken_back_and_destroyed(rig: Rig) -> None:
     server = rig.server()
     await server.start()
     await server.manager.prepare_x509()
@@ -114,9 +138,8 @@ async def test_replaced_keys_are_listed_taken_back_and_destroyed(
 
 
 async def test_what_is_done_by_hand_is_in_the_log(
-    short_dir: Path, capsys: pytest.CaptureFixture[str]
+    rig: Rig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rig = Rig(short_dir, capsys)
     server = rig.server()
     await server.start()
     await server.manager.prepare_x509()
@@ -136,7 +159,6 @@ async def test_a_key_manager_that_keeps_none_says_so(
     short_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rig = Rig(short_dir, capsys)
-    rig.config.write_text(server_config(short_dir, key_manager="memory"))
     server = rig.server()
     await server.start()
     assert (await rig.shown())[1] == []
@@ -147,10 +169,7 @@ async def test_a_key_manager_that_keeps_none_says_so(
     assert (code, "keeps no replaced keys" in err) == (ExitCode.USAGE, True)
 
 
-async def test_a_server_goes_back_to_the_journal_of_a_backup(
-    short_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rig = Rig(short_dir, capsys)
+async def test_a_server_goes_back_to_the_journal_of_a_backup(rig: Rig, short_dir: Path) -> None:
     server = rig.server()
     await server.start()
     first = server.manager.x509_slots.active

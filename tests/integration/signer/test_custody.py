@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import secrets
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 
 from spire_hw._pb import hw_signer_pb2
+from spire_hw.cli.run import run
 from spire_hw.clock import SystemClock
 from spire_hw.config.hcl import Body
-from spire_hw.errors import SpireHwError
+from spire_hw.errors import ConfigError, SpireHwError
 from spire_hw.key import KeyType, parse_spki
 from spire_hw.log import get_logger
 from spire_hw.plugin.info import HostInfo, Side
 from spire_hw.spiffeid import TrustDomain
 from spire_hw_plugins.keymanager import pkcs11
+from spire_hw_signer.cli.commands import PROGRAM, root
 from spire_hw_sim.signer import PIN, TOKEN, SignerRig, client_policy
 from spire_hw_sim.softhsm import SoftHsm
 from spire_hw_sim.swtpm import Swtpm
@@ -118,6 +122,69 @@ async def test_a_replaced_key_is_kept_for_as_long_as_policy_says(tmp_path: Path)
         assert [r.info.fingerprint for r in retained] == [first]
         listed = await rig.call("GetPublicKeys", LIST)
         assert [k.fingerprint for k in listed.public_keys] == [second]
+
+
+async def shell(rig: SignerRig, capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    """Run an operator's command on the signer's host; return what it prints."""
+    capsys.readouterr()
+    args = ["key", *words, "-socketPath", str(rig.admin_socket), "-output", "json"]
+    code = await asyncio.to_thread(run, root, PROGRAM, args)
+    out, err = capsys.readouterr()
+    assert code == 0, (words, out, err)
+    return json.loads(out[out.index("{") :].splitlines()[-1])
+
+
+@pytest.mark.tpm
+@pytest.mark.asyncio
+async def test_a_key_that_was_replaced_in_a_tpm_is_taken_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, text = "example.org/s1/x509-CA-A", client_policy(raw="true", active_window='"1s"')
+    with Swtpm(tmp_path / "swtpm") as swtpm:
+        rig = SignerRig(tmp_path / "s", keys="tpm", data=f'tcti = "{swtpm.tcti}"', policy=text)
+        async with rig:
+            first = (await rig.generate("x509-CA-A")).public_key
+            second = (await rig.generate("x509-CA-A")).public_key
+            for _ in range(2):
+                listed = (await shell(rig, capsys, "list"))["keys"]
+                kept = {k["public_key"]["fingerprint"]: k for k in listed if k.get("retained")}
+                assert list(kept) == [first.fingerprint]
+                assert int(kept[first.fingerprint]["generation"]) == 1
+                left_s = (
+                    int(kept[first.fingerprint]["retained_until"]) - SystemClock().now().timestamp()
+                )
+                assert 25 * 3600 < left_s <= 26 * 3600
+                await rig.restart()
+            await shell(rig, capsys, "restore", f"{key}@1", "-comment", "swapped")
+            answer = await rig.call("GetPublicKeys", LIST)
+            assert [k.fingerprint for k in answer.public_keys] == [first.fingerprint]
+            verify(first.pkix_data, (await rig.sign("x509-CA-A", digest=DIGEST)).signature)
+            await shell(rig, capsys, "destroy", f"{key}@2", "-comment", "known to others")
+            (left,) = (await shell(rig, capsys, "list"))["keys"]
+            assert left["public_key"]["fingerprint"] == first.fingerprint != second.fingerprint
+
+
+@pytest.mark.asyncio
+async def test_policy_that_has_keys_kept_which_are_not_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = client_policy(raw="true", retain_replaced='"26h"')
+    rig = SignerRig(tmp_path, keys="disk", policy=said)
+    words = 'retain_replaced: KeyManager "disk" keeps no replaced keys'
+    with pytest.raises(ConfigError, match=words):
+        await rig.start()
+    validate = ["validate", "-config", str(rig.config_file)]
+    assert await asyncio.to_thread(run, root, PROGRAM, validate) != 0
+    out, err = capsys.readouterr()
+    assert words in out + err
+    rig.write_policy(said.replace('"26h"', '"0s"'))
+    assert await asyncio.to_thread(run, root, PROGRAM, validate) == 0
+    async with rig:
+        # What is in force stays when a reload would have it otherwise.
+        rig.write_policy(said)
+        assert not await rig.signer.live.reload(by="signal")
+        assert words in rig.signer.live.fault
+        await rig.generate("x509-CA-A")
 
 
 @pytest.mark.hsm

@@ -200,6 +200,22 @@ def test_a_client_on_this_host_needs_no_tls(site: Site, capsys: pytest.CaptureFi
     assert "tls {" not in site.config.read_text()
 
 
+@pytest.mark.parametrize(("kind", "kept"), [("tpm", "26h"), ("disk", "0s")])
+def test_what_is_said_of_replaced_keys_is_so(
+    site: Site, kind: str, kept: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = site.arguments()
+    at = arguments.index("-module")
+    del arguments[at : at + 6], arguments[arguments.index("-environment") :][:2]
+    said = [*arguments, "-keyManager", kind, "-output", "json"]
+    assert run(root, PROGRAM, said) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert any("kept for 26 hours" in text for text in values["choices"]) == (kind == "tpm")
+    assert any("are not kept" in text for text in values["doubts"]) == (kind == "disk")
+    assert f'retain_replaced = "{kept}"' in site.policy.read_text()
+    assert run(root, PROGRAM, ["validate", "-config", str(site.config)]) == 0
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -95,6 +95,7 @@ def test_keys_on_disk_say_that_they_are_for_demonstrations() -> None:
     )
     (notice,) = build_settings(hcl.parse(text)).notices
     assert "demonstrations" in notice
+    assert "replaced ones are not kept" in notice
 
 
 def test_owners_are_told_apart_by_the_signer() -> None:
@@ -104,6 +105,32 @@ def test_owners_are_told_apart_by_the_signer() -> None:
     assert made.data.get("retain_replaced") == "93600s"
     assert made.data.get("module_path") == "/m"
     assert owner_config(keys, OWNER, Path("/o"), Custody()).data.get("retain_replaced") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "retain", "is_said", "expected"),
+    [
+        ("pkcs11", timedelta(hours=1), True, "3600s"),
+        ("tpm", timedelta(hours=1), True, "3600s"),
+        ("tpm", timedelta(hours=26), False, "93600s"),
+        ("tpm", timedelta(), True, "0s"),
+        ("tpm", None, False, None),
+        ("disk", timedelta(hours=26), False, None),
+        ("disk", timedelta(), True, None),
+    ],
+)
+def test_replaced_keys_are_kept_where_that_can_be_done(
+    name: str, retain: timedelta | None, is_said: bool, expected: str | None
+) -> None:
+    keys = replace(build_settings(hcl.parse(LEAST)).keys, name=name)
+    made = owner_config(keys, OWNER, Path("/o"), Custody(retain, is_said=is_said))
+    assert made.data.get("retain_replaced") == expected
+
+
+def test_nobody_is_made_to_believe_that_keys_are_kept() -> None:
+    keys = replace(build_settings(hcl.parse(LEAST)).keys, name="disk")
+    with pytest.raises(ConfigError, match=r'"disk" keeps no replaced keys; pkcs11 and tpm do'):
+        owner_config(keys, OWNER, Path("/o"), Custody(timedelta(hours=26), is_said=True))
 
 
 class Files:

@@ -50,7 +50,9 @@ def test_the_sample_says_what_it_shows() -> None:
     assert ca.types == {KeyType.EC_P256, KeyType.EC_P384}
     assert ca.hashes == {HashAlgorithm.SHA256, HashAlgorithm.SHA384}
     assert client.replace is Replace.NOT_LAST_SIGNER
-    assert client.custody == Custody(timedelta(hours=26))
+    assert client.custody == Custody(timedelta(hours=26), is_said=True)
+    least = next(iter(parse_policy(LEAST).clients.values()))
+    assert least.custody == Custody(timedelta(hours=26), is_said=False)
     assert client.raw is False
     assert client.generate is not None
     assert client.generate.per_day == 12
