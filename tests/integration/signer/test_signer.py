@@ -504,6 +504,21 @@ telemetry { Prometheus { port = 0 } }
         assert "signer.files" in text
 
 
+@pytest.mark.asyncio
+async def test_gauges_of_a_token_tell_its_owners_apart(tmp_path: Path) -> None:
+    rig = SignerRig(tmp_path)
+    more = "telemetry { Prometheus { port = 0 } }\n"
+    rig.config_file.write_text(rig.config_file.read_text() + more)
+    rig.signer = rig._signer()
+    async with rig:
+        _, text = await get(rig.signer.telemetry.port, "/metrics")
+    found = re.findall(r"spire_signer_hsm_keys_awaiting_disposal\{(.*)\} 0", text)
+    assert len(found) == 2, text
+    assert len({re.sub(r'owner="[^"]*"', "", labels) for labels in found}) == 1
+    owners = {"".join(re.findall(r'owner="([^"]*)"', labels)) for labels in found}
+    assert owners == {"example_org_s1", "spire_hw_signer_signer_1"}
+
+
 def without_host(text: str) -> str:
     """Return metrics without the label that differs from machine to machine."""
     return re.sub(r'host="[^"]*",?', "", text).replace(",}", "}")
