@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 import pytest_asyncio
+from typing_extensions import override
 
 from spire_hw.errors import DeniedError, ErrorKind, LimitError, SpireHwError, UnavailableError
 from spire_hw.key import HashAlgorithm, SignOptions
@@ -14,9 +16,11 @@ from spire_hw.plugin.keymanager import KeySignature
 from spire_hw_plugins.keymanager.remote.batch import (
     MAX_BATCH_BYTES,
     MAX_UNDER_WAY,
+    MAX_URGENT_UNDER_WAY,
     MAX_WAITING,
     Batcher,
 )
+from spire_hw_plugins.keymanager.remote.room import MOST, MOST_OTHERS
 from spire_hw_plugins.keymanager.remote.wire import MAX_ITEMS, Item, Refused
 
 OPTIONS = SignOptions(HashAlgorithm.SHA256)
@@ -214,3 +218,203 @@ async def expect_late(batcher: Batcher, number: int) -> None:
     with pytest.raises(SpireHwError, match="too late") as caught:
         await batcher.sign(item(number))
     assert caught.value.kind is ErrorKind.DEADLINE_EXCEEDED
+
+
+def of(key_id: str, number: int, *, urgent: bool = False) -> Item:
+    options = replace(OPTIONS, urgent=urgent)
+    return Item(number.to_bytes(16), key_id, None, bytes(32), options)
+
+
+def names(batch: list[Item]) -> list[str]:
+    return [one.key_id for one in batch]
+
+
+async def fill(group: asyncio.TaskGroup, batcher: Batcher, calls: int) -> None:
+    """Have so many batches of one under way."""
+    for n in range(calls):
+        group.create_task(batcher.sign(of("busy", n + 5000)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+
+@pytest.mark.asyncio
+async def test_what_is_urgent_waits_for_nothing_else_and_keys_take_turns(far: Far) -> None:
+    batcher = batcher_to(far)
+    far.gate.clear()
+    async with asyncio.TaskGroup() as group:
+        await fill(group, batcher, MAX_UNDER_WAY)
+        for n in range(100):
+            group.create_task(batcher.sign(of("busy", n + 100)))
+        group.create_task(batcher.sign(of("quiet", 1)))
+        group.create_task(batcher.sign(of("ca", 2, urgent=True)))
+        group.create_task(batcher.sign(of("ca", 3, urgent=True)))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        # All calls are taken: there are some for what is urgent alone.
+        assert names(far.batches[-1]) == ["ca", "ca"]
+        assert len(far.batches) == MAX_UNDER_WAY + 1
+        far.gate.set()
+    rest = far.batches[MAX_UNDER_WAY + 1 :]
+    assert names(rest[0]).count("quiet") == 1
+    assert sum(map(len, rest)) == 101
+
+
+@pytest.mark.asyncio
+async def test_what_is_urgent_does_not_take_all_calls(far: Far) -> None:
+    batcher = batcher_to(far)
+    far.gate.clear()
+    async with asyncio.TaskGroup() as group:
+        for n in range(MAX_URGENT_UNDER_WAY + 3):
+            group.create_task(batcher.sign(of("ca", n, urgent=True)))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        sent = len(far.batches)
+        group.create_task(batcher.sign(of("jwt", 100)))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert [names(b) for b in far.batches[sent:]] == [["jwt"]]
+        far.gate.set()
+
+
+@pytest.mark.asyncio
+async def test_no_more_is_under_way_than_signers_take(far: Far) -> None:
+    batcher = batcher_to(far)
+    far.gate.clear()
+    async with asyncio.TaskGroup() as group:
+        for n in range(600):
+            group.create_task(batcher.sign(of("jwt", n + 100)))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert sum(map(len, far.batches)) == MOST_OTHERS
+        for n in range(100):
+            group.create_task(batcher.sign(of("ca", n + 1000, urgent=True)))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert sum(map(len, far.batches)) == MOST
+        assert names(far.batches[-1]) == ["ca"] * (MOST - MOST_OTHERS)
+        far.gate.set()
+    assert sum(map(len, far.batches)) == 700
+
+
+@pytest.mark.asyncio
+async def test_who_has_more_waiting_than_others_gives_way(far: Far) -> None:
+    batcher = batcher_to(far)
+    far.gate.clear()
+    refused: list[SpireHwError] = []
+
+    async def sign(item: Item) -> None:
+        try:
+            await batcher.sign(item)
+        except LimitError as e:
+            refused.append(e)
+
+    async with asyncio.TaskGroup() as group:
+        await fill(group, batcher, MAX_UNDER_WAY)
+        flood = [group.create_task(sign(of("busy", n + 10_000))) for n in range(MAX_WAITING)]
+        await asyncio.sleep(0)
+        group.create_task(sign(of("quiet", 1)))
+        group.create_task(sign(of("ca", 2, urgent=True)))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        # The urgent one left at once, after one of the others had gone for it.
+        assert len(refused) == 2
+        assert [task.done() for task in flood[-3:]] == [False, True, True]
+        far.gate.set()
+    assert len(refused) == 2
+    assert {"quiet", "ca"} <= {name for b in far.batches for name in names(b)}
+
+
+class Full(Far):
+    """Takes so many at once and refuses the rest, with a word that says it may work later."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+        self.taken = 0
+
+    @override
+    async def send(self, items: list[Item], left_s: float) -> list[KeySignature | Refused]:
+        taken = max(0, min(len(items), self.most - self.taken))
+        self.taken += taken
+        try:
+            made = await super().send(items, left_s)
+        finally:
+            self.taken -= taken
+        refused = Refused(LimitError("too many at once"), "in_flight", 0.03)
+        return [*made[:taken], *([refused] * (len(items) - taken))]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("most", [1, 10, 100, 200])
+async def test_what_there_was_no_room_for_goes_again_until_it_is_signed(most: int) -> None:
+    full = Full(most)
+    batcher = batcher_to(full)
+    numbers = range(100, 500)
+    made = await asyncio.gather(
+        *(batcher.sign(of("jwt", n, urgent=n % 50 == 0)) for n in numbers),
+    )
+    assert [int.from_bytes(m.signature) for m in made] == list(numbers)
+    # What it takes is learnt: a few are sent in vain, not all of them again and again.
+    assert sum(map(len, full.batches)) < len(numbers) + MAX_UNDER_WAY * MAX_ITEMS
+
+
+@pytest.mark.asyncio
+async def test_where_others_have_all_the_room_there_are_pauses_and_in_the_end_the_refusal() -> None:
+    full = Full(0)
+    batcher = batcher_to(full, timeout_s=0.3)
+    kept = asyncio.gather(
+        *(refusal(batcher, n) for n in range(30)), refusal(batcher, 99, urgent=True)
+    )
+    assert {str(e) for e in await kept} == {"too many at once"}
+    # A pause of 30 ms each time, for both kinds.
+    assert len(full.batches) < 40
+    full.most = 1
+    assert (await batcher.sign(of("jwt", 7))).signature == of("jwt", 7).request_id
+
+
+@pytest.mark.asyncio
+async def test_one_that_is_alone_goes_again_as_well() -> None:
+    full = Full(0)
+    batcher = batcher_to(full)
+    alone = asyncio.ensure_future(batcher.sign(of("jwt", 1)))  # noqa: TID251 - is awaited below
+    await asyncio.sleep(0)
+    assert len(full.batches) == 1
+    full.most = 1
+    assert (await alone).signature == of("jwt", 1).request_id
+    assert [names(b) for b in full.batches] == [["jwt"], ["jwt"]]
+
+
+@pytest.mark.asyncio
+async def test_closing_fails_what_waits_for_room() -> None:
+    full = Full(0)
+    batcher = batcher_to(full)
+    kept = asyncio.gather(*(refusal(batcher, n) for n in range(3)))
+    await asyncio.sleep(0.05)
+    assert len(full.batches) > 1
+    await batcher.close()
+    assert {e.kind for e in await kept} == {ErrorKind.UNAVAILABLE}
+
+
+@pytest.mark.asyncio
+async def test_one_whose_time_is_over_is_told_so_although_its_call_goes_on(far: Far) -> None:
+    batcher = batcher_to(far, timeout_s=0.3)
+    far.gate.clear()
+    async with asyncio.TaskGroup() as group:
+        await fill(group, batcher, MAX_UNDER_WAY)
+        old = asyncio.ensure_future(refusal(batcher, 1))  # noqa: TID251 - is awaited below
+        await asyncio.sleep(0.2)
+        young = [group.create_task(batcher.sign(of("jwt", n + 10))) for n in range(3)]
+        await asyncio.sleep(0)
+        far.gate.set()
+        await asyncio.sleep(0)
+        far.gate.clear()
+        assert (await old).kind is ErrorKind.DEADLINE_EXCEEDED
+        assert len(far.batches[-1]) == 4
+        far.gate.set()
+    assert all(task.result().signature for task in young)
+
+
+async def refusal(batcher: Batcher, number: int, *, urgent: bool = False) -> SpireHwError:
+    with pytest.raises(SpireHwError) as caught:
+        await batcher.sign(of("jwt", number, urgent=urgent))
+    return caught.value
