@@ -2,7 +2,8 @@
 
 A request is checked in one order, and nothing is asked of a device before the last check: who asks
 (1), the form of the request (2), the key id (3), key type, hash and padding (4), rates (5), what is
-signed and for which purpose (6), replacement (7), the audit log (8), the device (9). Each refusal
+signed and for which purpose (6), replacement (7), the audit log (8), the device (9). How many
+signatures are under way belongs to 5 and waits for 6, which tells what is urgent. Each refusal
 has a stable word; what an honest server never runs into raises an alarm.
 """
 
@@ -276,7 +277,7 @@ class Client:
         pss: whether RSA-PSS may be asked for.
         sign_rate: signatures by key id.
         client_rate: signatures with all keys together, None for no bound of their own.
-        max_in_flight: signatures under way at once.
+        max_in_flight: signatures under way at once, a part of them only for what is urgent.
         generate: None when keys are not made for it.
         replace: whether keys are replaced.
         active_window: a key that signed within it is not replaced.

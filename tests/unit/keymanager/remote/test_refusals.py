@@ -15,5 +15,8 @@ def test_a_refusal_names_its_word_once_and_when_to_come_back() -> None:
     assert refused(told).error.message == (
         "signer: this key was made a short while ago; it may work in 3600 s [generate_interval]"
     )
+    for retry_ms, words in ((1, "0.1 s"), (101, "0.1 s"), (949, "0.9 s"), (1_501, "2 s")):
+        told = pb.Refusal(code=8, reason="in_flight", message="full", retry_after_ms=retry_ms)
+        assert refused(told).error.message == f"signer: full; it may work in {words} [in_flight]"
     told = pb.Refusal(code=7, message="no: not this one")
     assert refused(told).error.message == "signer: no: not this one"
