@@ -64,6 +64,7 @@ class Backlog:
         self._most = most
         self._wait_s = wait_s
         self._queues: Queues[Job] = Queues()
+        self._known_room = most
         self._workers = 0
         # Signatures a second; 0 while it is not known.
         self._rate = 0.0
@@ -79,6 +80,9 @@ class Backlog:
         Raises:
             LimitError: there is no room for it.
         """
+        if len(self._queues) < self._known_room:
+            self._queues.push(job)
+            return
         gone = self._queues.admit(job, self._room())
         if gone is job:
             raise self._full()
@@ -115,6 +119,7 @@ class Backlog:
         now = asyncio.get_running_loop().time()
         # An idle token may have become another one: what it did then refuses nobody now.
         self._known_until = now + self._wait_s
+        self._known_room = self._room()
         if not known or self._in_time() >= self._most:
             return
         while (job := self._queues.last()) is not None:
