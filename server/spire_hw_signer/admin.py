@@ -180,6 +180,8 @@ async def _current(owner: str, keys: OwnerKeys, held: HeldKey) -> pb.AdminKey:
         one.trouble = e.message
     else:
         one.custody.CopyFrom(custody_message(evidence))
+        # What was made days ago is not on note any more.
+        one.generation = one.generation or evidence.generation
     return one
 
 

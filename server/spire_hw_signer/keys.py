@@ -174,7 +174,7 @@ class OwnerKeys:
             signing = known.signing
         else:
             signing = SigningKey.of(info.key_type, spki_der(info.public_key))
-        return HeldKey(info, signing, self.notes.generation(info.key_id))
+        return HeldKey(info, signing, self.notes.generation(info.key_id, info.fingerprint))
 
 
 class HeldSigner:

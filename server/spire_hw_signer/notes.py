@@ -111,10 +111,17 @@ class Notes:
                 return making if fits else None
         return None
 
-    def generation(self, key_id: str) -> int:
-        """Return the number of the current generation, 0 when none is noted."""
-        done = (m.generation for m in self._makings if m.key_id == key_id and m.fingerprint)
-        return max(done, default=0)
+    def generation(self, key_id: str, fingerprint: str) -> int:
+        """Return the number of the current generation, 0 when it is not noted.
+
+        It is not the highest when an operator took one back.
+        """
+        found = (
+            m.generation
+            for m in self._makings
+            if m.key_id == key_id and m.fingerprint == fingerprint
+        )
+        return max(found, default=0)
 
     def begin(
         self, request_id: str, key_id: str, key_type: KeyType, before: str, now: float

@@ -162,6 +162,7 @@ async def test_a_key_that_was_replaced_in_a_tpm_is_taken_back(
             await shell(rig, capsys, "destroy", f"{key}@2", "-comment", "known to others")
             (left,) = (await shell(rig, capsys, "list"))["keys"]
             assert left["public_key"]["fingerprint"] == first.fingerprint != second.fingerprint
+            assert int(left["generation"]) == 1
 
 
 @pytest.mark.asyncio

@@ -33,7 +33,8 @@ async def test_generations_survive(tmp_path: Path) -> None:
     await notes.save()
     again = await reopened(path)
     assert again.made() == [("k", 10.0), ("k", 20.0)]
-    assert again.generation("k") == 1
+    assert again.generation("k", "f1") == 1
+    assert again.generation("k", "f2") == again.generation("l", "f1") == 0
     unfinished = again.unfinished("k", P256)
     assert unfinished is not None
     assert (unfinished.request_id, unfinished.generation) == ("bb", 2)
