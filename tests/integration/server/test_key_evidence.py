@@ -160,8 +160,9 @@ async def test_a_key_of_before_proofs_were_kept_is_certified(short_dir: Path) ->
         (file,) = [p for p in directory.iterdir() if p.name.startswith("x509-CA-A")]
         port = await world.stop_server()
         stored = tpm_store.decode(file.read_bytes())
-        bare = KeyBlob(stored.blob.public, stored.blob.private, stored.blob.parsed)
-        file.write_bytes(tpm_store.encode(replace(stored, blob=bare)))
+        blob = stored.current.blob
+        bare = replace(stored.current, blob=KeyBlob(blob.public, blob.private, blob.parsed))
+        file.write_bytes(tpm_store.encode(replace(stored, current=bare)))
         await world.start_server(port)
         text = await attest(world)
     found = verify(text, Expected(nonce=NONCE), now())
