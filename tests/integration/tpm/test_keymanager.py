@@ -190,7 +190,8 @@ async def test_damaged_files_are_left_out_and_links_are_not_followed(
     (directory / "cut.tpmkey").write_bytes(good[:-20])
     (directory / "empty.tpmkey").write_bytes(b"")
     (directory / "list.tpmkey").write_bytes(b"[]")
-    (directory / "huge.tpmkey").write_bytes(bytes(100_000))
+    huge = good.replace(b'"good"', b'"huge"') + b" " * 2_097_152
+    (directory / "huge.tpmkey").write_bytes(huge)
     again = await reopen(agent_host, tpm)
     assert await again.get_public_keys() == [made]
     await again.close()
