@@ -179,19 +179,20 @@ class Batcher:
 
     def _send_off(self, now: float, calls: int, *, urgent: bool) -> None:
         most, waiting = MAX_ITEMS, self._queues.waiting(urgent=urgent)
-        if not self._room.under_way and waiting >= 2 * _HALF:
+        if waiting >= 2 * _HALF and not self._room.under_way:
             most = min(MAX_ITEMS, (waiting + 1) // 2)
-        while self._calls[urgent] < calls:
+        while waiting and self._calls[urgent] < calls:
             batch = self._next(min(most, self._room.left(now, urgent=urgent)), urgent=urgent)
             if not batch:
                 return
             self._is_calm = len(batch) == 1
             self._calls[urgent] += 1
             self._room.under_way += len(batch)
-            until = max(one.until for one in batch)
+            until = max([one.until for one in batch])
             for one in batch:
                 one.sent_until = until
             self._tasks.start("sign", self._run(batch, self._room.under_way, until - now))
+            waiting = self._queues.waiting(urgent=urgent)
 
     def _next(self, most: int, *, urgent: bool) -> list[_Waiting]:
         """Take as many as fit into one request, those that nobody waits for any more left out."""
