@@ -12,7 +12,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from spire_hw.aio.tasks import Tasks
-from spire_hw.errors import ErrorKind, InvalidInputError, NotFoundError, SpireHwError
+from spire_hw.errors import (
+    ErrorKind,
+    InvalidInputError,
+    LimitError,
+    NotFoundError,
+    SpireHwError,
+)
 from spire_hw.pkcs11.cluster.placement import (
     Current,
     Mode,
@@ -187,11 +193,16 @@ class Cluster:
         # One that failed is asked after the others: it may be back, and nobody else has the key.
         holders.sort(key=lambda m: m.problem is not None)
         failure: SpireHwError | None = None
+        crowded: LimitError | None = None
         for member in holders:
             if member.opened is None:
                 continue
             try:
                 made = await member.opened.keyring.sign(key_id, digest, options)
+            except LimitError as e:
+                # Nothing is wrong with it, but a copy may have room.
+                crowded = e
+                continue
             except SpireHwError as e:
                 if not member.is_to_blame(e):
                     raise
@@ -201,7 +212,7 @@ class Cluster:
             if member.problem is not None:
                 member.healed()
             return made
-        raise self._stranded(key_id, key, failure)
+        raise crowded or self._stranded(key_id, key, failure)
 
     async def evidence(self, key_id: str) -> KeyEvidence:
         """Return what the first token that has a key says about it now."""

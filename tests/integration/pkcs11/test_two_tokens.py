@@ -20,7 +20,7 @@ import pytest_asyncio
 
 from spire_hw.clock import SystemClock
 from spire_hw.config.hcl import Block, Body
-from spire_hw.errors import ConfigError, ErrorKind, SpireHwError
+from spire_hw.errors import ConfigError, ErrorKind, LimitError, SpireHwError
 from spire_hw.key import HashAlgorithm, KeyType, SignOptions, verify_digest
 from spire_hw.log import get_logger
 from spire_hw.pkcs11.errors import TokenError
@@ -403,6 +403,30 @@ async def test_a_call_that_one_token_does_not_serve_goes_on_to_the_other(
     faults.clear()
     await eventually(lambda: is_good(manager))
     assert await signs(manager, "x509-CA-A") == made.fingerprint
+
+
+async def test_what_finds_no_room_at_a_slow_token_goes_on_to_its_copy(pair: Rig) -> None:
+    faults = Faults(pair.folder / "faults", pair.hsm["one"].module)
+    pair.more["one"] = faults.environment()
+    manager = await pair.start("same_keys", queue=16)
+    made = await manager.generate_key("x509-CA-A", KeyType.EC_P256)
+    pair.clone()
+    await eventually(lambda: has_both(manager))
+    faults.set(Fault("C_Sign", sleep_s=0.05))
+    before = faults.calls("C_Sign")
+    prints = await asyncio.gather(*(signs(manager, "x509-CA-A") for _ in range(30)))
+    assert set(prints) == {made.fingerprint}
+    assert 16 <= faults.calls("C_Sign") - before < 30
+    # That is no fault of the slow one. What finds no room at either is refused for that.
+    assert await is_good(manager)
+    results = await asyncio.gather(
+        *(signs(manager, "x509-CA-A") for _ in range(200)), return_exceptions=True
+    )
+    refused = [result for result in results if not isinstance(result, str)]
+    assert refused
+    for error in refused:
+        assert isinstance(error, LimitError)
+        assert "queue full (16)" in error.message
 
 
 async def has_both(manager: pkcs11.Pkcs11KeyManager) -> bool:
