@@ -239,7 +239,10 @@ class Pkcs11KeyManager:
             raise ConfigError(config.file or NAME, found)
         token = token_of(settings, name)
         owner = await asyncio.to_thread(self._owner, raw, must_exist=True)
-        async with opened(token, owner, self._pins, self._host, self._command) as shared:
+        limits = replace(_limits(raw, 1), workers=1)
+        async with opened(
+            token, owner, self._pins, self._host, command=self._command, limits=limits
+        ) as shared:
             yield shared
 
     async def close(self) -> None:

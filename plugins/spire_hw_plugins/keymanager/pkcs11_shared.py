@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 from spire_hw.errors import InvalidInputError
 from spire_hw.pkcs11.inventory.reaping import SharedToken
 from spire_hw.pkcs11.pool.place import opening_of
-from spire_hw.pkcs11.pool.pool import Limits, Pool
+from spire_hw.pkcs11.pool.pool import Pool
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from spire_hw.pkcs11.inventory.labels import Owner
     from spire_hw.pkcs11.pool.place import Pins
+    from spire_hw.pkcs11.pool.pool import Limits
     from spire_hw.plugin.info import HostInfo
     from spire_hw_plugins.keymanager.pkcs11_config import Settings, TokenSettings
 
@@ -36,10 +37,16 @@ def token_of(settings: Settings, name: str) -> TokenSettings:
 
 @asynccontextmanager
 async def opened(
-    token: TokenSettings, owner: Owner, pins: Pins, host: HostInfo, command: Sequence[str]
+    token: TokenSettings,
+    owner: Owner,
+    pins: Pins,
+    host: HostInfo,
+    *,
+    command: Sequence[str],
+    limits: Limits,
 ) -> AsyncIterator[SharedToken]:
     """Open a token for a while; see `spire_hw.pkcs11.inventory.reaping.SharedTokenSource`."""
-    pool = Pool(await opening_of(token.place, pins.guard(token.place), command), Limits(), host.log)
+    pool = Pool(await opening_of(token.place, pins.guard(token.place), command), limits, host.log)
     await pool.start()
     try:
         yield SharedToken(pool, owner, host.clock, host.log)

@@ -161,7 +161,7 @@ async def test_fault_06_a_module_that_does_not_start_is_tried_again(
 async def test_fault_06_a_module_under_two_paths_is_named_with_both(tampered: TokenRig) -> None:
     tampered.faults.set(Fault("C_Initialize", returns=CKR_ALREADY_INITIALIZED, instead=True))
     with pytest.raises(SpireHwError, match=r"ALREADY_INITIALIZED.*loaded before as") as caught:
-        await tampered.build().configure(tampered.config(start_timeout="30s"))
+        await tampered.build().configure(tampered.config(start_timeout="3s"))
     assert caught.value.kind is ErrorKind.FAILED_PRECONDITION
     assert tampered.hsm.module.rpartition("/")[2] in caught.value.message
 

@@ -175,7 +175,8 @@ def test_ages_and_tokens_that_make_no_sense(
     assert "no token" in error
     rig.hsm.remove()
     text = (rig.folder / "server.conf").read_text()
-    text = text.replace("plugin_data { module", 'plugin_data { start_timeout = "1s"  module')
+    text = text.replace('token_label = "spire"', 'token_label = "spire" start_timeout = "1s"')
+    assert "start_timeout" in text
     (rig.folder / "server.conf").write_text(text)
     assert cli("list")[0] == 3
 
