@@ -57,3 +57,20 @@ class SystemClock:
     def call_after(self, seconds: float, function: Callable[[], None]) -> Timer:
         """Call a function in the running event loop, at least `seconds` seconds from now."""
         return asyncio.get_running_loop().call_later(max(0.0, seconds), function)
+
+
+class Jumps:
+    """Tells how far a clock was set, by hand or by the network, since this was made."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._before = self._offset()
+
+    @property
+    def seconds(self) -> float:
+        """Return how far the time is from where it would be had it gone on; never below 0."""
+        return abs(self._offset() - self._before)
+
+    def _offset(self) -> float:
+        """Return what does not change while the clock goes as it should."""
+        return self._clock.now().timestamp() - self._clock.monotonic()

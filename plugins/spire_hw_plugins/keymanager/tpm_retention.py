@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
+from spire_hw.clock import Jumps
 from spire_hw.errors import LimitError, NotFoundError, SpireHwError
 from spire_hw.plugin.keymanager import KeyInfo, RetainedKey
 from spire_hw_plugins.keymanager.tpm_store import MAX_REPLACED, KeyFile
@@ -54,7 +55,7 @@ class TpmRetention:
         self._keep_s = keep_s
         self._clock = clock
         self._log = log
-        self._started = self._clock_offset()
+        self._jumps = Jumps(clock)
 
     @property
     def next_serial(self) -> int:
@@ -135,7 +136,7 @@ class TpmRetention:
         Raises:
             DeviceError: the disk refused.
         """
-        if abs(self._clock_offset() - self._started) > _JUMP_S:
+        if self._jumps.seconds > _JUMP_S:
             self._log.warning("The clock jumped: no replaced TPM key is removed before a restart")
             return False
         async with self._turn:
@@ -164,10 +165,6 @@ class TpmRetention:
     @property
     def _now(self) -> float:
         return self._clock.now().timestamp()
-
-    def _clock_offset(self) -> float:
-        """Return what does not change while the clock goes as it should."""
-        return self._now - self._clock.monotonic()
 
 
 def info_of(key: StoredKey) -> KeyInfo:

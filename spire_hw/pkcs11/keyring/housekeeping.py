@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from spire_hw.clock import Jumps
 from spire_hw.errors import SpireHwError
 from spire_hw.pkcs11.inventory.tenants import JUMP_S
 from spire_hw.pkcs11.keyring.claim import LOOK_EVERY_S, MARK_EVERY_S
@@ -50,7 +51,7 @@ class Housekeeping:
         self._disposal = disposal
         self._clock = clock
         self._log = log
-        self._started = self._clock_offset()
+        self._jumps = Jumps(clock)
 
     async def run(self) -> None:
         """Keep house until cancelled."""
@@ -85,7 +86,7 @@ class Housekeeping:
         await self._claim.settle()
         inventory = await self._stock.take()
         await self._claim.check(inventory)
-        jump = abs(self._clock_offset() - self._started)
+        jump = self._jumps.seconds
         if jump > JUMP_S:
             self._log.warning("hsm.clock_jumped", seconds=round(jump), kept="nothing is destroyed")
             return False
@@ -109,7 +110,3 @@ class Housekeeping:
         self._disposal.add(
             (p.cka_id, p.label) for p in halves if now - seen[p.cka_id.hex()] >= _HALF_AGE_S
         )
-
-    def _clock_offset(self) -> float:
-        """Return what does not change while the clock goes as it should."""
-        return self._clock.now().timestamp() - self._clock.monotonic()

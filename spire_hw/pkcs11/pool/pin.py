@@ -129,11 +129,7 @@ class TerminalPin:
         self._failure: TokenError | None = None
 
     async def ask(self) -> None:
-        """Have it entered, unless that was done or tried already.
-
-        Raises:
-            TokenError: FAILED_PRECONDITION, it was not entered.
-        """
+        """Have it entered, unless that was done or tried already; `read` tells what came of it."""
         async with self._turn:
             if self._pin is None and self._failure is None:
                 try:

@@ -118,13 +118,14 @@ class Place:
         narrowing = (("serial", self.token.get("serial")), ("slot", self.token.get("slot_id")))
         words += [f"{name} {value}" for name, value in narrowing if value is not None]
         words += [f'{name} "{value}"' for name, value in self._narrowing]
+        words += [f"({login})"] if (login := self.token.get("login_as", USER)) != USER else []
         return f"token {' '.join(words)}"
 
     @property
     def key(self) -> tuple[Hashable, ...]:
-        """Return what tells the token from others, as configured."""
-        named = (self.token.get("label"), self.token.get("serial"), self.token.get("slot_id"))
-        return self.module, *named, *self._narrowing
+        """Return what tells the token, and whose PIN it is, from others, as configured."""
+        names = ("label", "serial", "slot_id", "login_as")
+        return self.module, *map(self.token.get, names), *self._narrowing
 
     @property
     def _narrowing(self) -> list[tuple[str, str]]:

@@ -173,9 +173,12 @@ def test_one_token_has_one_pin_from_the_terminal_and_another_its_own() -> None:
         source(label="ca"),
         source(label="ca", slot_id=3),
         source(label="ca", serial="12"),
+        source(label="ca", login_as="crypto-user"),
     ]
-    assert len({id(one) for one in (same, *others)}) == 5
+    assert len({id(one) for one in (same, *others)}) == 6
     words = Place(
         "/m.so", {"label": "ca", "slot_id": 3, "uri": {"model": "A"}}, PinFrom.TERMINAL
     ).words
     assert words == 'token "ca" slot 3 model "A"'
+    limited = Place("/m.so", {"label": "ca", "login_as": "crypto-user"}, PinFrom.TERMINAL)
+    assert limited.words == 'token "ca" (crypto-user)'
